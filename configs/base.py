@@ -1,0 +1,161 @@
+"""Every knob with its unit. A variant's file changes what its method changes; the argument after the colon picks the scale.
+
+    :tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
+    :smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
+    :runlocal  :tiny shrunk to seconds, to see that a config runs
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import objectives
+
+
+def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
+    """The settings shared by all variants, at one scale."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 400  # optimisation steps (iterations of rollout and update)
+    config.eval_every = 50  # steps between held-out evaluations; 0: only before and after
+    config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
+
+    config.objective = ConfigDict(dataclasses.asdict(objectives.get(variant)))  # fields: grpo_jax/objectives/spec.py
+
+    config.model = ConfigDict()
+    config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
+    config.model.dtype = "float32"  # of activations and matrix products; parameters are float32 masters
+    config.model.remat = False  # recompute layers in the backward pass: less memory, about a third more time
+    config.model.dim = 128
+    config.model.num_layers = 2
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.ffn_dim = 512
+
+    config.task = ConfigDict()
+    config.task.name = "arithmetic"  # arithmetic | reasoning_gym | jsonl
+    config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted
+    config.task.arithmetic = ConfigDict()
+    config.task.arithmetic.min_operand = 0
+    config.task.arithmetic.max_operand = 99
+    config.task.arithmetic.operators = ("+", "-")
+    config.task.arithmetic.num_shots = 0  # worked lines before the question
+    config.task.reasoning_gym = ConfigDict()
+    config.task.reasoning_gym.dataset = "basic_arithmetic"  # any generator of reasoning-gym
+    config.task.reasoning_gym.params = ConfigDict()  # passed on to it
+    config.task.reasoning_gym.num_train = 10_000  # questions generated for training
+    config.task.reasoning_gym.system_prompt = ""
+    config.task.jsonl = ConfigDict()
+    config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
+    config.task.jsonl.eval_path = ""  # empty: eval.num_prompts lines are held out of `path`
+    config.task.jsonl.system_prompt = ""
+    config.task.jsonl.use_chat_template = True
+    config.task.scoring = ConfigDict()
+    config.task.scoring.num_workers = 2  # processes
+    config.task.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted
+
+    config.warm_start = ConfigDict()
+    config.warm_start.num_steps = 600  # supervised steps first; 0: none
+    config.warm_start.batch_size = 128  # worked answers
+    config.warm_start.learning_rate = 1e-3
+
+    config.rollout = ConfigDict()
+    config.rollout.num_prompts = 32  # P: groups in a batch
+    config.rollout.group_size = 8  # G: completions of each prompt
+    config.rollout.max_completion_tokens = 6  # generation budget, stop token included
+    config.rollout.temperature = 1.0
+    config.rollout.top_k = 0  # 0: all tokens
+    config.rollout.top_p = 1.0  # 1: all tokens
+
+    config.dynamic_sampling = ConfigDict()
+    config.dynamic_sampling.enabled = False  # refill the batch until every group's rewards differ
+    config.dynamic_sampling.max_sampling_rounds = 4  # rounds of num_prompts prompts; then train on what there is
+
+    config.overlong = ConfigDict()
+    config.overlong.cache_tokens = 0  # L_cache: the last tokens of the budget, where the reward falls from 0 to -1
+    config.overlong.filter = False  # completions cut off by the budget leave the loss
+
+    config.learner = ConfigDict()
+    config.learner.num_epochs = 1  # passes over a batch
+    config.learner.num_minibatches = 1  # optimizer steps in each pass
+    config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
+    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time
+    config.learner.old_logp = "sampler"  # "learner": one more forward pass, for a sampler of other numerics (bfloat16)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 10  # optimizer steps
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.max_grad_norm = 1.0
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that rows are spread over; -1: all
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.eval = ConfigDict()
+    config.eval.num_prompts = 512  # held-out questions
+    config.eval.num_samples = 4  # completions of each at rollout.temperature, beside the greedy one; 0: greedy only
+    config.eval.batch_size = 128  # prompts at a time
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 100  # steps; 0: only at the end and on SIGTERM
+    config.checkpoint.keep = 2  # newest checkpoints kept
+
+    config.log = ConfigDict()
+    config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none
+    config.log.num_groups = 2  # groups in each sample
+
+    scales = {"tiny": tiny, "smollm2": smollm2, "runlocal": runlocal}
+    if scale not in scales:
+        raise ValueError(f"unknown scale {scale!r} after the colon; known: {', '.join(scales)}")
+    scales[scale](config)
+    return config
+
+
+def tiny(config: ConfigDict) -> None:
+    """The settings above."""
+
+
+def smollm2(config: ConfigDict) -> None:
+    """A real language model: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in four."""
+    cache = os.environ.get("GRPO_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "grpo_jax"))
+    config.model.path = str(pathlib.Path(cache) / "SmolLM2-135M-Instruct")
+    config.warm_start.num_steps = 0
+    config.task.arithmetic.min_operand = 0
+    config.task.arithmetic.max_operand = 50
+    config.task.arithmetic.operators = ("+",)
+    config.task.arithmetic.num_shots = 4
+    config.num_steps = 100
+    config.eval_every = 25
+    config.rollout.num_prompts = 8
+    config.rollout.max_completion_tokens = 6
+    config.optimizer.learning_rate = 3e-6
+    config.eval.num_prompts = 64
+    config.eval.num_samples = 2
+    config.eval.batch_size = 16
+    config.checkpoint.every = 25
+    config.log.completions_every = 5
+
+
+def runlocal(config: ConfigDict) -> None:
+    """Seconds, to see that everything runs."""
+    config.num_steps = 3
+    config.eval_every = 2
+    config.model.dim = 32
+    config.model.num_layers = 1
+    config.model.ffn_dim = 64
+    config.task.arithmetic.max_operand = 9
+    config.warm_start.num_steps = 20
+    config.warm_start.batch_size = 16
+    config.rollout.num_prompts = 8
+    config.rollout.group_size = 4
+    config.eval.num_prompts = 16
+    config.eval.batch_size = 16
+    config.checkpoint.every = 2
+    config.log.completions_every = 1

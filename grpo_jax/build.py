@@ -1,0 +1,102 @@
+"""Config -> the objects of a run: tokenizer, task, model. The one place that knows which class a name stands for."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from grpo_jax.config import Config
+from grpo_jax.models.transformer import Architecture, ModelDef, init_params
+from grpo_jax.rng import key_for
+from grpo_jax.rollout import RolloutSpec
+from grpo_jax.sampling import Sampling
+from grpo_jax.tasks import Task, Tokenizer
+from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
+from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from grpo_jax.train_step import UpdateSpec
+from grpo_jax.types import Params
+from grpo_jax.warm_start import warm_start
+
+
+def make_task(config: Config) -> Task:
+    """The task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
+    tokenizer: Tokenizer = HFTokenizer(config.model.path) if config.model.path else CharTokenizer(ALPHABET)
+    if config.task.name == "arithmetic":
+        return ArithmeticTask(
+            config.task.arithmetic,
+            tokenizer,
+            seed=config.seed,
+            num_eval=config.eval.num_prompts,
+            max_answer_tokens=config.rollout.max_completion_tokens,
+        )
+    if config.task.name == "jsonl":
+        from grpo_jax.tasks.jsonl import JsonlTask
+
+        return JsonlTask(config.task, tokenizer, seed=config.seed, num_eval=config.eval.num_prompts)
+    from grpo_jax.tasks.reasoning_gym import ReasoningGymTask
+
+    return ReasoningGymTask(config.task, tokenizer, seed=config.seed, num_eval=config.eval.num_prompts)
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
+    """The decoder's static half: from the folder's config.json, or of the configured size for a built-in tokenizer."""
+    size = config.model
+    if size.path:
+        from grpo_jax.models.hf import read_architecture
+
+        arch = read_architecture(size.path)
+    else:
+        arch = Architecture(
+            vocab_size=tokenizer.vocab_size,
+            dim=size.dim,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
+            head_dim=size.dim // size.num_heads,
+            ffn_dim=size.ffn_dim,
+        )
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat)
+
+
+def initial_params(config: Config, model: ModelDef, task: Task) -> Params:
+    """Float32 weights to start from: loaded, or fresh and warm-started on the task's own answers."""
+    if config.model.path:
+        from grpo_jax.models.hf import load_params
+
+        return load_params(config.model.path, model.arch, jnp.float32)
+    params = init_params(model.arch, key_for(config.seed, "init"))
+    if not config.warm_start.num_steps:
+        return params
+    chunk = config.learner.logprob_chunk_tokens
+    return warm_start(model, params, task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+
+
+def sampling_of(config: Config) -> Sampling:
+    """The distribution that training samples from."""
+    return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+
+
+def rollout_spec(config: Config, task: Task) -> RolloutSpec:
+    """The rollout's static half."""
+    return RolloutSpec(
+        group_size=config.rollout.group_size,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        sampling=sampling_of(config),
+        stop_ids=task.stop_ids,
+        pad_id=task.tokenizer.pad_id,
+    )
+
+
+def update_spec(config: Config) -> UpdateSpec:
+    """The update's static half."""
+    return UpdateSpec(
+        objective=config.objective,
+        sampling=sampling_of(config),
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        num_epochs=config.learner.num_epochs,
+        num_minibatches=config.learner.num_minibatches,
+        num_microbatches=config.learner.num_microbatches,
+        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+        old_logp=config.learner.old_logp,
+        filter_truncated=config.overlong.filter,
+        seed=config.seed,
+    )

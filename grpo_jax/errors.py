@@ -1,0 +1,8 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line that says what is wrong, where, and how to mend it.
+
+    Command-line programs print it without a traceback and exit with status 2.
+    """

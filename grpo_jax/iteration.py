@@ -1,0 +1,162 @@
+"""One iteration of training: prompts -> rollout -> reward -> (more rounds, if groups said nothing) -> update.
+
+With a traceable task the whole of it is one compiled call with donated state. With a host reward the same functions run
+stage by stage: `while_loop` is then a Python loop, and only the reward leaves the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax import dynamic_sampling, metrics as metrics_lib, rewards
+from grpo_jax.config import Config
+from grpo_jax.metrics import Max, Mean, Metric
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.rng import key_for
+from grpo_jax.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.sharding import REPLICATED, ROWS, constrain
+from grpo_jax.tasks import Task
+from grpo_jax.train_step import TrainStep
+from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Rollout, TrainState
+
+Iteration = Callable[[TrainState], tuple[TrainState, dict[str, Metric], Batch]]
+
+
+class Gathering(NamedTuple):
+    """What is carried from one sampling round to the next. rounds: int32, rounds done in this iteration."""
+
+    buffer: GroupBuffer
+    rounds: Any
+    metrics: dict[str, Metric]
+
+
+def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Params, Prompts, Any], Rollout]:
+    """(params, prompts, key) -> Rollout, rows spread over the mesh; each device leaves its loop when its own rows ended."""
+    sharded = jax.shard_map(
+        lambda params, prompts, keys: rollout(model, params, prompts, keys, spec),
+        mesh=mesh,
+        in_specs=(REPLICATED, ROWS, ROWS),
+        out_specs=ROWS,
+    )
+
+    def run(params: Params, prompts: Prompts, key: Any) -> Rollout:
+        keys_PG = row_keys(key, len(prompts.tokens_PS), spec.group_size)
+        prompts, keys_PG = constrain((prompts, keys_PG), mesh, ROWS)
+        return sharded(params, prompts, keys_PG)
+
+    return run
+
+
+def make_iteration(
+    config: Config, task: Task, model: ModelDef, spec: RolloutSpec, train_step: TrainStep, mesh: Mesh
+) -> Iteration:
+    """-> iterate(state) -> (state, metrics, batch trained on). `state` is donated."""
+    sample_round = make_sample_round(config, task, make_rollout(model, spec, mesh), mesh)
+    P = config.rollout.num_prompts
+    while_loop = jax.lax.while_loop if task.is_traceable else host_while_loop
+    push, pop = jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
+
+    def gather(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        """Rounds until the buffer holds a full batch of informative groups, or the cap is spent."""
+        assert state.pending is not None
+
+        def add_round(done: Gathering) -> Gathering:
+            batch, metrics = sample_round(state, done.rounds)
+            buffer = push(done.buffer, batch, rewards.is_informative(batch.task_reward_PG))
+            return Gathering(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
+
+        def is_short(done: Gathering):
+            return (done.buffer.count < P) & (done.rounds < config.dynamic_sampling.max_sampling_rounds)
+
+        # The first round stands before the loop, so that every iteration has metrics of fresh samples.
+        batch, metrics = sample_round(state, jnp.int32(0))
+        buffer = push(state.pending, batch, rewards.is_informative(batch.task_reward_PG))
+        done = while_loop(is_short, add_round, Gathering(buffer, jnp.int32(1), metrics))
+        batch, buffer = pop(done.buffer, P)
+        metrics = dict(done.metrics)
+        metrics["groups/missing"] = Mean.of((batch.rollout.mask_PGT.sum((1, 2)) == 0).astype(jnp.float32))
+        metrics["groups/rounds"] = Mean(done.rounds.astype(jnp.float32), jnp.float32(1))
+        metrics["groups/pending"] = Mean(buffer.count.astype(jnp.float32), jnp.float32(1))
+        state = state.replace(pending=buffer, num_prompts_drawn=state.num_prompts_drawn + done.rounds * P)
+        return state, batch, metrics
+
+    def sample_once(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        batch, metrics = sample_round(state, jnp.int32(0))
+        return state.replace(num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
+
+    collect = gather if config.dynamic_sampling.enabled else sample_once
+    update = train_step if task.is_traceable else jax.jit(train_step, donate_argnums=0)
+
+    def iterate(state: TrainState) -> tuple[TrainState, dict[str, Metric], Batch]:
+        state, batch, sample_metrics = collect(state)
+        state, update_metrics = update(state, batch)
+        return constrain_state(state, mesh), metrics_lib.merge(sample_metrics, update_metrics), batch
+
+    return jax.jit(iterate, donate_argnums=0) if task.is_traceable else iterate
+
+
+def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh):
+    """-> sample_round(state, number of the round) -> (rewarded Batch, metrics of everything sampled in it)."""
+    P = config.rollout.num_prompts
+    run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout)
+
+    def finish(rolled: Rollout, task_reward_PG, key) -> tuple[Batch, dict[str, Metric]]:
+        if config.shuffle_rewards:
+            task_reward_PG = rewards.shuffled(task_reward_PG, key)
+        batch = rewards.rewarded(
+            rolled,
+            task_reward_PG,
+            max_completion_tokens=config.rollout.max_completion_tokens,
+            cache_tokens=config.overlong.cache_tokens,
+        )
+        return constrain(batch, mesh, ROWS), sample_metrics(batch, config.objective.success_threshold)
+
+    finish = finish if task.is_traceable else jax.jit(finish)
+
+    def sample_round(state: TrainState, number: Any) -> tuple[Batch, dict[str, Metric]]:
+        prompts = task.train_prompts(state.num_prompts_drawn + number * P, P)
+        key, shuffle_key = (
+            jax.random.fold_in(key_for(config.seed, purpose, state.step), number) for purpose in ("rollout", "shuffle")
+        )
+        rolled = run_rollout(state.params, prompts, key)
+        answer, tokens_PGT, mask_PGT = prompts.answer, rolled.tokens_PGT, rolled.mask_PGT
+        if not task.is_traceable:
+            answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))
+        task_reward_PG, task_metrics = task.reward(answer, tokens_PGT, mask_PGT)
+        batch, metrics = finish(rolled, jnp.asarray(task_reward_PG), shuffle_key)
+        return batch, {**metrics, **task_metrics}
+
+    return sample_round
+
+
+def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
+    """What the policy did in a round, over all of its completions, kept or not."""
+    rolled = batch.rollout
+    lengths_PG = rolled.mask_PGT.sum(-1)
+    return {
+        "reward/mean": Mean.of(batch.reward_PG),
+        "reward/success": Mean.of((batch.task_reward_PG >= success_threshold).astype(jnp.float32)),
+        "policy/entropy": Mean.of(rolled.entropy_PGT, rolled.mask_PGT),
+        "completion/length_mean": Mean.of(lengths_PG),
+        "completion/length_max": Max(lengths_PG.max()),
+        "completion/truncated": Mean.of(rolled.is_truncated_PG.astype(jnp.float32)),
+        "groups/uninformative": Mean.of(1.0 - rewards.is_informative(batch.task_reward_PG)),
+    }
+
+
+def host_while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
+    """`jax.lax.while_loop` for bodies that need the host."""
+    while np.asarray(cond(carry)):
+        carry = body(carry)
+    return carry
+
+
+def constrain_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state is the same on every device."""
+    return constrain(state, mesh, REPLICATED) if isinstance(state.step, jax.core.Tracer) else state

@@ -1,0 +1,36 @@
+"""Masks, and sums, means and standard deviations under them: defined when everything is masked, blind to what is masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Axis = int | tuple[int, ...] | None
+
+
+def completion_mask(is_stop_BT) -> Any:
+    """bool[B, T] "this is a stop token" -> float32[B, T], 1 through the first stop token (kept), 0 after it."""
+    stops_before = jnp.cumsum(is_stop_BT, -1) - is_stop_BT
+    return (stops_before == 0).astype(jnp.float32)
+
+
+def masked_sum(x, mask, axis: Axis = None, axis_name: str | None = None, keepdims: bool = False):
+    """Sum of x where mask > 0; over the devices of `axis_name` too. Masked values may be NaN or infinite."""
+    total = jnp.where(mask > 0, x, 0.0).sum(axis, keepdims=keepdims)
+    return jax.lax.psum(total, axis_name) if axis_name else total
+
+
+def masked_mean(x, mask, axis: Axis = None, axis_name: str | None = None, keepdims: bool = False):
+    """Mean of x where mask > 0, or 0 where nothing is."""
+    total = masked_sum(x, mask, axis, axis_name, keepdims)
+    return total / jnp.maximum(masked_sum(jnp.ones_like(x), mask, axis, axis_name, keepdims), 1.0)
+
+
+def masked_std(x, mask, axis: Axis = None, axis_name: str | None = None, keepdims: bool = False, ddof: int = 1):
+    """Standard deviation of x where mask > 0, in two passes; 0 with fewer than ddof + 1 values."""
+    centred = x - masked_mean(x, mask, axis, axis_name, keepdims=True)
+    count = masked_sum(jnp.ones_like(x), mask, axis, axis_name, keepdims)
+    variance = masked_sum(jnp.square(centred), mask, axis, axis_name, keepdims) / jnp.maximum(count - ddof, 1.0)
+    return jnp.where(count > ddof, jnp.sqrt(variance), 0.0)

@@ -1,0 +1,1 @@
+"""Language models: one decoder driven by its architecture, and weights from Hugging Face folders."""

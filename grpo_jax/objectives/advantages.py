@@ -1,0 +1,167 @@
+"""Rewards -> per-token advantages [B, T]. Group statistics need whole groups: call this before any microbatch split.
+
+All four share one signature: `Shaped` inputs in, advantage out, 0 on masked tokens; no gradient flows through any input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.masking import masked_mean, masked_std, masked_sum
+
+if TYPE_CHECKING:
+    from grpo_jax.objectives.spec import Objective
+
+
+class Groups(NamedTuple):
+    """The inputs in group layout. has_tokens_PG: False on dropped rows, which no statistic counts."""
+
+    reward_PG: Any
+    is_success_PG: Any
+    mask_PGT: Any
+    entropy_PGT: Any
+    has_tokens_PG: Any
+    axis_name: str | None
+
+
+def advantages(
+    obj: Objective,
+    rewards_B,
+    mask_BT,
+    entropy_BT=None,
+    *,
+    group_size: int,
+    task_rewards_B=None,
+    axis_name: str | None = None,
+):
+    """How much better each token was than its group made one expect.
+
+    Args:
+      rewards_B: float32, what is maximised (shaping included). mask_BT: 1 on completion tokens, EOS included.
+      entropy_BT: nats, of the sampling policy; may be None where the estimator does not read it.
+      group_size: G; rows of a group are contiguous. task_rewards_B: decides O+ / O- (default: rewards_B).
+      axis_name: mesh axis to take batch statistics over, inside `shard_map` (groups are never split over devices).
+    Returns: float32[B, T], exactly 0 on masked tokens and dropped rows; gradients are stopped.
+    Raises: ValueError if B is not a multiple of G or a needed entropy is missing.
+    """
+    B, T = mask_BT.shape
+    if group_size < 1 or B % group_size:
+        raise ValueError(f"{B} rows do not divide into groups of group_size = {group_size}")
+    if obj.needs_entropy and entropy_BT is None:
+        raise ValueError(f"advantage {obj.advantage!r} needs the sampling policy's entropy_BT, got None")
+    task_rewards_B = rewards_B if task_rewards_B is None else task_rewards_B
+    by_group = (B // group_size, group_size)
+    mask_PGT = jnp.asarray(mask_BT, jnp.float32).reshape(*by_group, T)
+    entropy_BT = jnp.ones_like(mask_BT, jnp.float32) if entropy_BT is None else entropy_BT
+    groups = Groups(
+        reward_PG=jnp.asarray(rewards_B, jnp.float32).reshape(by_group),
+        is_success_PG=jnp.asarray(task_rewards_B).reshape(by_group) >= obj.success_threshold,
+        mask_PGT=mask_PGT,
+        entropy_PGT=_bounded_entropy(obj, jnp.asarray(entropy_BT, jnp.float32).reshape(*by_group, T), mask_PGT),
+        has_tokens_PG=mask_PGT.any(-1),
+        axis_name=axis_name,
+    )
+    adv_PGT = ADVANTAGES[obj.advantage](obj, groups)
+    return jax.lax.stop_gradient(jnp.where(mask_PGT > 0, adv_PGT, 0.0).reshape(B, T))
+
+
+def _bounded_entropy(obj: Objective, entropy_PGT, mask_PGT):
+    """H = max(entropy, floor), optionally clipped first; masked positions get 1 so that they stay finite."""
+    if obj.entropy_clip is not None:
+        entropy_PGT = jnp.clip(entropy_PGT, *obj.entropy_clip)
+    return jnp.where(mask_PGT > 0, jnp.maximum(entropy_PGT, obj.entropy_floor), 1.0)
+
+
+def group_norm(obj: Objective, groups: Groups):
+    """A_i = (r_i - mean_g) / (std_g + eps), broadcast over tokens (arXiv 2402.03300, sec. 4.1.2)."""
+    rows = groups.has_tokens_PG
+    std_P1 = masked_std(groups.reward_PG, rows, 1, keepdims=True, ddof=obj.std_ddof)
+    return group_center(obj, groups) / (std_P1 + obj.adv_eps)[..., None]
+
+
+def group_center(obj: Objective, groups: Groups):
+    """A_i = r_i - mean_g, broadcast over tokens (Dr. GRPO, arXiv 2503.20783); exactly 0 if all rewards are equal."""
+    del obj
+    rewards_PG, rows = groups.reward_PG, groups.has_tokens_PG
+    mean_P1 = masked_mean(rewards_PG, rows, 1, keepdims=True)
+    highest_P1 = jnp.where(rows, rewards_PG, -jnp.inf).max(1, keepdims=True)
+    lowest_P1 = jnp.where(rows, rewards_PG, jnp.inf).min(1, keepdims=True)
+    adv_PG = jnp.where(highest_P1 > lowest_P1, rewards_PG - mean_P1, 0.0)  # not the rounding error of the mean
+    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
+
+
+def token_entropy(obj: Objective, groups: Groups):
+    """GTPO (arXiv 2508.04349, eqs. 2-4): among successes an uncertain token earns more, among failures it loses less.
+
+    At position t, over the active rows: r+ = a1 r + a2 d_t H / sum_O+ H and r- = -a1 - a2 h_t (1/H) / sum_O- (1/H).
+    """
+    success_PGT = groups.is_success_PG[..., None] * groups.mask_PGT
+    failure_PGT = groups.mask_PGT - success_PGT
+    share_up_PGT = _relative(groups.entropy_PGT, success_PGT, axis=1)
+    share_down_PGT = _relative(1.0 / groups.entropy_PGT, failure_PGT, axis=1)
+    up_PGT = obj.base_weight * groups.reward_PG[..., None] + obj.entropy_weight * share_up_PGT
+    down_PGT = -obj.base_weight - obj.entropy_weight * share_down_PGT
+    return _normalised(obj, groups, up_PGT, down_PGT, success_PGT, failure_PGT, group_axes=(1, 2))
+
+
+def sequence_entropy(obj: Objective, groups: Groups):
+    """GRPO-S (arXiv 2508.04349, eq. 6): the same on whole sequences, with each row's mean entropy."""
+    rows_PG = groups.has_tokens_PG.astype(jnp.float32)
+    if obj.sequence_mean_kind == "geometric":
+        mean_PG = jnp.exp(masked_mean(jnp.log(groups.entropy_PGT), groups.mask_PGT, -1))
+    else:
+        mean_PG = jnp.where(rows_PG > 0, masked_mean(groups.entropy_PGT, groups.mask_PGT, -1), 1.0)
+    success_PG = groups.is_success_PG * rows_PG
+    failure_PG = rows_PG - success_PG
+    up_PG = obj.base_weight * groups.reward_PG + obj.entropy_weight * _relative(mean_PG, success_PG, axis=1)
+    down_PG = -obj.base_weight - obj.entropy_weight * _relative(1.0 / mean_PG, failure_PG, axis=1)
+    adv_PG = _normalised(obj, groups, up_PG, down_PG, success_PG, failure_PG, group_axes=(1,))
+    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
+
+
+def _relative(x, members, axis: int):
+    """x over its mean among the members: count * x / sum x (1 where there is no member)."""
+    total = masked_sum(x, members, axis, keepdims=True)
+    count = masked_sum(jnp.ones_like(x), members, axis, keepdims=True)
+    return jnp.where(total > 0, count * x / jnp.where(total > 0, total, 1.0), 1.0)
+
+
+def _normalised(obj: Objective, groups: Groups, up, down, success, failure, group_axes: tuple[int, ...]):
+    """Eq. 4: (r+ - mean R+) / (std R+ + eps) on O+, likewise on O-.
+
+    R+ holds an entry for *every* member of the scope, 0 on those in O-: left out, successes would average to advantage 0
+    and the signal of correctness would be gone.
+    """
+    is_batch = obj.stat_scope == "batch"
+    scope = {
+        "axis": None if is_batch else group_axes,
+        "axis_name": groups.axis_name if is_batch else None,
+        "keepdims": True,
+    }
+
+    def standardise(shaped, members, everyone):
+        shaped = jnp.where(members > 0, shaped, 0.0)
+        mean = masked_mean(shaped, everyone, **scope)
+        return (shaped - mean) / (masked_std(shaped, everyone, **scope, ddof=obj.std_ddof) + obj.adv_eps)
+
+    everyone = success + failure
+    adv = jnp.where(success > 0, standardise(up, success, everyone), standardise(down, failure, everyone))
+    if is_batch:
+        return adv
+    is_mixed = success.any(group_axes, keepdims=True) & failure.any(group_axes, keepdims=True)
+    return jnp.where(is_mixed, adv, 0.0)
+
+
+ADVANTAGES: Mapping[str, Callable[[Any, Groups], Any]] = MappingProxyType(
+    {
+        "group_norm": group_norm,
+        "group_center": group_center,
+        "token_entropy": token_entropy,
+        "sequence_entropy": sequence_entropy,
+    }
+)

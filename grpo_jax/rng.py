@@ -1,0 +1,14 @@
+"""Randomness is a function of (seed, purpose, step) and nothing else, so a resumed run repeats itself bitwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+PURPOSES = ("init", "prompts", "rollout", "shuffle", "minibatches", "warm_start", "evaluate")
+
+
+def key_for(seed: int, purpose: str, step: Any = 0):
+    """The key for one purpose at one step (step may be traced)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step)

@@ -1,0 +1,165 @@
+"""What runs inside a scoring process: the built-in scorers, and the loop that serves them to `tasks/scoring.py`.
+
+A scorer is `function(item: dict, completion: str) -> float`, named as "package.module:function". This module stands
+outside `tasks/` because a process that only compares answers should not pay for importing JAX; it must stay light.
+
+On the pipe, one frame each way per item: 8 bytes of little-endian length, then a pickle.
+    parent -> worker   (item, completion)
+    worker -> parent   first (is_ready, message), then (score, error); an empty error means the score counts
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import io
+import logging
+import os
+import pickle
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Scorer = Callable[[dict[str, Any], str], float]
+
+HEADER = struct.Struct("<Q")
+FLOAT32_MAX = 3.4028234e38
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def math_verify_score(item: dict[str, Any], completion: str) -> float:
+    """1.0 if the completion's last mathematical expression equals `item["answer"]`, or the texts are the same; else 0.0.
+
+    math-verify's own time limits are off: they rest on SIGALRM, which a regular expression stuck in C never sees. The
+    pool that calls this kills the process instead.
+    """
+    if completion.strip() == item["answer"].strip():
+        return 1.0
+    parse, verify = _math_verify()
+    return float(verify(_parsed_gold(item["answer"]), parse(completion, parsing_timeout=None), timeout_seconds=None))
+
+
+@functools.cache
+def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off; so they shall be
+    return math_verify.parse, math_verify.verify
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed_gold(answer: str) -> list[Any]:
+    """The true answer parsed as LaTeX; bare text such as `x^2 + 1` or `(1, 2)` is only seen as such between dollars."""
+    has_delimiters = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
+    return _math_verify()[0](answer if has_delimiters else f"${answer}$", parsing_timeout=None)
+
+
+def reasoning_gym_score(item: dict[str, Any], completion: str) -> float:
+    """What reasoning-gym's own `score_answer` gives, in [0, 1].
+
+    item: `dataset` (generator name), `params` (its settings), `entry` (what the generator returned).
+    The answer is the text inside the last <answer>...</answer>, or the stripped completion if there is none.
+    """
+    from reasoning_gym.utils import extract_answer
+
+    answer = extract_answer(completion)
+    return _reasoning_gym_scorer(item)(completion.strip() if answer is None else answer, item["entry"])
+
+
+_DATASETS: dict[str, Any] = {}
+
+
+def _reasoning_gym_scorer(item: Mapping[str, Any]) -> Callable[[str, dict[str, Any]], float]:
+    """`score_answer` of the item's generator; generators are kept, since some load word lists when built."""
+    import reasoning_gym
+
+    key = f"{item['dataset']} {sorted(item['params'].items())!r}"
+    if key not in _DATASETS:
+        _DATASETS[key] = reasoning_gym.create_dataset(item["dataset"], **item["params"])
+    return _DATASETS[key].score_answer
+
+
+def load_scorer(name: str) -> Scorer:
+    """Import "package.module:function". Raises whatever the import raises."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def pack(message: Any) -> bytes:
+    """One frame: length, then pickle."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+def serve(scorer: str, parent_pid: int) -> None:
+    """Score frames from file descriptor 0 until it ends; the body of a worker process, never returns."""
+    _die_with_parent(parent_pid)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # The scorer may print and read as it likes: from here on its stdout is stderr, and its stdin is empty.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        function = load_scorer(scorer)
+        _send(replies, (True, ""))
+        while (frame := _read_frame(requests)) is not None:
+            _send(replies, _judge(function, frame))
+    except BrokenPipeError:  # the parent is gone
+        pass
+    except BaseException as error:  # noqa: BLE001  a scorer's import may raise anything; the parent reports it
+        _send(replies, (False, _describe(error)))
+    os._exit(0)  # threads that the scorer left behind must not keep the process alive
+
+
+def _judge(function: Scorer, frame: bytes) -> tuple[float, str]:
+    try:
+        item, completion = pickle.loads(frame)
+        value = function(item, completion)
+        if isinstance(value, str | bytes):
+            raise TypeError(f"the scorer returned {value!r:.80}, not a number")
+        score = float(value)
+        if not abs(score) <= FLOAT32_MAX:  # written so that NaN fails too
+            raise ValueError(f"the scorer returned {score}, not a finite number")
+    except BaseException as error:  # noqa: BLE001  SystemExit too: a scorer that exits has failed on this item
+        return 0.0, _describe(error)
+    return score, ""
+
+
+def _describe(error: BaseException) -> str:
+    """The exception in one line; `traceback` survives exceptions whose own `__str__` raises."""
+    return traceback.format_exception_only(error)[-1].strip().replace("\n", " ")[:300]
+
+
+def _read_frame(stream: io.BufferedIOBase) -> bytes | None:
+    """The next frame's body, or None where the stream ends."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    (length,) = HEADER.unpack(header)
+    body = stream.read(length)
+    return body if len(body) == length else None
+
+
+def _send(stream: io.BufferedIOBase, message: Any) -> None:
+    stream.write(pack(message))
+    stream.flush()
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends, however it ends (Linux; elsewhere end-of-file has to do).
+
+    A worker stuck in its scorer does not read its pipe, so it would never notice a parent that was killed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # a C library without prctl
+        return
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os._exit(1)

@@ -1,0 +1,56 @@
+"""Tasks: where prompts come from and what a completion is worth.
+
+A task is one object with the interface below. If `is_traceable`, its `train_prompts` and `reward` are pure JAX functions
+and a whole iteration (prompts, rollout, reward, advantage, update) compiles into one call. Otherwise both run on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from grpo_jax.metrics import Metrics
+from grpo_jax.types import Prompts
+
+
+class Tokenizer(Protocol):
+    """The few things the library needs from a tokenizer."""
+
+    vocab_size: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, with no special tokens added."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """Ids -> text, special tokens left out."""
+        ...
+
+
+class Task(Protocol):
+    """Prompts and a reward.
+
+    stop_ids: a completion ends at (and includes) the first of these. prompt_tokens: S, the fixed prompt width.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    prompt_tokens: int
+    is_traceable: bool
+
+    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
+        """The training prompts number position .. position + num_prompts - 1: a pure function of (task, position)."""
+        ...
+
+    def eval_prompts(self) -> Prompts:
+        """All held-out prompts; none of them is ever a training prompt."""
+        ...
+
+    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> tuple[Any, Metrics]:
+        """Task reward float32[P, G] (success is >= `objective.success_threshold`) and the task's own metrics."""
+        ...
+
+    def close(self) -> None:
+        """Release what the task holds (worker processes)."""
+        ...

@@ -1,0 +1,152 @@
+"""Text to ids and back: one id per character for the embedded task, any Hugging Face tokenizer for language models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.errors import UserError
+
+NUM_SPECIAL = 2  # pad and eos, before the characters
+
+
+class CharTokenizer:
+    """Ids 0 = pad, 1 = eos, then the characters of `alphabet` in order.
+
+    >>> tokenizer = CharTokenizer("ab")
+    >>> tokenizer.encode("ba"), tokenizer.decode([3, 2, 1, 0])
+    ([3, 2], 'ba')
+    """
+
+    pad_id = 0
+    eos_ids: tuple[int, ...] = (1,)
+
+    def __init__(self, alphabet: str) -> None:
+        """Raises UserError if a character stands in the alphabet twice."""
+        repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
+        if repeated:
+            raise UserError(f"alphabet {alphabet!r}: {repeated[0]!r} stands in it more than once")
+        self.alphabet = alphabet
+        self.vocab_size = NUM_SPECIAL + len(alphabet)
+        self._ids = {char: NUM_SPECIAL + i for i, char in enumerate(alphabet)}
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Raises UserError naming a character that is not in the alphabet."""
+        unknown = next((char for char in text if char not in self._ids), None)
+        if unknown is not None:
+            raise UserError(f"character {unknown!r} in {text!r:.60} is not in the alphabet {self.alphabet!r:.200}")
+        return [self._ids[char] for char in text]
+
+    def decode(self, ids: Any) -> str:
+        """Ids -> text, pad and eos left out."""
+        return "".join(self.alphabet[i - NUM_SPECIAL] for i in np.asarray(ids, int).tolist() if i >= NUM_SPECIAL)
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer, from a local folder or a hub id.
+
+    eos_ids: every id that ends a completion: the tokenizer's, and those of generation_config.json and config.json (chat
+    models often stop at another token than the one that ends a document). pad_id: an eos id where there is no pad token.
+    Raises UserError naming `model.path` where the tokenizer cannot be loaded or has no end token.
+    """
+
+    def __init__(self, path: str) -> None:
+        from grpo_jax.models.hf import resolve  # here, for the embedded task needs none of it
+
+        self.path = path
+        folder = resolve(path)
+        self._tokenizer = _load(path, folder)
+        eos_ids = _as_ids(self._tokenizer.eos_token_id)
+        for name in ("generation_config.json", "config.json"):
+            eos_ids += _as_ids(_read_json(path, folder / name).get("eos_token_id"))
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        if not self.eos_ids:
+            raise UserError(f"model.path = {path!r}: no end token; set eos_token_id in its generation_config.json")
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+        self.vocab_size: int = len(self._tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` will work; base models often have no template."""
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, with no special tokens added."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Any) -> str:
+        """Ids -> text, special tokens left out, spaces as they are."""
+        ids = np.asarray(ids, int).tolist()
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages ({"role", "content"}) -> ids through the chat template, up to where the assistant begins to speak.
+
+        Raises UserError if the tokenizer has no template, or the template refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise UserError(
+                f"model.path = {self.path!r} has no chat template: set task.jsonl.use_chat_template = False, "
+                "or take a model tuned for chat"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # noqa: BLE001  templates are programs: jinja's errors, and whatever they raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"model.path = {self.path!r}: its chat template refuses {roles}: {_line(error)}") from error
+
+
+def _load(path: str, folder: Path) -> Any:
+    try:
+        return _auto_tokenizer().from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  ValueError, OSError, KeyError, TypeError: all mean the same to the user
+        raise UserError(
+            f"model.path = {path!r}: no tokenizer there; it needs tokenizer.json and tokenizer_config.json ({_line(error)})"
+        ) from error
+
+
+def _auto_tokenizer() -> Any:
+    """Import transformers (seconds, so only when asked for) without its advice to install torch."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = before
+    return AutoTokenizer
+
+
+def _read_json(path: str, file: Path) -> dict[str, Any]:
+    """One of the model's JSON files, {} if it has none."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path = {path!r}: cannot read {file.name}: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.path = {path!r}: {file.name} holds no JSON object")
+    return content
+
+
+def _as_ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

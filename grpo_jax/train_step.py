@@ -1,0 +1,225 @@
+"""One batch -> one update: a pure `train_step(state, batch) -> (state, metrics)` over a device mesh.
+
+    batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
+          -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives
+from grpo_jax.metrics import Max, Mean, Metric
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.objectives import Objective
+from grpo_jax.rng import key_for
+from grpo_jax.sampling import Sampling
+from grpo_jax.score import score
+from grpo_jax.sharding import REPLICATED, ROWS, constrain
+from grpo_jax.spmd import vary_like
+from grpo_jax.types import Batch, Params, Rollout, TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+    """The static half of an update. old_logp: "sampler" (what was recorded) or "learner" (one more forward pass)."""
+
+    objective: Objective
+    sampling: Sampling
+    max_completion_tokens: int
+    num_epochs: int
+    num_minibatches: int
+    num_microbatches: int
+    logprob_chunk_tokens: int
+    old_logp: str
+    filter_truncated: bool
+    seed: int
+
+
+@flax.struct.dataclass
+class Target:
+    """What the loss needs beside the policy; fixed for the whole update. All [P, G, T] with the prompt axis first."""
+
+    rollout: Rollout
+    advantage_PGT: Any
+    old_logp_PGT: Any
+    ref_logp_PGT: Any
+
+
+def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, spec: UpdateSpec, mesh: Mesh) -> TrainStep:
+    """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        prepare = jax.shard_map(
+            lambda params, ref_params, batch: prepare_target(model, params, ref_params, batch, spec, axis_name="data"),
+            mesh=mesh,
+            in_specs=(REPLICATED, REPLICATED, ROWS),
+            out_specs=ROWS,
+        )
+        target = prepare(state.params, state.ref_params, constrain(batch, mesh, ROWS))
+
+        def minibatch_step(carry, minibatch: Target):
+            params, opt_state = carry
+            grads, metrics = sharded_gradients(params, constrain(minibatch, mesh, ROWS))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            metrics["grad/norm"] = Mean(optax.global_norm(grads), jnp.float32(1))
+            return (optax.apply_updates(params, updates), opt_state), metrics
+
+        sharded_gradients = jax.shard_map(
+            lambda params, minibatch: gradients(model, params, minibatch, spec, axis_name="data"),
+            mesh=mesh,
+            in_specs=(REPLICATED, ROWS),
+            out_specs=REPLICATED,
+        )
+        minibatches = split_minibatches(target, state.step, spec)
+        (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
+        metrics = metrics_lib.reduce_stacked(stacked)
+        # Only before the first optimizer step do sampler and learner hold the same weights.
+        metrics["policy/sampler_logp_gap"] = jax.tree.map(lambda x: x[0], stacked["policy/sampler_logp_gap"])
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def prepare_target(
+    model: ModelDef, params: Params, ref_params: Params | None, batch: Batch, spec: UpdateSpec, axis_name: str | None = None
+) -> Target:
+    """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
+    rollout, obj = batch.rollout, spec.objective
+    if spec.filter_truncated:
+        rollout = rollout.replace(mask_PGT=rollout.mask_PGT * ~rollout.is_truncated_PG[..., None])
+    P, G, T = rollout.mask_PGT.shape
+    old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
+    if spec.old_logp == "learner":
+        old_logp_PGT, entropy_PGT = score_in_microbatches(model, params, rollout, spec)
+    adv_BT = objectives.advantages(
+        obj,
+        batch.reward_PG.reshape(-1),
+        rollout.mask_PGT.reshape(-1, T),
+        entropy_PGT.reshape(-1, T),
+        group_size=G,
+        task_rewards_B=batch.task_reward_PG.reshape(-1),
+        axis_name=axis_name,
+    )
+    ref_logp_PGT = None
+    if obj.kl_coef > 0:
+        assert ref_params is not None, "kl_coef > 0 without a reference model in the state"
+        ref_logp_PGT, _ = score_in_microbatches(model, ref_params, rollout, spec)
+    return Target(rollout, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
+
+
+def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spec: UpdateSpec):
+    """`score` with the update's peak memory; -> (logp_PGT, entropy_PGT)."""
+    shape = rollout.tokens_PGT.shape
+    if spec.num_microbatches == 1:
+        return score(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)
+    pieces = jax.lax.map(
+        lambda piece: score(model, params, piece, spec.sampling, spec.logprob_chunk_tokens),
+        split_microbatches(rollout, rollout, spec.num_microbatches),
+    )
+    return jax.tree.map(lambda x: x.reshape(shape), pieces)
+
+
+def gradients(model: ModelDef, params: Params, target: Target, spec: UpdateSpec, axis_name: str | None = None):
+    """-> (gradient of the global loss, metrics), both summed over devices once, after all microbatches."""
+    mask_PGT = target.rollout.mask_PGT
+    T = mask_PGT.shape[-1]
+    weight_BT, denom = objectives.weights(
+        spec.objective,
+        mask_PGT.reshape(-1, T),
+        max_completion_length=spec.max_completion_tokens,
+        axis_name=axis_name,
+    )
+    if axis_name:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
+        params = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), params)
+
+    def microbatch_gradients(piece_and_weight):
+        piece, weight_PGT = piece_and_weight
+        (loss, metrics), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params, model, piece, weight_PGT, spec)
+        metrics["loss/total"] = Mean(loss / denom, jnp.zeros_like(loss))
+        return grads, metrics
+
+    pieces = (target, weight_BT.reshape(mask_PGT.shape))
+    if spec.num_microbatches == 1:
+        grads, metrics = microbatch_gradients(pieces)
+    else:
+        pieces = split_microbatches(pieces, target.rollout, spec.num_microbatches)
+        shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        zeros = vary_like(zeros, target.rollout.tokens_PGT)
+
+        def accumulate(total, piece):
+            grads, metrics = microbatch_gradients(piece)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        grads, stacked = jax.lax.scan(accumulate, zeros, pieces)
+        metrics = metrics_lib.reduce_stacked(stacked)
+    if axis_name:
+        grads, metrics = jax.lax.psum(grads, axis_name), metrics_lib.psum(metrics, axis_name)
+    metrics["loss/total"] = metrics["loss/total"].replace(count=jnp.float32(1))
+    return jax.tree.map(lambda g: g / denom, grads), metrics
+
+
+def weighted_loss(params: Params, model: ModelDef, target: Target, weight_PGT, spec: UpdateSpec):
+    """sum(loss * weight) of one microbatch, *not* divided by anything; and its metrics."""
+    rollout = target.rollout
+    T = rollout.mask_PGT.shape[-1]
+    logp_PGT, entropy_PGT = score(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)
+
+    def rows(x):
+        return None if x is None else x.reshape(-1, T)
+
+    mask_BT = rows(rollout.mask_PGT)
+    loss_BT, aux = objectives.token_loss(
+        spec.objective, rows(logp_PGT), rows(target.old_logp_PGT), rows(target.ref_logp_PGT), rows(target.advantage_PGT), mask_BT
+    )
+    gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
+    metrics: dict[str, Metric] = {
+        **objectives.loss_metrics(aux, mask_BT),
+        "policy/learner_entropy": Mean.of(entropy_PGT, rollout.mask_PGT),
+        "policy/sampler_logp_gap": Max(jnp.where(rollout.mask_PGT > 0, gap_PGT, 0.0).max()),
+    }
+    return (loss_BT * rows(weight_PGT)).sum(), metrics
+
+
+def split_minibatches(target: Target, step, spec: UpdateSpec) -> Target:
+    """[P, ...] -> [epochs * minibatches, P / minibatches, ...]: groups in a fresh order each epoch, none left out."""
+    P = len(target.advantage_PGT)
+    if spec.num_minibatches == 1:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (spec.num_epochs, *x.shape)), target)
+    keys = jax.random.split(key_for(spec.seed, "minibatches", step), spec.num_epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, P))(keys)
+    order = order.reshape(spec.num_epochs * spec.num_minibatches, P // spec.num_minibatches)
+    return jax.tree.map(lambda x: x[order], target)
+
+
+def split_microbatches(tree: Any, rollout: Rollout, num_microbatches: int) -> Any:
+    """Cut [P, G, ...] leaves into [num_microbatches, p, g, ...]: by groups, and within groups once P is used up.
+
+    A group's prompt is then repeated for each part of it. Leaves of `rollout.prompts` are [P, ...] without G.
+    """
+    P, G = rollout.tokens_PGT.shape[:2]
+    parts = max(1, num_microbatches // P)  # of each group
+
+    def cut_prompts(x):
+        return jnp.repeat(x, parts, axis=0).reshape(num_microbatches, P * parts // num_microbatches, *x.shape[1:])
+
+    def cut(x):
+        if isinstance(x, Rollout):
+            prompts = jax.tree.map(cut_prompts, x.prompts)
+            rest = jax.tree.map(cut, x.replace(prompts=None))
+            return rest.replace(prompts=prompts)
+        return x.reshape(num_microbatches, P * parts // num_microbatches, G // parts, *x.shape[2:])
+
+    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Rollout))

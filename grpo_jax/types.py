@@ -1,0 +1,88 @@
+"""What crosses from one stage to the next, and the letters its axes are named by.
+
+    P  prompts of a batch             S  prompt slots (left-padded)
+    G  completions of each prompt     T  completion slots (right-padded)
+    B  rows, P * G, groups contiguous V  vocabulary
+    D  model width   N  query heads   K  key/value heads   H  head width   L  layers
+
+Everything here is a pytree with the prompt axis first, so that sharding over devices, cutting into minibatches and
+dynamic sampling are all operations on axis 0 and a group is never torn apart by accident.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
+
+
+@flax.struct.dataclass
+class Prompts:
+    """What a task hands to the rollout.
+
+    tokens_PS: int32, left-padded. mask_PS: bool, True on real tokens (at least one a row).
+    answer: whatever the task's reward needs, leading axis P (traceable tasks: arrays; host tasks: int32 row numbers).
+    """
+
+    tokens_PS: Any
+    mask_PS: Any
+    answer: Any
+
+
+@flax.struct.dataclass
+class Rollout:
+    """G completions of each prompt, with what the sampler knew when it drew them.
+
+    tokens_PGT: int32, pad id after the stop token. mask_PGT: float32, 1 through the stop token *included*.
+    sampler_logp_PGT, entropy_PGT: float32, nats, of the distribution sampled from (temperature, top-k and top-p included).
+    support_PGT: int32, how many tokens that distribution kept; None when nothing was cut off (no top-k, no top-p).
+    is_truncated_PG: bool, ran into the length limit without a stop token.
+    """
+
+    prompts: Prompts
+    tokens_PGT: Any
+    mask_PGT: Any
+    sampler_logp_PGT: Any
+    entropy_PGT: Any
+    support_PGT: Any
+    is_truncated_PG: Any
+
+
+@flax.struct.dataclass
+class Batch:
+    """A rollout with its rewards: all that an update needs.
+
+    task_reward_PG: float32, what the task says; success, O+/O- and dynamic sampling look at this one only.
+    reward_PG: float32, task reward plus shaping (overlong punishment); what the advantage is computed from.
+    """
+
+    rollout: Rollout
+    task_reward_PG: Any
+    reward_PG: Any
+
+
+@flax.struct.dataclass
+class GroupBuffer:
+    """Informative groups waiting to be trained on (dynamic sampling). Static shape; slots from `count` on hold rubbish."""
+
+    batch: Batch
+    count: Any  # int32 scalar
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes while a run goes on; the whole of it is checkpointed.
+
+    step: int32, updates done. num_prompts_drawn: int32, the data position. ref_params: None unless kl_coef > 0.
+    pending: groups that dynamic sampling found beyond the batch; None when it is off.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ref_params: Params | None
+    num_prompts_drawn: jax.Array
+    pending: GroupBuffer | None

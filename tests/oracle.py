@@ -1,0 +1,215 @@
+"""The objectives in float64 NumPy, row by row and token by token: slow, obvious, sharing no line with the library.
+
+`obj` is anything with the fields of an objective. Masked positions are never read, so they may hold anything.
+A row without tokens takes part in nothing. Gradients are derived by hand; tests compare them with finite differences.
+"""
+
+import math
+
+import numpy as np
+
+MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp; a clamped one has no gradient
+
+
+def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=None):
+    """float64[B, T], 0 where masked."""
+    rewards_B = np.asarray(rewards_B, np.float64)
+    task_rewards_B = rewards_B if task_rewards_B is None else np.asarray(task_rewards_B, np.float64)
+    is_active_BT = np.asarray(mask_BT) > 0
+    threshold = float(np.float32(obj.success_threshold))  # rewards are float32: compare with what they compare with
+    groups = [
+        [i for i in range(start, start + group_size) if is_active_BT[i].any()]
+        for start in range(0, len(rewards_B), group_size)
+    ]
+    plus = {i for rows in groups for i in rows if task_rewards_B[i] >= threshold}
+
+    if obj.advantage == "group_norm":
+        return _group_norm(obj, rewards_B, is_active_BT, groups)
+    if obj.advantage == "group_center":
+        return _group_center(rewards_B, is_active_BT, groups)
+    if obj.advantage == "token_entropy":
+        return _token_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
+    if obj.advantage == "sequence_entropy":
+        return _sequence_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
+    raise NotImplementedError(obj.advantage)
+
+
+def _standardise(x, pool, obj):
+    """(x - mean(pool)) / (std(pool) + eps); 0 where the pool is constant or too small for its std."""
+    n = len(pool)
+    if n < obj.std_ddof + 1 or max(pool) == min(pool):
+        return 0.0
+    mean = math.fsum(pool) / n
+    std = math.sqrt(math.fsum((y - mean) ** 2 for y in pool) / (n - obj.std_ddof))
+    return (x - mean) / (std + obj.adv_eps)
+
+
+def _group_norm(obj, rewards_B, is_active_BT, groups):
+    adv_BT = np.zeros(is_active_BT.shape)
+    for rows in groups:
+        pool = [rewards_B[k] for k in rows]
+        for i in rows:
+            adv_BT[i, is_active_BT[i]] = _standardise(rewards_B[i], pool, obj)
+    return adv_BT
+
+
+def _group_center(rewards_B, is_active_BT, groups):
+    adv_BT = np.zeros(is_active_BT.shape)
+    for rows in groups:
+        pool = [rewards_B[k] for k in rows]
+        for i in rows:
+            is_constant = max(pool) == min(pool)
+            adv_BT[i, is_active_BT[i]] = 0.0 if is_constant else rewards_B[i] - math.fsum(pool) / len(pool)
+    return adv_BT
+
+
+def _entropies(obj, entropy_BT, is_active_BT):
+    """H on active tokens: clipped first (if asked for), then floored."""
+    H_BT = np.zeros(is_active_BT.shape)
+    for i, t in zip(*np.nonzero(is_active_BT), strict=True):
+        H = float(entropy_BT[i, t])
+        if obj.entropy_clip is not None:
+            low, high = obj.entropy_clip
+            H = min(max(H, low), high)
+        H_BT[i, t] = max(H, obj.entropy_floor)
+    return H_BT
+
+
+def _token_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
+    """GTPO, eqs. 2-4."""
+    B, T = is_active_BT.shape
+    a1, a2 = obj.base_weight, obj.entropy_weight
+    shaped_plus_BT, shaped_minus_BT = np.zeros((B, T)), np.zeros((B, T))  # the zeros stay on the other set's tokens
+    for rows in groups:
+        for t in range(T):
+            plus_t = [i for i in rows if i in plus and is_active_BT[i, t]]
+            minus_t = [j for j in rows if j not in plus and is_active_BT[j, t]]
+            d, h = len(plus_t), len(minus_t)
+            for i in plus_t:
+                shaped_plus_BT[i, t] = a1 * rewards_B[i] + a2 * d * H_BT[i, t] / sum(H_BT[k, t] for k in plus_t)
+            for j in minus_t:
+                shaped_minus_BT[j, t] = -a1 - a2 * h * (1 / H_BT[j, t]) / sum(1 / H_BT[k, t] for k in minus_t)
+
+    adv_BT = np.zeros((B, T))
+    for rows in groups:
+        pool_rows = rows if obj.stat_scope == "group" else [k for other in groups for k in other]
+        pool = [(k, t) for k in pool_rows for t in range(T) if is_active_BT[k, t]]
+        R_plus = [shaped_plus_BT[k, t] for k, t in pool]
+        R_minus = [shaped_minus_BT[k, t] for k, t in pool]
+        if obj.stat_scope == "group" and len({i in plus for i in rows}) < 2:
+            continue  # wholly in O+ or wholly in O-
+        for i in rows:
+            shaped_BT, R = (shaped_plus_BT, R_plus) if i in plus else (shaped_minus_BT, R_minus)
+            for t in range(T):
+                if is_active_BT[i, t]:
+                    adv_BT[i, t] = _standardise(shaped_BT[i, t], R, obj)
+    return adv_BT
+
+
+def _sequence_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
+    """GRPO-S, eq. 6."""
+    B, T = is_active_BT.shape
+    b1, b2 = obj.base_weight, obj.entropy_weight
+    Hs = {}
+    for rows in groups:
+        for i in rows:
+            H_row = H_BT[i, is_active_BT[i]]
+            is_geometric = obj.sequence_mean_kind == "geometric"
+            Hs[i] = math.exp(np.log(H_row).mean()) if is_geometric else H_row.mean()
+
+    shaped_plus_B, shaped_minus_B = np.zeros(B), np.zeros(B)
+    for rows in groups:
+        plus_g = [i for i in rows if i in plus]
+        minus_g = [j for j in rows if j not in plus]
+        n, m = len(plus_g), len(minus_g)
+        for i in plus_g:
+            shaped_plus_B[i] = b1 * rewards_B[i] + b2 * n * Hs[i] / sum(Hs[k] for k in plus_g)
+        for j in minus_g:
+            shaped_minus_B[j] = -b1 - b2 * m * (1 / Hs[j]) / sum(1 / Hs[k] for k in minus_g)
+
+    adv_BT = np.zeros((B, T))
+    for rows in groups:
+        pool_rows = rows if obj.stat_scope == "group" else [k for other in groups for k in other]
+        if obj.stat_scope == "group" and len({i in plus for i in rows}) < 2:
+            continue
+        for i in rows:
+            shaped_B = shaped_plus_B if i in plus else shaped_minus_B
+            adv_BT[i, is_active_BT[i]] = _standardise(shaped_B[i], [shaped_B[k] for k in pool_rows], obj)
+    return adv_BT
+
+
+def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_length):
+    """(loss, d loss / d logp [B, T]); 0 and zeros when no token is active. ref_logp may be None when kl_coef is 0."""
+    is_active_BT = np.asarray(mask) > 0
+    rows = [i for i in range(len(is_active_BT)) if is_active_BT[i].any()]
+    N, num_tokens = len(rows), int(is_active_BT.sum())
+    loss, grad_BT = 0.0, np.zeros(is_active_BT.shape)
+    for i in rows:
+        tokens = np.flatnonzero(is_active_BT[i])
+        n = len(tokens)
+        logp_n, old_n, adv_n = (np.asarray(x[i], np.float64)[tokens] for x in (logp, old_logp, adv))
+        if obj.ratio == "token":
+            objective_n, slope_n = _token_surrogate(obj, logp_n, old_n, adv_n)
+        else:
+            objective, slope_n = _sequence_surrogate(obj, logp_n, old_n, adv_n)
+            # One value a row, written as n equal shares: the row's mean of them is that value again.
+            objective_n, slope_n = np.full(n, objective), n * slope_n
+        if obj.kl_coef != 0:
+            kl_n, kl_slope_n = _k3(logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
+            objective_n = objective_n - obj.kl_coef * kl_n
+            slope_n = slope_n - obj.kl_coef * kl_slope_n
+
+        if obj.ratio != "token" or obj.aggregation == "sequence_mean":
+            weight = 1 / (N * n)
+        elif obj.aggregation == "token_mean":
+            weight = 1 / num_tokens
+        elif obj.aggregation == "constant":
+            weight = 1 / (N * max_completion_length)
+        else:
+            raise NotImplementedError(obj.aggregation)
+        loss -= weight * objective_n.sum()
+        grad_BT[i, tokens] = -weight * slope_n
+    return loss, grad_BT
+
+
+def _min_of_clipped(obj, w, A):
+    """min(w A, clip(w) A) and its derivative in w, which is 0 exactly where the clipped branch is the smaller one."""
+    clipped_w = min(max(w, 1 - obj.clip_low), 1 + obj.clip_high)
+    if clipped_w * A < w * A:
+        return clipped_w * A, 0.0
+    return w * A, A
+
+
+def _token_surrogate(obj, logp_n, old_n, adv_n):
+    objective_n, slope_n = np.zeros(len(logp_n)), np.zeros(len(logp_n))
+    for t, log_ratio in enumerate(logp_n - old_n):
+        w = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+        objective_n[t], dw = _min_of_clipped(obj, w, adv_n[t])
+        slope_n[t] = dw * w if abs(log_ratio) <= MAX_LOG_RATIO else 0.0  # dw/dlogp = w
+    return objective_n, slope_n
+
+
+def _sequence_surrogate(obj, logp_n, old_n, adv_n):
+    """The row's objective (one number) and its derivative in each of the row's logp."""
+    n = len(logp_n)
+    assert np.ptp(adv_n) == 0, "a sequence ratio needs one advantage a row"
+    log_ratio_n = logp_n - old_n
+    if obj.ratio == "sequence":
+        w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        w = w_n.mean()
+        dw_n = np.where(np.abs(log_ratio_n) <= MAX_LOG_RATIO, w_n, 0.0) / n  # w = (1/n) sum exp(log_ratio)
+    elif obj.ratio == "sequence_geometric":
+        mean = log_ratio_n.mean()
+        w = math.exp(min(max(mean, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+        dw_n = np.full(n, w / n if abs(mean) <= MAX_LOG_RATIO else 0.0)  # w = exp((1/n) sum log_ratio)
+    else:
+        raise NotImplementedError(obj.ratio)
+    objective, dw = _min_of_clipped(obj, w, adv_n[0])
+    return objective, dw * dw_n
+
+
+def _k3(logp_n, ref_n):
+    """exp(d) - d - 1 with d = ref - logp, and its derivative in logp: 1 - exp(d). Only the exp is clamped."""
+    d_n = ref_n - logp_n
+    exp_n = np.exp(np.clip(d_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return exp_n - d_n - 1, 1 - np.where(np.abs(d_n) <= MAX_LOG_RATIO, exp_n, 0.0)

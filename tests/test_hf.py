@@ -1,0 +1,307 @@
+"""Hugging Face folders: the same logits as torch's, and every way a folder can be wrong ends in one line that says so."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_jax.errors import UserError
+from grpo_jax.models import hf
+from grpo_jax.models.transformer import Architecture, ModelDef, init_params
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama untied, wide heads": ("llama", {"head_dim": 12, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0}),
+    "llama, one key/value head": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1_000_000.0}),
+    "qwen2 untied, all heads": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3 untied": ("qwen3", {"head_dim": 8, "rope_theta": 1_000_000.0}),
+}
+
+
+def torch_model(name: str, dtype=torch.float32):
+    """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
+    family, changes = MODELS[name]
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": changes.get("rope_theta", 10_000.0)}}
+    changes = {key: value for key, value in changes.items() if key != "rope_theta"}
+    config = AutoConfig.for_model(family, **{**SIZES, **changes, **theta})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
+    return model
+
+
+def edit_config(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good folder (untied llama) for a test to spoil."""
+    torch_model("llama untied, wide heads").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tied(tmp_path):
+    torch_model("llama tied").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, dtype="float32"):
+    return hf.load_params(folder, hf.read_architecture(folder), dtype)
+
+
+def spoil(folder: Path, change):
+    """Rewrite model.safetensors after `change(tensors)`."""
+    tensors = load_file(folder / hf.SINGLE)
+    change(tensors)
+    save_file(tensors, folder / hf.SINGLE)
+
+
+def left_padded():
+    tokens_BT = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (4, 17))
+    mask_BT = np.arange(17)[None] >= np.array([0, 3, 9, 16])[:, None]
+    return tokens_BT, mask_BT
+
+
+def jax_logits(folder, tokens_BT, mask_BT):
+    arch = hf.read_architecture(folder)
+    decoder = ModelDef(arch).bind(hf.load_params(folder, arch, "float32"))
+    hidden_BTD, _ = decoder(jnp.asarray(tokens_BT), jnp.asarray(mask_BT))
+    return np.asarray(jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_VD))
+
+
+def torch_logits(model, tokens_BT, mask_BT):
+    positions_BT = np.maximum(mask_BT.cumsum(-1) - 1, 0)
+    inputs = {"input_ids": tokens_BT, "attention_mask": mask_BT.astype(int), "position_ids": positions_BT}
+    with torch.no_grad():
+        return model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_torch_on_left_padded_batches(tmp_path, name):
+    model = torch_model(name)
+    model.save_pretrained(tmp_path)
+    tokens_BT, mask_BT = left_padded()
+    ours, theirs = jax_logits(tmp_path, tokens_BT, mask_BT), torch_logits(model, tokens_BT, mask_BT)
+    assert np.abs(theirs[mask_BT]).max() > 1  # otherwise the tolerance would prove nothing
+    np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=1e-5)
+
+
+def test_several_files_equal_one(tmp_path):
+    model = torch_model("qwen3 untied")
+    for name, size in (("one", "1GB"), ("many", "20KB")):
+        (tmp_path / name).mkdir()
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "many"), load(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_every_source_dtype_is_cast_exactly(tmp_path, stored, wanted):
+    model = torch_model("qwen2 tied", stored)
+    model.save_pretrained(tmp_path)
+    params = load(tmp_path, wanted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(wanted)}
+    ours = np.asarray(params["layers"]["attn"]["q"]["weight"][1].astype("float32"))
+    theirs = model.model.layers[1].self_attn.q_proj.weight.detach().to(getattr(torch, wanted)).float().numpy()
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["qwen2 tied", "qwen3 untied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_params_writes_what_torch_loads(tmp_path, name, dtype):
+    model = torch_model(name, getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    params = load(tmp_path, dtype)
+    (tmp_path / hf.SINGLE).unlink()
+    hf.save_params(tmp_path, params, hf.read_architecture(tmp_path))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_tree_is_that_of_fresh_parameters(folder):
+    fresh = init_params(hf.read_architecture(folder), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, load(folder)) == jax.tree.map(jnp.shape, fresh)
+
+
+def test_architecture_of_old_and_new_config_files(tmp_path):
+    def read(**config):
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
+        return hf.read_architecture(tmp_path)
+
+    sizes = {"vocab_size": 61, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48}
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    for rope in (new, {"rope_theta": 5e5, "rope_scaling": None}, {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}):
+        expected = Architecture(**sizes, head_dim=8, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False)
+        assert read(model_type="llama", **rope) == expected
+    assert read(model_type="llama").rope_theta == 10_000.0
+    assert read(model_type="llama", num_key_value_heads=None).num_kv_heads == 4
+    assert read(model_type="llama", head_dim=None).head_dim == 8
+    assert read(model_type="qwen3").head_dim == 128  # transformers' default for this family
+    qwen2 = read(model_type="qwen2", sliding_window=4096, use_sliding_window=False, tie_word_embeddings=True)
+    assert qwen2 == Architecture(**sizes, head_dim=8, norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
+    assert read(model_type="qwen3", rms_norm_eps=1e-5).norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["model_type", '"gpt2"', "llama, qwen2, qwen3"]),
+        ({"model_type": None}, ["model_type", "null", "llama, qwen2, qwen3"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", '"gelu"', "silu"]),
+        ({"attention_bias": True}, ["attention_bias", "true", "False"]),
+        ({"mlp_bias": True}, ["mlp_bias", "true", "False"]),
+        ({"use_sliding_window": True}, ["use_sliding_window", "true", "False"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "absent"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling.rope_type", '"linear"', "default"]),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_parameters.rope_type", '"llama3"', "default"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["rope_parameters.partial_rotary_factor", "0.5"]),
+        ({"hidden_size": "32"}, ["hidden_size", '"32"', "positive integer"]),
+        ({"vocab_size": None}, ["vocab_size", "null", "positive integer"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0", "positive integer"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads = 3", "num_attention_heads = 4"]),
+    ],
+)
+def test_unsupported_setting_names_key_value_and_what_is_supported(folder, changes, words):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError) as error:
+        hf.read_architecture(folder)
+    message = str(error.value)
+    assert "config.json" in message and "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_malformed_config_names_the_file(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: .*JSON"):
+        hf.read_architecture(folder)
+
+
+def test_missing_folder_and_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"model\.path = .*nowhere': no such folder"):
+        hf.read_architecture(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"model\.path = .*no config\.json"):
+        hf.read_architecture(tmp_path)
+
+
+def test_folder_without_safetensors(folder):
+    (folder / hf.SINGLE).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"model\.path = .*neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_file_is_named(folder, keep):
+    content = (folder / hf.SINGLE).read_bytes()
+    (folder / hf.SINGLE).write_bytes(content[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors: missing, truncated or no safetensors file"):
+        load(folder)
+
+
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(Q1), [Q1, "(48, 32)", "is missing"]),
+        (lambda t: t.pop("lm_head.weight"), ["lm_head.weight", "(61, 32)", "is missing"]),
+        (lambda t: [t.pop(k) for k in list(t) if ".mlp." in k], ["mlp.down_proj", "is missing (and 8 more)"]),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), ["unexpected", "extra", "(3,)"]),
+        (lambda t: t.update({Q1: np.ones((32, 48), np.float32)}), [Q1, "(32, 48)", "asks for (48, 32)"]),
+        (lambda t: t.update({Q1: t[Q1].astype(np.int8)}), [Q1, "dtype I8", "F32, F16, BF16"]),
+        (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[Q1]}), ["unexpected", "model.layers.3"]),
+        (lambda t: t.update({Q1.replace("weight", "bias"): np.ones(48, np.float32)}), ["unexpected", "q_proj.bias"]),
+    ],
+)
+def test_wrong_tensor_is_named(folder, change, words):
+    spoil(folder, change)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
+    expected = load(folder)
+    spoil(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+
+
+def test_tied_head_may_be_stored_if_it_is_a_copy(tied):
+    expected = load(tied)
+    spoil(tied, lambda t: t.update({hf.HEAD: t[hf.EMBED].copy()}))
+    jax.tree.map(np.testing.assert_array_equal, load(tied), expected)
+    spoil(tied, lambda t: t.update({hf.HEAD: t[hf.EMBED] + 1e-3}))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs .* tie_word_embeddings = true"):
+        load(tied)
+
+
+def test_broken_index(tmp_path):
+    torch_model("qwen2 tied").save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / hf.INDEX).read_text())
+    lost = tmp_path / index["weight_map"][Q1]
+    tensors = load_file(lost)
+    tensors.pop(Q1)
+    save_file(tensors or {"model.unused": np.ones(1, np.float32)}, lost)
+    with pytest.raises(UserError, match=rf"{lost.name}: tensor {Q1} is missing"):
+        load(tmp_path)
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"{lost.name}: missing, truncated"):
+        load(tmp_path)
+    (tmp_path / hf.INDEX).write_text("{}")
+    with pytest.raises(UserError, match="weight_map is missing or empty"):
+        load(tmp_path)
+
+
+def test_hub_id_is_fetched_and_a_failure_is_one_line(folder, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hf.resolve("some-org/some.model") == folder
+    assert hf.resolve(folder) == folder  # a folder is never looked up
+    assert asked == [("some-org/some.model", hf.HUB_FILES)]
+
+    def fail(name, allow_patterns):
+        raise ConnectionError("name not known\ncheck the connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError) as error:
+        hf.resolve("some-org/some.model")
+    assert "model.path = 'some-org/some.model'" in str(error.value)
+    assert "name not known" in str(error.value) and "\n" not in str(error.value)
+    for no_id in ("/some-org/model", "./org/model", "a/b/c", "name"):
+        with pytest.raises(UserError, match="no such folder$"):
+            hf.resolve(no_id)

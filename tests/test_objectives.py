@@ -1,0 +1,985 @@
+"""The objectives against the float64 oracle, numbers worked out by hand, every invariant, and public trainers' bugs."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from grpo_jax import objectives
+
+NAMES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s", "gspo")
+ENTROPY_NAMES = ("gtpo", "grpo_s")
+P, G, T = 8, 4, 6
+B = P * G
+BUDGET = 10  # max_completion_length, on purpose not T
+SUCCESS_GROUP, FAILURE_GROUP, HOLED_GROUP, DROPPED_GROUP = 1, 2, 3, 5  # groups of `make_batch` that are special
+HOLED_ROW = HOLED_GROUP * G + 1
+every_variant = pytest.mark.parametrize("name", NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def f32(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def rows_of(group):
+    return slice(group * G, (group + 1) * G)
+
+
+def make_batch(seed=0, rewards="binary"):
+    """Ragged: a row without tokens, a group without tokens, uniform groups, ratios on both sides of the clip."""
+    rng = np.random.default_rng(seed)
+    lengths_B = rng.integers(1, T + 1, B)
+    lengths_B[HOLED_ROW] = 0
+    lengths_B[rows_of(DROPPED_GROUP)] = 0
+    lengths_B[0], lengths_B[1] = T, 1
+    task_B = rng.integers(0, 2, B).astype(np.float32)
+    task_B[:G] = [1, 0, 1, 0]
+    task_B[rows_of(SUCCESS_GROUP)] = 1
+    task_B[rows_of(FAILURE_GROUP)] = 0
+    rewards_B = task_B
+    if rewards == "graded":  # 0.5 is the threshold and counts as success
+        task_B = rewards_B = rng.choice([0.0, 0.25, 0.5, 0.75, 1.0], B)
+        rewards_B[rows_of(SUCCESS_GROUP)] = 0.75
+    elif rewards == "shaped":  # a success may end below the threshold after its punishment, and stays in O+
+        rewards_B = task_B + rng.choice([0.0, -0.3, -1.0], B)
+    logp_BT = -rng.uniform(0.1, 4.0, (B, T))
+    sign_B1 = rng.choice([-1.0, 1.0], (B, 1))
+    entropy_BT = rng.uniform(0.0, 3.0, (B, T))
+    entropy_BT[rng.random((B, T)) < 0.1] = 0.0  # a certain token: only the floor keeps 1/H finite
+    row_adv_BT = np.repeat(rng.normal(size=(B, 1)), T, axis=1)
+    mask_BT = np.arange(T)[None, :] < lengths_B[:, None]
+    batch = dict(
+        rewards_B=rewards_B,
+        task_B=task_B,
+        mask_BT=mask_BT,
+        entropy_BT=entropy_BT,
+        logp_BT=logp_BT,
+        old_BT=logp_BT - rng.normal(size=(B, T)) * 0.3 - 0.2 * sign_B1,
+        ref_BT=logp_BT + rng.normal(size=(B, T)) * 0.4,
+        row_adv_BT=row_adv_BT * mask_BT,
+        token_adv_BT=rng.normal(size=(B, T)) * mask_BT,
+    )
+    return SimpleNamespace(**{key: np.asarray(value, np.float32) for key, value in batch.items()})
+
+
+def replaced(batch, **changes):
+    return SimpleNamespace(**{**vars(batch), **changes})
+
+
+def advantages(obj, batch, group_size=G, **kwargs):
+    kwargs.setdefault("task_rewards_B", f32(batch.task_B))
+    rewards_B, mask_BT, entropy_BT = f32(batch.rewards_B), f32(batch.mask_BT), f32(batch.entropy_BT)
+    return objectives.advantages(obj, rewards_B, mask_BT, entropy_BT, group_size=group_size, **kwargs)
+
+
+def oracle_advantages(obj, batch, group_size=G):
+    return oracle.advantages(obj, batch.rewards_B, batch.mask_BT, batch.entropy_BT, group_size, batch.task_B)
+
+
+def loss_grad_metrics(obj, batch, adv_BT, budget=BUDGET):
+    """Loss, d loss / d logp and metrics of the library."""
+    ref_BT = f32(batch.ref_BT) if obj.kl_coef else None
+    rest = f32(batch.old_BT), ref_BT, f32(adv_BT), f32(batch.mask_BT)
+
+    def loss_of(logp_BT):
+        return objectives.loss(obj, logp_BT, *rest, max_completion_length=budget)
+
+    (loss, metrics), grad_BT = jax.value_and_grad(loss_of, has_aux=True)(f32(batch.logp_BT))
+    return loss, grad_BT, metrics
+
+
+def loss_and_grad(obj, batch, adv_BT, budget=BUDGET):
+    return loss_grad_metrics(obj, batch, adv_BT, budget)[:2]
+
+
+def oracle_loss_and_grad(obj, batch, adv_BT, budget=BUDGET):
+    return oracle.loss_and_grad(obj, batch.logp_BT, batch.old_BT, batch.ref_BT, adv_BT, batch.mask_BT, budget)
+
+
+def assert_close(actual, desired, rtol=1e-5):
+    """Relative to each number, or to a tenth of the largest one where numbers cancel."""
+    desired = np.asarray(desired)
+    scale = float(np.max(np.abs(desired), initial=0.0))
+    np.testing.assert_allclose(np.asarray(actual), desired, rtol=rtol, atol=0.1 * rtol * scale + 1e-9)
+
+
+def row_batch(logp, old, mask=None, ref=None):
+    """A hand-made batch from nested lists of natural-log probabilities."""
+    logp, old = np.atleast_2d(logp), np.atleast_2d(old)
+    mask = np.ones(logp.shape) if mask is None else np.atleast_2d(mask)
+    return SimpleNamespace(logp_BT=logp, old_BT=old, ref_BT=logp if ref is None else np.atleast_2d(ref), mask_BT=mask)
+
+
+def hand_advantages(obj, rewards, mask, entropy, group_size):
+    rewards_B, mask_BT, entropy_BT = f32(rewards), f32(mask), f32(entropy)
+    return np.asarray(objectives.advantages(obj, rewards_B, mask_BT, entropy_BT, group_size=group_size))
+
+
+def case(name, **fields):
+    return pytest.param(name, fields, id="-".join([name, *(f"{k}={v}" for k, v in fields.items())]).replace(" ", ""))
+
+
+def grid(name, **choices):
+    return [case(name, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+@every_variant
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+def test_oracle_gradient_is_the_finite_difference(name, kl_coef):
+    obj = objectives.get(name, kl_coef=kl_coef)
+    batch = make_batch(seed=1)
+    few = SimpleNamespace(**{key: value[:6].astype(np.float64) for key, value in vars(batch).items()})
+    adv_BT = few.token_adv_BT if obj.ratio == "token" else few.row_adv_BT
+    _, grad_BT = oracle_loss_and_grad(obj, few, adv_BT)
+    numeric_BT, h = np.zeros_like(grad_BT), 1e-6
+    for i, t in np.ndindex(*grad_BT.shape):
+        sides = []
+        for step in (h, -h):
+            logp_BT = few.logp_BT.copy()
+            logp_BT[i, t] += step
+            sides.append(oracle_loss_and_grad(obj, replaced(few, logp_BT=logp_BT), adv_BT)[0])
+        numeric_BT[i, t] = (sides[0] - sides[1]) / (2 * h)
+    assert np.abs(grad_BT).max() > 0.01
+    np.testing.assert_allclose(grad_BT, numeric_BT, rtol=1e-6, atol=1e-9)
+
+
+def test_batches_exercise_every_branch():
+    batch = make_batch()
+    is_active_BT = batch.mask_BT > 0
+    w_BT = np.exp(batch.logp_BT - batch.old_BT)
+    for w in (w_BT[is_active_BT], [w_BT[i, is_active_BT[i]].mean() for i in range(B) if is_active_BT[i].any()]):
+        assert (np.asarray(w) < 0.8).sum() >= 3 and (np.asarray(w) > 1.28).sum() >= 3
+    for adv_BT in (batch.token_adv_BT, batch.row_adv_BT):
+        for is_far_BT in (w_BT < 0.8, w_BT > 1.28):
+            assert {-1.0, 1.0} <= set(np.sign(adv_BT[is_far_BT & is_active_BT]))
+    assert len(set(batch.mask_BT.sum(1))) == T + 1
+    shaped = make_batch(rewards="shaped")
+    assert ((shaped.task_B >= 0.5) != (shaped.rewards_B >= 0.5)).any()
+
+
+# ------------------------------------------------------------------------------------------- parity with the oracle
+
+ADVANTAGE_CASES = [
+    *grid("grpo", std_ddof=(0, 1), adv_eps=(1e-6, 1e-2)),
+    *grid("dapo", std_ddof=(0, 1)),
+    *grid("gspo", std_ddof=(0, 1)),
+    case("dr_grpo"),
+    *grid("gtpo", stat_scope=("batch", "group"), entropy_clip=(None, (0.2, 1.5)), std_ddof=(0, 1)),
+    *grid("gtpo", stat_scope=("batch", "group"), entropy_floor=(0.3,), entropy_clip=(None, (0.0, 1.5))),
+    *grid("gtpo", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),
+    *grid("gtpo", success_threshold=(0.25, 0.75)),
+    *grid("gtpo", adv_eps=(1e-2,)),
+    *grid("grpo_s", stat_scope=("batch", "group"), sequence_mean_kind=("arithmetic", "geometric"), std_ddof=(0, 1)),
+    *grid("grpo_s", stat_scope=("batch", "group"), entropy_clip=((0.2, 1.5),), entropy_floor=(1e-4, 0.3)),
+    *grid("grpo_s", sequence_mean_kind=("geometric",), entropy_floor=(1e-2, 0.3)),
+    *grid("grpo_s", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),
+    *grid("grpo_s", success_threshold=(0.25, 0.75)),
+]
+
+
+@pytest.mark.parametrize("rewards", ["binary", "graded", "shaped"])
+@pytest.mark.parametrize("name, fields", ADVANTAGE_CASES)
+def test_advantages_match_oracle(name, fields, rewards):
+    obj = objectives.get(name, **fields)
+    batch = make_batch(seed=2, rewards=rewards)
+    expected_BT = oracle_advantages(obj, batch)
+    assert np.abs(expected_BT).max() > 0.3
+    assert_close(advantages(obj, batch), expected_BT)
+
+
+LOSS_CASES = [
+    *itertools.chain.from_iterable(
+        grid(name, kl_coef=(0.0, 0.04), clip_low=(0.1, 0.2), clip_high=(0.2, 0.4)) for name in NAMES
+    ),
+    *grid(  # axes compose: any ratio with any aggregation
+        "grpo",
+        ratio=("token", "sequence", "sequence_geometric"),
+        aggregation=("sequence_mean", "token_mean", "constant"),
+        kl_coef=(0.0, 0.04),
+    ),
+]
+
+
+@pytest.mark.parametrize("name, fields", LOSS_CASES)
+def test_loss_and_gradient_match_oracle(name, fields):
+    obj = objectives.get(name, **fields)
+    batch = make_batch(seed=3)
+    adv_BT = batch.token_adv_BT if obj.ratio == "token" else batch.row_adv_BT
+    expected, expected_grad_BT = oracle_loss_and_grad(obj, batch, adv_BT)
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    assert abs(expected) > 1e-3
+    assert_close(loss, expected)
+    assert_close(grad_BT, expected_grad_BT)
+
+
+@pytest.mark.parametrize("rewards", ["binary", "graded", "shaped"])
+@every_variant
+def test_presets_match_oracle_end_to_end(name, rewards):
+    obj = objectives.get(name)
+    batch = make_batch(seed=4, rewards=rewards)
+    expected, expected_grad_BT = oracle_loss_and_grad(obj, batch, oracle_advantages(obj, batch))
+    loss, grad_BT = loss_and_grad(obj, batch, advantages(obj, batch))
+    assert abs(expected) > 1e-3
+    assert_close(loss, expected, rtol=2e-5)
+    assert_close(grad_BT, expected_grad_BT, rtol=2e-5)
+
+
+@every_variant
+def test_loss_is_its_parts(name):
+    """`loss` is sum(token_loss * weight) / denom: the train step uses the parts, so they may not drift apart."""
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch()
+    adv_BT, mask_BT = advantages(obj, batch), f32(batch.mask_BT)
+    logps = f32(batch.logp_BT), f32(batch.old_BT), f32(batch.ref_BT)
+    loss_BT, aux = objectives.token_loss(obj, *logps, adv_BT, mask_BT)
+    weight_BT, denom = objectives.weights(obj, mask_BT, max_completion_length=BUDGET)
+    loss, _ = objectives.loss(obj, *logps, adv_BT, mask_BT, max_completion_length=BUDGET)
+    assert_close((loss_BT * weight_BT).sum() / denom, loss, rtol=1e-6)
+    assert loss_BT.shape == weight_BT.shape == (B, T) and denom.shape == ()
+    assert all(value.shape == (B, T) for value in aux.values())
+    assert not np.asarray(loss_BT)[batch.mask_BT == 0].any()
+    assert not np.asarray(weight_BT * mask_BT - weight_BT).any()
+
+
+# --------------------------------------------------------------------------------------------------- goldens by hand
+
+
+def test_golden_group_norm():
+    # [1, 0, 0, 0]: mean 1/4; sum of squares 9/16 + 3/16 = 3/4; sample variance 3/4 / 3 = 1/4, std 1/2.
+    # A = (3/4) / (1/2) = 3/2 and (-1/4) / (1/2) = -1/2.
+    # ddof 0: variance 3/16, std sqrt(3)/4, A = sqrt(3) and -1/sqrt(3).
+    obj = objectives.get("grpo", adv_eps=0.0)
+    rewards, mask = [1, 0, 0, 0], np.ones((4, 2))
+    adv_BT = objectives.advantages(obj, f32(rewards), f32(mask), None, group_size=4)
+    assert_close(adv_BT, [[1.5, 1.5], [-0.5, -0.5], [-0.5, -0.5], [-0.5, -0.5]])
+    population = objectives.get("grpo", adv_eps=0.0, std_ddof=0)
+    adv_BT = objectives.advantages(population, f32(rewards), f32(mask), None, group_size=4)
+    assert_close(adv_BT[:2, 0], [math.sqrt(3), -1 / math.sqrt(3)])
+
+
+def test_golden_group_center():
+    # [1, 0, 0, 1/2]: mean 3/8.
+    obj, rewards_B = objectives.get("dr_grpo"), f32([1, 0, 0, 0.5])
+    adv_BT = objectives.advantages(obj, rewards_B, f32(np.ones((4, 1))), None, group_size=4)
+    assert_close(adv_BT[:, 0], [5 / 8, -3 / 8, -3 / 8, 1 / 8])
+
+
+def test_golden_token_entropy():
+    # One group, rewards [1, 1, 0]; row 1 has no second token.  H = [[1, 5], [3, .], [2, 7]].
+    # t=0: O+ = {0, 1}, d = 2: 1 + 0.1 * 2 * 1/4 = 1.05 and 1 + 0.1 * 2 * 3/4 = 1.15.  O- = {2}, h = 1: -1 - 0.1 = -1.1.
+    # t=1: O+ = {0}, d = 1: 1 + 0.1 = 1.1.  O- = {2}: -1.1.
+    # R+ = [1.05, 1.1, 1.15, 0, 0]: mean 3.3/5 = 0.66, sum of squares 1.1025 + 1.21 + 1.3225 = 3.635,
+    #      variance (3.635 - 5 * 0.66^2) / 4 = 1.457/4 = 0.36425.
+    # R- = [0, 0, 0, -1.1, -1.1]: mean -0.44, variance (2.42 - 5 * 0.44^2) / 4 = 1.452/4 = 0.363.
+    for scope in ("batch", "group"):
+        obj = objectives.get("gtpo", adv_eps=0.0, stat_scope=scope)
+        adv_BT = hand_advantages(obj, [1, 1, 0], [[1, 1], [1, 0], [1, 1]], [[1, 5], [3, 9], [2, 7]], 3)
+        plus, minus = math.sqrt(0.36425), math.sqrt(0.363)
+        expected_BT = [[0.39 / plus, 0.44 / plus], [0.49 / plus, 0.0], [-0.66 / minus, -0.66 / minus]]
+        assert_close(adv_BT, expected_BT)
+
+
+def test_golden_token_entropy_punishes_the_sure_failure_most():
+    # Rewards [1, 0, 0], T = 1, H = [2, 1, 3].  O-: h = 2, 1/H = 1 and 1/3, sum 4/3: shares 3/4 and 1/4;
+    # -1 - 0.1 * 2 * 3/4 = -1.15 and -1.05.  R- = [0, -1.15, -1.05]: mean -2.2/3, var (1.3225 + 1.1025 - 4.84/3)/2.
+    obj = objectives.get("gtpo", adv_eps=0.0)
+    adv_BT = hand_advantages(obj, [1, 0, 0], np.ones((3, 1)), [[2], [1], [3]], 3)
+    mean, std = -2.2 / 3, math.sqrt((1.3225 + 1.1025 - 4.84 / 3) / 2)
+    assert_close(adv_BT[1:, 0], [(-1.15 - mean) / std, (-1.05 - mean) / std])
+    assert_close(adv_BT[0, 0], 2 / math.sqrt(3))  # R+ = [1.1, 0, 0]: 1.1 * (2/3) / (1.1 / sqrt(3))
+
+
+@pytest.mark.parametrize("kind, Hs", [("arithmetic", 2.5), ("geometric", 2.0)])
+def test_golden_sequence_entropy(kind, Hs):
+    # Rewards [1, 1, 0].  H = [[1, 4], [6, 6], [2, .]]: row 0's mean is (1 + 4)/2 or sqrt(1 * 4), row 1's is 6 anyhow.
+    # n = 2: rs+ = 1 + 0.2 * Hs/(Hs + 6) and 1 + 0.2 * 6/(Hs + 6) (geometric: 1.05 and 1.15).  m = 1: rs- = -1.1.
+    # R+ = [., ., 0] sums to 2.2.  R- = [0, 0, -1.1]: mean -1.1/3, std 1.1/sqrt(3), A- = -1.1 * 2/3 / std = -2/sqrt(3).
+    obj = objectives.get("grpo_s", adv_eps=0.0, sequence_mean_kind=kind)
+    adv_BT = hand_advantages(obj, [1, 1, 0], [[1, 1], [1, 1], [1, 0]], [[1, 4], [6, 6], [2, 99]], 3)
+    plus = 1 + 0.2 * Hs / (Hs + 6), 1 + 0.2 * 6 / (Hs + 6)
+    mean = 2.2 / 3
+    std = math.sqrt((plus[0] ** 2 + plus[1] ** 2 - 3 * mean**2) / 2)
+    expected_B = [(plus[0] - mean) / std, (plus[1] - mean) / std, -2 / math.sqrt(3)]
+    assert_close(adv_BT, np.array([expected_B, expected_B]).T * [[1, 1], [1, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    "A, w, objective, slope",
+    [
+        (1.0, 1.5, 1.28, 0.0),  # already likelier than the clip allows: no more
+        (1.0, 0.5, 0.5, 0.5),  # became unlikelier though good: full pull back
+        (-1.0, 1.5, -1.5, -1.5),  # became likelier though bad: full push down, unclipped
+        (-1.0, 0.5, -0.8, 0.0),  # already pushed down enough
+        (2.0, 1.1, 2.2, 2.2),
+        (-2.0, 0.9, -1.8, -1.8),
+    ],
+)
+@every_variant
+def test_golden_clip(name, A, w, objective, slope):
+    obj = objectives.get(name, kl_coef=0.0, clip_low=0.2, clip_high=0.28, aggregation="sequence_mean")
+    loss, grad_BT = loss_and_grad(obj, row_batch([[math.log(w) - 1.0]], [[-1.0]]), [[A]])
+    assert_close(loss, -objective)
+    assert_close(grad_BT, [[-slope]])
+
+
+def test_golden_sequence_ratios():
+    # w = (2, 1/2): arithmetic mean 1.25, geometric mean 1.  A = 1, clip out of the way.
+    batch = row_batch(np.log([[0.4, 0.1]]), np.log([[0.2, 0.2]]))
+    wide = dict(kl_coef=0.0, clip_low=0.9, clip_high=9.0)
+    loss, grad_BT = loss_and_grad(objectives.get("grpo_s", **wide), batch, [[1.0, 1.0]])
+    assert_close(loss, -1.25)
+    assert_close(grad_BT, [[-2 / 2, -0.5 / 2]])  # dw/dlogp_t = exp(log_ratio_t) / |o|
+    loss, grad_BT = loss_and_grad(objectives.get("gspo", **wide), batch, [[1.0, 1.0]])
+    assert_close(loss, -1.0)
+    assert_close(grad_BT, [[-1 / 2, -1 / 2]])  # dw/dlogp_t = w / |o|
+
+
+@pytest.mark.parametrize(
+    "aggregation, loss, weights_B",
+    [
+        ("sequence_mean", -(1 + 4) / 2, [1 / 2, 1 / 6]),  # rows average 1 and 4
+        ("token_mean", -(1 + 12) / 4, [1 / 4, 1 / 4]),  # 1 + 3 * 4 over 4 tokens
+        ("constant", -(1 + 12) / (2 * 10), [1 / 20, 1 / 20]),  # over 2 rows of 10
+    ],
+)
+def test_golden_aggregation(aggregation, loss, weights_B):
+    # Lengths 1, 3 and a dropped row; A = 1 and 4; w = 1.
+    mask_BT = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    adv_BT = mask_BT * np.array([[1.0], [4.0], [0.0]])
+    batch = row_batch(np.full((3, 3), -1.0), np.full((3, 3), -1.0), mask_BT)
+    obj = objectives.get("grpo", kl_coef=0.0, aggregation=aggregation)
+    actual, grad_BT = loss_and_grad(obj, batch, adv_BT, budget=10)
+    assert_close(actual, loss)
+    assert_close(grad_BT, -adv_BT * np.array([*weights_B, 0.0])[:, None])
+
+
+def test_golden_kl():
+    # pi = 1/4, ref = 1/2: d = ln 2, k3 = 2 - ln 2 - 1 = 1 - ln 2, slope in logp 1 - 2 = -1.
+    batch = row_batch(np.log([[0.25, 0.25]]), np.log([[0.25, 0.25]]), ref=np.log([[0.5, 0.25]]))
+    for name in NAMES:  # two tokens, the second has no KL: every aggregation averages them (budget = 2)
+        loss, grad_BT = loss_and_grad(objectives.get(name, kl_coef=0.1), batch, np.zeros((1, 2)), budget=2)
+        assert_close(loss, 0.1 * (1 - math.log(2)) / 2)
+        assert_close(grad_BT, [[-0.1 / 2, 0.0]])
+
+
+def test_golden_clip_fractions_and_kl_metric():
+    # Four tokens: two below 0.8 with A < 0 (clipped low), one above 1.28 with A > 0 (clipped high), one inside.
+    log_w = np.log([[0.5, 0.7, 1.5, 1.1]])
+    batch = row_batch(log_w - 2, np.full((1, 4), -2.0), ref=log_w - 2 + math.log(2) * np.array([[1, 1, 0, 0]]))
+    obj = objectives.get("dapo", kl_coef=0.1)
+    *_, metrics = loss_grad_metrics(obj, batch, [[-1.0, -1.0, 1.0, 1.0]])
+    assert float(metrics["policy/clip_fraction_low"].value()) == pytest.approx(0.5)
+    assert float(metrics["policy/clip_fraction_high"].value()) == pytest.approx(0.25)
+    assert float(metrics["policy/kl_ref"].value()) == pytest.approx((1 - math.log(2)) / 2, rel=1e-5)
+    *_, metrics = loss_grad_metrics(objectives.get("dapo", kl_coef=0.0), batch, [[-1.0, -1.0, 1.0, 1.0]])
+    assert "policy/kl_ref" not in metrics
+
+
+# -------------------------------------------------------------------------------- invariant 1: devices, microbatches
+
+INVARIANCE_CASES = [
+    *(case(name, kl_coef=0.04) for name in NAMES),
+    case("gtpo", stat_scope="group"),
+    case("grpo_s", stat_scope="batch"),
+]
+
+
+@functools.lru_cache
+def _alone(obj):
+    """Advantages, loss, d/d theta and d/d logp on one device."""
+    batch = make_batch(seed=5, rewards="shaped")
+    return jax.jit(functools.partial(_step, obj, None))(jnp.zeros(T), _inputs(batch))
+
+
+def _inputs(batch):
+    keys = ("rewards_B", "task_B", "mask_BT", "entropy_BT", "logp_BT", "old_BT", "ref_BT")
+    return {key: f32(getattr(batch, key)) for key in keys}
+
+
+def _step(obj, axis_name, theta_T, batch):
+    """theta_T is a replicated parameter, so its gradient must come out summed over devices."""
+    adv_BT = objectives.advantages(
+        obj,
+        batch["rewards_B"],
+        batch["mask_BT"],
+        batch["entropy_BT"],
+        group_size=G,
+        task_rewards_B=batch["task_B"],
+        axis_name=axis_name,
+    )
+    ref_BT = batch["ref_BT"] if obj.kl_coef else None
+    feature_BT = jnp.sin(3 * batch["logp_BT"])
+
+    def loss_of(theta_T, logp_BT):
+        logp_BT = logp_BT + theta_T[None, :] * feature_BT
+        rest = batch["old_BT"], ref_BT, adv_BT, batch["mask_BT"]
+        loss, _ = objectives.loss(obj, logp_BT, *rest, max_completion_length=BUDGET, axis_name=axis_name)
+        return loss
+
+    loss, (grad_T, grad_BT) = jax.value_and_grad(loss_of, argnums=(0, 1))(theta_T, batch["logp_BT"])
+    weight_BT, denom = objectives.weights(obj, batch["mask_BT"], max_completion_length=BUDGET, axis_name=axis_name)
+    return adv_BT, loss, grad_T, grad_BT, weight_BT / denom
+
+
+@pytest.mark.parametrize("num_devices", [2, 4, 8])
+@pytest.mark.parametrize("name, fields", INVARIANCE_CASES)
+def test_any_number_of_devices_gives_the_one_device_numbers(name, fields, num_devices):
+    assert len(jax.devices()) >= 8, "needs 8 forced CPU devices"
+    obj = objectives.get(name, **fields)
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        functools.partial(_step, obj, "data"),
+        mesh=mesh,
+        in_specs=(everywhere, rows),
+        out_specs=(rows, everywhere, everywhere, rows, rows),
+    )
+    actual = jax.jit(sharded)(jnp.zeros(T), _inputs(make_batch(seed=5, rewards="shaped")))
+    for ours, alone in zip(actual, _alone(obj), strict=True):
+        assert np.abs(np.asarray(alone)).max() > 1e-4
+        assert_close(ours, alone)
+
+
+@pytest.mark.parametrize("name, fields", INVARIANCE_CASES)
+def test_one_device_step_matches_oracle(name, fields):
+    """Anchors the device test: the numbers all meshes agree on are the right ones."""
+    obj = objectives.get(name, **fields)
+    batch = make_batch(seed=5, rewards="shaped")
+    adv_BT, loss, grad_T, grad_BT, _ = _alone(obj)
+    expected_BT = oracle_advantages(obj, batch)
+    expected, expected_grad_BT = oracle_loss_and_grad(obj, batch, expected_BT)
+    assert_close(adv_BT, expected_BT)
+    assert_close(loss, expected, rtol=2e-5)
+    assert_close(grad_BT, expected_grad_BT, rtol=2e-5)
+    assert_close(grad_T, (expected_grad_BT * np.sin(3 * batch.logp_BT.astype(np.float64))).sum(0), rtol=5e-5)
+
+
+@pytest.mark.parametrize("cut", [(8, 8, 8, 8), (1, 5, 11, 15), (1,) * B], ids=["even", "across-groups", "single-rows"])
+@every_variant
+def test_any_cut_into_microbatches_gives_the_whole_batch(name, cut):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=6)
+    adv_BT = advantages(obj, batch)
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    weight_BT, denom = objectives.weights(obj, f32(batch.mask_BT), max_completion_length=BUDGET)
+
+    @jax.jit
+    def micro(logp_bT, old_bT, ref_bT, adv_bT, mask_bT, weight_bT):
+        def share(logp_bT):
+            loss_bT, _ = objectives.token_loss(obj, logp_bT, old_bT, ref_bT, adv_bT, mask_bT)
+            return (loss_bT * weight_bT).sum() / denom
+
+        return jax.value_and_grad(share)(logp_bT)
+
+    arrays = [f32(x) for x in (batch.logp_BT, batch.old_BT, batch.ref_BT, adv_BT, batch.mask_BT, weight_BT)]
+    edges = np.cumsum(cut)
+    assert edges[-1] == B
+    parts = [micro(*(x[end - size : end] for x in arrays)) for size, end in zip(cut, edges, strict=True)]
+    assert_close(sum(np.float64(value) for value, _ in parts), loss)
+    assert_close(np.concatenate([grad_bT for _, grad_bT in parts]), grad_BT)
+
+
+# ------------------------------------------------------------------------------------------------- invariants 2 to 7
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+@every_variant
+def test_invariant_2_on_policy(name, kl_coef):
+    """logp = old_logp: the loss is minus the aggregated advantage plus kl_coef KL, and nothing is clipped."""
+    obj = objectives.get(name, kl_coef=kl_coef)
+    batch = make_batch(seed=7)
+    batch = replaced(batch, old_BT=batch.logp_BT)
+    adv_BT = np.asarray(advantages(obj, batch), np.float64)
+    loss, grad_BT, metrics = loss_grad_metrics(obj, batch, adv_BT)
+    mask_BT, lengths_B1 = batch.mask_BT, batch.mask_BT.sum(1, keepdims=True)
+    num_rows = (lengths_B1 > 0).sum()
+    weight_BT = {
+        "sequence_mean": mask_BT / np.maximum(lengths_B1, 1) / num_rows,
+        "token_mean": mask_BT / mask_BT.sum(),
+        "constant": mask_BT / (num_rows * BUDGET),
+    }["sequence_mean" if obj.ratio != "token" else obj.aggregation].astype(np.float64)
+    d_BT = batch.ref_BT.astype(np.float64) - batch.logp_BT
+    kl_BT = np.exp(d_BT) - d_BT - 1
+    assert_close(loss, (weight_BT * (kl_coef * kl_BT - adv_BT)).sum(), rtol=2e-5)
+    assert_close(grad_BT, weight_BT * (kl_coef * (1 - np.exp(d_BT)) - adv_BT), rtol=2e-5)
+    assert float(metrics["policy/clip_fraction_low"].value()) == 0
+    assert float(metrics["policy/clip_fraction_high"].value()) == 0
+    assert np.abs(np.asarray(grad_BT)).max() > 1e-3  # a ratio that is a constant 1 has no gradient
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 3e38, -1e4])
+@every_variant
+def test_invariant_3_masked_positions_hold_anything(name, junk):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=8)
+    keys = ("logp_BT", "old_BT", "ref_BT", "entropy_BT")
+    dirty = replaced(batch, **{key: np.where(batch.mask_BT > 0, getattr(batch, key), junk) for key in keys})
+    adv_BT = advantages(obj, batch)
+    np.testing.assert_array_equal(advantages(obj, dirty), adv_BT)
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    dirty_loss, dirty_grad_BT = loss_and_grad(obj, dirty, adv_BT)
+    np.testing.assert_array_equal(dirty_loss, loss)
+    np.testing.assert_array_equal(dirty_grad_BT, grad_BT)
+    assert not np.asarray(grad_BT)[batch.mask_BT == 0].any()
+    dirty_adv_BT = np.where(batch.mask_BT > 0, adv_BT, junk)
+    dirty_loss, dirty_grad_BT = loss_and_grad(obj, dirty, dirty_adv_BT)
+    np.testing.assert_array_equal(dirty_loss, loss)
+    np.testing.assert_array_equal(dirty_grad_BT, grad_BT)
+
+
+@pytest.mark.parametrize("what", ["rows", "groups"])
+@every_variant
+def test_invariant_4_order_does_not_matter(name, what):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=9, rewards="graded")
+    rng = np.random.default_rng(0)
+    order_PG = np.arange(B).reshape(P, G)
+    order_PG = rng.permuted(order_PG, axis=1) if what == "rows" else rng.permutation(order_PG)
+    order_B = order_PG.reshape(B)
+    moved = SimpleNamespace(**{key: value[order_B] for key, value in vars(batch).items()})
+    adv_BT, moved_adv_BT = np.asarray(advantages(obj, batch)), advantages(obj, moved)
+    assert not np.array_equal(adv_BT, adv_BT[order_B])
+    assert_close(moved_adv_BT, adv_BT[order_B])
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    moved_loss, moved_grad_BT = loss_and_grad(obj, moved, moved_adv_BT)
+    assert_close(moved_loss, loss)
+    assert_close(moved_grad_BT, np.asarray(grad_BT)[order_B])
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_invariant_5_gtpo_without_entropy_is_token_weighted_grpo(scope, ddof):
+    obj = objectives.get("gtpo", entropy_weight=0.0, stat_scope=scope, std_ddof=ddof)
+    batch = make_batch(seed=10)
+    adv_BT = np.asarray(advantages(obj, batch))
+    for rows in [slice(0, B)] if scope == "batch" else [rows_of(g) for g in range(P)]:
+        is_active_bT = batch.mask_BT[rows] > 0
+        reward_bT = np.repeat(batch.rewards_B[rows].astype(np.float64)[:, None], T, axis=1)
+        pool = reward_bT[is_active_bT]
+        is_flat = pool.size == 0 or np.ptp(pool) == 0
+        expected_bT = 0 if is_flat else (reward_bT - pool.mean()) / (pool.std(ddof=ddof) + obj.adv_eps)
+        assert_close(adv_BT[rows], is_active_bT * expected_bT)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_invariant_5_grpo_s_without_entropy_is_grpo(ddof):
+    batch = make_batch(seed=10)
+    expected_BT = advantages(objectives.get("grpo", std_ddof=ddof), batch)
+    assert np.abs(np.asarray(expected_BT)).max() > 0.5
+    for fields in ({}, {"sequence_mean_kind": "geometric"}):
+        obj = objectives.get("grpo_s", entropy_weight=0.0, std_ddof=ddof, **fields)
+        assert_close(advantages(obj, batch), expected_BT)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1.0, 1 / 3, -0.3, 123.456])
+@every_variant
+def test_invariant_6_equal_rewards_have_no_policy_gradient(name, value):
+    fields = {"stat_scope": "group"} if name in ENTROPY_NAMES else {}
+    batch = make_batch(seed=11)
+    rewards_B = batch.rewards_B.copy()
+    rewards_B[:G] = rewards_B[rows_of(HOLED_GROUP)] = np.float32(value)  # a full group, and one with a dropped row
+    batch = replaced(batch, rewards_B=rewards_B, task_B=rewards_B)
+    flat = np.r_[rows_of(0), rows_of(HOLED_GROUP)]
+    adv_BT = np.asarray(advantages(objectives.get(name, **fields), batch))
+    assert not adv_BT[flat].any() and adv_BT.any()  # exactly zero, not rounding over adv_eps
+    _, grad_BT = loss_and_grad(objectives.get(name, kl_coef=0.0, **fields), batch, adv_BT)
+    assert not np.asarray(grad_BT)[flat].any() and np.asarray(grad_BT).any()
+    with_kl = objectives.get(name, kl_coef=0.04, **fields)
+    _, kl_grad_BT = loss_and_grad(with_kl, batch, adv_BT)
+    _, only_kl_grad_BT = oracle_loss_and_grad(with_kl, batch, np.zeros((B, T)))
+    assert_close(np.asarray(kl_grad_BT)[flat], only_kl_grad_BT[flat])
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 5, 6, 7, 11])
+@every_variant
+def test_repeated_rewards_are_exactly_zero_at_any_group_size(name, group_size):
+    fields = {"stat_scope": "group"} if name in ENTROPY_NAMES else {}
+    rng = np.random.default_rng(group_size)
+    for value in (0.1, 0.7, 1e-3, 0.9):
+        mask_BT, entropy_BT = np.ones((group_size, 2)), rng.uniform(0.1, 2, (group_size, 2))
+        adv_BT = hand_advantages(objectives.get(name, **fields), [value] * group_size, mask_BT, entropy_BT, group_size)
+        assert not adv_BT.any()
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("name", ENTROPY_NAMES)
+def test_invariant_7_sign_is_success(name, scope):
+    obj = objectives.get(name, stat_scope=scope)
+    for seed in range(3):
+        batch = make_batch(seed)
+        adv_BT = np.asarray(advantages(obj, batch))
+        for g in range(P):
+            is_active_GT, adv_GT = batch.mask_BT[rows_of(g)] > 0, adv_BT[rows_of(g)]
+            is_plus_GT = np.repeat(batch.task_B[rows_of(g)][:, None] >= 0.5, T, axis=1)
+            plus, minus = adv_GT[is_active_GT & is_plus_GT], adv_GT[is_active_GT & ~is_plus_GT]
+            if scope == "group" and not (plus.size and minus.size):
+                assert not adv_GT.any()
+            else:
+                assert (plus > 0).all() and (minus < 0).all()
+        assert adv_BT.any()
+
+
+# --------------------------------------------------------------------------------------------------- degenerate cases
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("junk", [1e6, -1e6, np.nan])
+@every_variant
+def test_dropped_rows_contribute_nothing(name, scope, junk):
+    """The reward of a row without tokens is not in any statistic: not in means, not in counts, whatever it is."""
+    if name not in ENTROPY_NAMES and scope == "batch":
+        pytest.skip("no batch statistics")
+    obj = objectives.get(name, **({"stat_scope": scope} if name in ENTROPY_NAMES else {}))
+    batch = make_batch(seed=12)
+    is_dropped_B = batch.mask_BT.sum(1) == 0
+    assert is_dropped_B.sum() == G + 1
+    rewards_B = np.where(is_dropped_B, np.float32(junk), batch.rewards_B)
+    adv_BT = advantages(obj, batch)
+    np.testing.assert_array_equal(advantages(obj, replaced(batch, rewards_B=rewards_B, task_B=rewards_B)), adv_BT)
+    assert_close(adv_BT, oracle_advantages(obj, batch))
+    assert not np.asarray(adv_BT)[is_dropped_B].any()
+
+
+@every_variant
+def test_dropping_a_row_is_not_having_it(name):
+    """G = 4 with one dropped row gives the numbers of the G = 3 group of its other rows; a dropped group, of none."""
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=13)
+    full = rows_of(HOLED_GROUP)
+    both = np.r_[full, rows_of(DROPPED_GROUP)]
+    rest = np.delete(np.arange(B)[full], 1)
+    small = SimpleNamespace(**{key: value[rest] for key, value in vars(batch).items()})
+    large = SimpleNamespace(**{key: value[both] for key, value in vars(batch).items()})
+    small_adv_BT, large_adv_BT = advantages(obj, small, group_size=G - 1), advantages(obj, large)
+    kept = [0, 2, 3]
+    assert_close(np.asarray(large_adv_BT)[kept], small_adv_BT)
+    small_loss, small_grad_BT = loss_and_grad(obj, small, small_adv_BT)
+    large_loss, large_grad_BT = loss_and_grad(obj, large, large_adv_BT)
+    assert_close(large_loss, small_loss)
+    assert_close(np.asarray(large_grad_BT)[kept], small_grad_BT)
+    assert not np.delete(np.asarray(large_grad_BT), kept, axis=0).any()
+
+
+@every_variant
+def test_everything_masked(name):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=14)
+    batch = replaced(batch, mask_BT=np.zeros((B, T)), logp_BT=np.full((B, T), np.nan))
+    adv_BT = advantages(obj, batch)
+    loss, grad_BT, metrics = loss_grad_metrics(obj, batch, adv_BT)
+    assert not np.asarray(adv_BT).any() and float(loss) == 0 and not np.asarray(grad_BT).any()
+    for metric in metrics.values():
+        assert np.isfinite(float(metric.value()))
+
+
+@pytest.mark.parametrize("stat_scope", ["batch", "group"])
+@pytest.mark.parametrize("num_tokens, group_size", [(1, 4), (1, 1), (T, 1), (1, 2), (T, B)])
+@every_variant
+def test_one_token_and_odd_groups(name, num_tokens, group_size, stat_scope):
+    if name not in ENTROPY_NAMES and stat_scope == "batch":
+        pytest.skip("no batch statistics")
+    obj = objectives.get(name, kl_coef=0.04, **({"stat_scope": stat_scope} if name in ENTROPY_NAMES else {}))
+    batch = make_batch(seed=15, rewards="graded")
+    cut = SimpleNamespace(**{k: v[:, :num_tokens] if v.ndim == 2 else v for k, v in vars(batch).items()})
+    expected_BT = oracle_advantages(obj, cut, group_size)
+    adv_BT = advantages(obj, cut, group_size)
+    assert_close(adv_BT, expected_BT)
+    if group_size == 1 and (name not in ENTROPY_NAMES or stat_scope == "group"):
+        assert not np.asarray(adv_BT).any()
+    else:
+        assert expected_BT.any()
+    expected, expected_grad_BT = oracle_loss_and_grad(obj, cut, expected_BT)
+    loss, grad_BT = loss_and_grad(obj, cut, adv_BT)
+    assert_close(loss, expected, rtol=2e-5)
+    assert_close(grad_BT, expected_grad_BT, rtol=2e-5)
+
+
+@every_variant
+def test_a_single_token_in_the_whole_batch(name):
+    """B = T = 1: too few entries for a sample std, so no advantage; the KL alone remains."""
+    batch = SimpleNamespace(
+        rewards_B=np.ones(1), task_B=np.ones(1), mask_BT=np.ones((1, 1)), entropy_BT=np.ones((1, 1)),
+        logp_BT=np.full((1, 1), -1.0), old_BT=np.full((1, 1), -1.0), ref_BT=np.full((1, 1), -1.0 + math.log(2)),
+    )  # fmt: skip
+    obj = objectives.get(name, kl_coef=0.5)
+    adv_BT = advantages(obj, batch, group_size=1)
+    assert float(adv_BT[0, 0]) == 0
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT, budget=1)
+    assert_close(loss, 0.5 * (1 - math.log(2)))
+    assert_close(grad_BT, [[-0.5]])
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("name", ENTROPY_NAMES)
+def test_success_is_decided_on_the_task_reward(name, scope):
+    """Punishment moves a success's shaped reward, never its side; without task rewards, the reward decides."""
+    obj = objectives.get(name, stat_scope=scope)
+    batch = make_batch(seed=16, rewards="shaped")
+    adv_BT = advantages(obj, batch)
+    assert_close(adv_BT, oracle_advantages(obj, batch))
+    by_reward = replaced(batch, task_B=batch.rewards_B)
+    without_BT = advantages(obj, batch, task_rewards_B=None)
+    assert_close(without_BT, oracle_advantages(obj, by_reward))
+    assert np.abs(np.asarray(adv_BT) - np.asarray(without_BT)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ENTROPY_NAMES)
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.7])
+def test_a_reward_at_the_threshold_is_a_success(name, threshold):
+    """Also for thresholds that float32 rounds (0.7 becomes 0.69999999): compared as float32 with float32."""
+    obj = objectives.get(name, success_threshold=threshold)
+    below = np.nextafter(np.float32(threshold), np.float32(0))
+    adv_BT = hand_advantages(obj, [threshold, below, threshold, below], np.ones((4, 2)), np.ones((4, 2)), 4)
+    assert (adv_BT[::2] > 0).all() and (adv_BT[1::2] < 0).all()
+
+
+@pytest.mark.parametrize("name", ENTROPY_NAMES)
+def test_zero_entropy_is_floored(name):
+    batch = replaced(make_batch(seed=17), entropy_BT=np.zeros((B, T)))
+    obj = objectives.get(name)
+    adv_BT = advantages(obj, batch)
+    assert np.isfinite(np.asarray(adv_BT)).all()
+    assert_close(adv_BT, advantages(obj, replaced(batch, entropy_BT=np.full((B, T), obj.entropy_floor))))
+
+
+@pytest.mark.parametrize("gap", [25.0, 90.0, 1e4])
+@every_variant
+def test_extreme_log_ratios_stay_finite(name, gap):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=18)
+    sign_BT = np.sign(batch.token_adv_BT + 0.5)
+    far = replaced(batch, old_BT=batch.logp_BT - gap * sign_BT, ref_BT=batch.logp_BT + gap * sign_BT)
+    loss, grad_BT = loss_and_grad(obj, far, batch.row_adv_BT)
+    assert np.isfinite(float(loss)) and np.isfinite(np.asarray(grad_BT)).all()
+    if obj.ratio == "token":  # clamped at +-20 before exp, without gradient beyond
+        plain = objectives.get(name, kl_coef=0.0)
+        expected, expected_grad_BT = oracle_loss_and_grad(plain, far, batch.row_adv_BT)
+        loss, grad_BT = loss_and_grad(plain, far, batch.row_adv_BT)
+        assert_close(loss, expected)
+        assert_close(grad_BT, expected_grad_BT)
+
+
+# ------------------------------------------------------------------------------------------- bugs of public trainers
+
+
+@every_variant
+def test_clip_is_not_inverted_for_negative_advantages(name):
+    """With A < 0 a ratio that grew keeps its whole gradient (max over the losses, not min)."""
+    obj = objectives.get(name, kl_coef=0.0)
+    batch = row_batch(np.log([[0.9]]), np.log([[0.1]]))  # w = 9
+    loss, grad_BT = loss_and_grad(obj, batch, [[-1.0]], budget=1)
+    assert_close(loss, 9.0)
+    assert_close(grad_BT, [[9.0]])
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("name", ENTROPY_NAMES)
+def test_correct_answers_do_not_average_to_zero(name, scope):
+    """The zeros on the other set belong to R+ and R-; without them each set's advantages average to exactly 0."""
+    batch = make_batch(seed=19)
+    adv_BT = np.asarray(advantages(objectives.get(name, stat_scope=scope), batch))
+    for g in (0, HOLED_GROUP):
+        is_active_GT = batch.mask_BT[rows_of(g)] > 0
+        is_plus_GT = np.repeat(batch.task_B[rows_of(g)][:, None] == 1, T, axis=1)
+        adv_GT = adv_BT[rows_of(g)]
+        if (is_active_GT & is_plus_GT).any() and (is_active_GT & ~is_plus_GT).any():
+            assert adv_GT[is_active_GT & is_plus_GT].mean() > 0.2
+            assert adv_GT[is_active_GT & ~is_plus_GT].mean() < -0.2
+    assert 0 < batch.task_B[:G].sum() < G
+
+
+@every_variant
+def test_padding_the_batch_wider_changes_nothing(name):
+    """Dr. GRPO's divisor is the generation budget, not the width of the batch; the rest have no width at all."""
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=20)
+    wide = SimpleNamespace(**{k: np.pad(v, ((0, 0), (0, 5))) if v.ndim == 2 else v for k, v in vars(batch).items()})
+    adv_BT, wide_adv_BT = advantages(obj, batch), advantages(obj, wide)
+    assert_close(wide_adv_BT[:, :T], adv_BT)
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    wide_loss, wide_grad_BT = loss_and_grad(obj, wide, wide_adv_BT)
+    assert_close(wide_loss, loss)
+    assert_close(wide_grad_BT[:, :T], grad_BT)
+
+
+@every_variant
+def test_only_dr_grpo_depends_on_the_budget(name):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=20)
+    adv_BT = advantages(obj, batch)
+    short, short_grad_BT = loss_and_grad(obj, batch, adv_BT, budget=BUDGET)
+    long, long_grad_BT = loss_and_grad(obj, batch, adv_BT, budget=3 * BUDGET)
+    factor = 3 if name == "dr_grpo" else 1
+    assert_close(long * factor, short)
+    assert_close(long_grad_BT * factor, short_grad_BT)
+
+
+@every_variant
+def test_kl_is_k3_and_not_k1(name):
+    """k1's gradient is 1 wherever it is taken; k3's is 1 - exp(ref - logp), and 0 where the two agree."""
+    obj, batch = objectives.get(name, kl_coef=1.0), make_batch(seed=21)
+    batch = replaced(batch, old_BT=batch.logp_BT)
+    zero_BT = np.zeros((B, T))
+    weight_BT, denom = objectives.weights(obj, f32(batch.mask_BT), max_completion_length=BUDGET)
+    weight_BT = np.asarray(weight_BT, np.float64) / float(denom)
+    loss, grad_BT = loss_and_grad(obj, batch, zero_BT)
+    d_BT = batch.ref_BT.astype(np.float64) - batch.logp_BT
+    assert_close(grad_BT, weight_BT * (1 - np.exp(d_BT)), rtol=2e-5)
+    assert float(loss) > 0  # k3 is never negative
+    agreed, agreed_grad_BT = loss_and_grad(obj, replaced(batch, ref_BT=batch.logp_BT), zero_BT)
+    assert float(agreed) == 0 and not np.asarray(agreed_grad_BT).any()
+
+
+@every_variant
+def test_ratio_is_not_always_one(name):
+    """In later inner epochs logp has left old_logp: value and gradient scale with the ratio."""
+    obj = objectives.get(name, kl_coef=0.0)
+    for w in (0.9, 1.1):
+        loss, grad_BT = loss_and_grad(obj, row_batch([[math.log(w) - 2]], [[-2.0]]), [[1.0]], budget=1)
+        assert_close(loss, -w)
+        assert_close(grad_BT, [[-w]])
+
+
+# ----------------------------------------------------------------------------------------------------------- the API
+
+PRESETS = {
+    "grpo": ("group_norm", "token", 0.2, 0.2, "sequence_mean", 0.04),
+    "dapo": ("group_norm", "token", 0.2, 0.28, "token_mean", 0.0),
+    "dr_grpo": ("group_center", "token", 0.2, 0.2, "constant", 0.04),
+    "gtpo": ("token_entropy", "token", 0.2, 0.28, "token_mean", 0.0),
+    "grpo_s": ("sequence_entropy", "sequence", 0.2, 0.28, "sequence_mean", 0.0),
+}
+
+
+def test_presets_are_the_table():
+    assert set(NAMES) <= set(objectives.VARIANTS)
+    for name, expected in PRESETS.items():
+        obj = objectives.get(name)
+        actual = obj.advantage, obj.ratio, obj.clip_low, obj.clip_high, obj.aggregation, obj.kl_coef
+        assert actual == expected and obj == objectives.VARIANTS[name]
+    gspo = objectives.get("gspo")
+    assert (gspo.advantage, gspo.ratio, gspo.aggregation) == ("group_norm", "sequence_geometric", "sequence_mean")
+    for name in NAMES:
+        obj = objectives.get(name)
+        assert (obj.std_ddof, obj.adv_eps, obj.success_threshold) == (1, 1e-6, 0.5)
+        assert (obj.entropy_floor, obj.entropy_clip, obj.base_weight, obj.entropy_weight) == (1e-4, None, 1.0, 0.1)
+        assert obj.sequence_mean_kind == "arithmetic"
+    assert objectives.get("gtpo").stat_scope == "batch" and objectives.get("grpo_s").stat_scope == "group"
+
+
+@every_variant
+def test_objectives_are_frozen_and_hashable(name):
+    obj, changed = objectives.get(name), objectives.get(name, adv_eps=1e-3)
+    assert obj == objectives.get(name) and hash(obj) == hash(objectives.get(name))
+    assert changed != obj and changed.adv_eps == 1e-3 and objectives.VARIANTS[name].adv_eps == 1e-6
+    assert dataclasses.replace(changed, adv_eps=1e-6) == obj
+    assert hash(objectives.get(name, entropy_clip=(0.2, 0.28))) != hash(obj)
+    with pytest.raises(AttributeError):
+        obj.clip_low = 0.5
+
+
+def test_unknown_variant_lists_the_known_ones():
+    with pytest.raises(ValueError, match="grpoo") as error:
+        objectives.get("grpoo")
+    assert all(name in str(error.value) for name in objectives.VARIANTS)
+
+
+@every_variant
+def test_unknown_field_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="clip_lo") as error:
+        objectives.get(name, clip_lo=0.1)
+    assert all(field.name in str(error.value) for field in dataclasses.fields(objectives.get(name)))
+
+
+@pytest.mark.parametrize(
+    "field, known",
+    [
+        ("advantage", ("group_norm", "group_center", "token_entropy", "sequence_entropy")),
+        ("ratio", ("token", "sequence", "sequence_geometric")),
+        ("aggregation", ("sequence_mean", "token_mean", "constant")),
+        ("stat_scope", ("batch", "group")),
+        ("sequence_mean_kind", ("arithmetic", "geometric")),
+    ],
+)
+def test_unknown_choice_lists_the_known_ones(field, known):
+    with pytest.raises(ValueError, match="nonsense") as error:
+        objectives.get("grpo_s", **{field: "nonsense"})
+    assert field in str(error.value) and all(choice in str(error.value) for choice in known)
+
+
+def test_missing_inputs_are_errors():
+    batch = make_batch()
+    for name in ENTROPY_NAMES:
+        with pytest.raises(ValueError, match="entropy"):
+            objectives.advantages(objectives.get(name), f32(batch.rewards_B), f32(batch.mask_BT), None, group_size=G)
+    arrays = f32(batch.logp_BT), f32(batch.old_BT), None, f32(batch.row_adv_BT), f32(batch.mask_BT)
+    with pytest.raises(ValueError, match="ref"):
+        objectives.loss(objectives.get("grpo", kl_coef=0.04), *arrays, max_completion_length=BUDGET)
+    loss, _ = objectives.loss(objectives.get("grpo", kl_coef=0.0), *arrays, max_completion_length=BUDGET)
+    assert np.isfinite(float(loss))
+
+
+@every_variant
+def test_a_reference_is_ignored_without_kl(name):
+    obj, batch = objectives.get(name, kl_coef=0.0), make_batch()
+    arrays = f32(batch.row_adv_BT), f32(batch.mask_BT)
+    for ref_BT in (f32(batch.ref_BT), jnp.full((B, T), jnp.nan)):
+        given, _ = objectives.loss(
+            obj, f32(batch.logp_BT), f32(batch.old_BT), ref_BT, *arrays, max_completion_length=BUDGET
+        )
+        assert float(given) == float(loss_and_grad(obj, batch, batch.row_adv_BT)[0])
+
+
+@every_variant
+def test_jit_gives_the_same_with_the_objective_static(name):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=22)
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(obj, batch):
+        traces.append(obj)
+        adv_BT, loss, _, grad_BT, _ = _step(obj, None, jnp.zeros(T), batch)
+        return adv_BT, loss, grad_BT
+
+    adv_BT, loss, grad_BT = step(obj, _inputs(batch))
+    step(objectives.get(name, kl_coef=0.04), _inputs(batch))
+    assert len(traces) == 1  # equal objectives share one compilation
+    eager_adv_BT = advantages(obj, batch)
+    assert_close(adv_BT, eager_adv_BT)
+    eager_loss, eager_grad_BT = loss_and_grad(obj, batch, eager_adv_BT)
+    assert_close(loss, eager_loss)
+    assert_close(grad_BT, eager_grad_BT)
+
+
+@every_variant
+def test_outputs_are_float32_and_zero_where_masked(name):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=23)
+    adv_BT = advantages(obj, batch)
+    assert adv_BT.dtype == jnp.float32 and adv_BT.shape == (B, T)
+    assert not np.asarray(adv_BT)[batch.mask_BT == 0].any()
+    loss, grad_BT = loss_and_grad(obj, batch, adv_BT)
+    assert loss.dtype == jnp.float32 and loss.shape == () and grad_BT.dtype == jnp.float32
+    logps = f32(batch.logp_BT), f32(batch.old_BT), f32(batch.ref_BT)
+    loss_BT, _ = objectives.token_loss(obj, *logps, adv_BT, f32(batch.mask_BT))
+    weight_BT, denom = objectives.weights(obj, f32(batch.mask_BT), max_completion_length=BUDGET)
+    assert loss_BT.dtype == weight_BT.dtype == denom.dtype == jnp.float32
+
+
+@every_variant
+def test_no_gradient_reaches_rewards_entropy_or_the_frozen_policies(name):
+    obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=24)
+    mask_BT = f32(batch.mask_BT)
+
+    def loss_of(rewards_B, entropy_BT, old_BT, ref_BT, logp_BT):
+        adv_BT = objectives.advantages(obj, rewards_B, mask_BT, entropy_BT, group_size=G)
+        return objectives.loss(obj, logp_BT, old_BT, ref_BT, adv_BT, mask_BT, max_completion_length=BUDGET)[0]
+
+    inputs = [f32(x) for x in (batch.rewards_B, batch.entropy_BT, batch.old_BT, batch.ref_BT, batch.logp_BT)]
+    rewards_B, entropy_BT, _, _, logp_BT = jax.grad(loss_of, argnums=(0, 1, 2, 3, 4))(*inputs)
+    assert not np.asarray(rewards_B).any() and not np.asarray(entropy_BT).any()
+    assert np.asarray(logp_BT).any()
