@@ -1,8 +1,8 @@
 """Every knob with its unit. A variant's file changes what its method changes; the argument after the colon picks the scale.
 
-    :tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
-    :smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
-    :runlocal  :tiny shrunk to seconds, to see that a config runs
+:tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
+:smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
+:runlocal  :tiny shrunk to seconds, to see that a config runs
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
     config.seed = 0
     config.num_steps = 400  # optimisation steps (iterations of rollout and update)
     config.eval_every = 50  # steps between held-out evaluations; 0: only before and after
+    config.one_call = False  # rollout, reward and update in one compiled call (traceable tasks); then not timed apart
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
     config.objective = ConfigDict(dataclasses.asdict(objectives.get(variant)))  # fields: grpo_jax/objectives/spec.py
@@ -28,11 +29,11 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # of activations and matrix products; parameters are float32 masters
     config.model.remat = False  # recompute layers in the backward pass: less memory, about a third more time
-    config.model.dim = 128
+    config.model.dim = 64
     config.model.num_layers = 2
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
-    config.model.ffn_dim = 512
+    config.model.ffn_dim = 256
 
     config.task = ConfigDict()
     config.task.name = "arithmetic"  # arithmetic | reasoning_gym | jsonl
@@ -40,7 +41,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
     config.task.arithmetic = ConfigDict()
     config.task.arithmetic.min_operand = 0
     config.task.arithmetic.max_operand = 99
-    config.task.arithmetic.operators = ("+", "-")
+    config.task.arithmetic.operators = "+-"  # which signs occur
     config.task.arithmetic.num_shots = 0  # worked lines before the question
     config.task.reasoning_gym = ConfigDict()
     config.task.reasoning_gym.dataset = "basic_arithmetic"  # any generator of reasoning-gym
@@ -59,7 +60,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
     config.warm_start = ConfigDict()
     config.warm_start.num_steps = 600  # supervised steps first; 0: none
     config.warm_start.batch_size = 128  # worked answers
-    config.warm_start.learning_rate = 1e-3
+    config.warm_start.learning_rate = 2e-3
+    config.warm_start.careless_rate = 0.7  # share of answers whose teacher forgot to carry: what reinforcement must mend
 
     config.rollout = ConfigDict()
     config.rollout.num_prompts = 32  # P: groups in a batch
@@ -86,6 +88,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = "linear"  # constant | linear | cosine: after the warm-up, the last two down to zero
     config.optimizer.warmup_steps = 10  # optimizer steps
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
@@ -129,7 +132,7 @@ def smollm2(config: ConfigDict) -> None:
     config.warm_start.num_steps = 0
     config.task.arithmetic.min_operand = 0
     config.task.arithmetic.max_operand = 50
-    config.task.arithmetic.operators = ("+",)
+    config.task.arithmetic.operators = "+"
     config.task.arithmetic.num_shots = 4
     config.num_steps = 100
     config.eval_every = 25

@@ -1,6 +1,6 @@
 """DAPO: decoupled clip, token-level loss, dynamic sampling, soft overlong punishment, no KL (Yu et al., arXiv 2503.14476).
 
-    python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo
+python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo
 """
 
 from configs import base

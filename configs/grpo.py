@@ -1,6 +1,6 @@
 """GRPO: advantages are rewards normalised by their group's mean and std (Shao et al., DeepSeekMath, arXiv 2402.03300).
 
-    python -m experiments.train --config=configs/grpo.py:tiny --workdir=runs/grpo
+python -m experiments.train --config=configs/grpo.py:tiny --workdir=runs/grpo
 """
 
 from configs import base

@@ -139,7 +139,7 @@ def hugging_face_name(name: str) -> str:
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Rows of a query or key projection, [num_heads * H, D], from llama.cpp's order into Hugging Face's.
 
-    llama.cpp rotates neighbouring pairs (0, 1), (2, 3), ...; Hugging Face rotates the halves, (0, H/2), (1, H/2 + 1), ...
+    llama.cpp rotates neighbours, (0, 1), (2, 3), ...; Hugging Face rotates across halves, (0, H/2), (1, H/2 + 1), ...
     """
     pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -37,7 +37,7 @@ class ArithmeticConfig:
 
     min_operand: int
     max_operand: int
-    operators: tuple[str, ...]
+    operators: str
     num_shots: int
 
 
@@ -88,6 +88,7 @@ class WarmStartConfig:
     num_steps: int
     batch_size: int
     learning_rate: float
+    careless_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +132,10 @@ class LearnerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate."""
+    """AdamW with linear warm-up and a schedule after it."""
 
     learning_rate: float
+    schedule: str
     warmup_steps: int
     b1: float
     b2: float
@@ -183,6 +185,7 @@ class Config:
     seed: int
     num_steps: int
     eval_every: int
+    one_call: bool
     shuffle_rewards: bool
     objective: Objective
     model: ModelConfig
@@ -197,6 +200,11 @@ class Config:
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.num_steps * self.learner.num_epochs * self.learner.num_minibatches
 
     @classmethod
     def from_config_dict(cls, config: Any) -> Config:
@@ -262,6 +270,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 TASKS = ("arithmetic", "reasoning_gym", "jsonl")
 DTYPES = ("float32", "bfloat16")
 OLD_LOGP = ("sampler", "learner")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def validate(config: Config) -> None:
@@ -308,6 +317,7 @@ def _require_choices(config: Config) -> None:
         "task.name": TASKS,
         "model.dtype": DTYPES,
         "learner.old_logp": OLD_LOGP,
+        "optimizer.schedule": SCHEDULES,
     }
     for name, known in choices.items():
         value = _field(config, name)
@@ -330,6 +340,7 @@ AT_LEAST = {
     "task.scoring.num_workers": 1,
     "warm_start.num_steps": 0,
     "warm_start.batch_size": 1,
+    "warm_start.careless_rate": 0,
     "rollout.num_prompts": 1,
     "rollout.max_completion_tokens": 1,
     "rollout.top_k": 0,
@@ -350,7 +361,13 @@ AT_LEAST = {
     "log.completions_every": 0,
     "log.num_groups": 1,
 }
-ABOVE_ZERO = ("rollout.temperature", "rollout.top_p", "optimizer.max_grad_norm", "optimizer.eps", "task.scoring.time_limit_secs")
+ABOVE_ZERO = (
+    "rollout.temperature",
+    "rollout.top_p",
+    "optimizer.max_grad_norm",
+    "optimizer.eps",
+    "task.scoring.time_limit_secs",
+)
 
 
 def _require_ranges(config: Config) -> None:
@@ -371,7 +388,7 @@ def _require_ranges(config: Config) -> None:
         )
     unknown = set(config.task.arithmetic.operators) - {"+", "-"}
     if unknown or not config.task.arithmetic.operators:
-        raise UserError(f"config.task.arithmetic.operators = {config.task.arithmetic.operators!r}: known: '+' and '-'")
+        raise UserError(f"config.task.arithmetic.operators = {config.task.arithmetic.operators!r}: one or both of '+' and '-'")
 
 
 def _field(config: Config, dotted: str) -> Any:

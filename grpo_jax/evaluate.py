@@ -54,5 +54,3 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         return results
 
     return evaluate
-
-

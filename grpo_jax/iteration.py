@@ -1,7 +1,7 @@
 """One iteration of training: prompts -> rollout -> reward -> (more rounds, if groups said nothing) -> update.
 
-With a traceable task the whole of it is one compiled call with donated state. With a host reward the same functions run
-stage by stage: `while_loop` is then a Python loop, and only the reward leaves the device.
+With a traceable task the whole of it is pure and can be one compiled call with donated state. With a host reward the same
+functions run stage by stage: `while_loop` is then a Python loop, and only tokens and rewards pass through the host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep
 from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Rollout, TrainState
 
-Iteration = Callable[[TrainState], tuple[TrainState, dict[str, Metric], Batch]]
+Collect = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
+Iteration = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
 
 
 class Gathering(NamedTuple):
@@ -53,18 +54,19 @@ def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Pa
     return run
 
 
-def make_iteration(
-    config: Config, task: Task, model: ModelDef, spec: RolloutSpec, train_step: TrainStep, mesh: Mesh
-) -> Iteration:
-    """-> iterate(state) -> (state, metrics, batch trained on). `state` is donated."""
-    sample_round = make_sample_round(config, task, make_rollout(model, spec, mesh), mesh)
+def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh) -> Collect:
+    """-> collect(state) -> (state with its data position and buffer moved on, batch to train on, metrics of all sampled).
+
+    Traceable if the task is; else it runs on the host and jits its own parts.
+    """
+    sample_round = make_sample_round(config, task, run_rollout, mesh)
     P = config.rollout.num_prompts
     while_loop = jax.lax.while_loop if task.is_traceable else host_while_loop
     push, pop = jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
 
     def gather(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         """Rounds until the buffer holds a full batch of informative groups, or the cap is spent."""
-        assert state.pending is not None
+        assert state.pending is not None, "dynamic sampling without a buffer in the state"
 
         def add_round(done: Gathering) -> Gathering:
             batch, metrics = sample_round(state, done.rounds)
@@ -74,31 +76,37 @@ def make_iteration(
         def is_short(done: Gathering):
             return (done.buffer.count < P) & (done.rounds < config.dynamic_sampling.max_sampling_rounds)
 
-        # The first round stands before the loop, so that every iteration has metrics of fresh samples.
+        # The first round stands before the loop: a full buffer from last time must not leave a step without samples.
         batch, metrics = sample_round(state, jnp.int32(0))
         buffer = push(state.pending, batch, rewards.is_informative(batch.task_reward_PG))
         done = while_loop(is_short, add_round, Gathering(buffer, jnp.int32(1), metrics))
         batch, buffer = pop(done.buffer, P)
-        metrics = dict(done.metrics)
-        metrics["groups/missing"] = Mean.of((batch.rollout.mask_PGT.sum((1, 2)) == 0).astype(jnp.float32))
-        metrics["groups/rounds"] = Mean(done.rounds.astype(jnp.float32), jnp.float32(1))
-        metrics["groups/pending"] = Mean(buffer.count.astype(jnp.float32), jnp.float32(1))
-        state = state.replace(pending=buffer, num_prompts_drawn=state.num_prompts_drawn + done.rounds * P)
-        return state, batch, metrics
+        one = jnp.float32(1)
+        metrics = {
+            **done.metrics,
+            "groups/missing": Mean.of((batch.rollout.mask_PGT.sum((1, 2)) == 0).astype(jnp.float32)),
+            "groups/rounds": Mean(done.rounds.astype(jnp.float32), one),
+            "groups/pending": Mean(buffer.count.astype(jnp.float32), one),
+        }
+        drawn = state.num_prompts_drawn + done.rounds * P
+        return state.replace(pending=buffer, num_prompts_drawn=drawn), batch, metrics
 
     def sample_once(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         batch, metrics = sample_round(state, jnp.int32(0))
         return state.replace(num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
 
-    collect = gather if config.dynamic_sampling.enabled else sample_once
-    update = train_step if task.is_traceable else jax.jit(train_step, donate_argnums=0)
+    return gather if config.dynamic_sampling.enabled else sample_once
 
-    def iterate(state: TrainState) -> tuple[TrainState, dict[str, Metric], Batch]:
-        state, batch, sample_metrics = collect(state)
-        state, update_metrics = update(state, batch)
-        return constrain_state(state, mesh), metrics_lib.merge(sample_metrics, update_metrics), batch
 
-    return jax.jit(iterate, donate_argnums=0) if task.is_traceable else iterate
+def make_iteration(collect: Collect, train_step: TrainStep) -> Iteration:
+    """collect, then update. Pure where both are: jit it with donated state for one call an iteration."""
+
+    def iterate(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        state, batch, sampled = collect(state)
+        state, updated = train_step(state, batch)
+        return state, batch, metrics_lib.merge(sampled, updated)
+
+    return iterate
 
 
 def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh):
@@ -106,12 +114,13 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
     P = config.rollout.num_prompts
     run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout)
 
-    def finish(rolled: Rollout, task_reward_PG, key) -> tuple[Batch, dict[str, Metric]]:
+    def finish(rolled: Rollout, task_reward_PG, key, step) -> tuple[Batch, dict[str, Metric]]:
         if config.shuffle_rewards:
             task_reward_PG = rewards.shuffled(task_reward_PG, key)
         batch = rewards.rewarded(
             rolled,
             task_reward_PG,
+            step,
             max_completion_tokens=config.rollout.max_completion_tokens,
             cache_tokens=config.overlong.cache_tokens,
         )
@@ -129,7 +138,7 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
         if not task.is_traceable:
             answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))
         task_reward_PG, task_metrics = task.reward(answer, tokens_PGT, mask_PGT)
-        batch, metrics = finish(rolled, jnp.asarray(task_reward_PG), shuffle_key)
+        batch, metrics = finish(rolled, jnp.asarray(task_reward_PG), shuffle_key, state.step)
         return batch, {**metrics, **task_metrics}
 
     return sample_round
@@ -155,8 +164,3 @@ def host_while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], carr
     while np.asarray(cond(carry)):
         carry = body(carry)
     return carry
-
-
-def constrain_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state is the same on every device."""
-    return constrain(state, mesh, REPLICATED) if isinstance(state.step, jax.core.Tracer) else state

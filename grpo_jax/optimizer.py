@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and clipping by global norm."""
+"""AdamW with a warm-up, a schedule and clipping by global norm."""
 
 from __future__ import annotations
 
@@ -20,12 +20,27 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(by_name, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """clip by global norm -> AdamW (Loshchilov and Hutter, arXiv 1711.05101), rate rising linearly over warmup_steps."""
-    rate = optax.linear_schedule(
-        config.learning_rate / max(config.warmup_steps, 1), config.learning_rate, max(config.warmup_steps - 1, 0)
-    )
+def learning_rate(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """Linear warm-up over warmup_steps, then constant, or down to zero at the last of num_updates (linear, cosine)."""
+    rate, warmup = config.learning_rate, config.warmup_steps
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, max(num_updates - warmup, 1)),
+        "cosine": optax.cosine_decay_schedule(rate, max(num_updates - warmup, 1)),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101). num_updates: optimizer steps of the run."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=is_decayed),
+        optax.adamw(
+            learning_rate(config, num_updates),
+            config.b1,
+            config.b2,
+            config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_decayed,
+        ),
     )

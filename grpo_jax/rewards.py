@@ -30,11 +30,12 @@ def shuffled(reward_PG, key):
     return jax.random.permutation(key, reward_PG.reshape(-1)).reshape(reward_PG.shape)
 
 
-def rewarded(rollout: Rollout, task_reward_PG, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
-    """Rollout + task reward -> Batch, the shaped reward beside the task's."""
+def rewarded(rollout: Rollout, task_reward_PG, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
+    """Rollout + task reward -> Batch, the shaped reward beside the task's. step: whose policy sampled it."""
     lengths_PG = rollout.mask_PGT.sum(-1)
     punishment_PG = soft_overlong(
         lengths_PG, rollout.is_truncated_PG, max_completion_tokens=max_completion_tokens, cache_tokens=cache_tokens
     )
     task_reward_PG = jnp.asarray(task_reward_PG, jnp.float32)
-    return Batch(rollout, task_reward_PG, task_reward_PG + punishment_PG)
+    sampled_at_P = jnp.full(len(task_reward_PG), step, jnp.int32)
+    return Batch(rollout, task_reward_PG, task_reward_PG + punishment_PG, sampled_at_P)

@@ -114,4 +114,3 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         support_PGT=drawn.support_B if spec.sampling.is_cut else None,
         is_truncated_PG=~is_done_PG,
     )
-

@@ -21,7 +21,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
     sizes = {axis: getattr(config, axis) for axis in AXES}
     for axis in ("fsdp", "tensor"):
         if sizes[axis] not in (1, -1):
-            raise UserError(f"config.mesh.{axis} = {sizes[axis]}: only 1 is supported; parameters are replicated, use mesh.data")
+            raise UserError(
+                f"config.mesh.{axis} = {sizes[axis]}: only 1 is supported; parameters are replicated, use mesh.data"
+            )
         sizes[axis] = 1
     if sizes["data"] == -1:
         sizes["data"] = num_devices

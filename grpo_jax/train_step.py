@@ -1,7 +1,7 @@
 """One batch -> one update: a pure `train_step(state, batch) -> (state, metrics)` over a device mesh.
 
-    batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
-          -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
+batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
+      -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class UpdateSpec:
 
 @flax.struct.dataclass
 class Target:
-    """What the loss needs beside the policy; fixed for the whole update. All [P, G, T] with the prompt axis first."""
+    """What the loss needs beside the policy; fixed for the whole update.
+
+    is_fresh_PG: sampled by the very policy that the update starts from (not taken from dynamic sampling's buffer).
+    """
 
     rollout: Rollout
+    is_fresh_PG: Any
     advantage_PGT: Any
     old_logp_PGT: Any
     ref_logp_PGT: Any
@@ -62,12 +66,13 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         prepare = jax.shard_map(
-            lambda params, ref_params, batch: prepare_target(model, params, ref_params, batch, spec, axis_name="data"),
+            lambda state, batch: prepare_target(model, state, batch, spec, axis_name="data"),
             mesh=mesh,
-            in_specs=(REPLICATED, REPLICATED, ROWS),
+            in_specs=(REPLICATED, ROWS),
             out_specs=ROWS,
         )
-        target = prepare(state.params, state.ref_params, constrain(batch, mesh, ROWS))
+        policies = state.replace(opt_state=None, pending=None)
+        target = prepare(policies, constrain(batch, mesh, ROWS))
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
@@ -92,9 +97,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
     return train_step
 
 
-def prepare_target(
-    model: ModelDef, params: Params, ref_params: Params | None, batch: Batch, spec: UpdateSpec, axis_name: str | None = None
-) -> Target:
+def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: UpdateSpec, axis_name: str | None = None) -> Target:
     """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
     rollout, obj = batch.rollout, spec.objective
     if spec.filter_truncated:
@@ -102,7 +105,7 @@ def prepare_target(
     P, G, T = rollout.mask_PGT.shape
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if spec.old_logp == "learner":
-        old_logp_PGT, entropy_PGT = score_in_microbatches(model, params, rollout, spec)
+        old_logp_PGT, entropy_PGT = score_in_microbatches(model, state.params, rollout, spec)
     adv_BT = objectives.advantages(
         obj,
         batch.reward_PG.reshape(-1),
@@ -114,9 +117,10 @@ def prepare_target(
     )
     ref_logp_PGT = None
     if obj.kl_coef > 0:
-        assert ref_params is not None, "kl_coef > 0 without a reference model in the state"
-        ref_logp_PGT, _ = score_in_microbatches(model, ref_params, rollout, spec)
-    return Target(rollout, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
+        assert state.ref_params is not None, "kl_coef > 0 without a reference model in the state"
+        ref_logp_PGT, _ = score_in_microbatches(model, state.ref_params, rollout, spec)
+    is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
+    return Target(rollout, is_fresh_PG, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
 
 
 def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spec: UpdateSpec):
@@ -182,13 +186,19 @@ def weighted_loss(params: Params, model: ModelDef, target: Target, weight_PGT, s
 
     mask_BT = rows(rollout.mask_PGT)
     loss_BT, aux = objectives.token_loss(
-        spec.objective, rows(logp_PGT), rows(target.old_logp_PGT), rows(target.ref_logp_PGT), rows(target.advantage_PGT), mask_BT
+        spec.objective,
+        rows(logp_PGT),
+        rows(target.old_logp_PGT),
+        rows(target.ref_logp_PGT),
+        rows(target.advantage_PGT),
+        mask_BT,
     )
     gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
+    is_fresh_PGT = target.is_fresh_PG[..., None] & (rollout.mask_PGT > 0)
     metrics: dict[str, Metric] = {
         **objectives.loss_metrics(aux, mask_BT),
         "policy/learner_entropy": Mean.of(entropy_PGT, rollout.mask_PGT),
-        "policy/sampler_logp_gap": Max(jnp.where(rollout.mask_PGT > 0, gap_PGT, 0.0).max()),
+        "policy/sampler_logp_gap": Max(jnp.where(is_fresh_PGT, gap_PGT, 0.0).max()),
     }
     return (loss_BT * rows(weight_PGT)).sum(), metrics
 

@@ -57,11 +57,13 @@ class Batch:
 
     task_reward_PG: float32, what the task says; success, O+/O- and dynamic sampling look at this one only.
     reward_PG: float32, task reward plus shaping (overlong punishment); what the advantage is computed from.
+    sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
     """
 
     rollout: Rollout
     task_reward_PG: Any
     reward_PG: Any
+    sampled_at_P: Any
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""A few supervised steps on a task's own answers, so that a fresh decoder sometimes succeeds and has something to learn."""
+"""A few supervised steps on a careless teacher's answers, so that a fresh decoder sometimes succeeds and has something to learn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from grpo_jax.types import Params, Rollout
 def warm_start(model: ModelDef, params: Params, task: Any, config: WarmStartConfig, *, seed: int, chunk_tokens: int) -> Params:
     """Minimise the mean negative log-probability of the answers for `num_steps` Adam steps, in one compiled call.
 
-    task: must offer `supervised(key, num_examples)`. The learning rate falls linearly to zero.
+    task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate falls linearly to zero.
     """
     optimizer = optax.adam(optax.linear_schedule(config.learning_rate, 0.0, config.num_steps))
 
     def nll(params: Params, key: Any):
-        prompts, tokens_P1A, mask_P1A = task.supervised(key, config.batch_size)
+        prompts, tokens_P1A, mask_P1A = task.supervised(key, config.batch_size, config.careless_rate)
         blank = jnp.zeros_like(mask_P1A)
         examples = Rollout(prompts, tokens_P1A, mask_P1A, blank, blank, None, blank[..., 0] > 0)
         logp_P1A, _ = score(model, params, examples, Sampling(), chunk_tokens)

@@ -17,10 +17,8 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
     task_rewards_B = rewards_B if task_rewards_B is None else np.asarray(task_rewards_B, np.float64)
     is_active_BT = np.asarray(mask_BT) > 0
     threshold = float(np.float32(obj.success_threshold))  # rewards are float32: compare with what they compare with
-    groups = [
-        [i for i in range(start, start + group_size) if is_active_BT[i].any()]
-        for start in range(0, len(rewards_B), group_size)
-    ]
+    starts = range(0, len(rewards_B), group_size)
+    groups = [[i for i in range(start, start + group_size) if is_active_BT[i].any()] for start in starts]
     plus = {i for rows in groups for i in rows if task_rewards_B[i] >= threshold}
 
     if obj.advantage == "group_norm":

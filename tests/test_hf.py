@@ -1,5 +1,6 @@
-"""Hugging Face folders: the same logits as torch's, and every way a folder can be wrong ends in one line that says so."""
+"""Hugging Face folders: the same logits as torch's, and every way a folder can be wrong ends in one line saying so."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,34 +38,19 @@ MODELS = {
 def torch_model(name: str, dtype=torch.float32):
     """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
     family, changes = MODELS[name]
-    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": changes.get("rope_theta", 10_000.0)}}
-    changes = {key: value for key, value in changes.items() if key != "rope_theta"}
-    config = AutoConfig.for_model(family, **{**SIZES, **changes, **theta})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes}), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
+            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
     return model
-
-
-def edit_config(folder: Path, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    config.update(changes)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A good folder (untied llama) for a test to spoil."""
     torch_model("llama untied, wide heads").save_pretrained(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def tied(tmp_path):
-    torch_model("llama tied").save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -87,9 +73,13 @@ def left_padded():
 
 def jax_logits(folder, tokens_BT, mask_BT):
     arch = hf.read_architecture(folder)
-    decoder = ModelDef(arch).bind(hf.load_params(folder, arch, "float32"))
-    hidden_BTD, _ = decoder(jnp.asarray(tokens_BT), jnp.asarray(mask_BT))
-    return np.asarray(jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_VD))
+
+    @jax.jit
+    def forward(params, tokens_BT, mask_BT):
+        decoder = ModelDef(arch).bind(params)
+        return jnp.einsum("btd,vd->btv", decoder(tokens_BT, mask_BT)[0], decoder.head_VD)
+
+    return np.asarray(forward(hf.load_params(folder, arch, "float32"), tokens_BT, mask_BT))
 
 
 def torch_logits(model, tokens_BT, mask_BT):
@@ -112,7 +102,6 @@ def test_logits_equal_torch_on_left_padded_batches(tmp_path, name):
 def test_several_files_equal_one(tmp_path):
     model = torch_model("qwen3 untied")
     for name, size in (("one", "1GB"), ("many", "20KB")):
-        (tmp_path / name).mkdir()
         model.save_pretrained(tmp_path / name, max_shard_size=size)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "many"), load(tmp_path / "one"))
@@ -144,7 +133,7 @@ def test_save_params_writes_what_torch_loads(tmp_path, name, dtype):
 
 
 def test_the_tree_is_that_of_fresh_parameters(folder):
-    fresh = init_params(hf.read_architecture(folder), jax.random.key(0))
+    fresh = jax.eval_shape(lambda: init_params(hf.read_architecture(folder), jax.random.key(0)))
     assert jax.tree.map(jnp.shape, load(folder)) == jax.tree.map(jnp.shape, fresh)
 
 
@@ -153,17 +142,19 @@ def test_architecture_of_old_and_new_config_files(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
         return hf.read_architecture(tmp_path)
 
-    sizes = {"vocab_size": 61, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 48}
-    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
-    for rope in (new, {"rope_theta": 5e5, "rope_scaling": None}, {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}):
-        expected = Architecture(**sizes, head_dim=8, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False)
-        assert read(model_type="llama", **rope) == expected
+    plain = Architecture(61, 32, 3, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, tie_embeddings=False)
+    for rope in (
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+    ):
+        assert read(model_type="llama", **rope) == dataclasses.replace(plain, rope_theta=5e5)
     assert read(model_type="llama").rope_theta == 10_000.0
     assert read(model_type="llama", num_key_value_heads=None).num_kv_heads == 4
     assert read(model_type="llama", head_dim=None).head_dim == 8
     assert read(model_type="qwen3").head_dim == 128  # transformers' default for this family
     qwen2 = read(model_type="qwen2", sliding_window=4096, use_sliding_window=False, tie_word_embeddings=True)
-    assert qwen2 == Architecture(**sizes, head_dim=8, norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
+    assert qwen2 == dataclasses.replace(plain, tie_embeddings=True, qkv_bias=True)
     assert read(model_type="qwen3", rms_norm_eps=1e-5).norm_eps == 1e-5
 
 
@@ -189,7 +180,8 @@ def test_architecture_of_old_and_new_config_files(tmp_path):
     ],
 )
 def test_unsupported_setting_names_key_value_and_what_is_supported(folder, changes, words):
-    edit_config(folder, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError) as error:
         hf.read_architecture(folder)
     message = str(error.value)
@@ -214,7 +206,7 @@ def test_missing_folder_and_empty_folder(tmp_path):
 def test_folder_without_safetensors(folder):
     (folder / hf.SINGLE).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match=r"model\.path = .*neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"model\.path = .*neither model\.safetensors nor model.*index\.json"):
         load(folder)
 
 
@@ -256,13 +248,14 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
     jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
 
 
-def test_tied_head_may_be_stored_if_it_is_a_copy(tied):
-    expected = load(tied)
-    spoil(tied, lambda t: t.update({hf.HEAD: t[hf.EMBED].copy()}))
-    jax.tree.map(np.testing.assert_array_equal, load(tied), expected)
-    spoil(tied, lambda t: t.update({hf.HEAD: t[hf.EMBED] + 1e-3}))
+def test_tied_head_may_be_stored_if_it_is_a_copy(tmp_path):
+    torch_model("llama tied").save_pretrained(tmp_path)
+    expected = load(tmp_path)
+    spoil(tmp_path, lambda t: t.update({hf.HEAD: t[hf.EMBED].copy()}))
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
+    spoil(tmp_path, lambda t: t.update({hf.HEAD: t[hf.EMBED] + 1e-3}))
     with pytest.raises(UserError, match=r"lm_head\.weight differs .* tie_word_embeddings = true"):
-        load(tied)
+        load(tmp_path)
 
 
 def test_broken_index(tmp_path):
@@ -303,5 +296,5 @@ def test_hub_id_is_fetched_and_a_failure_is_one_line(folder, monkeypatch):
     assert "model.path = 'some-org/some.model'" in str(error.value)
     assert "name not known" in str(error.value) and "\n" not in str(error.value)
     for no_id in ("/some-org/model", "./org/model", "a/b/c", "name"):
-        with pytest.raises(UserError, match="no such folder$"):
+        with pytest.raises(UserError, match=r"no such folder$"):
             hf.resolve(no_id)

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json -> Architecture, safetensors -> parameters, with every key accounted for.
+"""Hugging Face folders in and out: config.json -> Architecture, safetensors -> parameters, every key accounted for.
 
 Weights go into the decoder exactly as they are stored ([out, in], nothing transposed); only the layers are stacked on a
 leading axis. A name, a shape or a setting that this decoder does not have is an error here, never a silent difference.
@@ -75,7 +75,7 @@ REQUIRED_SETTINGS = {
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """`model.path` -> a local folder; what looks like `org/name` and is no folder is downloaded from the hub (or its cache).
+    """`model.path` -> a local folder; `org/name` that is no folder is fetched from the hub (or its cache).
 
     Raises: UserError when there is no such folder, or the hub cannot be reached or does not have it.
     """
@@ -89,7 +89,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # noqa: BLE001, the hub's errors, HTTP's and the system's: all mean "not available"
+    except Exception as error:  # the hub's own errors, HTTP's and the system's: all mean "not available"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
 
@@ -178,11 +178,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any) -> Params:
     """The weights of `path` (a folder or hub id) as the decoder's parameters, cast to `dtype`.
 
-    Reads model.safetensors or the files of model.safetensors.index.json (float32, float16 or bfloat16), tensor by tensor.
+    Reads model.safetensors or the files of model.safetensors.index.json (float32, float16, bfloat16), tensor by tensor.
     Names and shapes are checked before anything is read.
 
     Returns: nested dict of jax arrays, the tree of `transformer.init_params`.
-    Raises: UserError naming the tensor that is missing, unexpected, misshapen or of a strange dtype, or the broken file.
+    Raises: UserError naming the tensor that is missing, unexpected, misshapen or of an odd dtype, or the broken file.
     """
     folder = resolve(path)
     slots, treedef = _slots(architecture)
@@ -193,9 +193,9 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
 
 
 def save_params(folder: str | os.PathLike[str], params: Params, architecture: Architecture) -> None:
-    """Write `params` as `folder`/model.safetensors under Hugging Face's names, in their own dtype (the folder must exist).
+    """Write `params` as model.safetensors in `folder` (which exists), under Hugging Face's names, in their own dtype.
 
-    With the config.json and tokenizer files of the model that training began from, it is a folder that other tools load.
+    With the config.json and tokenizer files of the model that training began from, other tools load the folder.
     """
     tensors = {}
     for slot, leaf in zip(_slots(architecture)[0], jax.device_get(jax.tree.leaves(params)), strict=True):

@@ -17,6 +17,7 @@ from flax import nnx
 
 from grpo_jax.types import Params
 
+MAX_UNROLLED = 4  # so few layers are unrolled: a scan would stack and copy what the backward pass needs
 NEVER = -1e30  # a masked attention score: finite, so that a row with nothing to attend to stays finite
 
 
@@ -139,7 +140,7 @@ class Decoder(nnx.Module):
     def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
         self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
-        self.layers = nnx.vmap(lambda r: Block(arch, rngs=r))(rngs.fork(split=arch.num_layers))
+        self.layers = nnx.vmap(lambda r: Block(arch, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch.norm_eps)
         self.head = (
             None
@@ -178,7 +179,8 @@ class Decoder(nnx.Module):
 
         layer = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
         xs = (stacked, None if prefix is None else prefix.cache)
-        hidden_BTD, cache = jax.lax.scan(layer, self.embed[...].astype(self.dtype)[tokens_BT], xs)
+        unroll = self.arch.num_layers if self.arch.num_layers <= MAX_UNROLLED else 1
+        hidden_BTD, cache = jax.lax.scan(layer, self.embed[...].astype(self.dtype)[tokens_BT], xs, unroll=unroll)
         return self.final_norm(hidden_BTD), cache
 
     def encode_prompts(self, tokens_PS, mask_PS):

@@ -52,25 +52,27 @@ class ArithmeticTask:
             )
         self.prompt_tokens = max(map(len, questions))
         self._table = jax.device_put(self._pack(questions, answers))
+        careless = [tokenizer.encode(self._answer(problem, is_careless=True)) for problem in problems]
+        self._careless_NA = jnp.asarray(self._pack(questions, careless, self._table.answer.shape[1]).answer)
         self._train_rows, self._eval_rows = jnp.asarray(train_rows), jnp.asarray(eval_rows)
 
     def _question(self, problem: tuple[int, str, int]) -> str:
         a, op, b = problem
         return f"{a}{op}{b}=" if self.is_plain else f"{a} {op} {b} ="
 
-    def _answer(self, problem: tuple[int, str, int]) -> str:
+    def _answer(self, problem: tuple[int, str, int], *, is_careless: bool = False) -> str:
         a, op, b = problem
-        value = a + b if op == "+" else a - b
+        value = without_carrying(a, op, b) if is_careless else a + b if op == "+" else a - b
         return f"{value}" if self.is_plain else f" {value}"
 
     def _line(self, problem: tuple[int, str, int]) -> str:
         return self._question(problem) + self._answer(problem)
 
-    def _pack(self, questions: list[list[int]], answers: list[list[int]]) -> Prompts:
+    def _pack(self, questions: list[list[int]], answers: list[list[int]], answer_width: int = 0) -> Prompts:
         """All problems as one Prompts table; `answer` is [N, A], -1 beyond each answer's end."""
         tokens_NS = np.full((len(questions), self.prompt_tokens), self.tokenizer.pad_id, np.int32)
         mask_NS = np.zeros(tokens_NS.shape, bool)
-        answer_NA = np.full((len(questions), max(map(len, answers)) + 1), -1, np.int32)
+        answer_NA = np.full((len(questions), answer_width or max(map(len, answers)) + 1), -1, np.int32)
         for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             tokens_NS[row, -len(question) :] = question
             mask_NS[row, -len(question) :] = True
@@ -98,11 +100,16 @@ class ArithmeticTask:
         is_right_PGA = jnp.where(is_end_P1A, is_stop_PGA, (given_PGA == expected_P1A) | (expected_P1A < 0))
         return is_right_PGA.all(-1).astype(jnp.float32), {}
 
-    def supervised(self, key: Any, num_examples: int) -> tuple[Prompts, Any, Any]:
-        """Worked training examples for the warm start: (prompts, tokens_P1A, mask_P1A), each answer ended by EOS."""
-        picks = jax.random.randint(key, (num_examples,), 0, len(self._train_rows))
-        prompts = jax.tree.map(lambda x: x[self._train_rows[picks]], self._table)
-        answer_PA = prompts.answer
+    def supervised(self, key: Any, num_examples: int, careless_rate: float) -> tuple[Prompts, Any, Any]:
+        """Worked training examples for the warm start: (prompts, tokens_P1A, mask_P1A), each answer ended by a stop token.
+
+        careless_rate: share of the examples whose teacher forgot to carry or borrow.
+        """
+        pick_key, error_key = jax.random.split(key)
+        rows = self._train_rows[jax.random.randint(pick_key, (num_examples,), 0, len(self._train_rows))]
+        prompts = jax.tree.map(lambda x: x[rows], self._table)
+        is_careless_P1 = jax.random.bernoulli(error_key, careless_rate, (num_examples, 1))
+        answer_PA = jnp.where(is_careless_P1, self._careless_NA[rows], prompts.answer)
         lengths_P1 = (answer_PA >= 0).sum(-1, keepdims=True)
         columns_1A = jnp.arange(answer_PA.shape[-1])[None]
         tokens_PA = jnp.where(columns_1A == lengths_P1, self.stop_ids[0], jnp.maximum(answer_PA, 0))
@@ -110,6 +117,12 @@ class ArithmeticTask:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def without_carrying(a: int, op: str, b: int) -> int:
+    """Digit by digit, modulo ten: what someone gets who never carries or borrows (58 + 67 -> 15)."""
+    digits = [(int(x) + int(y) if op == "+" else int(x) - int(y)) % 10 for x, y in zip(f"{a:09d}", f"{b:09d}", strict=True)]
+    return int("".join(map(str, digits)))
 
 
 def split_problems(config: ArithmeticConfig, num_eval: int):

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.errors import UserError
-from grpo_jax.scorers import pack
+from grpo_jax.scorers.serve import pack
 from grpo_jax.tasks.scoring_worker import Worker
 
 STARTUP_LIMIT_SECS = 120.0  # for importing the scorer: sympy on a busy machine takes 10 s

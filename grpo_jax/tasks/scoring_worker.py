@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from grpo_jax.scorers import HEADER
+from grpo_jax.scorers.serve import HEADER
 
 
 class Worker:
@@ -19,7 +19,7 @@ class Worker:
 
     def __init__(self, scorer: str, selector: selectors.BaseSelector) -> None:
         path = [entry or os.getcwd() for entry in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; import grpo_jax.scorers as s; s.serve({scorer!r}, {os.getpid()})"
+        code = f"import sys; sys.path[:] = {path!r}; import grpo_jax.scorers.serve as s; s.serve({scorer!r}, {os.getpid()})"
         command = [sys.executable, "-c", code]
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C at the terminal is for the trainer, and what the scorer starts can be killed too.

@@ -99,7 +99,7 @@ class HFTokenizer:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except Exception as error:  # noqa: BLE001  templates are programs: jinja's errors, and whatever they raise
+        except Exception as error:  # a template is a program: jinja's errors, and whatever it raises itself
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"model.path = {self.path!r}: its chat template refuses {roles}: {_line(error)}") from error
 
@@ -107,7 +107,7 @@ class HFTokenizer:
 def _load(path: str, folder: Path) -> Any:
     try:
         return _auto_tokenizer().from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  ValueError, OSError, KeyError, TypeError: all mean the same to the user
+    except Exception as error:  # ValueError, OSError, KeyError, TypeError: all mean the same to the user
         raise UserError(
             f"model.path = {path!r}: no tokenizer there; it needs tokenizer.json and tokenizer_config.json ({_line(error)})"
         ) from error

@@ -1,28 +1,23 @@
-"""What runs inside a scoring process: the built-in scorers, and the loop that serves them to `tasks/scoring.py`.
+"""The loop of a scoring process; `grpo_jax.tasks.scoring_worker` is the other end of its pipes.
 
-A scorer is `function(item: dict, completion: str) -> float`, named as "package.module:function". This module stands
-outside `tasks/` because a process that only compares answers should not pay for importing JAX; it must stay light.
-
-On the pipe, one frame each way per item: 8 bytes of little-endian length, then a pickle.
-    parent -> worker   (item, completion)
-    worker -> parent   first (is_ready, message), then (score, error); an empty error means the score counts
+One frame each way per item: 8 bytes of little-endian length, then a pickle.
+    to the worker    (item, completion)
+    from the worker  first (is_ready, message), then (score, error); an empty error means that the score counts
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import io
-import logging
 import os
 import pickle
 import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 Scorer = Callable[[dict[str, Any], str], float]
 
@@ -31,62 +26,13 @@ FLOAT32_MAX = 3.4028234e38
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-def math_verify_score(item: dict[str, Any], completion: str) -> float:
-    """1.0 if the completion's last mathematical expression equals `item["answer"]`, or the texts are the same; else 0.0.
-
-    math-verify's own time limits are off: they rest on SIGALRM, which a regular expression stuck in C never sees. The
-    pool that calls this kills the process instead.
-    """
-    if completion.strip() == item["answer"].strip():
-        return 1.0
-    parse, verify = _math_verify()
-    return float(verify(_parsed_gold(item["answer"]), parse(completion, parsing_timeout=None), timeout_seconds=None))
-
-
-@functools.cache
-def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off; so they shall be
-    return math_verify.parse, math_verify.verify
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed_gold(answer: str) -> list[Any]:
-    """The true answer parsed as LaTeX; bare text such as `x^2 + 1` or `(1, 2)` is only seen as such between dollars."""
-    has_delimiters = "$" in answer or "\\boxed" in answer or "\\(" in answer or "\\[" in answer
-    return _math_verify()[0](answer if has_delimiters else f"${answer}$", parsing_timeout=None)
-
-
-def reasoning_gym_score(item: dict[str, Any], completion: str) -> float:
-    """What reasoning-gym's own `score_answer` gives, in [0, 1].
-
-    item: `dataset` (generator name), `params` (its settings), `entry` (what the generator returned).
-    The answer is the text inside the last <answer>...</answer>, or the stripped completion if there is none.
-    """
-    from reasoning_gym.utils import extract_answer
-
-    answer = extract_answer(completion)
-    return _reasoning_gym_scorer(item)(completion.strip() if answer is None else answer, item["entry"])
-
-
-_DATASETS: dict[str, Any] = {}
-
-
-def _reasoning_gym_scorer(item: Mapping[str, Any]) -> Callable[[str, dict[str, Any]], float]:
-    """`score_answer` of the item's generator; generators are kept, since some load word lists when built."""
-    import reasoning_gym
-
-    key = f"{item['dataset']} {sorted(item['params'].items())!r}"
-    if key not in _DATASETS:
-        _DATASETS[key] = reasoning_gym.create_dataset(item["dataset"], **item["params"])
-    return _DATASETS[key].score_answer
-
-
 def load_scorer(name: str) -> Scorer:
     """Import "package.module:function". Raises whatever the import raises."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    scorer = getattr(importlib.import_module(module), function)
+    if not callable(scorer):
+        raise TypeError(f"{function} is not a function")
+    return cast(Scorer, scorer)
 
 
 def pack(message: Any) -> bytes:

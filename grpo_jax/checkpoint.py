@@ -1,0 +1,89 @@
+"""The run's state on disk: Orbax, written in the background, the newest few kept; killed at any moment, it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.errors import UserError
+from grpo_jax.types import TrainState
+
+
+class Checkpointer:
+    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored."""
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
+        """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
+        if self._manager.latest_step() == step:
+            return
+        # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
+        state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        except (ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{self._manager.directory}/{step}: does not fit this config ({first}); use another --workdir"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
+    """Write the config into a new workdir; in an old one, refuse if it was made by another config.
+
+    Raises: UserError naming the first fields that differ, or that the folder cannot be written.
+    """
+    path = workdir / "config.json"
+    now = json.loads(json.dumps(config))
+    if path.exists() and not allow_config_change:
+        differences = list(_differences(json.loads(path.read_text()), now, "config"))
+        if differences:
+            raise UserError(
+                f"{path}: written by another config: {'; '.join(differences[:3])}; "
+                "use another --workdir, or --allow_config_change to go on with the new settings"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(now, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Either the whole new file or the old one, whenever the process dies."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _differences(old: Any, new: Any, where: str):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+    elif old != new:
+        yield f"{where} was {old!r}, now {new!r}"

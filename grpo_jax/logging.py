@@ -1,0 +1,123 @@
+"""What a run leaves behind: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+PLAIN_LINE_EVERY_SECS = 10.0
+
+
+class RunLog:
+    """Appends a run's records; on resuming at `step`, records beyond it are cut off, so that nothing appears twice."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._metrics = _reopen(workdir / "metrics.jsonl", step)
+        self._completions = _reopen(workdir / "completions.jsonl", step)
+        self._events = EventFileWriter(str(workdir / "tensorboard"))
+        restart = SessionLog(status=SessionLog.START)  # makes TensorBoard forget what a killed run wrote beyond `step`
+        self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line in metrics.jsonl and a point on each TensorBoard curve."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Sampled completions, a line each."""
+        for row in rows:
+            self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Everything so far is on disk (called before a checkpoint: the log may run ahead of it, never behind)."""
+        for file in (self._metrics, self._completions):
+            file.flush()
+            os.fsync(file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._metrics.close()
+        self._completions.close()
+        self._events.close()
+
+
+def _reopen(path: pathlib.Path, step: int) -> IO[str]:
+    """Open for appending after the last record of `step`; a line cut short by a kill goes too."""
+    kept = [line for line, record in _records(path) if record["step"] <= step]
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+def _records(path: pathlib.Path):
+    """-> (line, record) for each whole line."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl, in order."""
+    return [record for _, record in _records(workdir / "metrics.jsonl")]
+
+
+class ProgressLine:
+    """One live line on a terminal (step, reward, success, entropy, tokens/s, time left); else a plain line now and then."""
+
+    FIELDS = (
+        ("reward", "reward/mean", "{:.2f}"),
+        ("success", "reward/success", "{:.2f}"),
+        ("held-out", "eval/success", "{:.2f}"),
+        ("entropy", "policy/entropy", "{:.2f}"),
+        ("tok/s", "tokens/s", "{:.0f}"),
+    )
+
+    def __init__(self, start: int, total: int):
+        console = Console(file=sys.stderr)
+        self._is_live = console.is_terminal
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[say]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not self._is_live)
+        self._bar = self._progress.add_task("", total=total, completed=start, say="compiling")
+        self._start, self._total, self._began, self._last_line = start, total, time.monotonic(), -PLAIN_LINE_EVERY_SECS
+        self._seen: dict[str, float] = {}
+        self._last_note = -PLAIN_LINE_EVERY_SECS
+        self._progress.start()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show step `step`; values not in this step's record keep their last reading."""
+        self._seen.update(values)
+        say = "  ".join(f"{label} {form.format(self._seen[key])}" for label, key, form in self.FIELDS if key in self._seen)
+        self._progress.update(self._bar, completed=step, say=say)
+        now = time.monotonic()
+        if not self._is_live and (now - self._last_line >= PLAIN_LINE_EVERY_SECS or step in (self._start, self._total)):
+            self._last_line = now
+            done = step - self._start
+            left = f"  left {(now - self._began) / done * (self._total - step):.0f} s" if done > 0 else ""
+            print(f"step {step}/{self._total}  {say}{left}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line above the live one, at most once every PLAIN_LINE_EVERY_SECS."""
+        now = time.monotonic()
+        if now - self._last_note >= PLAIN_LINE_EVERY_SECS:
+            self._last_note = now
+            self._progress.console.print(text)
+
+    def close(self) -> None:
+        self._progress.stop()

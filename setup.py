@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# A plain install runs on the CPU and pins no accelerator: an existing jax (a TPU VM's, Colab's) is left alone.
+TASKS = ["math-verify>=0.8", "reasoning-gym>=0.1.23"]
+SMOLLM2 = ["gguf>=0.17"]
+TEST = ["pytest>=8", "beartype>=0.20", "torch>=2.6", *TASKS, *SMOLLM2]
+
+setup(
+    name="grpo_jax",
+    version="0.1.0",
+    description="Group-relative policy optimisation in JAX: GRPO, DAPO, Dr. GRPO, GTPO and GRPO-S",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "transformers>=4.51",
+        "ml-collections>=1.0",
+        "tensorboard>=2.18",
+        "grain>=0.2.12",
+        "huggingface_hub>=0.30",
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "numpy>=1.26",
+        "rich>=13",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "tasks": TASKS,
+        "smollm2": SMOLLM2,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.9", "pyright>=1.1.390", "pytest-xdist>=3.6"],
+    },
+)
