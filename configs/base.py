@@ -8,15 +8,16 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax import objectives
 
 
-def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
+def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     """The settings shared by all variants, at one scale."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.seed = 0
     config.num_steps = 400  # optimisation steps (iterations of rollout and update)
     config.eval_every = 50  # steps between held-out evaluations; 0: only before and after
@@ -121,11 +122,11 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> ConfigDict:
     return config
 
 
-def tiny(config: ConfigDict) -> None:
+def tiny(config: Any) -> None:
     """The settings above."""
 
 
-def smollm2(config: ConfigDict) -> None:
+def smollm2(config: Any) -> None:
     """A real language model: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in four."""
     cache = os.environ.get("GRPO_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "grpo_jax"))
     config.model.path = str(pathlib.Path(cache) / "SmolLM2-135M-Instruct")
@@ -146,7 +147,7 @@ def smollm2(config: ConfigDict) -> None:
     config.log.completions_every = 5
 
 
-def runlocal(config: ConfigDict) -> None:
+def runlocal(config: Any) -> None:
     """Seconds, to see that everything runs."""
     config.num_steps = 3
     config.eval_every = 2

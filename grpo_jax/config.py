@@ -256,13 +256,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise wrong
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, each, f"{where}[{i}]") for i, each in enumerate(value))
-    if origin is Mapping or isinstance(origin, type) and issubclass(origin, Mapping):
+    if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, Mapping):
             raise wrong
         return dict(value)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) and origin is not bool or not isinstance(value, origin):
+    if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):
         raise wrong
     return value
 
@@ -284,7 +284,8 @@ def validate(config: Config) -> None:
         )
     if rollout.num_prompts % learner.num_minibatches:
         raise UserError(
-            f"config.learner.num_minibatches = {learner.num_minibatches}: must divide config.rollout.num_prompts = {rollout.num_prompts}"
+            f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
+            f"config.rollout.num_prompts = {rollout.num_prompts}"
         )
     if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
         raise UserError(
@@ -308,7 +309,8 @@ def validate(config: Config) -> None:
             )
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
-            f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, set it to 0"
+            f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
+            "set it to 0"
         )
 
 

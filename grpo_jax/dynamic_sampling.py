@@ -5,6 +5,8 @@ Groups found beyond the batch wait in the buffer for the next step; their `sampl
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +32,6 @@ def pop(buffer: GroupBuffer, num_groups: int) -> tuple[Batch, GroupBuffer]:
     batch = jax.tree.map(lambda x: x[:num_groups], buffer.batch)
     is_real_P = jnp.arange(num_groups) < buffer.count
     rollout = batch.rollout
-    rollout = rollout.replace(mask_PGT=rollout.mask_PGT * is_real_P[:, None, None])
+    rollout = dataclasses.replace(rollout, mask_PGT=rollout.mask_PGT * is_real_P[:, None, None])
     rest = jax.tree.map(lambda x: jnp.roll(x, -num_groups, axis=0), buffer.batch)
-    return batch.replace(rollout=rollout), GroupBuffer(rest, jnp.maximum(buffer.count - num_groups, 0))
+    return dataclasses.replace(batch, rollout=rollout), GroupBuffer(rest, jnp.maximum(buffer.count - num_groups, 0))

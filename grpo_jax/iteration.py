@@ -6,6 +6,7 @@ functions run stage by stage: `while_loop` is then a Python loop, and only token
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import dynamic_sampling, metrics as metrics_lib, rewards
+from grpo_jax import dynamic_sampling, rewards
+from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
@@ -89,11 +91,11 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
             "groups/pending": Mean(buffer.count.astype(jnp.float32), one),
         }
         drawn = state.num_prompts_drawn + done.rounds * P
-        return state.replace(pending=buffer, num_prompts_drawn=drawn), batch, metrics
+        return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), batch, metrics
 
     def sample_once(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         batch, metrics = sample_round(state, jnp.int32(0))
-        return state.replace(num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
+        return dataclasses.replace(state, num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
 
     return gather if config.dynamic_sampling.enabled else sample_once
 

@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.spmd import vary_like
 from grpo_jax.sampling import Sampling, normalise, support_like
+from grpo_jax.spmd import vary_like
 
 
 def head_logits(hidden_CD, head_VD):
@@ -36,7 +36,7 @@ def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling,
     def cut(x):
         return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    logp, entropy = _chunked(sampling, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))
+    logp, entropy = _chunked(sampling, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))  # pyright: ignore[reportGeneralTypeIssues]
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
 

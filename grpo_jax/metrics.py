@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -59,13 +58,12 @@ Metrics = Mapping[str, Metric]
 
 def merge(left: Metrics, right: Metrics) -> dict[str, Metric]:
     """Merge two metric dictionaries; a name that only one of them has is kept."""
-    both = {name: left[name].merge(right[name]) for name in left.keys() & right.keys()}
+    both = {name: _merge_one(left[name], right[name]) for name in left.keys() & right.keys()}
     return {**left, **right, **both}
 
 
-def merge_all(many: Sequence[Metrics]) -> dict[str, Metric]:
-    """Merge any number of metric dictionaries (an empty sequence gives an empty dictionary)."""
-    return functools.reduce(merge, many, {})
+def _merge_one(left: Any, right: Any) -> Metric:
+    return left.merge(right)
 
 
 def reduce_stacked(stacked: Metrics) -> dict[str, Metric]:

@@ -71,7 +71,8 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, blank)
         drawn = jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), carry.drawn, column)
         is_stop_B = (column.token_B[:, None] == stop_ids[None]).any(-1)
-        return carry.replace(
+        return dataclasses.replace(
+            carry,
             t=carry.t + 1,
             drawn=drawn,
             mask_BT=carry.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
@@ -100,7 +101,7 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
     def step(carry: _Carry) -> _Carry:
         last_B = jax.lax.dynamic_index_in_dim(carry.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
         hidden_BD, caches = decoder.decode_step(layers, carry.caches, last_B, carry.t - 1, prefix)
-        return record(carry.replace(caches=caches), draw_at(carry.t, head_logits(hidden_BD, head_VD)))
+        return record(dataclasses.replace(carry, caches=caches), draw_at(carry.t, head_logits(hidden_BD, head_VD)))
 
     carry = jax.lax.while_loop(lambda c: (c.t < T) & ~c.is_done_B.all(), step, carry)
     by_group = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), (carry.drawn, carry.mask_BT, carry.is_done_B))

@@ -71,7 +71,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
             in_specs=(REPLICATED, ROWS),
             out_specs=ROWS,
         )
-        policies = state.replace(opt_state=None, pending=None)
+        policies = dataclasses.replace(state, opt_state=None, pending=None)
         target = prepare(policies, constrain(batch, mesh, ROWS))
 
         def minibatch_step(carry, minibatch: Target):
@@ -92,7 +92,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
         metrics = metrics_lib.reduce_stacked(stacked)
         # Only before the first optimizer step do sampler and learner hold the same weights.
         metrics["policy/sampler_logp_gap"] = jax.tree.map(lambda x: x[0], stacked["policy/sampler_logp_gap"])
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
@@ -101,7 +101,7 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
     """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
     rollout, obj = batch.rollout, spec.objective
     if spec.filter_truncated:
-        rollout = rollout.replace(mask_PGT=rollout.mask_PGT * ~rollout.is_truncated_PG[..., None])
+        rollout = dataclasses.replace(rollout, mask_PGT=rollout.mask_PGT * ~rollout.is_truncated_PG[..., None])
     P, G, T = rollout.mask_PGT.shape
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if spec.old_logp == "learner":
@@ -171,7 +171,7 @@ def gradients(model: ModelDef, params: Params, target: Target, spec: UpdateSpec,
         metrics = metrics_lib.reduce_stacked(stacked)
     if axis_name:
         grads, metrics = jax.lax.psum(grads, axis_name), metrics_lib.psum(metrics, axis_name)
-    metrics["loss/total"] = metrics["loss/total"].replace(count=jnp.float32(1))
+    metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
     return jax.tree.map(lambda g: g / denom, grads), metrics
 
 
@@ -181,7 +181,7 @@ def weighted_loss(params: Params, model: ModelDef, target: Target, weight_PGT, s
     T = rollout.mask_PGT.shape[-1]
     logp_PGT, entropy_PGT = score(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)
 
-    def rows(x):
+    def rows(x: Any) -> Any:
         return None if x is None else x.reshape(-1, T)
 
     mask_BT = rows(rollout.mask_PGT)
@@ -228,8 +228,8 @@ def split_microbatches(tree: Any, rollout: Rollout, num_microbatches: int) -> An
     def cut(x):
         if isinstance(x, Rollout):
             prompts = jax.tree.map(cut_prompts, x.prompts)
-            rest = jax.tree.map(cut, x.replace(prompts=None))
-            return rest.replace(prompts=prompts)
+            rest = jax.tree.map(cut, dataclasses.replace(x, prompts=None))
+            return dataclasses.replace(rest, prompts=prompts)
         return x.reshape(num_microbatches, P * parts // num_microbatches, G // parts, *x.shape[2:])
 
     return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Rollout))

@@ -23,10 +23,10 @@ from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
 from grpo_jax.iteration import Collect, make_collect, make_iteration, make_rollout
-from grpo_jax.logging import ProgressLine, RunLog, read_metrics
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.plots import learning_curve
+from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
 from grpo_jax.sharding import REPLICATED, make_mesh
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import make_train_step
@@ -59,16 +59,15 @@ def make_run(config: Config) -> Run:
     collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
     train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
     everywhere = NamedSharding(mesh, REPLICATED)
-    stays = {"donate_argnums": 0}
     return Run(
         config=config,
         mesh=mesh,
         task=task,
         model=model,
         optimizer=optimizer,
-        collect=jax.jit(collect, **stays, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
-        update=jax.jit(train_step, **stays, out_shardings=(everywhere, None)),
-        iterate=jax.jit(make_iteration(collect, train_step), **stays, out_shardings=(everywhere, None, None)),
+        collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
+        update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
+        iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
         evaluate=make_evaluate(config, task, model, spec, mesh),
     )
 
@@ -103,7 +102,7 @@ def initial_state(run: Run) -> TrainState:
         pending=None,
     )
     if config.dynamic_sampling.enabled:
-        state = state.replace(pending=empty_buffer(example_batch(run, state)))
+        state = dataclasses.replace(state, pending=empty_buffer(example_batch(run, state)))
     return jax.device_put(state, everywhere)
 
 
@@ -181,9 +180,9 @@ class Loop:
             if config.log.completions_every and step % config.log.completions_every == 0:
                 self.log.completions(step, completion_rows(batch, self.run.task, config.log.num_groups))
             is_last = step == config.num_steps
-            if is_last or config.eval_every and step % config.eval_every == 0:
+            if is_last or (config.eval_every and step % config.eval_every == 0):
                 timing.update(self.run.evaluate(state.params))
-            if is_last or config.checkpoint.every and step % config.checkpoint.every == 0 or self.stop.is_set:
+            if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
                 self.write_out(unwritten)
                 unwritten = None
                 self.save(state)

@@ -1,4 +1,4 @@
-"""A few supervised steps on a careless teacher's answers, so that a fresh decoder sometimes succeeds and has something to learn."""
+"""A few supervised steps on a careless teacher, so that a fresh decoder sometimes succeeds and has something to learn."""
 
 from __future__ import annotations
 

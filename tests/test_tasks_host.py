@@ -1,4 +1,4 @@
-"""Tokenizers, and the tasks whose rewards are computed on the host: what is read, held out, drawn, dropped and scored."""
+"""Tokenizers, and the tasks scored on the host: what is read, held out, drawn, dropped and rewarded."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_hf_tokenizer_ids_text_and_chat(tmp_path: Path) -> None:
 def test_hf_tokenizer_without_pad_token_or_template(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(save_hf_tokenizer(tmp_path / "model", {"config.json": 2}))
     assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.has_chat_template) == (2, (2,), False)
-    with pytest.raises(UserError, match="task.jsonl.use_chat_template"):
+    with pytest.raises(UserError, match=r"task\.jsonl\.use_chat_template"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
@@ -154,7 +154,7 @@ def test_hf_tokenizer_errors_name_the_path(tmp_path: Path) -> None:
     broken = save_hf_tokenizer(tmp_path / "broken", {})
     (tmp_path / "broken" / "config.json").write_text("{")
     for path in (str(tmp_path / "absent"), str(tmp_path / "empty"), endless, broken):
-        with pytest.raises(UserError, match="model.path") as caught:
+        with pytest.raises(UserError, match=r"model\.path") as caught:
             HFTokenizer(path)
         assert path in str(caught.value) and "\n" not in str(caught.value)
     picky = HFTokenizer(save_hf_tokenizer(tmp_path / "picky", {"config.json": 1}, chat_template=refusing))
@@ -199,7 +199,7 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, caplo
     assert task.eval_prompts().tokens_PS.shape == (0, 12)
     task.close()
     config = task_config(path=config.jsonl.path, max_prompt_tokens=0)
-    with pytest.raises(UserError, match="task.max_prompt_tokens = 0"):
+    with pytest.raises(UserError, match=r"task\.max_prompt_tokens = 0"):
         JsonlTask(config, CHARS, seed=0, num_eval=0)
 
 
@@ -230,7 +230,7 @@ def test_eval_path_keeps_its_prompts_out_of_training(tmp_path: Path) -> None:
 def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", sums(5))
     for config in (task_config(path=path), task_config(path=path, eval_path=path)):
-        with pytest.raises(UserError, match="eval.num_prompts = 5"):
+        with pytest.raises(UserError, match=r"eval\.num_prompts = 5"):
             JsonlTask(config, CHARS, seed=0, num_eval=5)
 
 
@@ -265,7 +265,7 @@ def test_malformed_lines_are_named(tmp_path: Path, content: bytes, line: int, re
 def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text("\n  \n")
     for path in (tmp_path / "blank.jsonl", tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="task.jsonl.path") as caught:
+        with pytest.raises(UserError, match=r"task\.jsonl\.path") as caught:
             read_questions(str(path), "task.jsonl.path")
         assert str(path) in str(caught.value)
 

@@ -8,6 +8,7 @@ is transposed on loading, and on a CPU decoding reads memory in order. The L lay
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import flax.struct
@@ -173,7 +174,7 @@ class Decoder(nnx.Module):
 
         def layer(x_BTD, weights_and_prefix):
             weights, prefix_cache = weights_and_prefix
-            its_prefix = None if prefix is None else prefix.replace(cache=prefix_cache)
+            its_prefix = None if prefix is None else dataclasses.replace(prefix, cache=prefix_cache)
             x_BTD, kv = nnx.merge(graphdef, weights)(x_BTD, rope, mask_BTU, its_prefix)
             return x_BTD, kv if return_cache else None
 
@@ -186,12 +187,13 @@ class Decoder(nnx.Module):
     def encode_prompts(self, tokens_PS, mask_PS):
         """Left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
         hidden_PSD, cache = self(tokens_PS, mask_PS, return_cache=True)
+        assert cache is not None
         return hidden_PSD[:, -1], Prefix(cache, mask_PS.astype(bool), mask_PS.astype(jnp.int32).sum(-1))
 
     def unstacked_layers(self) -> list[Any]:
         """The layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
         _, stacked = nnx.split(self.layers)
-        return [jax.tree.map(lambda x: x[i], stacked) for i in range(self.arch.num_layers)]
+        return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.arch.num_layers)]
 
     def decode_step(self, layers: list[Any], caches: list[KVCache], tokens_B, slot, prefix: Prefix):
         """One token a row, written to cache slot `slot` (the same for all rows).
@@ -207,7 +209,7 @@ class Decoder(nnx.Module):
         x_B1D = self.embed[...].astype(self.dtype)[tokens_B][:, None]
         filled = []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
-            its_prefix = prefix.replace(cache=jax.tree.map(lambda x: x[i], prefix.cache))  # noqa: B023
+            its_prefix = dataclasses.replace(prefix, cache=KVCache(prefix.cache.k[i], prefix.cache.v[i]))
             x_B1D, cache = nnx.merge(graphdef, weights)(x_B1D, rope, mask_11U, its_prefix, cache, slot)
             filled.append(cache)
         return self.final_norm(x_B1D)[:, 0], filled

@@ -75,7 +75,7 @@ class Objective:
         return self.advantage in ("token_entropy", "sequence_entropy")
 
 
-_DECOUPLED = {"clip_low": 0.2, "clip_high": 0.28}
+_DECOUPLED: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 VARIANTS: Mapping[str, Objective] = MappingProxyType(
     {

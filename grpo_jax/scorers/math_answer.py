@@ -12,7 +12,7 @@ _log = logging.getLogger("math_verify")
 
 
 def math_verify_score(item: dict[str, Any], completion: str) -> float:
-    """1.0 if the completion's last mathematical expression equals `item["answer"]`, or the texts are the same; else 0.0.
+    """1.0 if the completion's last mathematical expression equals `item["answer"]`, or the texts are equal; else 0.0.
 
     math-verify's own time limits are off: they rest on SIGALRM, which a regular expression stuck in C never sees. The
     pool that calls this kills the process instead.

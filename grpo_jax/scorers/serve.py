@@ -57,7 +57,7 @@ def serve(scorer: str, parent_pid: int) -> None:
             _send(replies, _judge(function, frame))
     except BrokenPipeError:  # the parent is gone
         pass
-    except BaseException as error:  # noqa: BLE001  a scorer's import may raise anything; the parent reports it
+    except BaseException as error:  # a scorer's import may raise anything; the parent reports it
         _send(replies, (False, _describe(error)))
     os._exit(0)  # threads that the scorer left behind must not keep the process alive
 
@@ -71,7 +71,7 @@ def _judge(function: Scorer, frame: bytes) -> tuple[float, str]:
         score = float(value)
         if not abs(score) <= FLOAT32_MAX:  # written so that NaN fails too
             raise ValueError(f"the scorer returned {score}, not a finite number")
-    except BaseException as error:  # noqa: BLE001  SystemExit too: a scorer that exits has failed on this item
+    except BaseException as error:  # SystemExit too: a scorer that exits has failed on this item
         return 0.0, _describe(error)
     return score, ""
 

@@ -48,7 +48,8 @@ class ArithmeticTask:
         longest = max(map(len, answers)) + 1
         if longest > max_answer_tokens:
             raise UserError(
-                f"config.rollout.max_completion_tokens = {max_answer_tokens}: the longest answer and its stop token take {longest}"
+                f"config.rollout.max_completion_tokens = {max_answer_tokens}: "
+                f"the longest answer and its stop token take {longest}"
             )
         self.prompt_tokens = max(map(len, questions))
         self._table = jax.device_put(self._pack(questions, answers))

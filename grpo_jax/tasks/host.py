@@ -58,9 +58,9 @@ class HostTask:
         limit = config.max_prompt_tokens
         kept_train = _encode(tokenizer, train, system_prompt, use_chat, limit)
         kept_held_out = _encode(tokenizer, held_out, system_prompt, use_chat, limit)
-        for kept, questions, name in ((kept_train, train, "training"), (kept_held_out, held_out, "held-out")):
+        for kept, questions, kind in ((kept_train, train, "training"), (kept_held_out, held_out, "held-out")):
             if questions and not kept:
-                raise UserError(f"task.max_prompt_tokens = {limit}: all {len(questions)} {name} prompts are longer; raise it")
+                raise UserError(f"task.max_prompt_tokens = {limit}: all {kind} prompts are longer; raise it")
         if not kept_train:
             raise UserError(f"task {config.name!r}: there is no question to train on")
         self.num_dropped = len(train) + len(held_out) - len(kept_train) - len(kept_held_out)
@@ -76,7 +76,10 @@ class HostTask:
         self._pool = ScoringPool(scorer, config.scoring.num_workers, config.scoring.time_limit_secs)
 
     def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        """Training prompts number position .. position + num_prompts - 1; every question once per `num_train` of them."""
+        """The training prompts number position .. position + num_prompts - 1, the same however they are batched.
+
+        An epoch is `num_train` of them: each question once.
+        """
         first = int(position)
         return self._prompts([int(self._order[first + i]) for i in range(num_prompts)])
 
@@ -87,7 +90,7 @@ class HostTask:
     def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> tuple[np.ndarray, Metrics]:
         """Score completions by the scorer of the task.
 
-        Args: answer: int32[P], row numbers out of `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where a completion is.
+        Args: answer: int32[P], `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where the completion is.
         Returns: float32[P, G], and the fractions of completions on which the scorer failed or ran out of time (those
         have reward 0).
         """

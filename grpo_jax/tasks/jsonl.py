@@ -21,9 +21,9 @@ class JsonlTask(HostTask):
     """One object a line with the fields `prompt` and `answer`; reward 1 for an equal answer, else 0.
 
     What follows the last `####` of an answer is the answer (GSM8K); white space around it does not count.
-    num_eval: how many questions are held out. They come from `eval_path` if there is one, else out of `path`. Which ones
-    is decided by a hash of the prompt, so it is the same in every run whatever the seed and the order of the lines; a
-    prompt that is held out is trained on in none of its copies.
+    num_eval: how many questions are held out. They come from `eval_path` if there is one, else out of `path`. A hash of
+    the prompt decides which, so they are the same in every run whatever the seed and the order of the lines; a prompt
+    that is held out is trained on in none of its copies.
     Raises UserError naming file and line of what cannot be read, and if holding out leaves nothing to train on.
     """
 
@@ -59,7 +59,7 @@ def read_questions(path: str, field: str) -> list[Question]:
     """
     questions = [_question(line, f"{path}:{number}") for number, line in _lines(path, field)]
     if not questions:
-        raise UserError(f"{field} = {path!r}: the file has no lines; give one JSON object a line with prompt and answer")
+        raise UserError(f"{field} = {path!r}: the file is empty; give one JSON object a line with prompt and answer")
     return questions
 
 

@@ -16,13 +16,13 @@ SCORER = "grpo_jax.scorers.gym:reasoning_gym_score"
 
 
 class ReasoningGymTask(HostTask):
-    """Questions of one generator; the reward is its `score_answer`, between 0 and 1, of the text in <answer>...</answer>.
+    """Questions of one generator; the reward is its `score_answer`, in [0, 1], of the text in <answer>...</answer>.
 
-    num_eval: questions held out, from a seed of their own; those with equal text are left out of the training questions.
+    num_eval: questions held out, from a seed of their own; training questions with the same text are left out.
     config.reasoning_gym.system_prompt: a text, or the name of one of the library's (`default`, `direct`, ...).
     The chat template is used where the tokenizer has one.
-    A few generators (in 0.1.25: isomorphic_strings, polynomial_multiplication, ransom_note, word_ladder) go through sets,
-    so they repeat themselves in another process only under the same PYTHONHASHSEED.
+    A few generators (isomorphic_strings, polynomial_multiplication, ransom_note, word_ladder in 0.1.25) iterate over
+    sets: they give the same questions in another process, as in a resumed run, only under the same PYTHONHASHSEED.
     Raises UserError for an unknown generator, for settings it does not take, and if nothing is left to train on.
     """
 

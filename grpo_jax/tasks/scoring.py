@@ -7,8 +7,8 @@ to be blamed on. What a fault costs:
 - A worker busy for more than a tenth of the limit is taken for hung, and a stand-in starts while it is waited out. So
   hung items wait side by side, and a few of them cost a batch about one time limit together. There are at most
   N / 64 stand-ins for a batch of N items, but no fewer than 4 and no more than 32.
-- When more than 2 (num_workers + 4) items, and more than a tenth of those scored so far, have timed out, the rest of the
-  batch is counted as timed out unseen. A scorer that always hangs costs about three time limits a batch, however large.
+- When more than 2 (num_workers + 4) items, and more than a tenth of those scored so far, have timed out, the rest of
+  the batch is counted as timed out unseen. A scorer that always hangs costs about three time limits a batch.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ScoringPool:
         self._lock = threading.Lock()
         self._num_vain_starts = 0
         self._is_quiet = False
-        # "Dies with its parent" means, to Linux, with the thread that started it: so a thread of the pool's starts them.
+        # To Linux, "dies with its parent" means with the thread that started it: so the pool has a thread for that.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         # Runs when `close` calls it, when the pool is forgotten, or when the interpreter exits.
         self._release = weakref.finalize(self, _end_all, self._workers, self._selector, self._starter)
@@ -86,7 +86,7 @@ class ScoringPool:
     def score(self, items: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> tuple[np.ndarray, int, int]:
         """Score completion i against item i.
 
-        Returns: (scores, num_errors, num_timeouts), scores float32[N] in the order given, whatever the number of workers.
+        Returns: (scores, num_errors, num_timeouts); scores is float32[N], in the order given.
         An item whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a
         timeout; both score 0. Raises UserError if the scorer cannot be imported or the pool is closed.
         """
@@ -210,7 +210,7 @@ class ScoringPool:
             batch.finish(worker.index, 0.0)
 
     def _start_was_vain(self, exit_code: int) -> None:
-        """A worker ended without an item. Idle ones may be killed from outside; if none lives to work, that is no run."""
+        """A worker ended without an item: as an idle one may, killed from outside, but not all of them."""
         self._num_vain_starts += 1
         if self._num_vain_starts > 2 * self._num_workers + 2:
             raise UserError(f"scorer {self._scorer!r}: its processes end before they score, exit code {exit_code}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import selectors
@@ -19,8 +20,8 @@ class Worker:
 
     def __init__(self, scorer: str, selector: selectors.BaseSelector) -> None:
         path = [entry or os.getcwd() for entry in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; import grpo_jax.scorers.serve as s; s.serve({scorer!r}, {os.getpid()})"
-        command = [sys.executable, "-c", code]
+        setup = f"import sys; sys.path[:] = {path!r}; from grpo_jax.scorers.serve import serve"
+        command = [sys.executable, "-c", f"{setup}; serve({scorer!r}, {os.getpid()})"]
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C at the terminal is for the trainer, and what the scorer starts can be killed too.
         self._process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True)
@@ -87,8 +88,6 @@ class Worker:
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
             pipe.close()
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, and so has all it started
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # it has ended, and so has all it started
-            pass
         return self._process.wait()

@@ -51,7 +51,7 @@ class HFTokenizer:
     """A Hugging Face tokenizer, from a local folder or a hub id.
 
     eos_ids: every id that ends a completion: the tokenizer's, and those of generation_config.json and config.json (chat
-    models often stop at another token than the one that ends a document). pad_id: an eos id where there is no pad token.
+    models often stop at another token than the one that ends a document). pad_id: an eos id if there is no pad token.
     Raises UserError naming `model.path` where the tokenizer cannot be loaded or has no end token.
     """
 
@@ -108,9 +108,8 @@ def _load(path: str, folder: Path) -> Any:
     try:
         return _auto_tokenizer().from_pretrained(folder)
     except Exception as error:  # ValueError, OSError, KeyError, TypeError: all mean the same to the user
-        raise UserError(
-            f"model.path = {path!r}: no tokenizer there; it needs tokenizer.json and tokenizer_config.json ({_line(error)})"
-        ) from error
+        need = "it needs tokenizer.json and tokenizer_config.json"
+        raise UserError(f"model.path = {path!r}: no tokenizer there; {need} ({_line(error)})") from error
 
 
 def _auto_tokenizer() -> Any:

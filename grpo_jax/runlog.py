@@ -12,11 +12,12 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PLAIN_LINE_EVERY_SECS = 10.0
+_EVENTS: Any = event_pb2  # message classes made at run time, which a type checker cannot see
+_SUMMARIES: Any = summary_pb2
 
 
 class RunLog:
@@ -26,14 +27,16 @@ class RunLog:
         self._metrics = _reopen(workdir / "metrics.jsonl", step)
         self._completions = _reopen(workdir / "completions.jsonl", step)
         self._events = EventFileWriter(str(workdir / "tensorboard"))
-        restart = SessionLog(status=SessionLog.START)  # makes TensorBoard forget what a killed run wrote beyond `step`
-        self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line in metrics.jsonl and a point on each TensorBoard curve."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        summary = _SUMMARIES.Summary(
+            value=[_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=summary))
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Sampled completions, a line each."""

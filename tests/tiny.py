@@ -1,0 +1,133 @@
+"""Small models, prompts, batches and configs that several test files share: seconds to compile, ragged everywhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from configs import base
+from grpo_jax.config import Config
+from grpo_jax.models.transformer import Architecture, init_params
+from grpo_jax.sharding import AXES
+from grpo_jax.types import Batch, Prompts, Rollout, TrainState
+
+VOCAB = 23
+LLAMA = Architecture(
+    vocab_size=VOCAB, dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, tie_embeddings=False
+)
+
+
+def random_params(arch, seed=0, scale=0.3):
+    """Every leaf random, norms and biases too: a fresh model's ones and zeros would hide a mistake in how they are used."""
+    params = init_params(arch, jax.random.key(seed))
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(treedef, [x + jnp.asarray(rng.normal(size=x.shape) * scale, jnp.float32) for x in leaves])
+
+
+def random_prompts(num_prompts, width, vocab=VOCAB, seed=0):
+    """Left-padded to `width`; the first has one token, the second no padding."""
+    rng = np.random.default_rng(seed)
+    lengths_P = rng.integers(1, width + 1, num_prompts)
+    lengths_P[:2] = [1, width][:num_prompts]
+    mask_PS = np.arange(width)[None] >= width - lengths_P[:, None]
+    tokens_PS = np.where(mask_PS, rng.integers(1, vocab, (num_prompts, width)), 0)
+    return Prompts(jnp.asarray(tokens_PS, jnp.int32), jnp.asarray(mask_PS), jnp.arange(num_prompts))
+
+
+def random_batch(num_prompts=8, group_size=4, max_tokens=5, prompt_width=4, vocab=VOCAB, seed=0):
+    """A batch that no policy sampled: ragged rows of random tokens, log-probs around the uniform one, 0/1 rewards.
+
+    Group 1 is all successes, group 2 all failures; rewards of one row in four are shaped. Nothing is cut off the support.
+    """
+    P, G, T = num_prompts, group_size, max_tokens
+    rng = np.random.default_rng(seed)
+    lengths_PG = rng.integers(1, T + 1, (P, G))
+    mask_PGT = (np.arange(T)[None, None] < lengths_PG[..., None]).astype(np.float32)
+    task_reward_PG = rng.integers(0, 2, (P, G)).astype(np.float32)
+    task_reward_PG[0, :2] = [0, 1]
+    task_reward_PG[1:3] = np.array([1, 0])[: P - 1, None]
+    shaping_PG = np.where(rng.random((P, G)) < 0.25, -0.5, 0.0)
+    arrays = dict(
+        tokens_PGT=np.where(mask_PGT > 0, rng.integers(1, vocab, (P, G, T)), 0).astype(np.int32),
+        mask_PGT=mask_PGT,
+        sampler_logp_PGT=((-np.log(vocab) + rng.normal(size=(P, G, T)) * 0.5) * mask_PGT).astype(np.float32),
+        entropy_PGT=(rng.uniform(0.1, 3.0, (P, G, T)) * mask_PGT).astype(np.float32),
+        is_truncated_PG=(lengths_PG == T) & (rng.random((P, G)) < 0.5),
+    )
+    rollout = Rollout(
+        prompts=random_prompts(P, prompt_width, vocab, seed), support_PGT=None, **jax.tree.map(jnp.asarray, arrays)
+    )
+    reward_PG = (task_reward_PG + shaping_PG).astype(np.float32)
+    return Batch(rollout, jnp.asarray(task_reward_PG), jnp.asarray(reward_PG), jnp.zeros(P, jnp.int32))
+
+
+def with_rollout(batch, **changes):
+    """The batch with some fields of its rollout replaced."""
+    return batch.replace(rollout=batch.rollout.replace(**changes))
+
+
+def state_of(params, optimizer, ref_params=None, step=0, pending=None):
+    return TrainState(jnp.int32(step), params, optimizer.init(params), ref_params, jnp.int32(0), pending)
+
+
+def mesh_of(num_devices):
+    """A mesh over the first devices, with the axes that the package uses."""
+    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def config_of(variant="grpo", changes=None):
+    """A Config of the smallest scale, further shrunk. changes: {"rollout.num_prompts": 4, ...}."""
+    raw = base.get_config("runlocal", variant)
+    raw.update_from_flattened_dict(
+        {
+            "model.dim": 16,
+            "model.num_heads": 2,
+            "model.num_kv_heads": 1,
+            "model.ffn_dim": 24,
+            "warm_start.num_steps": 0,
+            "mesh.data": 1,
+            "rollout.num_prompts": 4,
+            "learner.logprob_chunk_tokens": 64,
+            **(changes or {}),
+        }
+    )
+    return Config.from_config_dict(raw)
+
+
+def largest_difference(left, right):
+    """max |left - right| over two trees, as a share of the largest |right|."""
+    pairs = list(zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+    assert pairs
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs) / max(float(jnp.abs(y).max()) for _, y in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bigram:
+    """Stands in for a ModelDef where the decoder does not matter: each state knows its token and the mean of its prompt."""
+
+    def bind(self, params):
+        return BigramDecoder(params)
+
+
+class BigramDecoder:
+    def __init__(self, params):
+        self.embed_VD, self.head_VD = params["embed"], params["head"]
+
+    def __call__(self, tokens_BT, mask_BT, prefix_PD):
+        del mask_BT
+        hidden_BTD = self.embed_VD[tokens_BT]
+        return jnp.tanh(hidden_BTD + jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)[:, None]), None
+
+    def encode_prompts(self, tokens_PS, mask_PS):
+        sum_PD = (self.embed_VD[tokens_PS] * mask_PS[..., None]).sum(1)
+        prefix_PD = sum_PD / jnp.maximum(mask_PS.sum(1, keepdims=True), 1)
+        return jnp.tanh(self.embed_VD[tokens_PS[:, -1]] + prefix_PD), prefix_PD
+
+
+def bigram_params(vocab=VOCAB, dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=(vocab, dim)), jnp.float32) for name in ("embed", "head")}
