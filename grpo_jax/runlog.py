@@ -27,7 +27,7 @@ class RunLog:
         self._metrics = _reopen(workdir / "metrics.jsonl", step)
         self._completions = _reopen(workdir / "completions.jsonl", step)
         self._events = EventFileWriter(str(workdir / "tensorboard"))
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
         self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

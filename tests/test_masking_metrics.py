@@ -1,5 +1,6 @@
 """Masks and masked statistics against numpy.ma; metrics that do not notice how a batch was cut."""
 
+import functools
 import itertools
 
 import jax
@@ -121,9 +122,7 @@ def whole_and_parts(num_parts=4):
     values = rng.normal(size=(8, 6)).astype(np.float32) + np.arange(8, dtype=np.float32)[:, None]
     weights = (np.arange(6)[None] < np.array([6, 1, 5, 2, 0, 0, 6, 3])[:, None]).astype(np.float32)
     values, weights = jnp.asarray(values), jnp.asarray(weights)
-    parts = [
-        metrics_of(v, w) for v, w in zip(jnp.split(values, num_parts), jnp.split(weights, num_parts), strict=True)
-    ]
+    parts = [metrics_of(v, w) for v, w in zip(jnp.split(values, num_parts), jnp.split(weights, num_parts), strict=True)]
     expected = {
         "mean": np.average(values, weights=weights),
         "plain": values.mean(),
@@ -143,8 +142,8 @@ def assert_values(metrics, expected):
 def test_merged_parts_have_the_value_of_the_whole():
     whole, parts, expected = whole_and_parts()
     assert_values(whole, expected)
-    assert_values(metrics_lib.merge_all(parts), expected)
-    assert_values(metrics_lib.merge_all(parts[::-1]), expected)
+    assert_values(functools.reduce(metrics_lib.merge, parts), expected)
+    assert_values(functools.reduce(metrics_lib.merge, parts[::-1]), expected)
 
 
 def test_stacked_parts_have_the_value_of_the_whole():
@@ -167,7 +166,6 @@ def test_devices_have_the_value_of_the_whole():
 def test_merge_keeps_names_that_only_one_side_has():
     left, right = {"a": Mean.of(jnp.array([1.0, 2.0]))}, {"b": Max(jnp.float32(-3.0)), "a": Mean.of(jnp.array([6.0]))}
     assert metrics_lib.to_floats(metrics_lib.merge(left, right)) == {"a": 3.0, "b": -3.0}
-    assert metrics_lib.merge_all([]) == {}
 
 
 def test_a_mean_of_nothing_is_zero_and_unweighted_values_may_be_nan():

@@ -1,0 +1,282 @@
+"""The decoder against a NumPy one written from the papers; prefix, cache, remat and scan are only other ways to compute it."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models import transformer
+from grpo_jax.models.transformer import Architecture, KVCache, ModelDef, Prefix, attend
+from tests import tiny
+
+P, G, S, T = 3, 2, 5, 6
+B = P * G
+SIZE = dict(vocab_size=tiny.VOCAB, dim=16, num_layers=2, num_heads=4, ffn_dim=24)
+ARCHS = {
+    "llama": Architecture(**SIZE, num_kv_heads=2, head_dim=4, tie_embeddings=False, norm_eps=1e-5),
+    "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope_theta=1e6),
+    "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope_theta=1e6),
+}
+every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+
+
+def make_inputs(seed=0):
+    """Prompts with left padding, completions with right padding; one completion row has no token at all."""
+    rng = np.random.default_rng(seed)
+    prompts = tiny.random_prompts(P, S, seed=seed)
+    lengths_B = np.array([T, 3, 1, 5, 0, T])
+    mask_BT = np.arange(T)[None] < lengths_B[:, None]
+    tokens_BT = np.where(mask_BT, rng.integers(1, tiny.VOCAB, (B, T)), 0)
+    return prompts.tokens_PS, prompts.mask_PS, jnp.asarray(tokens_BT), jnp.asarray(mask_BT)
+
+
+def concatenated(tokens_PS, mask_PS, tokens_BT, mask_BT):
+    """The same as one plain sequence a row, [B, S + T]: left padding, prompt, completion, right padding."""
+    tokens_BX = jnp.concatenate([jnp.repeat(tokens_PS, G, axis=0), tokens_BT], 1)
+    return tokens_BX, jnp.concatenate([jnp.repeat(mask_PS, G, axis=0), mask_BT], 1)
+
+
+def plain(model):
+    return tiny.quick_jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX)[0])
+
+
+def with_prefix(model):
+    def run(params, tokens_PS, mask_PS, tokens_BT, mask_BT):
+        decoder = model.bind(params)
+        last_PD, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
+        return last_PD, decoder(tokens_BT, mask_BT, prefix)[0]
+
+    return tiny.quick_jit(run)
+
+
+# ----------------------------------------------------------------------------------------------- the NumPy transformer
+
+
+def numpy_norm(x_TD, weight_D, eps):
+    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * weight_D
+
+
+def numpy_rotate(x_H, position, theta):
+    """Each pair (channel i, channel i + H/2) as a complex number, turned by position * theta^(-2i/H)."""
+    half = len(x_H) // 2
+    turned = (x_H[:half] + 1j * x_H[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def numpy_attention(q_TNH, k_TKH, v_TKH):
+    """Causal; query head n reads key/value head n // (N / K)."""
+    num, N, H = q_TNH.shape
+    out_TNH = np.zeros_like(q_TNH)
+    for t in range(num):
+        for n in range(N):
+            kv = n * k_TKH.shape[1] // N
+            scores = k_TKH[: t + 1, kv] @ q_TNH[t, n] / np.sqrt(H)
+            p = np.exp(scores - scores.max())
+            out_TNH[t, n] = p @ v_TKH[: t + 1, kv] / p.sum()
+    return out_TNH
+
+
+def numpy_decoder(params, arch, tokens):
+    """float64 hidden states [T, D] of one row without padding."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x_TD = params["embed"][tokens]
+    for layer in range(arch.num_layers):
+        w = jax.tree.map(lambda x: x[layer], params["layers"])  # noqa: B023
+        attn, mlp = w["attn"], w["mlp"]
+        h_TD = numpy_norm(x_TD, w["attn_norm"]["weight"], arch.norm_eps)
+        q, k, v = (
+            (h_TD @ attn[name]["weight"].T + attn[name].get("bias", 0.0)).reshape(len(tokens), -1, arch.head_dim)
+            for name in "qkv"
+        )
+        if arch.qk_norm:
+            q = numpy_norm(q, attn["q_norm"]["weight"], arch.norm_eps)
+            k = numpy_norm(k, attn["k_norm"]["weight"], arch.norm_eps)
+        q, k = (
+            np.array([[numpy_rotate(head, t, arch.rope_theta) for head in row] for t, row in enumerate(x)])
+            for x in (q, k)
+        )
+        x_TD = x_TD + numpy_attention(q, k, v).reshape(len(tokens), -1) @ attn["o"]["weight"].T
+        h_TD = numpy_norm(x_TD, w["mlp_norm"]["weight"], arch.norm_eps)
+        gate_TF = h_TD @ mlp["gate"]["weight"].T
+        x_TD = x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (h_TD @ mlp["up"]["weight"].T)) @ mlp["down"]["weight"].T
+    return numpy_norm(x_TD, params["final_norm"]["weight"], arch.norm_eps)
+
+
+@every_arch
+def test_forward_is_the_numpy_transformer(arch):
+    """Prompt and completion as one row, padding on both sides: padding must not even shift the positions."""
+    params = tiny.random_params(arch)
+    tokens_BX, mask_BX = concatenated(*make_inputs())
+    hidden_BXD = plain(ModelDef(arch))(params, tokens_BX, mask_BX)
+    assert np.isfinite(hidden_BXD).all()
+    for tokens_X, mask_X, hidden_XD in zip(*map(np.asarray, (tokens_BX, mask_BX, hidden_BXD)), strict=True):
+        np.testing.assert_allclose(hidden_XD[mask_X], numpy_decoder(params, arch, tokens_X[mask_X]), atol=2e-5)
+
+
+def test_head_is_the_embedding_only_where_tied():
+    for arch in ARCHS.values():
+        params = tiny.random_params(arch)
+        expected_VD = params["embed"] if arch.tie_embeddings else params["head"]
+        np.testing.assert_array_equal(ModelDef(arch).bind(params).head_VD, expected_VD)
+        assert ("head" in params) != arch.tie_embeddings
+
+
+# -------------------------------------------------------------------------------------------- other ways to compute it
+
+
+@every_arch
+def test_prefix_and_completions_are_the_concatenated_forward(arch):
+    params, inputs = tiny.random_params(arch), make_inputs()
+    last_PD, hidden_BTD = with_prefix(ModelDef(arch))(params, *inputs)
+    whole_BXD = plain(ModelDef(arch))(params, *concatenated(*inputs))
+    np.testing.assert_allclose(last_PD, whole_BXD[::G, S - 1], atol=1e-5)
+    is_token_BT = np.asarray(inputs[3])
+    np.testing.assert_allclose(hidden_BTD[is_token_BT], whole_BXD[:, S:][is_token_BT], atol=1e-5)
+    assert np.isfinite(hidden_BTD).all()
+
+
+@every_arch
+def test_a_chain_of_decode_steps_is_the_forward(arch):
+    """The cache is wider than the completions: slots that are not written yet must not be seen."""
+    params, (tokens_PS, mask_PS, tokens_BT, _) = tiny.random_params(arch), make_inputs()
+    full_BT = jnp.ones_like(tokens_BT)
+
+    @tiny.quick_jit
+    def chain(params):
+        decoder = ModelDef(arch).bind(params)
+        _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
+        layers = decoder.unstacked_layers()
+        junk = jnp.full((B, T + 2, arch.num_kv_heads, arch.head_dim), 7.0)
+
+        def step(caches, slot):
+            hidden_BD, caches = decoder.decode_step(layers, caches, tokens_BT[:, slot], slot, prefix)
+            return caches, hidden_BD
+
+        _, hidden_TBD = jax.lax.scan(step, [KVCache(junk, junk) for _ in layers], jnp.arange(T))
+        return hidden_TBD.swapaxes(0, 1)
+
+    _, expected_BTD = with_prefix(ModelDef(arch))(params, tokens_PS, mask_PS, tokens_BT, full_BT)
+    np.testing.assert_allclose(chain(params), expected_BTD, atol=1e-5)
+
+
+def value_and_grads(model, params, inputs):
+    tokens_PS, mask_PS, tokens_BT, mask_BT = inputs
+    direction_BTD = jax.random.normal(jax.random.key(1), (*tokens_BT.shape, model.arch.dim)) * mask_BT[..., None]
+
+    @tiny.quick_jit
+    def run(params):
+        decoder = model.bind(params)
+        _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
+        return (decoder(tokens_BT, mask_BT, prefix)[0] * direction_BTD).sum()
+
+    return jax.value_and_grad(run)(params)
+
+
+def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
+    arch = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)
+    params, inputs = tiny.random_params(arch, scale=0.1), make_inputs()
+    as_scan = value_and_grads(ModelDef(arch), params, inputs)
+    with_remat = value_and_grads(ModelDef(arch, remat=True), params, inputs)
+    monkeypatch.setattr(transformer, "MAX_UNROLLED", arch.num_layers)
+    unrolled = value_and_grads(ModelDef(arch), params, inputs)
+    for other in (with_remat, unrolled):
+        assert tiny.largest_difference(other, as_scan) < 1e-5
+    assert float(as_scan[0]) != 0 and min(float(jnp.abs(g).max()) for g in jax.tree.leaves(as_scan[1])) > 0
+
+
+def test_remat_recomputes_and_few_layers_are_unrolled():
+    tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+
+    def jaxpr_of(arch, remat=False):
+        params = jax.eval_shape(lambda: transformer.init_params(arch, jax.random.key(0)))
+        model = ModelDef(arch, remat=remat)
+        return str(jax.make_jaxpr(jax.grad(lambda p: model.bind(p)(tokens, mask)[0].sum()))(params))
+
+    few = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED)
+    many = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)
+    assert "remat" in jaxpr_of(few, remat=True) and "remat" not in jaxpr_of(few)
+    assert set(re.findall(r"unroll=(\d+)", jaxpr_of(few))) == {str(transformer.MAX_UNROLLED)}
+    assert set(re.findall(r"unroll=(\d+)", jaxpr_of(many))) == {"1"}
+
+
+@every_arch
+def test_bfloat16_is_close(arch):
+    params, inputs = tiny.random_params(arch), make_inputs()
+    last_PD, hidden_BTD = with_prefix(ModelDef(arch))(params, *inputs)
+    last16_PD, hidden16_BTD = with_prefix(ModelDef(arch, dtype="bfloat16"))(params, *inputs)
+    assert last16_PD.dtype == hidden16_BTD.dtype == jnp.bfloat16
+    for low, high in ((last16_PD, last_PD), (hidden16_BTD, hidden_BTD)):
+        error = np.asarray(low.astype(jnp.float32) - high)
+        assert 0 < np.sqrt((error**2).mean()) < 0.03 * np.sqrt((np.asarray(high) ** 2).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------- padding
+
+
+@every_arch
+def test_padding_has_no_influence(arch):
+    """Other token ids under the padding: the same bits everywhere else. More padding on the left: the same values."""
+    params, run = tiny.random_params(arch), with_prefix(ModelDef(arch))
+    tokens_PS, mask_PS, tokens_BT, mask_BT = make_inputs()
+    last_PD, hidden_BTD = run(params, tokens_PS, mask_PS, tokens_BT, mask_BT)
+    other_PS, other_BT = jnp.where(mask_PS, tokens_PS, 9), jnp.where(mask_BT, tokens_BT, 11)
+    assert (other_PS != tokens_PS).any() and (other_BT != tokens_BT).any()
+    other_last_PD, other_hidden_BTD = run(params, other_PS, mask_PS, other_BT, mask_BT)
+    np.testing.assert_array_equal(other_last_PD, last_PD)
+    np.testing.assert_array_equal(other_hidden_BTD[mask_BT], hidden_BTD[mask_BT])
+
+    wider = [jnp.pad(x, ((0, 0), (3, 0))) for x in (tokens_PS, mask_PS)]
+    wide_last_PD, wide_hidden_BTD = run(params, *wider, tokens_BT, mask_BT)
+    np.testing.assert_allclose(wide_last_PD, last_PD, atol=1e-5)
+    np.testing.assert_allclose(wide_hidden_BTD[mask_BT], hidden_BTD[mask_BT], atol=1e-5)
+
+
+def test_an_empty_prompt_stays_finite():
+    """A batch that dynamic sampling could not fill has rows with nothing in them."""
+    arch = ARCHS["llama"]
+    nothing_PS, nothing_BT = jnp.zeros((P, S), jnp.int32), jnp.zeros((B, T), jnp.int32)
+    last_PD, hidden_BTD = with_prefix(ModelDef(arch))(
+        tiny.random_params(arch), nothing_PS, nothing_PS > 0, nothing_BT, nothing_BT > 0
+    )
+    assert np.isfinite(last_PD).all() and np.isfinite(hidden_BTD).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["soft", "hard"])
+def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
+    """Hand-written, a query at a time. Scores in the thousands: the two blocks must share their maximum."""
+    N, K, H = 6, 2, 4
+    rng = np.random.default_rng(0)
+    q_BTNH = rng.normal(size=(B, T, N, H)) * scale
+    own_k, own_v, pre_k, pre_v = (rng.normal(size=s) for s in [(B, T, K, H)] * 2 + [(P, S, K, H)] * 2)
+    mask_PS, mask_BT = np.arange(S)[None] >= np.array([0, 2, 4])[:, None], rng.random((B, T)) < 0.7
+    mask_BTU = np.tril(np.ones((T, T), bool))[None] & mask_BT[:, None]
+
+    expected_BTNH = np.zeros_like(q_BTNH)
+    for b, t, n in np.ndindex(B, T, N):
+        kv, prompt = n // (N // K), b // G
+        keys = np.concatenate([pre_k[prompt, mask_PS[prompt], kv], own_k[b, mask_BTU[b, t], kv]])
+        values = np.concatenate([pre_v[prompt, mask_PS[prompt], kv], own_v[b, mask_BTU[b, t], kv]])
+        scores = keys @ q_BTNH[b, t, n] / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        expected_BTNH[b, t, n] = weights @ values / weights.sum()
+
+    own, cache = (KVCache(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
+    prefix = Prefix(cache, jnp.asarray(mask_PS), jnp.asarray(mask_PS.sum(-1)))
+    out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, jnp.asarray(mask_BTU), prefix)
+    np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
+
+
+def test_prompts_are_not_copied_for_their_completions():
+    """No array of the prefix's keys with a row for every completion, in the update or in a decode step."""
+    arch, inputs = ARCHS["llama"], make_inputs()
+    params = tiny.random_params(arch)
+    text = str(jax.make_jaxpr(with_prefix(ModelDef(arch)))(params, *inputs))
+    assert f"f32[{P},{S},{arch.num_kv_heads},{arch.head_dim}]" in text
+    assert f"f32[{B},{S},{arch.num_kv_heads},{arch.head_dim}]" not in text
+    assert f"[{P},{G},{S},{arch.num_kv_heads},{arch.head_dim}]" not in text
