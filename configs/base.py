@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from grpo_jax import objectives
 
@@ -25,6 +26,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
     config.objective = ConfigDict(dataclasses.asdict(objectives.get(variant)))  # fields: grpo_jax/objectives/spec.py
+    if config.objective.entropy_clip is None:  # a bare None could not be set from the command line
+        config.objective.entropy_clip = placeholder(tuple)
 
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
@@ -154,10 +157,10 @@ def runlocal(config: Any) -> None:
     config.model.num_layers = 1
     config.model.ffn_dim = 64
     config.task.arithmetic.max_operand = 9
-    config.warm_start.num_steps = 20
-    config.warm_start.batch_size = 16
+    config.warm_start.num_steps = 300
+    config.warm_start.batch_size = 32
+    config.warm_start.learning_rate = 1e-2
     config.rollout.num_prompts = 8
-    config.rollout.group_size = 4
     config.eval.num_prompts = 16
     config.eval.batch_size = 16
     config.checkpoint.every = 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -50,23 +51,34 @@ def _guarded(main: Callable[[], Any]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags and the config file they name. What the config library raises is turned into one line."""
+    """Flags and the config file they name. What the flag libraries raise is turned into one line."""
+    _require_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
-        _ = CONFIG.value  # a config file is only loaded when it is read
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(_explain(error, argv)) from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_field(str(error), argv)) from None
+    except (flags.Error, TypeError, ValueError, ImportError) as error:
+        last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
+        raise UserError(last.removeprefix("ValueError: ")) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
-    text = str(error.args[0] if error.args else error).strip()
+def _unknown_field(text: str, argv: list[str]) -> str:
+    """ConfigDict's complaint about an unknown key -> the flag that has it, and the suggestion if there is one."""
+    names = re.findall(r"\w+", text)
+    overrides = [arg.split("=")[0] for arg in argv if arg.startswith("--config.")]
+    flag = next((each for each in overrides if set(each.split(".")) & set(names)), "--config")
+    close = re.search(r'Did you mean "(\w+)"', text)
+    return f"{flag}: unknown field; " + (f"did you mean {close[1]!r}?" if close else "configs/base.py lists them all")
+
+
+def _require_config_file(argv: list[str]) -> None:
     chosen = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
-    if isinstance(error, OSError) and chosen:
-        known = sorted(
-            name for name in os.listdir("configs") if name.endswith(".py") and name not in ("base.py", "__init__.py")
-        )
-        return f"--config={chosen}: no such file; known variants: {', '.join('configs/' + name for name in known)}"
-    return text
+    if chosen is None:
+        return
+    path = pathlib.Path(chosen.split(":")[0])
+    if not path.is_file():
+        known = sorted(str(each) for each in path.parent.glob("*.py") if each.stem not in ("base", "__init__"))
+        raise UserError(f"--config={chosen}: no file {path}; known here: {', '.join(known) or 'none'}")

@@ -235,7 +235,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where.rpartition('.')[0]}.{error}") from None  # the message begins with the last part of `where`
 
 
 def _names(cls: type) -> list[str]:

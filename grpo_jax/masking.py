@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Axis = int | tuple[int, ...] | None
+ROUNDING = 1e-6  # relative; a few units in the last place of float32
 
 
 def completion_mask(is_stop_BT) -> Any:
@@ -34,3 +35,25 @@ def masked_std(x, mask, axis: Axis = None, axis_name: str | None = None, keepdim
     count = masked_sum(jnp.ones_like(x), mask, axis, axis_name, keepdims)
     variance = masked_sum(jnp.square(centred), mask, axis, axis_name, keepdims) / jnp.maximum(count - ddof, 1.0)
     return jnp.where(count > ddof, jnp.sqrt(variance), 0.0)
+
+
+def is_constant(x, mask, axis: Axis = None, axis_name: str | None = None):
+    """Whether the values where mask > 0 are one and the same, to float32 rounding; axes are kept. True of no values."""
+    highest = jnp.where(mask > 0, x, -jnp.inf).max(axis, keepdims=True)
+    lowest = jnp.where(mask > 0, x, jnp.inf).min(axis, keepdims=True)
+    if axis_name:
+        highest, lowest = jax.lax.pmax(highest, axis_name), jax.lax.pmin(lowest, axis_name)
+    return ~(highest - lowest > ROUNDING * jnp.maximum(jnp.abs(highest), jnp.abs(lowest)))
+
+
+def standardise(x, mask, axis: Axis = None, axis_name: str | None = None, *, ddof: int, eps: float):
+    """(x - mean) / (std + eps) over the values where mask > 0.
+
+    0 where the values are all the same (dividing rounding noise by a vanishing std would blow it up), and where there are
+    too few of them for a std.
+    """
+    mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
+    std = masked_std(x, mask, axis, axis_name, keepdims=True, ddof=ddof)
+    count = masked_sum(jnp.ones_like(x), mask, axis, axis_name, keepdims=True)
+    has_spread = (count > ddof) & ~is_constant(x, mask, axis, axis_name)
+    return jnp.where(has_spread, (x - mean) / (std + eps), 0.0)

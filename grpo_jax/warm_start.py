@@ -19,7 +19,8 @@ from grpo_jax.types import Params, Rollout
 def warm_start(model: ModelDef, params: Params, task: Any, config: WarmStartConfig, *, seed: int, chunk_tokens: int) -> Params:
     """Minimise the mean negative log-probability of the answers for `num_steps` Adam steps, in one compiled call.
 
-    task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate rises for a tenth of them, then falls to zero.
+    task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate rises for a tenth of the steps, then
+    falls to zero.
     """
     rise = max(config.num_steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, rise, max(config.num_steps, rise + 1))

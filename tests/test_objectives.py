@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import objectives
+from tests import oracle
 
 NAMES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s", "gspo")
 ENTROPY_NAMES = ("gtpo", "grpo_s")

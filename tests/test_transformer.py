@@ -1,6 +1,7 @@
 """The decoder against a NumPy one written from the papers; prefix, cache, remat and scan are only other ways to compute it."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -20,6 +21,7 @@ ARCHS = {
     "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope_theta=1e6),
     "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope_theta=1e6),
 }
+DEEP = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)  # scanned, not unrolled
 every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 
 
@@ -39,17 +41,21 @@ def concatenated(tokens_PS, mask_PS, tokens_BT, mask_BT):
     return tokens_BX, jnp.concatenate([jnp.repeat(mask_PS, G, axis=0), mask_BT], 1)
 
 
+@functools.cache
 def plain(model):
     return tiny.quick_jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX)[0])
 
 
-def with_prefix(model):
-    def run(params, tokens_PS, mask_PS, tokens_BT, mask_BT):
-        decoder = model.bind(params)
-        last_PD, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-        return last_PD, decoder(tokens_BT, mask_BT, prefix)[0]
+def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
+    """Hidden states of the completions, computed on top of their prompts' cache."""
+    decoder = model.bind(params)
+    last_PD, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
+    return last_PD, decoder(tokens_BT, mask_BT, prefix)[0]
 
-    return tiny.quick_jit(run)
+
+@functools.cache
+def with_prefix(model):
+    return tiny.quick_jit(functools.partial(continued, model))
 
 
 # ----------------------------------------------------------------------------------------------- the NumPy transformer
@@ -105,7 +111,7 @@ def numpy_decoder(params, arch, tokens):
     return numpy_norm(x_TD, params["final_norm"]["weight"], arch.norm_eps)
 
 
-@every_arch
+@pytest.mark.parametrize("arch", [*ARCHS.values(), DEEP], ids=[*ARCHS, "deep"])
 def test_forward_is_the_numpy_transformer(arch):
     """Prompt and completion as one row, padding on both sides: padding must not even shift the positions."""
     params = tiny.random_params(arch)
@@ -163,28 +169,21 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
 
 
 def value_and_grads(model, params, inputs):
-    tokens_PS, mask_PS, tokens_BT, mask_BT = inputs
-    direction_BTD = jax.random.normal(jax.random.key(1), (*tokens_BT.shape, model.arch.dim)) * mask_BT[..., None]
-
-    @tiny.quick_jit
-    def run(params):
-        decoder = model.bind(params)
-        _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-        return (decoder(tokens_BT, mask_BT, prefix)[0] * direction_BTD).sum()
-
-    return jax.value_and_grad(run)(params)
+    shape_BTD = (*inputs[2].shape, model.arch.dim)
+    direction_BTD = jax.random.normal(jax.random.key(1), shape_BTD) * inputs[3][..., None]
+    return tiny.quick_jit(jax.value_and_grad(lambda p: (continued(model, p, *inputs)[1] * direction_BTD).sum()))(params)
 
 
 def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
-    arch = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)
-    params, inputs = tiny.random_params(arch, scale=0.1), make_inputs()
+    arch, inputs = ARCHS["qwen3"], make_inputs()
+    params = tiny.random_params(arch)
+    unrolled = value_and_grads(ModelDef(arch), params, inputs)
+    monkeypatch.setattr(transformer, "MAX_UNROLLED", arch.num_layers - 1)
     as_scan = value_and_grads(ModelDef(arch), params, inputs)
     with_remat = value_and_grads(ModelDef(arch, remat=True), params, inputs)
-    monkeypatch.setattr(transformer, "MAX_UNROLLED", arch.num_layers)
-    unrolled = value_and_grads(ModelDef(arch), params, inputs)
-    for other in (with_remat, unrolled):
-        assert tiny.largest_difference(other, as_scan) < 1e-5
-    assert float(as_scan[0]) != 0 and min(float(jnp.abs(g).max()) for g in jax.tree.leaves(as_scan[1])) > 0
+    for other in (with_remat, as_scan):
+        assert tiny.largest_difference(other, unrolled) < 1e-5
+    assert float(unrolled[0]) != 0 and min(float(jnp.abs(g).max()) for g in jax.tree.leaves(unrolled[1])) > 0
 
 
 def test_remat_recomputes_and_few_layers_are_unrolled():
@@ -196,10 +195,9 @@ def test_remat_recomputes_and_few_layers_are_unrolled():
         return str(jax.make_jaxpr(jax.grad(lambda p: model.bind(p)(tokens, mask)[0].sum()))(params))
 
     few = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED)
-    many = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)
     assert "remat" in jaxpr_of(few, remat=True) and "remat" not in jaxpr_of(few)
     assert set(re.findall(r"unroll=(\d+)", jaxpr_of(few))) == {str(transformer.MAX_UNROLLED)}
-    assert set(re.findall(r"unroll=(\d+)", jaxpr_of(many))) == {"1"}
+    assert set(re.findall(r"unroll=(\d+)", jaxpr_of(DEEP))) == {"1"}
 
 
 @every_arch
@@ -274,9 +272,20 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
 
 def test_prompts_are_not_copied_for_their_completions():
     """No array of the prefix's keys with a row for every completion, in the update or in a decode step."""
-    arch, inputs = ARCHS["llama"], make_inputs()
-    params = tiny.random_params(arch)
-    text = str(jax.make_jaxpr(with_prefix(ModelDef(arch)))(params, *inputs))
-    assert f"f32[{P},{S},{arch.num_kv_heads},{arch.head_dim}]" in text
-    assert f"f32[{B},{S},{arch.num_kv_heads},{arch.head_dim}]" not in text
-    assert f"[{P},{G},{S},{arch.num_kv_heads},{arch.head_dim}]" not in text
+    arch, (tokens_PS, mask_PS, tokens_BT, mask_BT) = ARCHS["qwen2"], make_inputs()
+    model, params = ModelDef(arch), tiny.random_params(arch)
+
+    def update(params):
+        return continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT)[1].sum()
+
+    def decode(params):
+        decoder = model.bind(params)
+        _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
+        caches = [KVCache(*[jnp.zeros((B, T, arch.num_kv_heads, arch.head_dim))] * 2)] * arch.num_layers
+        return decoder.decode_step(decoder.unstacked_layers(), caches, tokens_BT[:, 0], 0, prefix)
+
+    per_key = f"{S},{arch.num_kv_heads},{arch.head_dim}]"
+    for function in (jax.grad(update), decode):
+        text = str(jax.make_jaxpr(function)(params))
+        assert f"[{P},{per_key}" in text
+        assert f"[{B},{per_key}" not in text and f"[{P},{G},{per_key}" not in text

@@ -22,12 +22,16 @@ LLAMA = Architecture(
 )
 
 
-def random_params(arch, seed=0, scale=0.3):
+@functools.cache
+def random_params(arch, seed=0):
     """Every leaf random, norms and biases too: a fresh model's ones and zeros would hide a mistake in how they are used."""
-    params = init_params(arch, jax.random.key(seed))
-    leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(treedef, [x + jnp.asarray(rng.normal(size=x.shape) * scale, jnp.float32) for x in leaves])
+
+    def fill(path, shape):
+        noise = 0.4 * rng.normal(size=shape.shape)
+        return jnp.asarray(noise + ("norm" in jax.tree_util.keystr(path)), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: init_params(arch, jax.random.key(0))))
 
 
 def random_prompts(num_prompts, width, vocab=VOCAB, seed=0):

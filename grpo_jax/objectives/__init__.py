@@ -24,14 +24,14 @@ __all__ = ["VARIANTS", "Objective", "advantages", "describe", "get", "loss", "lo
 def token_loss(obj: Objective, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_BT):
     """The unreduced loss, and what there is to say about it.
 
-    Args: log-probabilities in nats, float32[B, T]; gradient flows through logp_BT only. ref_logp_BT: None iff kl_coef = 0.
+    Args: log-probabilities in nats, float32[B, T]; gradient flows through logp_BT only. ref_logp_BT may be None, and is
+        ignored, where kl_coef = 0.
     Returns: loss_BT (0 where masked; sequence-level ratios repeat the row's value over its tokens), and
-      {"ratio", "is_clipped_low", "is_clipped_high", "kl_ref"} as [B, T] arrays (kl_ref only with a reference).
+      {"ratio", "is_clipped_low", "is_clipped_high", "kl_ref"} as [B, T] arrays (kl_ref only where kl_coef > 0).
     """
-    if (ref_logp_BT is None) != (obj.kl_coef == 0):
-        raise ValueError(
-            f"objective.kl_coef = {obj.kl_coef} {'needs' if obj.kl_coef else 'takes no'} ref_logp_BT, got {ref_logp_BT!r}"
-        )
+    if ref_logp_BT is None and obj.kl_coef > 0:
+        raise ValueError(f"objective.kl_coef = {obj.kl_coef} needs the reference's log-probabilities, got ref_logp_BT = None")
+    adv_BT = jax.lax.stop_gradient(jnp.where(mask_BT > 0, adv_BT, 0.0))
     old_logp_BT = jax.lax.stop_gradient(old_logp_BT)
     ratio_BT = RATIOS[obj.ratio](log_ratio(logp_BT, old_logp_BT, mask_BT), mask_BT)
     loss_BT = -clipped_surrogate(ratio_BT, adv_BT, obj.clip_low, obj.clip_high)
@@ -40,7 +40,7 @@ def token_loss(obj: Objective, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_B
         "is_clipped_low": (ratio_BT < 1.0 - obj.clip_low) & (adv_BT < 0),
         "is_clipped_high": (ratio_BT > 1.0 + obj.clip_high) & (adv_BT > 0),
     }
-    if ref_logp_BT is not None:
+    if ref_logp_BT is not None and obj.kl_coef > 0:
         aux["kl_ref"] = kl_k3(logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT)
         loss_BT = loss_BT + obj.kl_coef * aux["kl_ref"]
     return jnp.where(mask_BT > 0, loss_BT, 0.0), aux
@@ -76,7 +76,7 @@ def loss(
 ):
     """The scalar to minimise and its metrics; inside `shard_map` with `axis_name` both are global.
 
-    Raises: ValueError if ref_logp_BT is given without kl_coef, or missing with it.
+    Raises: ValueError if ref_logp_BT is None although kl_coef > 0.
     """
     loss_BT, aux = token_loss(obj, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_BT)
     weight_BT, denom = weights(obj, mask_BT, max_completion_length=max_completion_length, axis_name=axis_name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.masking import masked_mean, masked_std, masked_sum
+from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
 
 if TYPE_CHECKING:
     from grpo_jax.objectives.spec import Objective
@@ -79,19 +79,16 @@ def _bounded_entropy(obj: Objective, entropy_PGT, mask_PGT):
 
 def group_norm(obj: Objective, groups: Groups):
     """A_i = (r_i - mean_g) / (std_g + eps), broadcast over tokens (arXiv 2402.03300, sec. 4.1.2)."""
-    rows = groups.has_tokens_PG
-    std_P1 = masked_std(groups.reward_PG, rows, 1, keepdims=True, ddof=obj.std_ddof)
-    return group_center(obj, groups) / (std_P1 + obj.adv_eps)[..., None]
+    adv_PG = standardise(groups.reward_PG, groups.has_tokens_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
+    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
 
 
 def group_center(obj: Objective, groups: Groups):
     """A_i = r_i - mean_g, broadcast over tokens (Dr. GRPO, arXiv 2503.20783); exactly 0 if all rewards are equal."""
     del obj
     rewards_PG, rows = groups.reward_PG, groups.has_tokens_PG
-    mean_P1 = masked_mean(rewards_PG, rows, 1, keepdims=True)
-    highest_P1 = jnp.where(rows, rewards_PG, -jnp.inf).max(1, keepdims=True)
-    lowest_P1 = jnp.where(rows, rewards_PG, jnp.inf).min(1, keepdims=True)
-    adv_PG = jnp.where(highest_P1 > lowest_P1, rewards_PG - mean_P1, 0.0)  # not the rounding error of the mean
+    centred_PG = rewards_PG - masked_mean(rewards_PG, rows, 1, keepdims=True)
+    adv_PG = jnp.where(is_constant(rewards_PG, rows, 1), 0.0, centred_PG)  # not the rounding error of the mean
     return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
 
 
@@ -138,19 +135,11 @@ def _normalised(obj: Objective, groups: Groups, up, down, success, failure, grou
     and the signal of correctness would be gone.
     """
     is_batch = obj.stat_scope == "batch"
-    scope = {
-        "axis": None if is_batch else group_axes,
-        "axis_name": groups.axis_name if is_batch else None,
-        "keepdims": True,
-    }
-
-    def standardise(shaped, members, everyone):
-        shaped = jnp.where(members > 0, shaped, 0.0)
-        mean = masked_mean(shaped, everyone, **scope)
-        return (shaped - mean) / (masked_std(shaped, everyone, **scope, ddof=obj.std_ddof) + obj.adv_eps)
-
+    axis, axis_name = (None, groups.axis_name) if is_batch else (group_axes, None)
     everyone = success + failure
-    adv = jnp.where(success > 0, standardise(up, success, everyone), standardise(down, failure, everyone))
+    up, down = jnp.where(success > 0, up, 0.0), jnp.where(failure > 0, down, 0.0)
+    up, down = (standardise(x, everyone, axis, axis_name, ddof=obj.std_ddof, eps=obj.adv_eps) for x in (up, down))
+    adv = jnp.where(success > 0, up, down)
     if is_batch:
         return adv
     is_mixed = success.any(group_axes, keepdims=True) & failure.any(group_axes, keepdims=True)

@@ -1,0 +1,209 @@
+"""Sampling completions: where they stop, what is recorded, and that a row depends on its own prompt and key only."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.iteration import make_rollout
+from grpo_jax.models.transformer import Decoder, ModelDef
+from grpo_jax.rng import key_for
+from grpo_jax.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.sampling import GREEDY, Sampling
+from grpo_jax.score import score
+from tests import tiny
+
+MODEL = ModelDef(tiny.LLAMA)
+P, G, S, T = 8, 3, 4, 7
+STOPS, PAD = (3, 11), 5  # on purpose not 0: a zero-filled buffer would pass for padding
+SPEC = RolloutSpec(G, T, Sampling(), STOPS, PAD)
+CUT = Sampling(temperature=0.7, top_k=20, top_p=0.9)
+
+
+@functools.cache
+def sampler(spec=SPEC, num_devices=1):
+    return tiny.quick_jit(make_rollout(MODEL, spec, tiny.mesh_of(num_devices)))
+
+
+@functools.cache
+def sampled(spec=SPEC, num_devices=1, step=0, seed=0):
+    """Rollout of one fixed set of prompts, as NumPy arrays."""
+    key = key_for(seed, "rollout", step)
+    params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
+    return jax.device_get(sampler(spec, num_devices)(params, prompts, key))
+
+
+def assert_same(left, right):
+    """The same completions; what is recorded about them up to rounding."""
+    np.testing.assert_array_equal(left.tokens_PGT, right.tokens_PGT)
+    np.testing.assert_array_equal(left.mask_PGT, right.mask_PGT)
+    np.testing.assert_array_equal(left.is_truncated_PG, right.is_truncated_PG)
+    np.testing.assert_allclose(left.sampler_logp_PGT, right.sampler_logp_PGT, atol=1e-5)
+    np.testing.assert_allclose(left.entropy_PGT, right.entropy_PGT, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def test_a_row_ends_with_any_stop_token_keeps_it_and_is_blank_after():
+    got = sampled()
+    ends = []
+    for p, g in np.ndindex(P, G):
+        tokens_T = got.tokens_PGT[p, g]
+        stops = np.flatnonzero(np.isin(tokens_T, STOPS))
+        num = stops[0] + 1 if len(stops) else T
+        np.testing.assert_array_equal(got.mask_PGT[p, g], np.arange(T) < num)
+        assert (tokens_T[num:] == PAD).all()
+        assert (got.sampler_logp_PGT[p, g, num:] == 0).all() and (got.entropy_PGT[p, g, num:] == 0).all()
+        assert (got.sampler_logp_PGT[p, g, :num] < 0).all() and (got.entropy_PGT[p, g, :num] > 0).all()
+        assert got.is_truncated_PG[p, g] == (len(stops) == 0)
+        ends.append((tokens_T[num - 1] if len(stops) else None, num))
+    assert {stop for stop, _ in ends} == {*STOPS, None}  # both stop tokens and the limit occur,
+    assert {1, T} < {num for _, num in ends}  # from the first position to the last
+    assert (None, T) in ends and any(stop is not None and num == T for stop, num in ends)
+    assert got.tokens_PGT.dtype == np.int32 and got.mask_PGT.dtype == np.float32 and got.support_PGT is None
+
+
+def test_recorded_support_is_the_samplers_and_blank_after_the_end():
+    got = sampled(dataclasses.replace(SPEC, sampling=CUT))
+    active = got.mask_PGT > 0
+    assert (got.support_PGT[active] >= 1).all() and (got.support_PGT[active] <= CUT.top_k).all()
+    assert (got.support_PGT[~active] == 0).all() and len(np.unique(got.support_PGT[active])) > 3
+    assert (got.entropy_PGT[active] <= np.log(got.support_PGT[active]) + 1e-5).all()
+
+
+def test_one_token_completions():
+    got, longer = sampled(dataclasses.replace(SPEC, max_completion_tokens=1)), sampled()
+    assert got.tokens_PGT.shape == (P, G, 1)
+    np.testing.assert_array_equal(got.tokens_PGT, longer.tokens_PGT[..., :1])
+    np.testing.assert_array_equal(got.mask_PGT, 1.0)
+    np.testing.assert_array_equal(got.is_truncated_PG, ~np.isin(got.tokens_PGT[..., 0], STOPS))
+    np.testing.assert_allclose(got.sampler_logp_PGT, longer.sampler_logp_PGT[..., :1], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- independence
+
+
+def test_a_row_does_not_depend_on_the_other_rows():
+    """Two of the prompts alone, with their own keys: same completions, though the loop now ends at another token."""
+    few = [5, 2]
+    params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
+    keys_PG = row_keys(key_for(0, "rollout", 0), P, G)[jnp.array(few)]
+    fewer = jax.tree.map(lambda x: x[jnp.array(few)], prompts)
+    alone = tiny.quick_jit(lambda *args: rollout(MODEL, *args, SPEC))(params, fewer, keys_PG)
+    assert_same(alone, jax.tree.map(lambda x: x[few], dataclasses.replace(sampled(), support_PGT=None)))
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_number_of_devices_changes_nothing(num_devices):
+    assert_same(sampled(num_devices=num_devices), sampled())
+
+
+def test_another_step_or_seed_is_another_sample_and_the_same_is_the_same():
+    """A fixed key would repeat the same noise at every step."""
+    tokens = sampled().tokens_PGT
+    for other in (sampled(step=1), sampled(seed=1)):
+        assert (other.tokens_PGT != tokens).any(-1).mean() > 0.8
+    key, params, prompts = key_for(0, "rollout", 0), tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
+    np.testing.assert_array_equal(sampler()(params, prompts, key).tokens_PGT, tokens)
+
+
+def test_rows_of_a_group_and_equal_prompts_differ():
+    prompts = jax.tree.map(lambda x: jnp.repeat(x[:1], P, axis=0), tiny.random_prompts(P, S))
+    got = sampler()(tiny.random_params(tiny.LLAMA), prompts, key_for(0, "rollout", 0))
+    assert len(np.unique(got.tokens_PGT.reshape(P * G, T), axis=0)) > 0.8 * P * G
+
+
+# ------------------------------------------------------------------------------------------------- sampler and learner
+
+
+def learners_view(got, sampling):
+    """(logp, entropy) of a rollout by `score`: one forward over whole completions."""
+    scored = tiny.quick_jit(lambda params, got: score(MODEL, params, got, sampling, 16))
+    return jax.device_get(scored(tiny.random_params(tiny.LLAMA), got))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
+def test_the_learner_agrees_with_the_sampler(sampling):
+    """To 1e-4 nats at every token, the stop token included; a learner that ignored the temperature would not."""
+    got = sampled(dataclasses.replace(SPEC, sampling=sampling))
+    active = got.mask_PGT > 0
+    is_stop = active & np.isin(got.tokens_PGT, STOPS)
+    assert is_stop.sum() > 3
+    logp_PGT, entropy_PGT = learners_view(got, sampling)
+    assert np.isfinite(logp_PGT).all() and np.isfinite(entropy_PGT).all()
+    np.testing.assert_allclose(logp_PGT[active], got.sampler_logp_PGT[active], atol=1e-4)
+    np.testing.assert_allclose(logp_PGT[is_stop], got.sampler_logp_PGT[is_stop], atol=1e-4)
+    np.testing.assert_allclose(entropy_PGT[active], got.entropy_PGT[active], atol=1e-4)
+
+
+def test_greedy_is_the_chain_of_argmaxes():
+    """Each token is the best one after the tokens before it, by a plain forward over prompt and completion."""
+    got = sampled(dataclasses.replace(SPEC, sampling=GREEDY))
+    prompts = tiny.random_prompts(P, S)
+    tokens_BX = jnp.concatenate([jnp.repeat(prompts.tokens_PS, G, 0), got.tokens_PGT.reshape(-1, T)], 1)
+    mask_BX = jnp.concatenate([jnp.repeat(prompts.mask_PS, G, 0), got.mask_PGT.reshape(-1, T) > 0], 1)
+
+    @tiny.quick_jit
+    def best(params):
+        decoder = MODEL.bind(params)
+        return (decoder(tokens_BX, mask_BX)[0] @ decoder.head_VD.T).argmax(-1)
+
+    best_PGT = np.asarray(best(tiny.random_params(tiny.LLAMA)))[:, S - 1 : -1].reshape(P, G, T)
+    active = got.mask_PGT > 0
+    np.testing.assert_array_equal(got.tokens_PGT[active], best_PGT[active])
+    assert (got.tokens_PGT == got.tokens_PGT[:, :1]).all() and active.sum() > 2 * P * G
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def jaxpr_of(function):
+    return str(jax.make_jaxpr(function)(tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S), jax.random.key(0)))
+
+
+def test_no_token_passes_through_the_host():
+    run = make_rollout(MODEL, SPEC, tiny.mesh_of(1))
+
+    def with_callback(*args):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((P, G, T), jnp.int32), run(*args).tokens_PGT)
+
+    assert "callback" in jaxpr_of(with_callback)  # the scan does find one
+    assert "callback" not in jaxpr_of(run)
+
+
+@pytest.mark.parametrize("stop_ids", [STOPS, tuple(range(tiny.VOCAB))], ids=["some", "all"])
+def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
+    """Decode steps are counted as they run: one fewer than the tokens of the longest row, none if all stop at once."""
+    steps, decode_step = [], Decoder.decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode_step(*args)
+
+    monkeypatch.setattr(Decoder, "decode_step", counted)
+    few = jnp.array([1, 2])
+    prompts = jax.tree.map(lambda x: x[few], tiny.random_prompts(P, S))
+    keys_PG = row_keys(jax.random.key(2), 2, G)
+    spec = dataclasses.replace(SPEC, stop_ids=stop_ids, max_completion_tokens=40)
+    got = tiny.quick_jit(lambda *args: rollout(MODEL, *args, spec))(tiny.random_params(tiny.LLAMA), prompts, keys_PG)
+    jax.effects_barrier()
+    longest = int(got.mask_PGT.sum(-1).max())
+    assert longest < 40 and not got.is_truncated_PG.any()
+    assert len(steps) == longest - 1
+    assert (longest > 1) == (stop_ids == STOPS)
+
+
+def test_each_prompt_is_prefilled_once(monkeypatch):
+    widths, forward = [], Decoder.__call__
+
+    def counted(self, tokens_BT, *args, **kwargs):
+        widths.append(tokens_BT.shape)
+        return forward(self, tokens_BT, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), SPEC))
+    assert widths == [(P, S)]
