@@ -1,0 +1,60 @@
+"""Nested mapping -> nested frozen dataclasses, strictly: every key known, every field present, every type right."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.errors import UserError
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """One dataclass from a mapping. where: its dotted path, for messages. Raises UserError naming the field."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a group of fields ({', '.join(names_of(cls))}), got {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{where}.{unknown[0]}: unknown field; known here: {', '.join(names_of(cls))}")
+    missing = [name for name in names_of(cls) if name not in values]
+    if missing:
+        raise UserError(f"{where}.{missing[0]}: missing; start from configs/base.py, which sets every field")
+    built = {name: convert(hints[name], values[name], f"{where}.{name}") for name in names_of(cls)}
+    try:
+        return cls(**built)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where.rpartition('.')[0]}.{error}") from None  # the message begins with the last part of `where`
+
+
+def names_of(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    origin = typing.get_origin(hint) or hint
+    wrong = UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, tuple | list):
+            raise wrong
+        item = typing.get_args(hint)[0]
+        return tuple(convert(item, each, f"{where}[{i}]") for i, each in enumerate(value))
+    if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise wrong
+        return dict(value)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):
+        raise wrong
+    return value

@@ -1,0 +1,125 @@
+"""Configs: every file loads, every field is read, and bad input ends in one line that names the field."""
+
+import ast
+import dataclasses
+import importlib
+import pathlib
+
+import pytest
+
+from configs import base
+from grpo_jax import objectives
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
+SCALES = ("tiny", "smollm2", "runlocal")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_config_is_valid_and_is_the_variant_it_is_named_after(variant, scale):
+    config = Config.from_config_dict(importlib.import_module(f"configs.{variant}").get_config(scale))
+    assert config.objective == objectives.get(variant)
+    assert objectives.describe(config.objective) == variant
+
+
+def test_only_dapo_turns_on_the_machinery_around_the_loss():
+    configs = {v: Config.from_config_dict(importlib.import_module(f"configs.{v}").get_config()) for v in VARIANTS}
+    assert [v for v in VARIANTS if configs[v].dynamic_sampling.enabled] == ["dapo"]
+    assert [v for v in VARIANTS if configs[v].overlong.cache_tokens] == ["dapo"]
+
+
+def test_default_scale_is_tiny():
+    assert base.get_config().to_dict() == base.get_config("tiny", "grpo").to_dict()
+
+
+def test_round_trip_through_plain_dicts():
+    config = Config.from_config_dict(base.get_config("tiny", "gtpo"))
+    assert Config.from_config_dict(config.to_dict()) == config
+
+
+def test_config_files_stay_short():
+    for variant in VARIANTS:
+        assert len((ROOT / "configs" / f"{variant}.py").read_text().splitlines()) <= 30, variant
+
+
+def leaf_fields(cls=Config, path=()):
+    for field in dataclasses.fields(cls):
+        hint = Config.__annotations__.get(field.name) if cls is Config else field.type
+        nested = getattr(importlib.import_module("grpo_jax.config"), str(hint), None)
+        if dataclasses.is_dataclass(nested):
+            yield from leaf_fields(nested, (*path, field.name))
+        else:
+            yield ".".join((*path, field.name))
+
+
+def test_every_field_is_read_somewhere():
+    """A flag that nobody reads is a lie; reading a value only to check its range does not count."""
+    read = set()
+    for file in [*ROOT.glob("grpo_jax/**/*.py"), *ROOT.glob("experiments/*.py")]:
+        if file.name == "validation.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    fields = list(leaf_fields())
+    assert len(fields) > 60
+    assert [field for field in fields if field.split(".")[-1] not in read] == ["mesh.fsdp", "mesh.tensor"]
+    # These two are read by name from the tuple of axes.
+    assert "getattr(config, axis)" in (ROOT / "grpo_jax" / "sharding.py").read_text()
+
+
+def broken(changes):
+    config = base.get_config("runlocal", "dapo").to_dict()
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rollout.group_size": 1}, r"config\.rollout\.group_size = 1: .* at least 2"),
+        ({"rollout.num_prompts": 0}, r"config\.rollout\.num_prompts = 0: must be at least 1"),
+        ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be above 0"),
+        ({"rollout.top_p": 1.5}, r"config\.rollout\.top_p = 1\.5"),
+        ({"rollout.typo": 3}, r"config\.rollout\.typo: unknown field; known here: num_prompts"),
+        ({"seed": "one"}, r"config\.seed = 'one': expected int, got str"),
+        ({"seed": True}, r"config\.seed = True: expected int, got bool"),
+        ({"rollout": 3}, r"config\.rollout: expected a group of fields"),
+        ({"objective.advantage": "vibes"}, r"config\.objective\.advantage = 'vibes': unknown; known: group_norm"),
+        ({"objective.clip_low": -0.1}, r"config\.objective\.clip_low = -0\.1"),
+        ({"objective.ratio": "sequence"}, r"config\.objective\.aggregation = 'token_mean': .* use 'sequence_mean'"),
+        ({"learner.num_minibatches": 3}, r"config\.learner\.num_minibatches = 3: must divide config\.rollout\.num_prompts"),
+        ({"overlong.cache_tokens": 99}, r"config\.overlong\.cache_tokens = 99: must be at most"),
+        ({"model.dtype": "float8"}, r"config\.model\.dtype = 'float8': unknown; known: float32, bfloat16"),
+        ({"model.dim": 33}, r"config\.model\.dim = 33"),
+        ({"task.name": "chess"}, r"config\.task\.name = 'chess': unknown; known: arithmetic"),
+        ({"task.name": "jsonl"}, r"config\.model\.path is empty"),
+        ({"task.arithmetic.operators": "*"}, r"config\.task\.arithmetic\.operators = '\*'"),
+        ({"task.arithmetic.max_operand": 0}, r"config\.task\.arithmetic\.max_operand = 0"),
+        ({"optimizer.schedule": "magic"}, r"config\.optimizer\.schedule = 'magic'"),
+    ],
+)
+def test_bad_values_name_the_field_and_the_fix(changes, says):
+    with pytest.raises(UserError, match=says) as caught:
+        Config.from_config_dict(broken(changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_an_error():
+    config = base.get_config().to_dict()
+    del config["rollout"]["top_k"]
+    with pytest.raises(UserError, match=r"config\.rollout\.top_k: missing"):
+        Config.from_config_dict(config)
+
+
+def test_unknown_scale_lists_the_known_ones():
+    with pytest.raises(ValueError, match="tiny, smollm2, runlocal"):
+        base.get_config("galactic")
