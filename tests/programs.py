@@ -1,0 +1,35 @@
+"""Running the command-line programs as a user would: in a process of their own, with compiled programs kept between runs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMINGS = ("time/", "tokens/s")
+
+
+def start(module, *args, num_devices=1, cache=None):
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}")
+    if cache is not None:
+        env.update(
+            JAX_COMPILATION_CACHE_DIR=str(cache),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        )
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(module, *args, **kwargs):
+    """-> (exit status, output)."""
+    process = start(module, *args, **kwargs)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def records(workdir):
+    """metrics.jsonl without what a clock decides."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines]
