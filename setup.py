@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
         "transformers>=4.51",
         "ml-collections>=1.0",

@@ -20,7 +20,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     """The settings shared by all variants, at one scale."""
     config: Any = ConfigDict()
     config.seed = 0
-    config.num_steps = 400  # optimisation steps (iterations of rollout and update)
+    config.num_steps = 300  # optimisation steps (iterations of rollout and update)
     config.eval_every = 50  # steps between held-out evaluations; 0: only before and after
     config.one_call = False  # rollout, reward and update in one compiled call (traceable tasks); then not timed apart
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
@@ -62,7 +62,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted
 
     config.warm_start = ConfigDict()
-    config.warm_start.num_steps = 800  # supervised steps first; 0: none
+    config.warm_start.num_steps = 1200  # supervised steps first; 0: none
     config.warm_start.batch_size = 128  # worked answers
     config.warm_start.learning_rate = 3e-3
     config.warm_start.careless_rate = 0.7  # share of answers whose teacher forgot to carry: what reinforcement must mend

@@ -78,7 +78,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
             params, opt_state = carry
             grads, metrics = sharded_gradients(params, constrain(minibatch, mesh, ROWS))
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            metrics["grad/norm"] = Mean(optax.global_norm(grads), jnp.float32(1))
+            metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         sharded_gradients = jax.shard_map(

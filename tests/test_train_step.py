@@ -1,4 +1,4 @@
-"""One update: the same number however the batch is cut, equal to the objective written out, and nothing trained that should not be."""
+"""One update: the same number however the batch is cut, the one that the objective written out gives, and nothing else."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import objectives, train_step, trainer
 from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives, train_step, trainer
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import learning_rate, make_optimizer
 from grpo_jax.sampling import Sampling
@@ -107,9 +107,7 @@ def decoder_logp(model, params, rollout, temperature):
 def longhand(logp_of, spec, state, batch, temperature=SAMPLING.temperature):
     """(loss, gradient) of one batch: `objectives` on the whole of it, log-probs by a dense softmax."""
     obj, rollout = spec.objective, batch.rollout
-    mask_BT, old_BT, entropy_BT = (
-        x.reshape(-1, T) for x in (rollout.mask_PGT, rollout.sampler_logp_PGT, rollout.entropy_PGT)
-    )
+    mask_BT, old_BT, entropy_BT = (x.reshape(-1, T) for x in (rollout.mask_PGT, rollout.sampler_logp_PGT, rollout.entropy_PGT))
     reward_B, task_B = batch.reward_PG.reshape(-1), batch.task_reward_PG.reshape(-1)
     adv_BT = objectives.advantages(obj, reward_B, mask_BT, entropy_BT, group_size=G, task_rewards_B=task_B)
 
@@ -288,7 +286,7 @@ def test_kl_alone_pulls_towards_the_reference():
     assert 0 < kl[-1] < 0.8 * kl[0] and (np.diff(kl) < 0).all()
 
     at_reference = dataclasses.replace(state, params=state.ref_params)
-    after, metrics = step_of(SPEC)(at_reference, batch)
+    _, metrics = step_of(SPEC)(at_reference, batch)
     assert abs(floats(metrics)["policy/kl_ref"]) < 1e-6 and floats(metrics)["grad/norm"] < 1e-6
 
 
@@ -406,7 +404,7 @@ def test_weight_decay_is_for_matrices_only():
     seen = {True: set(), False: set()}
     for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):
         names = [entry.key for entry in path]
-        is_vector = names[-1] == "bias" or names[-2:-1] and names[-2].endswith("norm")
+        is_vector = names[-1] == "bias" or (names[-2:-1] and names[-2].endswith("norm"))
         expected = 0 * param if is_vector else -0.1 * 0.5 * param
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(names))
         seen[bool(is_vector)].add(names[-2] if len(names) > 1 else names[-1])

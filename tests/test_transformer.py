@@ -100,10 +100,7 @@ def numpy_decoder(params, arch, tokens):
         if arch.qk_norm:
             q = numpy_norm(q, attn["q_norm"]["weight"], arch.norm_eps)
             k = numpy_norm(k, attn["k_norm"]["weight"], arch.norm_eps)
-        q, k = (
-            np.array([[numpy_rotate(head, t, arch.rope_theta) for head in row] for t, row in enumerate(x)])
-            for x in (q, k)
-        )
+        q, k = (np.array([[numpy_rotate(head, t, arch.rope_theta) for head in row] for t, row in enumerate(x)]) for x in (q, k))
         x_TD = x_TD + numpy_attention(q, k, v).reshape(len(tokens), -1) @ attn["o"]["weight"].T
         h_TD = numpy_norm(x_TD, w["mlp_norm"]["weight"], arch.norm_eps)
         gate_TF = h_TD @ mlp["gate"]["weight"].T

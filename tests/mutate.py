@@ -1,0 +1,58 @@
+"""Seed known bugs one at a time, in a copy, and demand that the tests go red: python -m tests.mutate (make mutate).
+
+Each entry: a file, the text to replace, the bug, and the tests that must notice it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+OBJECTIVES = "grpo_jax/objectives"
+
+BUGS = [
+    ("clip's sign flipped", f"{OBJECTIVES}/ratios.py", "jnp.minimum(ratio_BT * adv_BT", "jnp.maximum(ratio_BT * adv_BT", "tests/test_objectives.py -k golden"),
+    ("mask dropped from the weights", f"{OBJECTIVES}/aggregation.py", "return mask_BT, mask_BT.sum()", "return mask_BT * 0 + 1, mask_BT.sum()", "tests/test_objectives.py -k loss_is_its_parts"),
+    ("mean instead of sum", f"{OBJECTIVES}/__init__.py", "(loss_BT * weight_BT).sum() / denom", "(loss_BT * weight_BT).mean() / denom", "tests/test_objectives.py -k golden"),
+    ("zeros left out of R+ and R-", f"{OBJECTIVES}/advantages.py", "standardise(x, everyone, axis", "standardise(x, x != 0, axis", "tests/test_objectives.py -k correct_answers"),
+    ("stop token not trained", "grpo_jax/rollout.py", "live_B.astype(jnp.float32)", "(live_B & ~is_stop_B).astype(jnp.float32)", "tests/test_rollout.py"),
+    ("log-probs shifted by one", "grpo_jax/score.py", "tokens_BT[:, :-1]", "tokens_BT[:, 1:]", "tests/test_rollout.py"),
+    ("temperature ignored by the learner", "grpo_jax/logprobs.py", "head_logits(hidden_CD, head_VD) / sampling.temperature", "head_logits(hidden_CD, head_VD)", "tests/test_logprobs.py"),
+    ("every step repeats its noise", "grpo_jax/rng.py", "PURPOSES.index(purpose)), step)", "PURPOSES.index(purpose)), 0)", "tests/test_dynamic_sampling.py tests/test_rollout.py tests/test_train_step.py"),
+    ("divided twice under accumulation", "grpo_jax/train_step.py", "g / denom, grads", "g / denom / spec.num_microbatches, grads", "tests/test_train_step.py"),
+    ("inner epochs ignored", "grpo_jax/train_step.py", "(spec.num_epochs, *x.shape)", "(1, *x.shape)", "tests/test_train_step.py"),
+    ("dynamic sampling judged on the shaped reward", "grpo_jax/iteration.py", "rewards.is_informative(batch.task_reward_PG)", "rewards.is_informative(batch.reward_PG)", "tests/test_dynamic_sampling.py"),
+    ("dynamic sampling without a cap", "grpo_jax/iteration.py", "config.dynamic_sampling.max_sampling_rounds", "50", "tests/test_dynamic_sampling.py"),
+    ("reference kept although kl_coef is 0", "grpo_jax/trainer.py", "if config.objective.kl_coef > 0 else None", "", "tests/test_train_step.py"),
+]  # fmt: skip
+
+
+def is_caught(file: str, old: str, new: str, tests: str) -> bool:
+    """Whether the tests go red with `old` replaced by `new`."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "repo"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__"))
+        text = (copy / file).read_text()
+        if old not in text:
+            raise SystemExit(f"{file}: {old!r} is not there any more; bring this list up to date")
+        (copy / file).write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
+
+
+def main() -> None:
+    survived = []
+    for name, file, old, new, tests in BUGS:
+        caught = is_caught(file, old, new, tests)
+        print(f"{'caught  ' if caught else 'SURVIVED'}  {name}", flush=True)
+        survived += [] if caught else [name]
+    if survived:
+        raise SystemExit(f"{len(survived)} of {len(BUGS)} seeded bugs went unnoticed: {', '.join(survived)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Training whose rewards come from worker processes: it goes on whatever a reward function does, and it resumes bitwise."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import base
+from grpo_jax import trainer
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+from grpo_jax.models import hf
+from grpo_jax.tasks import jsonl
+from tests import programs
+from tests.test_hf import SIZES, torch_model
+from tests.test_tasks_host import save_hf_tokenizer
+
+# Scores by the first letter of what was sampled, and misbehaves on some of it.
+BAD_SCORER = """
+import time
+def score(item, completion):
+    first = completion[:1]
+    if first in "abcdef":
+        raise RuntimeError("no")
+    if first == "?":
+        time.sleep(1e6)
+    return float(first > "m")
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny random Llama with a byte-level tokenizer, as an ordinary Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_hf_tokenizer(folder, {}, eos_token="<eos>", pad_token="<pad>")
+    sizes, SIZES["vocab_size"] = SIZES["vocab_size"], 259  # what the tokenizer needs
+    torch_model("llama tied").save_pretrained(folder)
+    SIZES["vocab_size"] = sizes
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    lines = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = base.get_config("runlocal", "grpo")
+    config.model.path = str(model_folder)
+    config.task.name = "jsonl"
+    config.task.jsonl.path = str(tmp_path / "sums.jsonl")
+    config.task.jsonl.use_chat_template = False
+    config.task.scoring.time_limit_secs = 0.3
+    config.warm_start.num_steps = 0
+    config.eval.num_prompts, config.eval.num_samples = 8, 0
+    config.num_steps, config.eval_every, config.checkpoint.every = 4, 0, 2
+    config.rollout.group_size = 8
+    config.mesh.data = 1
+    return config
+
+
+def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, config, monkeypatch):
+    (tmp_path / "bad_scorer.py").write_text(BAD_SCORER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(jsonl, "SCORER", "bad_scorer:score")
+    trainer.train(Config.from_config_dict(config), tmp_path / "run")
+    steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
+    assert len(steps) == 4
+    assert sum(record["reward/errors"] for record in steps) > 0
+    assert all(0 < record["reward/success"] < 1 for record in steps)
+
+
+def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, config):
+    """No completion is ever right: every round is spent, the step still ends, and 4 steps = 2 + 2."""
+    config.dynamic_sampling.enabled, config.dynamic_sampling.max_sampling_rounds = True, 2
+    whole = Config.from_config_dict(config)
+    trainer.train(whole, tmp_path / "whole")
+    trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
+    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
+    records = programs.records(tmp_path / "whole")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[1]["groups/missing"] == 1.0 and records[1]["groups/rounds"] == 2
+    # Step 2 was the last one of the first run, which evaluates there.
+    torn = [{k: v for k, v in r.items() if k in records[i]} for i, r in enumerate(programs.records(tmp_path / "torn"))]
+    assert torn == records
+
+
+def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_folder):
+    weights = model_folder / "model.safetensors"
+    good = weights.read_bytes()
+    try:
+        weights.write_bytes(good[: len(good) // 2])
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            trainer.train(Config.from_config_dict(config), tmp_path / "run")
+    finally:
+        weights.write_bytes(good)
+    config.task.jsonl.path = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        trainer.train(Config.from_config_dict(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert hf.read_architecture(str(model_folder)).vocab_size == 259
