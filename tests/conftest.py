@@ -1,10 +1,20 @@
 """Eight simulated CPU devices, strict shapes, and small models that several tests share."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+from jaxtyping import install_import_hook
 
+# The annotated shapes of public functions are checked at every call.
+install_import_hook("grpo_jax.objectives", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Programs that several tests compile are compiled once.
+_compiled = tempfile.TemporaryDirectory(prefix="grpo_jax_compiled_")
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

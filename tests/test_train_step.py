@@ -196,9 +196,10 @@ def test_microbatches_hold_every_row_once_beside_its_own_prompt(num_microbatches
 # ------------------------------------------------------------------------------------------- epochs and minibatches
 
 
-def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp():
+@pytest.mark.parametrize("num_epochs, num_minibatches", [(2, 2), (3, 1)])
+def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs, num_minibatches):
     """Every optimizer step by hand, with the old log-probs of the start: a step that renewed them would keep the ratio at 1."""
-    spec = spec_of("gtpo", num_epochs=2, num_minibatches=2)
+    spec = spec_of("gtpo", num_epochs=num_epochs, num_minibatches=num_minibatches)
     state = start(spec)
     batch = on_policy(batch_of(), state.params)
     _, once = step_of(spec_of("gtpo"))(state, batch)
@@ -207,18 +208,18 @@ def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp():
 
     after, metrics = step_of(spec)(state, batch)
     assert abs(floats(metrics)["policy/ratio"] - 1) > 1e-3
+    # Only before the first optimizer step does the policy hold the sampler's weights.
+    assert floats(metrics)["policy/sampler_logp_gap"] < 1e-5
 
     target = train_step.prepare_target(BIGRAM, state, batch, spec)
+    np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
     minibatches = train_step.split_minibatches(target, state.step, spec)
     gradients = tiny.quick_jit(lambda params, target: train_step.gradients(BIGRAM, params, target, spec)[0])
     params = state.params
-    for i in range(4):
+    for i in range(num_epochs * num_minibatches):
         minibatch = jax.tree.map(lambda x: x[i], minibatches)  # noqa: B023
         params = jax.tree.map(jnp.subtract, params, gradients(params, minibatch))
-    np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
     assert tiny.largest_difference(moved(state, after), moved(state, state.replace(params=params))) < 1e-5
-    # Only before the first optimizer step does the policy hold the sampler's weights.
-    assert floats(metrics)["policy/sampler_logp_gap"] < 1e-5
 
 
 def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
 
 from grpo_jax.metrics import Mean
-from grpo_jax.objectives.advantages import advantages
+from grpo_jax.objectives.advantages import Arrays, advantages
 from grpo_jax.objectives.aggregation import token_weights
 from grpo_jax.objectives.ratios import RATIOS, SEQUENCE_RATIOS, clipped_surrogate, kl_k3, log_ratio
 from grpo_jax.objectives.spec import VARIANTS, Objective, describe, get
@@ -21,7 +22,14 @@ from grpo_jax.objectives.spec import VARIANTS, Objective, describe, get
 __all__ = ["VARIANTS", "Objective", "advantages", "describe", "get", "loss", "loss_metrics", "token_loss", "weights"]
 
 
-def token_loss(obj: Objective, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_BT):
+def token_loss(
+    obj: Objective,
+    logp_BT: Float[Arrays, "B T"],
+    old_logp_BT: Float[Arrays, "B T"],
+    ref_logp_BT: Float[Arrays, "B T"] | None,
+    adv_BT: Float[Arrays, "B T"],
+    mask_BT: Shaped[Arrays, "B T"],
+) -> tuple[Float[jax.Array, "B T"], dict[str, Shaped[jax.Array, "B T"]]]:
     """The unreduced loss, and what there is to say about it.
 
     Args: log-probabilities in nats, float32[B, T]; gradient flows through logp_BT only. ref_logp_BT may be None, and is
@@ -46,7 +54,9 @@ def token_loss(obj: Objective, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_B
     return jnp.where(mask_BT > 0, loss_BT, 0.0), aux
 
 
-def weights(obj: Objective, mask_BT, *, max_completion_length: int, axis_name: str | None = None):
+def weights(
+    obj: Objective, mask_BT: Shaped[Arrays, "B T"], *, max_completion_length: int, axis_name: str | None = None
+) -> tuple[Float[jax.Array, "B T"], Float[jax.Array, ""]]:
     """-> (weight_BT, denom) with loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio always averages rows."""
     aggregation = "sequence_mean" if obj.ratio in SEQUENCE_RATIOS else obj.aggregation
     return token_weights(aggregation, mask_BT, max_completion_length=max_completion_length, axis_name=axis_name)
@@ -65,15 +75,15 @@ def loss_metrics(aux, mask_BT) -> dict[str, Mean]:
 
 def loss(
     obj: Objective,
-    logp_BT,
-    old_logp_BT,
-    ref_logp_BT,
-    adv_BT,
-    mask_BT,
+    logp_BT: Float[Arrays, "B T"],
+    old_logp_BT: Float[Arrays, "B T"],
+    ref_logp_BT: Float[Arrays, "B T"] | None,
+    adv_BT: Float[Arrays, "B T"],
+    mask_BT: Shaped[Arrays, "B T"],
     *,
     max_completion_length: int,
     axis_name: str | None = None,
-):
+) -> tuple[Float[jax.Array, ""], dict[str, Mean]]:
     """The scalar to minimise and its metrics; inside `shard_map` with `axis_name` both are global.
 
     Raises: ValueError if ref_logp_BT is None although kl_coef > 0.

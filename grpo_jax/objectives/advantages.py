@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Real, Shaped
 
 from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
 
 if TYPE_CHECKING:
     from grpo_jax.objectives.spec import Objective
+
+
+Arrays = jax.Array | np.ndarray
 
 
 class Groups(NamedTuple):
@@ -31,14 +36,14 @@ class Groups(NamedTuple):
 
 def advantages(
     obj: Objective,
-    rewards_B,
-    mask_BT,
-    entropy_BT=None,
+    rewards_B: Real[Arrays, B],
+    mask_BT: Shaped[Arrays, "B T"],
+    entropy_BT: Float[Arrays, "B T"] | None = None,
     *,
     group_size: int,
-    task_rewards_B=None,
+    task_rewards_B: Real[Arrays, B] | None = None,
     axis_name: str | None = None,
-):
+) -> Float[jax.Array, "B T"]:
     """How much better each token was than its group made one expect.
 
     Args:
