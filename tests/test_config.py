@@ -8,9 +8,10 @@ import pathlib
 import pytest
 
 from configs import base
-from grpo_jax import objectives
+from grpo_jax import objectives, trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
@@ -123,3 +124,28 @@ def test_a_missing_field_is_an_error():
 def test_unknown_scale_lists_the_known_ones():
     with pytest.raises(ValueError, match="tiny, smollm2, runlocal"):
         base.get_config("galactic")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rollout.num_prompts": 12}, r"config\.rollout\.num_prompts = 12 .* do not divide over 8 devices"),
+        ({"rollout.num_prompts": 16, "learner.num_minibatches": 4}, r"4 groups do not divide over 8 devices"),
+        ({"rollout.num_prompts": 16, "learner.num_microbatches": 3}, r"config\.learner\.num_microbatches = 3"),
+        ({"mesh.data": 9}, r"config\.mesh\.data = 9: there are 8 devices"),
+        ({"mesh.tensor": 2}, r"config\.mesh\.tensor = 2: only 1 is supported"),
+        ({"rollout.max_completion_tokens": 2, "overlong.cache_tokens": 0}, r"config\.rollout\.max_completion_tokens = 2: the"),
+        ({"eval.num_prompts": 99}, r"config\.eval\.num_prompts = 99"),
+    ],
+)
+def test_what_does_not_fit_the_devices_or_the_task_is_named(changes, says):
+    with pytest.raises(UserError, match=says):
+        trainer.make_run(Config.from_config_dict(broken(changes)))
+
+
+@pytest.mark.parametrize(("num_microbatches", "num_prompts"), [(1, 8), (2, 16), (4, 8), (8, 8)])
+def test_microbatches_may_cut_groups_or_within_groups(num_microbatches, num_prompts):
+    changes = {"learner.num_microbatches": num_microbatches, "rollout.num_prompts": num_prompts}
+    config = Config.from_config_dict(broken(changes))
+    trainer.require_divisible(config, make_mesh(config.mesh))
+    assert config.learner.num_microbatches == num_microbatches
