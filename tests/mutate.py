@@ -15,20 +15,92 @@ ROOT = pathlib.Path(__file__).parent.parent
 OBJECTIVES = "grpo_jax/objectives"
 
 BUGS = [
-    ("clip's sign flipped", f"{OBJECTIVES}/ratios.py", "jnp.minimum(ratio_BT * adv_BT", "jnp.maximum(ratio_BT * adv_BT", "tests/test_objectives.py -k golden"),
-    ("mask dropped from the weights", f"{OBJECTIVES}/aggregation.py", "return mask_BT, mask_BT.sum()", "return mask_BT * 0 + 1, mask_BT.sum()", "tests/test_objectives.py -k loss_is_its_parts"),
-    ("mean instead of sum", f"{OBJECTIVES}/__init__.py", "(loss_BT * weight_BT).sum() / denom", "(loss_BT * weight_BT).mean() / denom", "tests/test_objectives.py -k golden"),
-    ("zeros left out of R+ and R-", f"{OBJECTIVES}/advantages.py", "standardise(x, everyone, axis", "standardise(x, x != 0, axis", "tests/test_objectives.py -k correct_answers"),
-    ("stop token not trained", "grpo_jax/rollout.py", "live_B.astype(jnp.float32)", "(live_B & ~is_stop_B).astype(jnp.float32)", "tests/test_rollout.py"),
+    (
+        "clip's sign flipped",
+        f"{OBJECTIVES}/ratios.py",
+        "jnp.minimum(ratio_BT * adv_BT",
+        "jnp.maximum(ratio_BT * adv_BT",
+        "tests/test_objectives.py -k golden",
+    ),
+    (
+        "mask dropped from the weights",
+        f"{OBJECTIVES}/aggregation.py",
+        "return mask_BT, mask_BT.sum()",
+        "return mask_BT * 0 + 1, mask_BT.sum()",
+        "tests/test_objectives.py -k loss_is_its_parts",
+    ),
+    (
+        "mean instead of sum",
+        f"{OBJECTIVES}/__init__.py",
+        "(loss_BT * weight_BT).sum() / denom",
+        "(loss_BT * weight_BT).mean() / denom",
+        "tests/test_objectives.py -k golden",
+    ),
+    (
+        "zeros left out of R+ and R-",
+        f"{OBJECTIVES}/advantages.py",
+        "standardise(x, everyone, axis",
+        "standardise(x, x != 0, axis",
+        "tests/test_objectives.py -k correct_answers",
+    ),
+    (
+        "stop token not trained",
+        "grpo_jax/rollout.py",
+        "live_B.astype(jnp.float32)",
+        "(live_B & ~is_stop_B).astype(jnp.float32)",
+        "tests/test_rollout.py",
+    ),
     ("log-probs shifted by one", "grpo_jax/score.py", "tokens_BT[:, :-1]", "tokens_BT[:, 1:]", "tests/test_rollout.py"),
-    ("temperature ignored by the learner", "grpo_jax/logprobs.py", "head_logits(hidden_CD, head_VD) / sampling.temperature", "head_logits(hidden_CD, head_VD)", "tests/test_logprobs.py"),
-    ("every step repeats its noise", "grpo_jax/rng.py", "PURPOSES.index(purpose)), step)", "PURPOSES.index(purpose)), 0)", "tests/test_dynamic_sampling.py tests/test_rollout.py tests/test_train_step.py"),
-    ("divided twice under accumulation", "grpo_jax/train_step.py", "g / denom, grads", "g / denom / spec.num_microbatches, grads", "tests/test_train_step.py"),
-    ("inner epochs ignored", "grpo_jax/train_step.py", "(spec.num_epochs, *x.shape)", "(1, *x.shape)", "tests/test_train_step.py"),
-    ("dynamic sampling judged on the shaped reward", "grpo_jax/iteration.py", "rewards.is_informative(batch.task_reward_PG)", "rewards.is_informative(batch.reward_PG)", "tests/test_dynamic_sampling.py"),
-    ("dynamic sampling without a cap", "grpo_jax/iteration.py", "config.dynamic_sampling.max_sampling_rounds", "50", "tests/test_dynamic_sampling.py"),
-    ("reference kept although kl_coef is 0", "grpo_jax/trainer.py", "if config.objective.kl_coef > 0 else None", "", "tests/test_train_step.py"),
-]  # fmt: skip
+    (
+        "temperature ignored by the learner",
+        "grpo_jax/logprobs.py",
+        "head_logits(hidden_CD, head_VD) / sampling.temperature",
+        "head_logits(hidden_CD, head_VD)",
+        "tests/test_logprobs.py",
+    ),
+    (
+        "every step repeats its noise",
+        "grpo_jax/rng.py",
+        "PURPOSES.index(purpose)), step)",
+        "PURPOSES.index(purpose)), 0)",
+        "tests/test_dynamic_sampling.py tests/test_rollout.py tests/test_train_step.py",
+    ),
+    (
+        "divided twice under accumulation",
+        "grpo_jax/train_step.py",
+        "g / denom, grads",
+        "g / denom / spec.num_microbatches, grads",
+        "tests/test_train_step.py",
+    ),
+    (
+        "inner epochs ignored",
+        "grpo_jax/train_step.py",
+        "(spec.num_epochs, *x.shape)",
+        "(1, *x.shape)",
+        "tests/test_train_step.py",
+    ),
+    (
+        "dynamic sampling judged on the shaped reward",
+        "grpo_jax/iteration.py",
+        "rewards.is_informative(batch.task_reward_PG)",
+        "rewards.is_informative(batch.reward_PG)",
+        "tests/test_dynamic_sampling.py",
+    ),
+    (
+        "dynamic sampling without a cap",
+        "grpo_jax/iteration.py",
+        "config.dynamic_sampling.max_sampling_rounds",
+        "50",
+        "tests/test_dynamic_sampling.py",
+    ),
+    (
+        "reference kept although kl_coef is 0",
+        "grpo_jax/trainer.py",
+        "if config.objective.kl_coef > 0 else None",
+        "",
+        "tests/test_train_step.py",
+    ),
+]
 
 
 def is_caught(file: str, old: str, new: str, tests: str) -> bool:
