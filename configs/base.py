@@ -65,7 +65,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.warm_start.num_steps = 1200  # supervised steps first; 0: none
     config.warm_start.batch_size = 128  # worked answers
     config.warm_start.learning_rate = 3e-3
-    config.warm_start.careless_rate = 0.7  # share of answers whose teacher forgot to carry: what reinforcement must mend
+    config.warm_start.careless_rate = 0.8  # share of answers whose teacher forgot to carry: what reinforcement must mend
 
     config.rollout = ConfigDict()
     config.rollout.num_prompts = 32  # P: groups in a batch

@@ -253,7 +253,7 @@ def test_a_reference_is_held_if_and_only_if_it_is_paid_for(name):
     assert (state.ref_params is not None) == (run.config.objective.kl_coef > 0) == (name in ("grpo", "dr_grpo"))
 
 
-@pytest.mark.parametrize("kl_coef, old_logp, passes", [(0, "sampler", 1), (0.1, "sampler", 2), (0, "learner", 2)])
+@pytest.mark.parametrize("kl_coef, old_logp, passes", [(0.0, "sampler", 1), (0.1, "sampler", 2), (0.0, "learner", 2)])
 def test_a_forward_pass_runs_only_for_what_is_asked(kl_coef, old_logp, passes, monkeypatch):
     scored = []
 
