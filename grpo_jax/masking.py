@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 Axis = int | tuple[int, ...] | None
 ROUNDING = 1e-6  # relative; a few units in the last place of float32
-
-
-def completion_mask(is_stop_BT) -> Any:
-    """bool[B, T] "this is a stop token" -> float32[B, T], 1 through the first stop token (kept), 0 after it."""
-    stops_before = jnp.cumsum(is_stop_BT, -1) - is_stop_BT
-    return (stops_before == 0).astype(jnp.float32)
 
 
 def masked_sum(x, mask, axis: Axis = None, axis_name: str | None = None, keepdims: bool = False):

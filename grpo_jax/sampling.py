@@ -73,7 +73,9 @@ def support_like(logits_CV, targets_C, support_C, top_k: int):
     is_target_CV = jnp.arange(vocab)[None] == targets_C[:, None]
     rivals_CV = jnp.where(is_target_CV, -jnp.inf, logits_CV)
     ranked_CK = jax.lax.top_k(rivals_CV, min(top_k, vocab) if top_k > 0 else vocab)[0]
-    last_C = jnp.take_along_axis(ranked_CK, jnp.clip(support_C - 2, 0)[:, None], -1)
+    # Logits tied at the threshold can make the support larger than top_k; the last rank's value then stands for all of them.
+    last_rank_C = jnp.clip(support_C - 2, 0, ranked_CK.shape[-1] - 1)
+    last_C = jnp.take_along_axis(ranked_CK, last_rank_C[:, None], -1)
     threshold_C1 = jnp.where(support_C[:, None] > 1, last_C, jnp.inf)
     return is_target_CV | (rivals_CV >= threshold_C1)
 

@@ -103,9 +103,12 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
     if spec.filter_truncated:
         rollout = dataclasses.replace(rollout, mask_PGT=rollout.mask_PGT * ~rollout.is_truncated_PG[..., None])
     P, G, T = rollout.mask_PGT.shape
+    is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
-    if spec.old_logp == "learner":
-        old_logp_PGT, entropy_PGT = score_in_microbatches(model, state.params, rollout, spec)
+    if spec.old_logp == "learner":  # of groups that waited in the buffer the sampler was an older policy: its word stands
+        scored = score_in_microbatches(model, state.params, rollout, spec)
+        recorded = (old_logp_PGT, entropy_PGT)
+        old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
     adv_BT = objectives.advantages(
         obj,
         batch.reward_PG.reshape(-1),
@@ -119,7 +122,6 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
     if obj.kl_coef > 0:
         assert state.ref_params is not None, "kl_coef > 0 without a reference model in the state"
         ref_logp_PGT, _ = score_in_microbatches(model, state.ref_params, rollout, spec)
-    is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     return Target(rollout, is_fresh_PG, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
 
 

@@ -1,7 +1,6 @@
 """Masks and masked statistics against numpy.ma; metrics that do not notice how a batch was cut."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax.masking import completion_mask, masked_mean, masked_std, masked_sum
+from grpo_jax.masking import masked_mean, masked_std, masked_sum
 from grpo_jax.metrics import Max, Mean
 from tests import tiny
 
@@ -30,19 +29,6 @@ def ragged(shape=(4, 3, 5), seed=0):
 
 
 # -------------------------------------------------------------------------------------------------------------- masks
-
-
-def test_completion_mask_keeps_the_first_stop_token_and_nothing_after_it():
-    is_stop = [[0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]
-    mask_BT = completion_mask(jnp.asarray(is_stop, bool))
-    np.testing.assert_array_equal(mask_BT, [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert mask_BT.dtype == jnp.float32
-
-
-def test_completion_mask_over_all_patterns_of_four_tokens():
-    is_stop_BT = np.array(list(itertools.product([False, True], repeat=4)))
-    expected_BT = [[not any(row[:t]) for t in range(4)] for row in is_stop_BT]
-    np.testing.assert_array_equal(completion_mask(jnp.asarray(is_stop_BT)), np.asarray(expected_BT, np.float32))
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -171,3 +171,12 @@ def test_normalise_is_numpys_log_partition_and_entropy():
         expected = kept.max() + np.log(np.exp(kept - kept.max()).sum())
         np.testing.assert_allclose(log_z_B[row], expected, rtol=1e-6, atol=1e-5)
         np.testing.assert_allclose(entropy_B[row], entropy_of(np.exp(kept - expected)), atol=2e-4)
+
+
+def test_logits_tied_at_the_threshold_are_all_kept_by_sampler_and_learner():
+    """More than top_k then; the learner must find as many, not run off the end of its ranking."""
+    logits_BV = jnp.array([[2.0, 1.0, 1.0, 1.0, 1.0, -3.0]])
+    drawn = draw(logits_BV, jax.random.split(jax.random.key(0), 1), Sampling(top_k=2))
+    assert int(drawn.support_B[0]) == 5
+    keep_CV = support_like(logits_BV, drawn.token_B, drawn.support_B, top_k=2)
+    np.testing.assert_array_equal(keep_CV, [[True, True, True, True, True, False]])

@@ -96,7 +96,7 @@ class ArithmeticTask:
         A = answer.shape[-1]
         given_PGA = tokens_PGT[..., :A]
         expected_P1A = answer[:, None]
-        is_stop_PGA = (given_PGA[..., None] == jnp.asarray(self.stop_ids)).any(-1)
+        is_stop_PGA = jnp.isin(given_PGA, jnp.asarray(self.stop_ids))
         is_end_P1A = jnp.arange(A)[None, None] == (expected_P1A >= 0).sum(-1, keepdims=True)
         is_right_PGA = jnp.where(is_end_P1A, is_stop_PGA, (given_PGA == expected_P1A) | (expected_P1A < 0))
         return is_right_PGA.all(-1).astype(jnp.float32), {}
