@@ -20,8 +20,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     """The settings shared by all variants, at one scale."""
     config: Any = ConfigDict()
     config.seed = 0
-    config.num_steps = 300  # optimisation steps (iterations of rollout and update)
-    config.eval_every = 50  # steps between held-out evaluations; 0: only before and after
+    config.num_steps = 800  # optimisation steps (iterations of rollout and update)
+    config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
     config.one_call = False  # rollout, reward and update in one compiled call (traceable tasks); then not timed apart
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 

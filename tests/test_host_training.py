@@ -48,7 +48,7 @@ def config(tmp_path, model_folder):
     config.task.name = "jsonl"
     config.task.jsonl.path = str(tmp_path / "sums.jsonl")
     config.task.jsonl.use_chat_template = False
-    config.task.scoring.time_limit_secs = 0.3
+    config.task.scoring.time_limit_secs = 60.0
     config.warm_start.num_steps = 0
     config.eval.num_prompts, config.eval.num_samples = 8, 0
     config.num_steps, config.eval_every, config.checkpoint.every = 4, 0, 2
@@ -61,6 +61,7 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
     (tmp_path / "bad_scorer.py").write_text(BAD_SCORER)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(jsonl, "SCORER", "bad_scorer:score")
+    config.task.scoring.time_limit_secs = 0.5
     trainer.train(Config.from_config_dict(config), tmp_path / "run")
     steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
     assert len(steps) == 4
