@@ -14,7 +14,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 smollm2: $(VENV)/.installed-smollm2
 	$(BIN)/python -m experiments.smollm2
