@@ -36,12 +36,12 @@ class Groups(NamedTuple):
 
 def advantages(
     obj: Objective,
-    rewards_B: Real[Arrays, B],
+    rewards_B: Real[Arrays, " B"],
     mask_BT: Shaped[Arrays, "B T"],
     entropy_BT: Float[Arrays, "B T"] | None = None,
     *,
     group_size: int,
-    task_rewards_B: Real[Arrays, B] | None = None,
+    task_rewards_B: Real[Arrays, " B"] | None = None,
     axis_name: str | None = None,
 ) -> Float[jax.Array, "B T"]:
     """How much better each token was than its group made one expect.
