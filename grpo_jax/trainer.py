@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import signal
+import sys
 import time
 from typing import Any
 
@@ -124,6 +125,8 @@ def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = 
     """
     run = make_run(config)
     try:
+        what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
+        print(f"{objectives.describe(config.objective)} on {run.mesh.size} device(s): {what}, then compiling", file=sys.stderr)
         state = initial_state(run)
         claim_workdir(workdir, config.to_dict(), allow_config_change=allow_config_change)
         checkpointer = Checkpointer(workdir, config.checkpoint)

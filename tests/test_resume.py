@@ -30,7 +30,7 @@ def flags(workdir, variant="dapo"):
 
 def wait_for_step(process, workdir, step):
     """Until the run's log, flushed at each checkpoint, has reached `step`."""
-    for _ in range(3000):
+    for _ in range(15_000):
         if (workdir / "metrics.jsonl").exists() and f'"step": {step},' in (workdir / "metrics.jsonl").read_text():
             return
         assert process.poll() is None, process.stdout.read()
