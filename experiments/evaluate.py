@@ -24,13 +24,14 @@ def main() -> None:
     config = config_of(workdir) if workdir else cli.config_from_flags()
     run = trainer.make_run(config)
     try:
-        state = trainer.initial_state(run)
         if workdir:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             step = checkpointer.latest_step()
             if step is None:
                 raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
-            state = checkpointer.restore(step, state)
+            state = checkpointer.restore(step, trainer.abstract_state(run))
+        else:
+            state = trainer.initial_state(run)
         results = {"step": int(state.step), **run.evaluate(state.params)}
     finally:
         run.task.close()

@@ -24,14 +24,14 @@ from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
 from grpo_jax.iteration import Collect, make_collect, make_iteration, make_rollout
-from grpo_jax.models.transformer import ModelDef
+from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.plots import learning_curve
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
 from grpo_jax.sharding import REPLICATED, make_mesh
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Batch, TrainState
+from grpo_jax.types import Batch, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,28 +92,36 @@ def require_divisible(config: Config, mesh: Mesh) -> None:
 
 def initial_state(run: Run) -> TrainState:
     """The state at step 0: weights loaded or warm-started, on every device."""
-    config, everywhere = run.config, NamedSharding(run.mesh, REPLICATED)
-    params = jax.device_put(build.initial_params(config, run.model, run.task), everywhere)
-    state = TrainState(
+    everywhere = NamedSharding(run.mesh, REPLICATED)
+    params = jax.device_put(build.initial_params(run.config, run.model, run.task), everywhere)
+    return jax.device_put(state_around(run, params), everywhere)
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and places of the state, to restore a checkpoint into: no weights are loaded, nothing is warm-started."""
+    everywhere = NamedSharding(run.mesh, REPLICATED)
+    shapes = jax.eval_shape(lambda key: state_around(run, init_params(run.model.arch, key)), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+
+
+def state_around(run: Run, params: Params) -> TrainState:
+    """Step 0 with these parameters."""
+    config = run.config
+    return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=run.optimizer.init(params),
         ref_params=jax.tree.map(jnp.copy, params) if config.objective.kl_coef > 0 else None,
         num_prompts_drawn=jnp.int32(0),
-        pending=None,
+        pending=empty_buffer(example_batch(run, params)) if config.dynamic_sampling.enabled else None,
     )
-    if config.dynamic_sampling.enabled:
-        state = dataclasses.replace(state, pending=empty_buffer(example_batch(run, state)))
-    return jax.device_put(state, everywhere)
 
 
-def example_batch(run: Run, state: TrainState) -> Batch:
+def example_batch(run: Run, params: Params) -> Batch:
     """The shapes of a batch, without computing one."""
-    P, G, T = run.config.rollout.num_prompts, run.config.rollout.group_size, run.config.rollout.max_completion_tokens
-    prompts = run.task.train_prompts(0, P)
+    P, G = run.config.rollout.num_prompts, run.config.rollout.group_size
     rollout_fn = make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh)
-    rollout = jax.eval_shape(rollout_fn, state.params, prompts, jax.random.key(0))
-    assert rollout.tokens_PGT.shape == (P, G, T)
+    rollout = jax.eval_shape(rollout_fn, params, run.task.train_prompts(0, P), jax.random.key(0))
     row = jax.ShapeDtypeStruct((P, G), jnp.float32)
     return Batch(rollout, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
 
@@ -125,14 +133,15 @@ def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = 
     """
     run = make_run(config)
     try:
-        what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
-        print(f"{objectives.describe(config.objective)} on {run.mesh.size} device(s): {what}, then compiling", file=sys.stderr)
-        state = initial_state(run)
+        # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        state = None if (workdir / "checkpoints").is_dir() else announced_initial_state(run)
         claim_workdir(workdir, config.to_dict(), allow_config_change=allow_config_change)
         checkpointer = Checkpointer(workdir, config.checkpoint)
         resumed = checkpointer.latest_step()
         if resumed is not None:
-            state = checkpointer.restore(resumed, state)
+            state = checkpointer.restore(resumed, abstract_state(run))
+        elif state is None:  # killed before its first checkpoint
+            state = announced_initial_state(run)
         start = resumed or 0
         log, progress = RunLog(workdir, start if resumed is not None else -1), ProgressLine(start, config.num_steps)
         try:
@@ -145,6 +154,14 @@ def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = 
     finally:
         run.task.close()
     return summarise(config, workdir)
+
+
+def announced_initial_state(run: Run) -> TrainState:
+    """`initial_state`, with a line for those who wait for it."""
+    config = run.config
+    what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
+    print(f"{objectives.describe(config.objective)} on {run.mesh.size} device(s): {what}, then compiling", file=sys.stderr)
+    return initial_state(run)
 
 
 class StopSignal:
