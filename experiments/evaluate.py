@@ -13,26 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from grpo_jax import trainer
 from grpo_jax.checkpoint import Checkpointer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.run import initial_state, make_run, restored_policy
 
 
 def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = config_of(workdir) if workdir else cli.config_from_flags()
-    run = trainer.make_run(config)
+    run = make_run(config)
     try:
         if workdir:
             checkpointer = Checkpointer(workdir, config.checkpoint)
             step = checkpointer.latest_step()
             if step is None:
                 raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
-            state = checkpointer.restore(step, trainer.abstract_state(run))
+            policy = restored_policy(run, checkpointer, step)
         else:
-            state = trainer.initial_state(run)
-        results = {"step": int(state.step), **run.evaluate(state.params)}
+            step, policy = 0, initial_state(run).policy
+        results = {"step": step, **run.evaluate(policy)}
     finally:
         run.task.close()
     if workdir:

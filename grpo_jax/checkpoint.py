@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,10 @@ from grpo_jax.types import TrainState
 
 
 class Checkpointer:
-    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored."""
+    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
+
+    Weights that never change (`base`, `ref_params`) are left out: they are had again from where they first came.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
@@ -31,14 +35,15 @@ class Checkpointer:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
         if self._manager.latest_step() == step:
             return
+        state = changing(state)
         # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
         state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), changing(like))
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         except (ValueError, KeyError) as error:
@@ -51,6 +56,11 @@ class Checkpointer:
         """Wait for the last save and release the threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def changing(state: TrainState) -> TrainState:
+    """The state without the weights that stay as they are."""
+    return dataclasses.replace(state, base=None, ref_params=None)
 
 
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:

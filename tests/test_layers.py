@@ -17,6 +17,7 @@ LAYERS = (
     ("warm_start", "train_step"),
     ("build", "iteration"),
     ("evaluate", "checkpoint", "runlog", "plots"),
+    ("run",),
     ("trainer",),
 )
 PURE = ("objectives", "masking", "logprobs", "sampling", "rewards", "dynamic_sampling", "score", "rollout", "spmd", "rng")
