@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import UserError
-from grpo_jax.types import TrainState
+from grpo_jax.types import Params, TrainState
 
 
 class Checkpointer:
@@ -44,18 +44,42 @@ class Checkpointer:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), changing(like))
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        except (ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{self._manager.directory}/{step}: does not fit this config ({first}); use another --workdir"
-            ) from error
+        return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
         """Wait for the last save and release the threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of all finished checkpoints in a workdir, the oldest first."""
+    return sorted(_reader(workdir).all_steps()) if (workdir / "checkpoints").is_dir() else []
+
+
+def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
+    """What was trained, as it was after `step`, without the rest of the state. like: its shapes and places.
+
+    Raises UserError if it was saved from another structure.
+    """
+    item = {"params": like}
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    return _restore(_reader(workdir), step, args)["params"]
+
+
+def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
 
 
 def changing(state: TrainState) -> TrainState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax import build
-from grpo_jax.checkpoint import Checkpointer
+from grpo_jax.checkpoint import Checkpointer, restore_params
 from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
@@ -104,17 +105,22 @@ def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainStat
     return dataclasses.replace(state, base=like.base and weights, ref_params=like.ref_params and weights)
 
 
-def restored_policy(run: Run, checkpointer: Checkpointer, step: int) -> Params:
-    """The policy's weights after `step`, and nothing else."""
-    state = checkpointer.restore(step, abstract_state(run))
-    return join(None if run.model.lora is None else initial_weights(run), state.params)
+def restored_policy(run: Run, workdir: pathlib.Path, step: int) -> Params:
+    """The policy's weights after `step` of the run in `workdir`, and nothing else."""
+    base, adapters = split(run.model.param_shapes())
+    trained = restore_params(workdir, step, placed(run, adapters or base))
+    return join(None if run.model.lora is None else initial_weights(run), trained)
 
 
 def abstract_state(run: Run) -> TrainState:
     """Shapes and places of the state, to restore a checkpoint into: no weights are loaded, nothing is warm-started."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
     base, adapters = split(run.model.param_shapes())
-    shapes = jax.eval_shape(lambda *weights: state_around(run, *weights), base, adapters or None)
+    return placed(run, jax.eval_shape(lambda *weights: state_around(run, *weights), base, adapters or None))
+
+
+def placed(run: Run, shapes: Any) -> Any:
+    """Shapes -> shapes on every device of the run's mesh."""
+    everywhere = NamedSharding(run.mesh, REPLICATED)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
 
 

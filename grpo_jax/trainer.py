@@ -17,6 +17,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.config import Config
+from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
 from grpo_jax.run import Run, initial_state, make_run, restored_state
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
@@ -88,7 +89,7 @@ class Loop:
         """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
         config = self.run.config
         if is_fresh:
-            self.write(0, self.run.evaluate(state.policy))
+            self.write(0, as_metrics(self.run.evaluate(state.policy)))
         unwritten: tuple[int, dict[str, Any], dict[str, float]] | None = None
         for step in range(start + 1, config.num_steps + 1):
             if self.stop.is_set:
@@ -99,7 +100,7 @@ class Loop:
                 self.log.completions(step, completion_rows(batch, self.run.task, config.log.num_groups))
             is_last = step == config.num_steps
             if is_last or (config.eval_every and step % config.eval_every == 0):
-                timing.update(self.run.evaluate(state.policy))
+                timing.update(as_metrics(self.run.evaluate(state.policy)))
             if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
                 self.write_out(unwritten)
                 unwritten = None
