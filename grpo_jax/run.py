@@ -47,7 +47,11 @@ def make_run(config: Config) -> Run:
     mesh = make_mesh(config.mesh)
     require_divisible(config, mesh)
     task = build.make_task(config)
-    model = build.make_model(config, task.tokenizer)
+    return assemble(config, mesh, task, build.make_model(config, task.tokenizer))
+
+
+def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
+    """Bind a config to a task and a model."""
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     spec = build.rollout_spec(config, task)
     collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
