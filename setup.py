@@ -32,6 +32,7 @@ setup(
         "numpy>=1.26",
         "rich>=13",
         "safetensors>=0.5",
+        "scipy>=1.12",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],

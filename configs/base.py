@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grpo_jax import objectives
+from grpo_jax import objectives, validation
 
 
 def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
@@ -38,6 +38,12 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
     config.model.ffn_dim = 256
+
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the adapters; 0: all weights are trained
+    config.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
+    config.lora.targets = validation.TARGETS  # matrices with adapters, by Hugging Face's names
+    config.lora.path = ""  # PEFT folder to go on from; empty: fresh adapters
 
     config.task = ConfigDict()
     config.task.name = "arithmetic"  # arithmetic | reasoning_gym | jsonl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from grpo_jax.checkpoint import saved_steps
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 
@@ -18,6 +20,7 @@ EXIT_BAD_INPUT = 2
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )
+STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
 
 
@@ -35,6 +38,24 @@ def config_from_flags() -> Config:
     if CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/dapo.py:tiny")
     return Config.from_config_dict(CONFIG.value)
+
+
+def config_of(workdir: pathlib.Path) -> Config:
+    """The config that the run in `workdir` was started with. Raises UserError."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
+    return Config.from_config_dict(json.loads(path.read_text()))
+
+
+def step_of(workdir: pathlib.Path) -> int:
+    """The checkpoint that --step chooses, the newest by default. Raises UserError if there is none, or not that one."""
+    steps = saved_steps(workdir)
+    if not steps:
+        raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
+    if STEP.value is not None and STEP.value not in steps:
+        raise UserError(f"--step={STEP.value}: no checkpoint of that step in {workdir}; there are {', '.join(map(str, steps))}")
+    return steps[-1] if STEP.value is None else STEP.value
 
 
 def fail(message: str) -> None:

@@ -1,57 +1,65 @@
-"""Held-out success of a run: python -m experiments.evaluate --workdir=runs/dapo
+"""Held-out success of a run, a model or an adapter, with 95 % intervals:
 
-Greedy, and the mean over eval.num_samples completions at the training temperature. With --config in place of --workdir,
-the model before any training.
+    python -m experiments.evaluate --workdir=runs/dapo [--step=400]
+    python -m experiments.evaluate --config=configs/grpo.py:smollm2 --config.model.path=folder [--config.lora.path=adapter]
+
+Greedy success, and from eval.num_samples completions at the training temperature mean@k, pass@k and maj@k. With both flags
+the weights are the run's, and questions and settings are the config's: other data, or more samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from grpo_jax import trainer
-from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config
+from grpo_jax.checkpoint import write_atomically
 from grpo_jax.errors import UserError
+from grpo_jax.run import initial_state, make_run, restored_policy
+
+OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
 
 
 def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
-    config = config_of(workdir) if workdir else cli.config_from_flags()
-    run = trainer.make_run(config)
+    config = cli.config_from_flags() if cli.CONFIG.value is not None or not workdir else cli.config_of(workdir)
+    run = make_run(config)
     try:
         if workdir:
-            checkpointer = Checkpointer(workdir, config.checkpoint)
-            step = checkpointer.latest_step()
-            if step is None:
-                raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
-            state = checkpointer.restore(step, trainer.abstract_state(run))
+            step = cli.step_of(workdir)
+            policy = restored_policy(run, workdir, step)
         else:
-            state = trainer.initial_state(run)
-        results = {"step": int(state.step), **run.evaluate(state.params)}
+            step, policy = 0, initial_state(run).policy
+        estimates = run.evaluate(policy)
+        num_prompts = len(run.task.eval_prompts().tokens_PS)
     finally:
         run.task.close()
-    if workdir:
-        (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = Table(title=f"{config.eval.num_prompts} held-out prompts, step {results['step']}")
+    results = {
+        "step": step,
+        "seed": config.seed,
+        "num_prompts": num_prompts,
+        "num_samples": config.eval.num_samples,
+        "temperature": config.rollout.temperature,
+        "estimates": {name: dataclasses.asdict(each) for name, each in estimates.items()},
+    }
+    out = pathlib.Path(OUT.value) if OUT.value else workdir and workdir / "evaluation.json"
+    if out:
+        try:
+            write_atomically(out, json.dumps(results, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--out={out}: cannot be written ({error.strerror})") from error
+    table = Table(title=f"{num_prompts} held-out prompts, step {step}")
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in results.items():
-        if name != "step":
-            table.add_row(name, f"{value:.3f}")
+    for name in ("value", "95 % interval"):
+        table.add_column(name, justify="right")
+    for name, each in estimates.items():
+        table.add_row(name, f"{each.value:.3f}", f"{each.low:.3f} to {each.high:.3f}")
     Console().print(table)
-
-
-def config_of(workdir: pathlib.Path) -> Config:
-    """The config that the run was started with."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
-    return Config.from_config_dict(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":

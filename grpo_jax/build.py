@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
+from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
@@ -54,20 +57,35 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             head_dim=size.dim // size.num_heads,
             ffn_dim=size.ffn_dim,
         )
-    return ModelDef(arch, dtype=size.dtype, remat=size.remat)
+    adapters = config.lora
+    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task) -> Params:
-    """Float32 weights to start from: loaded, or fresh and warm-started on the task's own answers."""
+    """The weights to start from, without adapters: loaded, or fresh and warm-started on the task's own answers.
+
+    Float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
+    """
     if config.model.path:
         from grpo_jax.models.hf import load_params
 
-        return load_params(config.model.path, model.arch, jnp.float32)
+        return load_params(config.model.path, model.arch, jnp.float32 if model.lora is None else model.dtype)
     params = init_params(model.arch, key_for(config.seed, "init"))
     if not config.warm_start.num_steps:
         return params
     chunk = config.learner.logprob_chunk_tokens
-    return warm_start(model, params, task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+    whole = dataclasses.replace(model, lora=None)
+    return warm_start(whole, params, task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+
+
+def initial_adapters(config: Config, model: ModelDef) -> Params:
+    """Float32 adapters to start from: those of config.lora.path, or fresh ones that change nothing yet."""
+    if config.lora.path:
+        from grpo_jax.models.peft import load_adapters
+
+        return load_adapters(config.lora.path, model)
+    return init_adapters(model.param_shapes(), key_for(config.seed, "adapters"))
 
 
 def sampling_of(config: Config) -> Sampling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,11 +14,14 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import UserError
-from grpo_jax.types import TrainState
+from grpo_jax.types import Params, TrainState
 
 
 class Checkpointer:
-    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored."""
+    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
+
+    Weights that never change (`base`, `ref_params`) are left out: they are had again from where they first came.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
@@ -31,26 +35,56 @@ class Checkpointer:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
         if self._manager.latest_step() == step:
             return
+        state = changing(state)
         # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
         state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-        except (ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{self._manager.directory}/{step}: does not fit this config ({first}); use another --workdir"
-            ) from error
+        """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), changing(like))
+        return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
         """Wait for the last save and release the threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of all finished checkpoints in a workdir, the oldest first."""
+    return sorted(_reader(workdir).all_steps()) if (workdir / "checkpoints").is_dir() else []
+
+
+def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
+    """What was trained, as it was after `step`, without the rest of the state. like: its shapes and places.
+
+    Raises UserError if it was saved from another structure.
+    """
+    item = {"params": like}
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    return _restore(_reader(workdir), step, args)["params"]
+
+
+def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
+
+
+def changing(state: TrainState) -> TrainState:
+    """The state without the weights that stay as they are."""
+    return dataclasses.replace(state, base=None, ref_params=None)
 
 
 def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:

@@ -30,6 +30,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters in place of training all weights. rank 0: none."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ArithmeticConfig:
     """Sums and differences as text; `num_shots` worked examples stand before the question."""
 
@@ -187,6 +197,7 @@ class Config:
     shuffle_rewards: bool
     objective: Objective
     model: ModelConfig
+    lora: LoRAConfig
     task: TaskConfig
     warm_start: WarmStartConfig
     rollout: RolloutConfig

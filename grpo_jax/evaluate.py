@@ -1,15 +1,17 @@
-"""Held-out success: greedy, and the mean over samples at the training temperature. Deterministic for a seed."""
+"""Held-out success: greedy, and what samples at the training temperature say. Deterministic for a seed."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.config import Config
+from grpo_jax.estimates import Estimate, estimate, majority, pass_at_k
 from grpo_jax.iteration import make_rollout
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rng import key_for
@@ -18,39 +20,69 @@ from grpo_jax.sampling import GREEDY
 from grpo_jax.tasks import Task
 from grpo_jax.types import Params, Prompts
 
-Evaluate = Callable[[Params], dict[str, float]]
+Evaluate = Callable[[Params], dict[str, Estimate]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Completions of all held-out prompts. is_right_PG: bool; lengths_PG: tokens; answers_PG: final answers, for the vote."""
+
+    is_right_PG: np.ndarray
+    lengths_PG: np.ndarray
+    answers_PG: list[list[str]]
 
 
 def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Evaluate:
-    """-> evaluate(params) -> {"eval/success", "eval/length_mean"[, "eval/success_sampled"]} over all held-out prompts.
+    """-> evaluate(params) -> {name: Estimate over all held-out prompts}.
 
+    "success": the greedy answer is right. "length_mean": of the greedy answers, tokens.
+    With n = eval.num_samples > 0, from n samples of each prompt at the training temperature: "mean@n", "pass@k" for
+    k = 2, 4, ... n, and "maj@n".
     Batches have one fixed shape; the last one is filled with repeats that are not counted.
     """
     prompts = jax.device_get(task.eval_prompts())
     num = len(prompts.tokens_PS)
     width = -(-min(config.eval.batch_size, num) // mesh.size) * mesh.size
+    n = config.eval.num_samples
     greedy = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh))
-    sampled = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=max(config.eval.num_samples, 1)), mesh))
+    sampled = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh))
 
-    def run(rollout, params: Params) -> tuple[float, float]:
-        """-> (share of successes, mean length in tokens)."""
-        successes, lengths = [], []
+    def answer(rollout: Any, params: Params) -> Answers:
+        batches = []
         for start in range(0, num, width):
             rows = np.minimum(np.arange(start, start + width), num - 1)
             batch: Prompts = jax.tree.map(lambda x: x[rows], prompts)  # noqa: B023
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
             tokens, mask = np.asarray(rolled.tokens_PGT), np.asarray(rolled.mask_PGT)
-            reward, _ = task.reward(batch.answer, tokens, mask)
+            reward = np.asarray(task.reward(batch.answer, tokens, mask).task_PG)
             kept = min(width, num - start)
-            successes.append(np.asarray(reward)[:kept] >= config.objective.success_threshold)
-            lengths.append(mask[:kept].sum(-1))
-        return float(np.concatenate(successes).mean()), float(np.concatenate(lengths).mean())
+            is_right = reward[:kept] >= config.objective.success_threshold
+            batches.append((is_right, mask[:kept].sum(-1), task.final_answers(tokens[:kept], mask[:kept])))
+        is_right, lengths, answers = zip(*batches, strict=True)
+        return Answers(np.concatenate(is_right), np.concatenate(lengths), [row for rows in answers for row in rows])
 
-    def evaluate(params: Params) -> dict[str, float]:
-        success, length = run(greedy, params)
-        results = {"eval/success": success, "eval/length_mean": length}
-        if config.eval.num_samples:
-            results["eval/success_sampled"], _ = run(sampled, params)
-        return results
+    def evaluate(params: Params) -> dict[str, Estimate]:
+        best = answer(greedy, params)
+        values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
+        if n:
+            drawn = answer(sampled, params)
+            num_right_P = drawn.is_right_PG.sum(-1)
+            values[f"mean@{n}"] = drawn.is_right_PG.mean(-1)
+            values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
+            values[f"maj@{n}"] = majority(drawn.answers_PG, drawn.is_right_PG)
+        return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+def ks(num_samples: int) -> list[int]:
+    """2, 4, 8, ... and the number of samples itself: the k of pass@k (pass@1 is the mean)."""
+    return sorted({2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples} | {num_samples} - {1})
+
+
+def as_metrics(estimates: dict[str, Estimate]) -> dict[str, float]:
+    """Flat, for a run's records: eval/<name>, eval/<name>_low, eval/<name>_high."""
+    metrics = {}
+    for name, each in estimates.items():
+        metrics |= {f"eval/{name}": each.value, f"eval/{name}_low": each.low, f"eval/{name}_high": each.high}
+    return metrics

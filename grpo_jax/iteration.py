@@ -135,7 +135,7 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
         key, shuffle_key = (
             jax.random.fold_in(key_for(config.seed, purpose, state.step), number) for purpose in ("rollout", "shuffle")
         )
-        rolled = run_rollout(state.params, prompts, key)
+        rolled = run_rollout(state.policy, prompts, key)
         answer, tokens_PGT, mask_PGT = prompts.answer, rolled.tokens_PGT, rolled.mask_PGT
         if not task.is_traceable:
             answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-PURPOSES = ("init", "prompts", "rollout", "shuffle", "minibatches", "warm_start", "evaluate")
+PURPOSES = ("init", "prompts", "rollout", "shuffle", "minibatches", "warm_start", "evaluate", "adapters")
 
 
 def key_for(seed: int, purpose: str, step: Any = 0):

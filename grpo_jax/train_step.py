@@ -26,7 +26,7 @@ from grpo_jax.sampling import Sampling
 from grpo_jax.score import score
 from grpo_jax.sharding import REPLICATED, ROWS, constrain
 from grpo_jax.spmd import vary_like
-from grpo_jax.types import Batch, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
 
@@ -76,15 +76,15 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
-            grads, metrics = sharded_gradients(params, constrain(minibatch, mesh, ROWS))
+            grads, metrics = sharded_gradients(params, state.base, constrain(minibatch, mesh, ROWS))
             updates, opt_state = optimizer.update(grads, opt_state, params)
             metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         sharded_gradients = jax.shard_map(
-            lambda params, minibatch: gradients(model, params, minibatch, spec, axis_name="data"),
+            lambda params, base, minibatch: gradients(model, params, base, minibatch, spec, axis_name="data"),
             mesh=mesh,
-            in_specs=(REPLICATED, ROWS),
+            in_specs=(REPLICATED, REPLICATED, ROWS),
             out_specs=REPLICATED,
         )
         minibatches = split_minibatches(target, state.step, spec)
@@ -106,7 +106,7 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if spec.old_logp == "learner":  # of groups that waited in the buffer the sampler was an older policy: its word stands
-        scored = score_in_microbatches(model, state.params, rollout, spec)
+        scored = score_in_microbatches(model, state.policy, rollout, spec)
         recorded = (old_logp_PGT, entropy_PGT)
         old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
     adv_BT = objectives.advantages(
@@ -120,9 +120,15 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
     )
     ref_logp_PGT = None
     if obj.kl_coef > 0:
-        assert state.ref_params is not None, "kl_coef > 0 without a reference model in the state"
-        ref_logp_PGT, _ = score_in_microbatches(model, state.ref_params, rollout, spec)
+        ref_logp_PGT, _ = score_in_microbatches(*reference(model, state), rollout, spec)
     return Target(rollout, is_fresh_PG, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
+
+
+def reference(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
+    """The policy that the KL penalty pulls towards: a copy of the initial weights, or LoRA's base without its adapters."""
+    ref_params = state.ref_params if model.lora is None else state.base
+    assert ref_params is not None, "kl_coef > 0 without a reference model in the state"
+    return dataclasses.replace(model, lora=None), ref_params
 
 
 def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spec: UpdateSpec):
@@ -137,8 +143,10 @@ def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spe
     return jax.tree.map(lambda x: x.reshape(shape), pieces)
 
 
-def gradients(model: ModelDef, params: Params, target: Target, spec: UpdateSpec, axis_name: str | None = None):
-    """-> (gradient of the global loss, metrics), both summed over devices once, after all microbatches."""
+def gradients(
+    model: ModelDef, params: Params, base: Params | None, target: Target, spec: UpdateSpec, axis_name: str | None = None
+):
+    """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches."""
     mask_PGT = target.rollout.mask_PGT
     T = mask_PGT.shape[-1]
     weight_BT, denom = objectives.weights(
@@ -148,11 +156,13 @@ def gradients(model: ModelDef, params: Params, target: Target, spec: UpdateSpec,
         axis_name=axis_name,
     )
     if axis_name:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
-        params = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), params)
+        params, base = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), (params, base))
 
     def microbatch_gradients(piece_and_weight):
         piece, weight_PGT = piece_and_weight
-        (loss, metrics), grads = jax.value_and_grad(weighted_loss, has_aux=True)(params, model, piece, weight_PGT, spec)
+        (loss, metrics), grads = jax.value_and_grad(
+            lambda trained: weighted_loss(model, join(base, trained), piece, weight_PGT, spec), has_aux=True
+        )(params)
         metrics["loss/total"] = Mean(loss / denom, jnp.zeros_like(loss))
         return grads, metrics
 
@@ -177,7 +187,7 @@ def gradients(model: ModelDef, params: Params, target: Target, spec: UpdateSpec,
     return jax.tree.map(lambda g: g / denom, grads), metrics
 
 
-def weighted_loss(params: Params, model: ModelDef, target: Target, weight_PGT, spec: UpdateSpec):
+def weighted_loss(model: ModelDef, params: Params, target: Target, weight_PGT, spec: UpdateSpec):
     """sum(loss * weight) of one microbatch, *not* divided by anything; and its metrics."""
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]

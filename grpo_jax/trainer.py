@@ -11,119 +11,18 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding
 
-from grpo_jax import build, objectives
 from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.config import Config
-from grpo_jax.dynamic_sampling import empty_buffer
-from grpo_jax.errors import UserError
-from grpo_jax.evaluate import Evaluate, make_evaluate
-from grpo_jax.iteration import Collect, make_collect, make_iteration, make_rollout
-from grpo_jax.models.transformer import ModelDef, init_params
-from grpo_jax.optimizer import make_optimizer
+from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
+from grpo_jax.run import Run, initial_state, make_run, restored_state
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
-from grpo_jax.sharding import REPLICATED, make_mesh
 from grpo_jax.tasks import Task
-from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Batch, Params, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
-
-    config: Config
-    mesh: Mesh
-    task: Task
-    model: ModelDef
-    optimizer: optax.GradientTransformation
-    collect: Collect
-    update: Any
-    iterate: Any
-    evaluate: Evaluate
-
-
-def make_run(config: Config) -> Run:
-    """Config -> Run. Reads the task's data and the model's config.json; loads no weights. Raises UserError on bad input."""
-    mesh = make_mesh(config.mesh)
-    require_divisible(config, mesh)
-    task = build.make_task(config)
-    model = build.make_model(config, task.tokenizer)
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
-    spec = build.rollout_spec(config, task)
-    collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
-    train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
-    everywhere = NamedSharding(mesh, REPLICATED)
-    return Run(
-        config=config,
-        mesh=mesh,
-        task=task,
-        model=model,
-        optimizer=optimizer,
-        collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
-        update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
-        iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
-        evaluate=make_evaluate(config, task, model, spec, mesh),
-    )
-
-
-def require_divisible(config: Config, mesh: Mesh) -> None:
-    """Every device gets as many whole groups as the others, in every minibatch and microbatch. Raises UserError."""
-    prompts, learner = config.rollout.num_prompts, config.learner
-    in_minibatch = prompts // learner.num_minibatches
-    if in_minibatch % mesh.size:
-        raise UserError(
-            f"config.rollout.num_prompts = {prompts} in config.learner.num_minibatches = {learner.num_minibatches}: "
-            f"{in_minibatch} groups do not divide over {mesh.size} devices; use a multiple, or set config.mesh.data"
-        )
-    groups, cuts = in_minibatch // mesh.size, learner.num_microbatches
-    if groups % cuts and (cuts % groups or config.rollout.group_size % (cuts // groups)):
-        raise UserError(
-            f"config.learner.num_microbatches = {cuts}: must divide a device's {groups} groups, "
-            f"or be a multiple of them that also divides group_size = {config.rollout.group_size}"
-        )
-
-
-def initial_state(run: Run) -> TrainState:
-    """The state at step 0: weights loaded or warm-started, on every device."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    params = jax.device_put(build.initial_params(run.config, run.model, run.task), everywhere)
-    return jax.device_put(state_around(run, params), everywhere)
-
-
-def abstract_state(run: Run) -> TrainState:
-    """Shapes and places of the state, to restore a checkpoint into: no weights are loaded, nothing is warm-started."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    shapes = jax.eval_shape(lambda key: state_around(run, init_params(run.model.arch, key)), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-
-
-def state_around(run: Run, params: Params) -> TrainState:
-    """Step 0 with these parameters."""
-    config = run.config
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=run.optimizer.init(params),
-        ref_params=jax.tree.map(jnp.copy, params) if config.objective.kl_coef > 0 else None,
-        num_prompts_drawn=jnp.int32(0),
-        pending=empty_buffer(example_batch(run, params)) if config.dynamic_sampling.enabled else None,
-    )
-
-
-def example_batch(run: Run, params: Params) -> Batch:
-    """The shapes of a batch, without computing one."""
-    P, G = run.config.rollout.num_prompts, run.config.rollout.group_size
-    rollout_fn = make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh)
-    rollout = jax.eval_shape(rollout_fn, params, run.task.train_prompts(0, P), jax.random.key(0))
-    row = jax.ShapeDtypeStruct((P, G), jnp.float32)
-    return Batch(rollout, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
+from grpo_jax.types import Batch, TrainState
 
 
 def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False) -> dict[str, float]:
@@ -139,7 +38,7 @@ def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = 
         checkpointer = Checkpointer(workdir, config.checkpoint)
         resumed = checkpointer.latest_step()
         if resumed is not None:
-            state = checkpointer.restore(resumed, abstract_state(run))
+            state = restored_state(run, checkpointer, resumed)
         elif state is None:  # killed before its first checkpoint
             state = announced_initial_state(run)
         start = resumed or 0
@@ -190,7 +89,7 @@ class Loop:
         """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
         config = self.run.config
         if is_fresh:
-            self.write(0, self.run.evaluate(state.params))
+            self.write(0, as_metrics(self.run.evaluate(state.policy)))
         unwritten: tuple[int, dict[str, Any], dict[str, float]] | None = None
         for step in range(start + 1, config.num_steps + 1):
             if self.stop.is_set:
@@ -201,7 +100,7 @@ class Loop:
                 self.log.completions(step, completion_rows(batch, self.run.task, config.log.num_groups))
             is_last = step == config.num_steps
             if is_last or (config.eval_every and step % config.eval_every == 0):
-                timing.update(self.run.evaluate(state.params))
+                timing.update(as_metrics(self.run.evaluate(state.policy)))
             if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
                 self.write_out(unwritten)
                 unwritten = None

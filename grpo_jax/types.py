@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.struct
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
 
@@ -78,13 +79,27 @@ class GroupBuffer:
 class TrainState:
     """Everything that changes while a run goes on; the whole of it is checkpointed.
 
-    step: int32, updates done. num_prompts_drawn: int32, the data position. ref_params: None unless kl_coef > 0.
+    step: int32, updates done. num_prompts_drawn: int32, the data position.
+    params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
+    ref_params: the reference policy; None unless kl_coef > 0, and with LoRA, whose base it is.
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
+    `base` and `ref_params` never change and are left out of checkpoints.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    base: Params | None
     ref_params: Params | None
     num_prompts_drawn: jax.Array
     pending: GroupBuffer | None
+
+    @property
+    def policy(self) -> Params:
+        """All weights of the policy."""
+        return join(self.base, self.params)
+
+
+def join(base: Params | None, trained: Params) -> Params:
+    """Frozen and trained weights, which have no leaf in common, as one tree."""
+    return trained if base is None else unflatten_dict({**flatten_dict(base), **flatten_dict(trained)})

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TASKS = ("arithmetic", "reasoning_gym", "jsonl")
 DTYPES = ("float32", "bfloat16")
 OLD_LOGP = ("sampler", "learner")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -50,11 +51,21 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _require_adapters(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
         )
+
+
+def _require_adapters(config: Config) -> None:
+    lora = config.lora
+    unknown = [name for name in lora.targets if name not in TARGETS]
+    if unknown or not lora.targets:
+        raise UserError(f"config.lora.targets = {lora.targets!r}: one or more of {', '.join(TARGETS)}")
+    if lora.path and not lora.rank:
+        raise UserError(f"config.lora.path = {lora.path!r}: set config.lora.rank, alpha and targets as they were made")
 
 
 def _require_choices(config: Config) -> None:
@@ -74,6 +85,7 @@ def _require_choices(config: Config) -> None:
 AT_LEAST = {
     "num_steps": 0,
     "eval_every": 0,
+    "lora.rank": 0,
     "model.num_layers": 1,
     "model.num_heads": 1,
     "model.num_kv_heads": 1,
@@ -107,6 +119,7 @@ AT_LEAST = {
     "log.num_groups": 1,
 }
 ABOVE_ZERO = (
+    "lora.alpha",
     "rollout.temperature",
     "rollout.top_p",
     "optimizer.max_grad_norm",

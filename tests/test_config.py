@@ -8,9 +8,10 @@ import pathlib
 import pytest
 
 from configs import base
-from grpo_jax import objectives, trainer
+from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.run import make_run, require_divisible
 from grpo_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -140,12 +141,12 @@ def test_unknown_scale_lists_the_known_ones():
 )
 def test_what_does_not_fit_the_devices_or_the_task_is_named(changes, says):
     with pytest.raises(UserError, match=says):
-        trainer.make_run(Config.from_config_dict(broken(changes)))
+        make_run(Config.from_config_dict(broken(changes)))
 
 
 @pytest.mark.parametrize(("num_microbatches", "num_prompts"), [(1, 8), (2, 16), (4, 8), (8, 8)])
 def test_microbatches_may_cut_groups_or_within_groups(num_microbatches, num_prompts):
     changes = {"learner.num_microbatches": num_microbatches, "rollout.num_prompts": num_prompts}
     config = Config.from_config_dict(broken(changes))
-    trainer.require_divisible(config, make_mesh(config.mesh))
+    require_divisible(config, make_mesh(config.mesh))
     assert config.learner.num_microbatches == num_microbatches

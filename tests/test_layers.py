@@ -7,7 +7,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module may import what stands above it in this list, or its own siblings.
 LAYERS = (
-    ("errors", "types", "metrics", "masking", "rng", "spmd"),
+    ("errors", "types", "metrics", "estimates", "masking", "rng", "spmd"),
     ("objectives", "sampling"),
     ("strict", "validation"),
     ("logprobs", "config"),
@@ -17,6 +17,7 @@ LAYERS = (
     ("warm_start", "train_step"),
     ("build", "iteration"),
     ("evaluate", "checkpoint", "runlog", "plots"),
+    ("run",),
     ("trainer",),
 )
 PURE = ("objectives", "masking", "logprobs", "sampling", "rewards", "dynamic_sampling", "score", "rollout", "spmd", "rng")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from grpo_jax import build, trainer
+from grpo_jax import build
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.rng import key_for
+from grpo_jax.run import initial_state, make_run
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.types import Prompts
 
@@ -59,8 +60,8 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "constant"
     config.mesh.data = 1
     monkeypatch.setattr(build, "make_task", lambda config: Repeat(config.seed))
-    run = trainer.make_run(Config.from_config_dict(config))
-    state = trainer.initial_state(run)
+    run = make_run(Config.from_config_dict(config))
+    state = initial_state(run)
     curve = []
     for _ in range(num_steps):
         state, _, metrics = run.iterate(state)

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives, train_step, trainer
+from grpo_jax import objectives, train_step
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import learning_rate, make_optimizer
+from grpo_jax.run import initial_state, make_run
 from grpo_jax.sampling import Sampling
 from grpo_jax.score import score
 from grpo_jax.train_step import UpdateSpec, make_train_step
@@ -214,7 +215,7 @@ def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs,
     target = train_step.prepare_target(BIGRAM, state, batch, spec)
     np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
     minibatches = train_step.split_minibatches(target, state.step, spec)
-    gradients = tiny.quick_jit(lambda params, target: train_step.gradients(BIGRAM, params, target, spec)[0])
+    gradients = tiny.quick_jit(lambda params, target: train_step.gradients(BIGRAM, params, None, target, spec)[0])
     params = state.params
     for i in range(num_epochs * num_minibatches):
         minibatch = jax.tree.map(lambda x: x[i], minibatches)  # noqa: B023
@@ -248,8 +249,8 @@ def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():
 
 @every_variant
 def test_a_reference_is_held_if_and_only_if_it_is_paid_for(name):
-    run = trainer.make_run(tiny.config_of(name))
-    state = jax.eval_shape(lambda: trainer.initial_state(run))
+    run = make_run(tiny.config_of(name))
+    state = jax.eval_shape(lambda: initial_state(run))
     assert (state.ref_params is not None) == (run.config.objective.kl_coef > 0) == (name in ("grpo", "dr_grpo"))
 
 
@@ -463,8 +464,8 @@ def test_a_whole_run_compiles_once():
         "rollout.group_size": 2,
         "optimizer.learning_rate": 1e-2,
     }
-    run = trainer.make_run(tiny.config_of("dapo", changes))
-    state = trainer.initial_state(run)
+    run = make_run(tiny.config_of("dapo", changes))
+    state = initial_state(run)
     before = jax.tree.map(np.asarray, state.params)
     for _ in range(3):
         state, _, metrics = run.iterate(state)

@@ -77,7 +77,7 @@ def with_rollout(batch, **changes):
 
 
 def state_of(params, optimizer, ref_params=None, step=0, pending=None):
-    return TrainState(jnp.int32(step), params, optimizer.init(params), ref_params, jnp.int32(0), pending)
+    return TrainState(jnp.int32(step), params, optimizer.init(params), None, ref_params, jnp.int32(0), pending)
 
 
 def mesh_of(num_devices):
@@ -115,6 +115,8 @@ def largest_difference(left, right):
 @dataclasses.dataclass(frozen=True)
 class Bigram:
     """Stands in for a ModelDef where the decoder does not matter: each state knows its token and the mean of its prompt."""
+
+    lora: None = None
 
     def bind(self, params):
         return BigramDecoder(params)

@@ -74,8 +74,8 @@ REQUIRED_SETTINGS = {
 }
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """`model.path` -> a local folder; `org/name` that is no folder is fetched from the hub (or its cache).
+def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
+    """A path from the config -> a local folder; `org/name` that is no folder is fetched from the hub (or its cache).
 
     Raises: UserError when there is no such folder, or the hub cannot be reached or does not have it.
     """
@@ -84,14 +84,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"model.path = {name!r}: no such folder")
+        raise UserError(f"{field} = {name!r}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's own errors, HTTP's and the system's: all mean "not available"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
+        raise UserError(f"{field} = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
 
 
 def read_architecture(path: str | os.PathLike[str]) -> Architecture:

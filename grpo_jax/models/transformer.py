@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from grpo_jax.models.lora import LoRA, attach
 from grpo_jax.types import Params
 
 MAX_UNROLLED = 4  # so few layers are unrolled: a scan would stack and copy what the backward pass needs
@@ -58,14 +59,20 @@ class Prefix:
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), W stored [out, in]."""
+    """y = x W^T (+ b), W stored [out, in]; with adapters (`lora.attach`) also + scale * (x A^T) B^T."""
 
     def __init__(self, num_in: int, num_out: int, *, use_bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
         self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
+        self.lora_a: nnx.Param | None = nnx.data(None)  # filled by `lora.attach`
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
 
     def __call__(self, x):
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        if self.lora_a is not None and self.lora_b is not None:
+            low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
+            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + _like(self.bias[...].astype(x.dtype), y)
 
 
@@ -281,10 +288,21 @@ class ModelDef:
     arch: Architecture
     dtype: str = "float32"
     remat: bool = False
+    lora: LoRA | None = None
 
     def bind(self, params: Params) -> Decoder:
         """The decoder with these parameters (cheap: call it inside the traced function)."""
-        graphdef = nnx.graphdef(
-            nnx.eval_shape(lambda: Decoder(self.arch, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0)))
-        )
-        return nnx.merge(graphdef, nnx.State(params))
+        return nnx.merge(nnx.graphdef(self._abstract()), nnx.State(params))
+
+    def param_shapes(self) -> Params:
+        """The tree that `bind` takes, adapters included, as shapes."""
+        return nnx.to_pure_dict(nnx.state(self._abstract(), nnx.Param))
+
+    def _abstract(self) -> Decoder:
+        def build() -> Decoder:
+            decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0))
+            if self.lora is not None:
+                attach(decoder, self.lora)
+            return decoder
+
+        return nnx.eval_shape(build)

@@ -1,0 +1,108 @@
+"""Adapters in PEFT's folder format (github.com/huggingface/peft): adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from grpo_jax.errors import UserError
+from grpo_jax.models.hf import NAMES, resolve
+from grpo_jax.models.lora import LoRA, split
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.types import Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+# Settings under which adapters mean something else: key -> the values, besides an absent one, that change nothing.
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "layers_to_transform": ([], None),
+}
+
+
+def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, base_path: str) -> None:
+    """Write adapters [L, ...] into `folder` (which exists), so that `peft` loads them onto the model at `base_path`."""
+    flat: dict[Any, Any] = flatten_dict(jax.device_get(adapters))
+    tensors = {
+        name: layer for path, stacked in flat.items() for name, layer in zip(_names(path, len(stacked)), stacked, strict=True)
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": sorted(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
+    """Float32 adapters from a PEFT folder or hub id, for a model whose `lora` says what they must be.
+
+    Raises: UserError naming the setting or the tensor that does not fit, or the file that cannot be read.
+    """
+    assert model.lora is not None, "a model without LoRA has no adapters to load"
+    folder = resolve(path, "lora.path")
+    _check_config(folder / CONFIG, model.lora)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: missing, truncated or no safetensors file ({error})") from None
+    wanted: dict[Any, Any] = flatten_dict(split(model.param_shapes())[1])
+    names = {path: _names(path, shape.shape[0]) for path, shape in wanted.items()}
+    extra = sorted(set(tensors) - {name for each in names.values() for name in each})
+    if extra:
+        raise UserError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}; config.lora.targets = {model.lora.targets}")
+    for path, shape in wanted.items():
+        for name in names[path]:
+            found = tensors[name].shape if name in tensors else "missing"
+            if found != shape.shape[1:]:
+                raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[1:]}")
+    return unflatten_dict(
+        {path: jnp.asarray(np.stack([tensors[name] for name in each]), jnp.float32) for path, each in names.items()}
+    )
+
+
+def _names(path: tuple[str, ...], num_layers: int) -> list[str]:
+    """PEFT's names of one of our stacked adapters: one a layer."""
+    of_weight = NAMES[".".join((*path[:-1], "weight"))]
+    name = f"base_model.model.{of_weight.removesuffix('weight')}{PARTS[path[-1]]}.weight"
+    return [name.format(i) for i in range(num_layers)]
+
+
+def _check_config(file: Path, lora: LoRA) -> None:
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}; lora.path must be a PEFT folder") from None
+    for key, plain in PLAIN.items():
+        if key in config and config[key] not in plain:
+            raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {plain[0]!r}")
+    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
+    for key, (field, value) in ours.items():
+        if config.get(key) != value:
+            raise UserError(f"config.lora.{field} = {value!r}: {file} has {key} = {json.dumps(config.get(key))}")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or set(targets) != set(lora.targets):
+        raise UserError(f"config.lora.targets = {lora.targets!r}: {file} has target_modules = {json.dumps(targets)}")

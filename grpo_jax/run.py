@@ -1,0 +1,153 @@
+"""A run's parts, built from its config, and its state: at step 0, or as a checkpoint has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from grpo_jax import build
+from grpo_jax.checkpoint import Checkpointer, restore_params
+from grpo_jax.config import Config
+from grpo_jax.dynamic_sampling import empty_buffer
+from grpo_jax.errors import UserError
+from grpo_jax.evaluate import Evaluate, make_evaluate
+from grpo_jax.iteration import Collect, make_collect, make_iteration, make_rollout
+from grpo_jax.models.lora import split
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.optimizer import make_optimizer
+from grpo_jax.sharding import REPLICATED, make_mesh
+from grpo_jax.tasks import Task
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import Batch, Params, TrainState, join
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
+
+    config: Config
+    mesh: Mesh
+    task: Task
+    model: ModelDef
+    optimizer: optax.GradientTransformation
+    collect: Collect
+    update: Any
+    iterate: Any
+    evaluate: Evaluate
+
+
+def make_run(config: Config) -> Run:
+    """Config -> Run. Reads the task's data and the model's config.json; loads no weights. Raises UserError on bad input."""
+    mesh = make_mesh(config.mesh)
+    require_divisible(config, mesh)
+    task = build.make_task(config)
+    return assemble(config, mesh, task, build.make_model(config, task.tokenizer))
+
+
+def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
+    """Bind a config to a task and a model."""
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    spec = build.rollout_spec(config, task)
+    collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
+    train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
+    everywhere = NamedSharding(mesh, REPLICATED)
+    return Run(
+        config=config,
+        mesh=mesh,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
+        update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
+        iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
+        evaluate=make_evaluate(config, task, model, spec, mesh),
+    )
+
+
+def require_divisible(config: Config, mesh: Mesh) -> None:
+    """Every device gets as many whole groups as the others, in every minibatch and microbatch. Raises UserError."""
+    prompts, learner = config.rollout.num_prompts, config.learner
+    in_minibatch = prompts // learner.num_minibatches
+    if in_minibatch % mesh.size:
+        raise UserError(
+            f"config.rollout.num_prompts = {prompts} in config.learner.num_minibatches = {learner.num_minibatches}: "
+            f"{in_minibatch} groups do not divide over {mesh.size} devices; use a multiple, or set config.mesh.data"
+        )
+    groups, cuts = in_minibatch // mesh.size, learner.num_microbatches
+    if groups % cuts and (cuts % groups or config.rollout.group_size % (cuts // groups)):
+        raise UserError(
+            f"config.learner.num_microbatches = {cuts}: must divide a device's {groups} groups, "
+            f"or be a multiple of them that also divides group_size = {config.rollout.group_size}"
+        )
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state at step 0: weights loaded or warm-started, on every device."""
+    weights = initial_weights(run)
+    adapters = None if run.model.lora is None else build.initial_adapters(run.config, run.model)
+    return jax.device_put(state_around(run, weights, adapters), NamedSharding(run.mesh, REPLICATED))
+
+
+def initial_weights(run: Run) -> Params:
+    """All weights at step 0 but adapters, on every device."""
+    return jax.device_put(build.initial_params(run.config, run.model, run.task), NamedSharding(run.mesh, REPLICATED))
+
+
+def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
+    """The state as it was after `step`: what changes is read from the checkpoint, what stays is had as at step 0."""
+    like = abstract_state(run)
+    state = checkpointer.restore(step, like)
+    if like.base is None and like.ref_params is None:
+        return state
+    weights = initial_weights(run)
+    return dataclasses.replace(state, base=like.base and weights, ref_params=like.ref_params and weights)
+
+
+def restored_policy(run: Run, workdir: pathlib.Path, step: int) -> Params:
+    """The policy's weights after `step` of the run in `workdir`, and nothing else."""
+    base, adapters = split(run.model.param_shapes())
+    trained = restore_params(workdir, step, placed(run, adapters or base))
+    return join(None if run.model.lora is None else initial_weights(run), trained)
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and places of the state, to restore a checkpoint into: no weights are loaded, nothing is warm-started."""
+    base, adapters = split(run.model.param_shapes())
+    return placed(run, jax.eval_shape(lambda *weights: state_around(run, *weights), base, adapters or None))
+
+
+def placed(run: Run, shapes: Any) -> Any:
+    """Shapes -> shapes on every device of the run's mesh."""
+    everywhere = NamedSharding(run.mesh, REPLICATED)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+
+
+def state_around(run: Run, weights: Params, adapters: Params | None) -> TrainState:
+    """Step 0 with these weights; with adapters, it is the adapters that will be trained."""
+    config = run.config
+    base, trained = (None, weights) if adapters is None else (weights, adapters)
+    has_copy = config.objective.kl_coef > 0 and adapters is None
+    return TrainState(
+        step=jnp.int32(0),
+        params=trained,
+        opt_state=run.optimizer.init(trained),
+        base=base,
+        ref_params=jax.tree.map(jnp.copy, weights) if has_copy else None,
+        num_prompts_drawn=jnp.int32(0),
+        pending=empty_buffer(example_batch(run, join(base, trained))) if config.dynamic_sampling.enabled else None,
+    )
+
+
+def example_batch(run: Run, params: Params) -> Batch:
+    """The shapes of a batch, without computing one."""
+    P, G = run.config.rollout.num_prompts, run.config.rollout.group_size
+    rollout_fn = make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh)
+    rollout = jax.eval_shape(rollout_fn, params, run.task.train_prompts(0, P), jax.random.key(0))
+    row = jax.ShapeDtypeStruct((P, G), jnp.float32)
+    return Batch(rollout, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))

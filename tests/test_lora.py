@@ -1,0 +1,192 @@
+"""LoRA: adapters equal merged weights in value and gradient, the base is the reference, and PEFT reads what we write."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives, trainer, validation
+from grpo_jax.errors import UserError
+from grpo_jax.models import hf
+from grpo_jax.models.lora import LoRA, init_adapters, merged, split
+from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.sampling import Sampling
+from grpo_jax.train_step import UpdateSpec, make_train_step
+from grpo_jax.types import join
+from tests import programs, tiny
+from tests.test_hf import jax_logits, left_padded, torch_logits, torch_model
+
+LORA = LoRA(rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj"))
+MODEL = ModelDef(tiny.LLAMA, lora=LORA)
+WHOLE = dataclasses.replace(MODEL, lora=None)
+
+
+def random_adapters(model, seed=0):
+    """Neither A nor B zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), split(model.param_shapes())[1])
+
+
+def test_fresh_adapters_sit_where_they_are_wanted_and_change_nothing():
+    adapters = flatten_dict(init_adapters(MODEL.param_shapes(), jax.random.key(0)))
+    assert {path[:3] for path in adapters} == {("layers", "attn", "q"), ("layers", "attn", "o"), ("layers", "mlp", "up")}
+    for path, values in adapters.items():
+        if path[-1] == "lora_b":
+            assert not values.any()
+        else:
+            bound = values.shape[-1] ** -0.5
+            assert values.shape[:2] == (1, 3) and 0.5 * bound < jnp.abs(values).max() <= bound
+    first, second = adapters["layers", "attn", "q", "lora_a"], adapters["layers", "attn", "o", "lora_a"]
+    assert np.abs(first - second).min() > 0, "two adapters began alike"
+
+
+def test_one_step_is_the_chain_rule_through_merged_weights():
+    """Against training all weights from the merged ones, with the base as reference: W' = W + s B A."""
+    objective = objectives.get("grpo")
+    assert objective.kl_coef > 0
+    spec = UpdateSpec(objective, Sampling(0.7), 5, 1, 1, 2, 32, "learner", False, 0)
+    batch, sgd = tiny.random_batch(), optax.sgd(1.0)
+    base, adapters = tiny.random_params(tiny.LLAMA), random_adapters(MODEL)
+    whole = merged(base, adapters, LORA)
+
+    def step(model, state):
+        train_step = tiny.quick_jit(make_train_step(model, sgd, spec, tiny.mesh_of(2)))
+        after, metrics = train_step(state, batch)
+        return after, metrics_lib.to_floats(metrics)
+
+    low_rank = tiny.state_of(adapters, sgd).replace(base=base)
+    after, metrics = step(MODEL, low_rank)
+    full = tiny.state_of(whole, sgd, ref_params=base)
+    full_after, full_metrics = step(WHOLE, full)
+
+    assert metrics["policy/kl_ref"] > 0.01
+    for name in ("loss/total", "policy/kl_ref", "policy/learner_entropy"):
+        np.testing.assert_allclose(metrics[name], full_metrics[name], rtol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, after.base, base)
+    grads = flatten_dict(jax.tree.map(jnp.subtract, full.params, full_after.params))
+    moved = jax.tree.map(jnp.subtract, low_rank.params, after.params)
+    flat = flatten_dict(adapters)
+    expected = {}
+    for *path, name in flat:
+        a, b, dW = flat[*path, "lora_a"], flat[*path, "lora_b"], grads[*path, "weight"]
+        terms = ("lor,loi->lri", b, dW) if name == "lora_a" else ("loi,lri->lor", dW, a)
+        expected[*path, name] = LORA.scale * jnp.einsum(*terms)
+    assert tiny.largest_difference(flatten_dict(moved), expected) < 2e-5
+
+
+def test_a_run_with_adapters_and_a_reference_resumes_bitwise_and_saves_the_adapters_only(tmp_path):
+    """2 steps = 1 + 1; the base and the reference come back the way they came at first."""
+    changes = {"lora.targets": ("q_proj", "v_proj"), "num_steps": 2, "eval_every": 0, "eval.num_samples": 0}
+    changes |= {"checkpoint.every": 1, "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 0, "overlong.cache_tokens": 6}
+    for rank in (2, 0):
+        config = tiny.config_of("grpo", changes | {"lora.rank": rank})
+        whole, torn = tmp_path / f"whole{rank}", tmp_path / f"torn{rank}"
+        trainer.train(config, whole)
+        trainer.train(dataclasses.replace(config, num_steps=1), torn)
+        trainer.train(config, torn, allow_config_change=True)
+        records = programs.records(whole)
+        assert [record["step"] for record in records] == [0, 1, 2]
+        assert records[1]["policy/kl_ref"] == 0.0 < records[2]["policy/kl_ref"], "the policy does not begin at its reference"
+        torn_records = [{k: r[k] for k in records[i]} for i, r in enumerate(programs.records(torn))]
+        assert torn_records == records
+    sizes = [sum(f.stat().st_size for f in (tmp_path / name / "checkpoints" / "2").rglob("*")) for name in ("whole2", "whole0")]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- PEFT
+
+
+# transformers 5 warns of names that peft still uses.
+peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch_model("qwen3 tied").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@peft_warns
+def test_peft_loads_what_we_save(tmp_path, folder):
+    lora = LoRA(rank=4, alpha=6.0, targets=validation.TARGETS)
+    model = ModelDef(hf.read_architecture(folder), lora=lora)
+    adapters = random_adapters(model)
+    (tmp_path / "adapter").mkdir()
+    save_adapters(tmp_path / "adapter", adapters, lora, str(folder))
+    base = hf.load_params(folder, model.arch, "float32")
+    tokens_BT, mask_BT = left_padded()
+
+    @jax.jit
+    def forward(params):
+        decoder = model.bind(params)
+        return jnp.einsum("btd,vd->btv", decoder(tokens_BT, mask_BT)[0], decoder.head_VD)
+
+    theirs = torch_logits(PeftModel.from_pretrained(torch_model("qwen3 tied"), tmp_path / "adapter"), tokens_BT, mask_BT)
+    plain = jax_logits(folder, tokens_BT, mask_BT)
+    assert np.abs(theirs - plain)[mask_BT].max() > 0.1, "the adapters do nothing"
+    np.testing.assert_allclose(np.asarray(forward(join(base, adapters)))[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, load_adapters(tmp_path / "adapter", model), adapters)
+
+
+@peft_warns
+def test_we_load_what_peft_saves(tmp_path, folder):
+    settings = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(torch_model("qwen3 tied"), settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path / "adapter")
+    lora = LoRA(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
+    model = ModelDef(hf.read_architecture(folder), lora=lora)
+    base = hf.load_params(folder, model.arch, "float32")
+    merged_folder = tmp_path / "merged"
+    merged_folder.mkdir()
+    (merged_folder / "config.json").write_text((folder / "config.json").read_text())
+    hf.save_params(merged_folder, merged(base, load_adapters(tmp_path / "adapter", model), lora), model.arch)
+    tokens_BT, mask_BT = left_padded()
+    expected = torch_logits(theirs, tokens_BT, mask_BT)
+    np.testing.assert_allclose(jax_logits(merged_folder, tokens_BT, mask_BT)[mask_BT], expected[mask_BT], rtol=0, atol=2e-5)
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path, folder):
+    good = LoRA(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
+    model = ModelDef(hf.read_architecture(folder), lora=good)
+    save_adapters(tmp_path, random_adapters(model), good, "somewhere")
+
+    def refused(words, **changes):
+        with pytest.raises(UserError, match=words):
+            load_adapters(tmp_path, dataclasses.replace(model, lora=dataclasses.replace(good, **changes)))
+
+    refused("rank = 3", rank=3)
+    refused("alpha = 5.0", alpha=5.0)
+    refused("targets", targets=("q_proj",))
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "use_dora": True}))
+    refused("use_dora")
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    wide = dataclasses.replace(model.arch, num_heads=8, head_dim=model.arch.head_dim)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.lora_B\.weight is \("):
+        load_adapters(tmp_path, dataclasses.replace(model, arch=wide))
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:100])
+    refused(WEIGHTS.replace(".", r"\."))
+
+
+def test_settings_that_cannot_be_are_refused():
+    for changes, words in (
+        ({"lora.targets": ("query",)}, "lora.targets"),
+        ({"lora.path": "x"}, "lora.rank"),
+        ({"lora.rank": 4, "lora.alpha": 0.0}, "lora.alpha"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny.config_of("grpo", changes)
