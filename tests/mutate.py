@@ -54,8 +54,8 @@ BUGS = [
     (
         "temperature ignored by the learner",
         "grpo_jax/logprobs.py",
-        "head_logits(hidden_CD, head_VD) / sampling.temperature",
-        "head_logits(hidden_CD, head_VD)",
+        "head_logits(hidden_CD, head_VD, cap) / sampling.temperature",
+        "head_logits(hidden_CD, head_VD, cap)",
         "tests/test_logprobs.py",
     ),
     (

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import transformer
-from grpo_jax.models.transformer import Architecture, KVCache, ModelDef, Prefix, attend
+from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.attention import KVCache, View, attend
+from grpo_jax.models.transformer import ModelDef
 from tests import tiny
 
 P, G, S, T = 3, 2, 5, 6
@@ -18,8 +20,8 @@ B = P * G
 SIZE = dict(vocab_size=tiny.VOCAB, dim=16, num_layers=2, num_heads=4, ffn_dim=24)
 ARCHS = {
     "llama": Architecture(**SIZE, num_kv_heads=2, head_dim=4, tie_embeddings=False, norm_eps=1e-5),
-    "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope_theta=1e6),
-    "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope_theta=1e6),
+    "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope=Rope(1e6)),
+    "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope=Rope(1e6)),
 }
 DEEP = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)  # scanned, not unrolled
 every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
@@ -100,7 +102,7 @@ def numpy_decoder(params, arch, tokens):
         if arch.qk_norm:
             q = numpy_norm(q, attn["q_norm"]["weight"], arch.norm_eps)
             k = numpy_norm(k, attn["k_norm"]["weight"], arch.norm_eps)
-        q, k = (np.array([[numpy_rotate(head, t, arch.rope_theta) for head in row] for t, row in enumerate(x)]) for x in (q, k))
+        q, k = (np.array([[numpy_rotate(head, t, arch.rope.theta) for head in row] for t, row in enumerate(x)]) for x in (q, k))
         x_TD = x_TD + numpy_attention(q, k, v).reshape(len(tokens), -1) @ attn["o"]["weight"].T
         h_TD = numpy_norm(x_TD, w["mlp_norm"]["weight"], arch.norm_eps)
         gate_TF = h_TD @ mlp["gate"]["weight"].T
@@ -262,8 +264,8 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
         expected_BTNH[b, t, n] = weights @ values / weights.sum()
 
     own, cache = (KVCache(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
-    prefix = Prefix(cache, jnp.asarray(mask_PS), jnp.asarray(mask_PS.sum(-1)))
-    out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, jnp.asarray(mask_BTU), prefix)
+    view = View(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
+    out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, view, cache, H**-0.5)
     np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
 
 
