@@ -93,7 +93,7 @@ def require_divisible(config: Config, mesh: Mesh) -> None:
 def initial_state(run: Run) -> TrainState:
     """The state at step 0: weights loaded or warm-started, on every device."""
     everywhere = NamedSharding(run.mesh, REPLICATED)
-    params = jax.device_put(build.initial_params(run.config, run.model, run.task), everywhere)
+    params = jax.device_put(build.initial_params(run.config, run.model, run.task, everywhere), everywhere)
     return jax.device_put(state_around(run, params), everywhere)
 
 
