@@ -17,6 +17,7 @@ from grpo_jax import trainer
 from grpo_jax.checkpoint import Checkpointer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.types import TrainState
 
 
 def main() -> None:
@@ -24,14 +25,7 @@ def main() -> None:
     config = config_of(workdir) if workdir else cli.config_from_flags()
     run = trainer.make_run(config)
     try:
-        if workdir:
-            checkpointer = Checkpointer(workdir, config.checkpoint)
-            step = checkpointer.latest_step()
-            if step is None:
-                raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
-            state = checkpointer.restore(step, trainer.abstract_state(run))
-        else:
-            state = trainer.initial_state(run)
+        state = restored_state(run, workdir) if workdir else trainer.initial_state(run)
         results = {"step": int(state.step), **run.evaluate(state.params)}
     finally:
         run.task.close()
@@ -44,6 +38,20 @@ def main() -> None:
         if name != "step":
             table.add_row(name, f"{value:.3f}")
     Console().print(table)
+
+
+def restored_state(run: trainer.Run, workdir: pathlib.Path, step: int | None = None) -> TrainState:
+    """The state that a run saved at `step` (None: at last). Raises UserError if there is no such checkpoint."""
+    checkpointer = Checkpointer(workdir, run.config.checkpoint)
+    try:
+        steps = checkpointer.steps()
+        if not steps:
+            raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
+        if step is not None and step not in steps:
+            raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
+        return checkpointer.restore(steps[-1] if step is None else step, trainer.abstract_state(run))
+    finally:
+        checkpointer.close()
 
 
 def config_of(workdir: pathlib.Path) -> Config:

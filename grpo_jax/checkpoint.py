@@ -27,6 +27,10 @@ class Checkpointer:
         """The newest finished checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
         if self._manager.latest_step() == step:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -9,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
 from grpo_jax.models import folders, hf
 from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.export import save_weights
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import init_params
+from tests import tiny
 from tests.hf_models import HERE, SIZES, load, torch_model
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -50,6 +56,42 @@ def test_every_source_dtype_is_cast_exactly(tmp_path, stored, wanted):
     ours = np.asarray(params["layers"]["attn"]["q"]["weight"][1].astype("float32"))
     theirs = model.model.layers[1].self_attn.q_proj.weight.detach().to(getattr(torch, wanted)).float().numpy()
     np.testing.assert_array_equal(ours, theirs)
+
+
+def save_layer_by_layer(folder, arch, params):
+    """A folder with a file a layer, and one for the rest."""
+    (folder / "config.json").write_text("{}")
+    largest_layer = sum(leaf[0].nbytes for leaf in jax.tree.leaves(params["layers"]))
+    save_weights(folder, params, arch, "float32", largest_layer)
+    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_loading_holds_one_tensor_at_a_time(tmp_path):
+    """Beside the parameters themselves. A whole leaf of this model, all layers of it, is 12 times as large as its tensors."""
+    arch = Architecture(64, 128, 12, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=256)
+    params = tiny.random_params(arch)
+    largest_file = save_layer_by_layer(tmp_path, arch, params)
+    whole_leaf = params["layers"]["mlp"]["up"]["weight"].nbytes
+    hf.load_params(tmp_path, arch, "float32", HERE)  # compiles
+    tracemalloc.start()
+    loaded = hf.load_params(tmp_path, arch, "float32", HERE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 1.3 * largest_file < whole_leaf
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [(P(), "float32"), (P("data"), "bfloat16")], ids=["replicated", "sharded"])
+def test_parameters_are_born_where_they_belong(tmp_path, spec, dtype):
+    """On eight devices: on all of them, or cut over their first axis (of layers, where there are several)."""
+    arch = Architecture(64, 16, 8, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=24)
+    params = tiny.random_params(arch)
+    save_layer_by_layer(tmp_path, arch, params)
+    sharding = NamedSharding(tiny.mesh_of(8), spec)
+    for leaf, expected in zip(*map(jax.tree.leaves, (hf.load_params(tmp_path, arch, dtype, sharding), params)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim) and leaf.committed
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {len(expected) // (8 if spec else 1)}
+        np.testing.assert_array_equal(leaf, expected.astype(dtype))
 
 
 def test_the_tree_is_that_of_fresh_parameters(folder):
