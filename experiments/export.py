@@ -36,7 +36,8 @@ def export(workdir: str, out: str, step: int | None, dtype: str | None, max_shar
     source = config.model.path
     if not source:
         raise UserError(
-            f"--workdir={workdir}: has no Hugging Face format, its decoder and tokenizer are built in (model.path is empty)"
+            f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
+            "knows them; train from a Hugging Face folder"
         )
     dtype = dtype or stored_dtype(source)
     run = trainer.make_run(config)

@@ -82,6 +82,7 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     model = Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "source")
     out = exported(tmp_path / "source", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]  # serving engines look there
     tokens_BT, mask_BT = left_padded()
     theirs = torch_logits(model, tokens_BT, mask_BT)
     again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()

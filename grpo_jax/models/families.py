@@ -58,7 +58,9 @@ FAMILIES = {
         is_embedding_scaled=True,
     ),
 }
-TEXT_OF = {"gemma3": "gemma3_text"}  # models of text and images -> what their `text_config` is
+# Models of text and images: what their `text_config` is, standing alone.
+TEXT_OF = {"gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}}
+SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for both of their parts
 
 # Settings with which the decoder would compute something else: key -> the one value (besides null and absent) it has.
 REQUIRED_SETTINGS = {
@@ -82,8 +84,8 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     config = read_json(file)
     kind = str(config.get("model_type"))
     if kind in TEXT_OF and isinstance(config.get("text_config"), dict):
-        shared = {key: config[key] for key in ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings") if key in config}
-        config = {**shared, **config["text_config"], "model_type": TEXT_OF[kind]}
+        shared = {key: config[key] for key in SHARED if key in config}
+        config = {**shared, **config["text_config"], **TEXT_OF[kind]}
     elif kind not in FAMILIES:
         raise _unsupported(file, "model_type", config.get("model_type"), ", ".join(FAMILIES))
     return config
