@@ -33,7 +33,8 @@ from experiments.roofline import Ceilings, decode_bytes, measure_ceilings, rollo
 from grpo_jax import build
 from grpo_jax.config import Config
 from grpo_jax.iteration import make_rollout
-from grpo_jax.models.transformer import Architecture, ModelDef, init_params
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.run import Run, assemble, initial_state, make_run, state_around
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks import Reward

@@ -48,14 +48,14 @@ def config_of(workdir: pathlib.Path) -> Config:
     return Config.from_config_dict(json.loads(path.read_text()))
 
 
-def step_of(workdir: pathlib.Path) -> int:
-    """The checkpoint that --step chooses, the newest by default. Raises UserError if there is none, or not that one."""
+def step_of(workdir: pathlib.Path, step: int | None) -> int:
+    """`step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none, or not that one."""
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
-    if STEP.value is not None and STEP.value not in steps:
-        raise UserError(f"--step={STEP.value}: no checkpoint of that step in {workdir}; there are {', '.join(map(str, steps))}")
-    return steps[-1] if STEP.value is None else STEP.value
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
 
 
 def fail(message: str) -> None:

@@ -31,7 +31,7 @@ def main() -> None:
     run = make_run(config)
     try:
         if workdir:
-            step = cli.step_of(workdir)
+            step = cli.step_of(workdir, cli.STEP.value)
             policy = restored_policy(run, workdir, step)
         else:
             step, policy = 0, initial_state(run).policy

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.transformer import Architecture
+from grpo_jax.models.architecture import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from grpo_jax.config import Config
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
-from grpo_jax.models.transformer import Architecture, ModelDef, init_params
+from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
 from grpo_jax.sampling import Sampling
@@ -44,7 +46,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     """The decoder's static half: from the folder's config.json, or of the configured size for a built-in tokenizer."""
     size = config.model
     if size.path:
-        from grpo_jax.models.hf import read_architecture
+        from grpo_jax.models.families import read_architecture
 
         arch = read_architecture(size.path)
     else:
@@ -62,15 +64,16 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 
-def initial_params(config: Config, model: ModelDef, task: Task) -> Params:
-    """The weights to start from, without adapters: loaded, or fresh and warm-started on the task's own answers.
+def initial_params(config: Config, model: ModelDef, task: Task, sharding: Sharding) -> Params:
+    """The weights to start from, without adapters: loaded onto `sharding`, or fresh and warm-started on worked answers.
 
     Float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
     """
     if config.model.path:
         from grpo_jax.models.hf import load_params
 
-        return load_params(config.model.path, model.arch, jnp.float32 if model.lora is None else model.dtype)
+        dtype = jnp.float32 if model.lora is None else model.dtype
+        return load_params(config.model.path, model.arch, dtype, sharding)
     params = init_params(model.arch, key_for(config.seed, "init"))
     if not config.warm_start.num_steps:
         return params

@@ -15,18 +15,23 @@ from grpo_jax.sampling import Sampling, normalise, support_like
 from grpo_jax.spmd import vary_like
 
 
-def head_logits(hidden_CD, head_VD):
-    """float32 logits from hidden states and the output matrix, both in the compute dtype."""
-    return jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+def head_logits(hidden_CD, head_VD, cap: float | None):
+    """float32 logits from hidden states and the output matrix, both in the compute dtype.
+
+    cap: they become cap * tanh(logits / cap), where the architecture says so; None: they stay as they are.
+    """
+    logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+    return logits_CV if cap is None else cap * jnp.tanh(logits_CV / cap)
 
 
-def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling, chunk_tokens: int):
+def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling, chunk_tokens: int, cap: float | None):
     """Log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
     Args:
       hidden_ND: the state that predicts each target. head_VD: output matrix. targets_N: int32.
       support_N: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
+      cap: of the logits, as in `head_logits`.
     Returns: (logp_N, entropy_N), float32 nats. Gradient flows through logp_N to hidden and head; none through entropy_N.
     """
     num = len(targets_N)
@@ -36,27 +41,27 @@ def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling,
     def cut(x):
         return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    logp, entropy = _chunked(sampling, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))  # pyright: ignore[reportGeneralTypeIssues]
+    logp, entropy = _chunked(sampling, cap, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))  # pyright: ignore[reportGeneralTypeIssues]
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
 
-def _logits(sampling: Sampling, hidden_CD, head_VD, targets_C, support_C):
+def _logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
     """Tempered logits [C, V] and which of them are in the support (None: all)."""
-    logits_CV = head_logits(hidden_CD, head_VD) / sampling.temperature
+    logits_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
     if not sampling.is_cut:
         return logits_CV, None
     return logits_CV, support_like(logits_CV, targets_C, support_C, sampling.top_k)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(sampling: Sampling, hidden, head_VD, targets, support):
-    return _forward(sampling, hidden, head_VD, targets, support)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, support):
+    return _forward(sampling, cap, hidden, head_VD, targets, support)[0]
 
 
-def _forward(sampling, hidden, head_VD, targets, support):
+def _forward(sampling, cap, hidden, head_VD, targets, support):
     def chunk(_, xs):
         hidden_CD, targets_C, support_C = xs
-        logits_CV, keep_CV = _logits(sampling, hidden_CD, head_VD, targets_C, support_C)
+        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
         log_z_C, entropy_C = normalise(logits_CV, keep_CV)
         logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
         return None, (logp_C, entropy_C, log_z_C)
@@ -65,17 +70,19 @@ def _forward(sampling, hidden, head_VD, targets, support):
     return (logp, entropy), (hidden, head_VD, targets, support, log_z)
 
 
-def _backward(sampling, residuals, cotangents):
+def _backward(sampling, cap, residuals, cotangents):
     hidden, head_VD, targets, support, log_z = residuals
     d_logp, _ = cotangents  # entropy carries no gradient
 
     def chunk(d_head_VD, xs):
         hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
-        logits_CV, keep_CV = _logits(sampling, hidden_CD, head_VD, targets_C, support_C)
+        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         p_CV = p_CV if keep_CV is None else jnp.where(keep_CV, p_CV, 0.0)
         is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if cap is not None:  # the slope of tanh
+            d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
         d_logits_CV = d_logits_CV.astype(head_VD.dtype)
         d_hidden_CD = jnp.einsum("cv,vd->cd", d_logits_CV, head_VD)
         d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)

@@ -95,13 +95,14 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         caches=[KVCache(cache, cache) for _ in layers],
     )
     carry = vary_like(carry, prompts.tokens_PS)
-    first_logits_BV = jnp.repeat(head_logits(hidden_PD, head_VD), G, axis=0)
+    first_logits_BV = jnp.repeat(head_logits(hidden_PD, head_VD, decoder.logit_cap), G, axis=0)
     carry = record(carry, draw_at(0, first_logits_BV))
 
     def step(carry: _Carry) -> _Carry:
         last_B = jax.lax.dynamic_index_in_dim(carry.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
         hidden_BD, caches = decoder.decode_step(layers, carry.caches, last_B, carry.t - 1, prefix)
-        return record(dataclasses.replace(carry, caches=caches), draw_at(carry.t, head_logits(hidden_BD, head_VD)))
+        logits_BV = head_logits(hidden_BD, head_VD, decoder.logit_cap)
+        return record(dataclasses.replace(carry, caches=caches), draw_at(carry.t, logits_BV))
 
     carry = jax.lax.while_loop(lambda c: (c.t < T) & ~c.is_done_B.all(), step, carry)
     by_group = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), (carry.drawn, carry.mask_BT, carry.is_done_B))

@@ -96,7 +96,8 @@ def initial_state(run: Run) -> TrainState:
 
 def initial_weights(run: Run) -> Params:
     """All weights at step 0 but adapters, on every device."""
-    return jax.device_put(build.initial_params(run.config, run.model, run.task), NamedSharding(run.mesh, REPLICATED))
+    everywhere = NamedSharding(run.mesh, REPLICATED)
+    return jax.device_put(build.initial_params(run.config, run.model, run.task, everywhere), everywhere)
 
 
 def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:

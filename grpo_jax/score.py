@@ -33,5 +33,6 @@ def score(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling,
         None if rollout.support_PGT is None else rollout.support_PGT.reshape(-1),
         sampling,
         chunk_tokens,
+        decoder.logit_cap,
     )
     return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)

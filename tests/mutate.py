@@ -54,9 +54,23 @@ BUGS = [
     (
         "temperature ignored by the learner",
         "grpo_jax/logprobs.py",
-        "head_logits(hidden_CD, head_VD) / sampling.temperature",
-        "head_logits(hidden_CD, head_VD)",
+        "head_logits(hidden_CD, head_VD, cap) / sampling.temperature",
+        "head_logits(hidden_CD, head_VD, cap)",
         "tests/test_logprobs.py",
+    ),
+    (
+        "cap of the logits left out of the gradient",
+        "grpo_jax/logprobs.py",
+        "d_logits_CV *= 1 - jnp",
+        "d_logits_CV *= 1 + 0 * jnp",
+        "tests/test_logprobs.py",
+    ),
+    (
+        "window one token too wide over the prompt",
+        "grpo_jax/models/attention.py",
+        "key_positions_PS[:, None, None] < window",
+        "key_positions_PS[:, None, None] <= window",
+        "tests/test_families.py",
     ),
     (
         "every step repeats its noise",

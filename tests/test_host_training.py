@@ -9,10 +9,10 @@ from configs import base
 from grpo_jax import trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
-from grpo_jax.models import hf
+from grpo_jax.models import families
 from grpo_jax.tasks import jsonl
 from tests import programs
-from tests.test_hf import SIZES, torch_model
+from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
 
 # Scores by the first letter of what was sampled, and misbehaves on some of it.
@@ -33,9 +33,7 @@ def model_folder(tmp_path_factory):
     """A tiny random Llama with a byte-level tokenizer, as an ordinary Hugging Face folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_hf_tokenizer(folder, {}, eos_token="<eos>", pad_token="<pad>")
-    sizes, SIZES["vocab_size"] = SIZES["vocab_size"], 259  # what the tokenizer needs
-    torch_model("llama tied").save_pretrained(folder)
-    SIZES["vocab_size"] = sizes
+    torch_model("llama tied", vocab_size=259).save_pretrained(folder)  # as many tokens as the tokenizer has
     return folder
 
 
@@ -97,4 +95,4 @@ def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_fold
     with pytest.raises(UserError, match=r"none\.jsonl"):
         trainer.train(Config.from_config_dict(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert hf.read_architecture(str(model_folder)).vocab_size == 259
+    assert families.read_architecture(str(model_folder)).vocab_size == 259

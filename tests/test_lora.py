@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives, trainer, validation
 from grpo_jax.errors import UserError
-from grpo_jax.models import hf
+from grpo_jax.models.export import export_folder
+from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters, merged, split
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from grpo_jax.models.transformer import ModelDef
@@ -23,7 +24,7 @@ from grpo_jax.sampling import Sampling
 from grpo_jax.train_step import UpdateSpec, make_train_step
 from grpo_jax.types import join
 from tests import programs, tiny
-from tests.test_hf import jax_logits, left_padded, torch_logits, torch_model
+from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
 
 LORA = LoRA(rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj"))
 MODEL = ModelDef(tiny.LLAMA, lora=LORA)
@@ -118,11 +119,11 @@ def folder(tmp_path):
 @peft_warns
 def test_peft_loads_what_we_save(tmp_path, folder):
     lora = LoRA(rank=4, alpha=6.0, targets=validation.TARGETS)
-    model = ModelDef(hf.read_architecture(folder), lora=lora)
+    model = ModelDef(read_architecture(folder), lora=lora)
     adapters = random_adapters(model)
     (tmp_path / "adapter").mkdir()
     save_adapters(tmp_path / "adapter", adapters, lora, str(folder))
-    base = hf.load_params(folder, model.arch, "float32")
+    base = load(folder, "float32")
     tokens_BT, mask_BT = left_padded()
 
     @jax.jit
@@ -148,20 +149,20 @@ def test_we_load_what_peft_saves(tmp_path, folder):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path / "adapter")
     lora = LoRA(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
-    model = ModelDef(hf.read_architecture(folder), lora=lora)
-    base = hf.load_params(folder, model.arch, "float32")
-    merged_folder = tmp_path / "merged"
-    merged_folder.mkdir()
-    (merged_folder / "config.json").write_text((folder / "config.json").read_text())
-    hf.save_params(merged_folder, merged(base, load_adapters(tmp_path / "adapter", model), lora), model.arch)
+    model = ModelDef(read_architecture(folder), lora=lora)
+    base = load(folder, "float32")
+    whole = merged(base, load_adapters(tmp_path / "adapter", model), lora)
+    export_folder(tmp_path / "merged", whole, model.arch, folder, "float32", 10**9)
     tokens_BT, mask_BT = left_padded()
     expected = torch_logits(theirs, tokens_BT, mask_BT)
-    np.testing.assert_allclose(jax_logits(merged_folder, tokens_BT, mask_BT)[mask_BT], expected[mask_BT], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        jax_logits(tmp_path / "merged", tokens_BT, mask_BT)[mask_BT], expected[mask_BT], rtol=0, atol=2e-5
+    )
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path, folder):
     good = LoRA(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
-    model = ModelDef(hf.read_architecture(folder), lora=good)
+    model = ModelDef(read_architecture(folder), lora=good)
     save_adapters(tmp_path, random_adapters(model), good, "somewhere")
 
     def refused(words, **changes):

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import smollm2
 from grpo_jax.errors import UserError
 from grpo_jax.models import hf
+from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout import RolloutSpec, rollout, row_keys
 from grpo_jax.sampling import GREEDY
@@ -32,6 +34,7 @@ QUESTIONS = (
     "Hi",
 )
 MAX_TOKENS = 64
+HERE = SingleDeviceSharding(jax.devices()[0])
 TIE = 1e-4  # two best logits closer than this may change places between two correct implementations
 
 
@@ -136,10 +139,10 @@ def test_program_writes_a_folder_that_loads_and_a_second_run_finds_it(tmp_path, 
     folder = cache / smollm2.NAME
     assert code == 0 and out == f"{smollm2.NAME} written to {folder}\n"
     assert [path.name for path in cache.iterdir()] == [smollm2.NAME]  # nothing of the scratch folder is left
-    arch = hf.read_architecture(folder)
+    arch = read_architecture(folder)
     assert (arch.dim, arch.num_heads, arch.num_kv_heads, arch.head_dim) == (D, N, K, H)
-    assert (arch.rope_theta, arch.norm_eps, arch.tie_embeddings) == (100_000.0, 1e-5, True)
-    params, weights = hf.load_params(folder, arch, "float32"), tiny_weights()
+    assert (arch.rope.theta, arch.norm_eps, arch.tie_embeddings) == (100_000.0, 1e-5, True)
+    params, weights = hf.load_params(folder, arch, "float32", HERE), tiny_weights()
     np.testing.assert_array_equal(params["embed"], weights["model.embed_tokens.weight"])
     for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "o_proj")):
         expected = [weights[f"model.layers.{i}.self_attn.{theirs}.weight"] for i in range(L)]
@@ -209,8 +212,8 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def ours():
-    arch = hf.read_architecture(FOLDER)
-    return ModelDef(arch), hf.load_params(FOLDER, arch, "float32")
+    arch = read_architecture(FOLDER)
+    return ModelDef(arch), hf.load_params(FOLDER, arch, "float32", HERE)
 
 
 @pytest.fixture(scope="module")

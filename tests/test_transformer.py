@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import transformer
-from grpo_jax.models.transformer import Architecture, KVCache, ModelDef, Prefix, attend
+from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.attention import KVCache, View, attend
+from grpo_jax.models.transformer import ModelDef
 from tests import tiny
 
 P, G, S, T = 3, 2, 5, 6
@@ -18,11 +20,27 @@ B = P * G
 SIZE = dict(vocab_size=tiny.VOCAB, dim=16, num_layers=2, num_heads=4, ffn_dim=24)
 ARCHS = {
     "llama": Architecture(**SIZE, num_kv_heads=2, head_dim=4, tie_embeddings=False, norm_eps=1e-5),
-    "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope_theta=1e6),
-    "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope_theta=1e6),
+    "qwen2": Architecture(**SIZE, num_kv_heads=1, head_dim=4, qkv_bias=True, rope=Rope(1e6)),
+    "qwen3": Architecture(**SIZE, num_kv_heads=2, head_dim=6, qk_norm=True, rope=Rope(1e6)),
 }
+GEMMA = Architecture(  # all that tells the families apart: a local layer below a global one, windows ending anywhere
+    **SIZE,
+    num_kv_heads=2,
+    head_dim=6,
+    qk_norm=True,
+    rope=Rope(1e4),
+    activation="gelu_tanh",
+    norm_plus_one=True,
+    post_norms=True,
+    embed_scale=4.0,
+    query_scale=0.3,
+    sliding_window=3,
+    local_layers=(0,),
+    local_rope=Rope(100.0),
+)
 DEEP = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)  # scanned, not unrolled
 every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+with_gemma = pytest.mark.parametrize("arch", [*ARCHS.values(), GEMMA], ids=[*ARCHS, "gemma"])
 
 
 def make_inputs(seed=0):
@@ -61,8 +79,14 @@ def with_prefix(model):
 # ----------------------------------------------------------------------------------------------- the NumPy transformer
 
 
-def numpy_norm(x_TD, weight_D, eps):
-    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * weight_D
+def numpy_norm(x_TD, weight_D, arch):
+    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + arch.norm_eps) * (weight_D + arch.norm_plus_one)
+
+
+def numpy_activation(x, name):
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def numpy_rotate(x_H, position, theta):
@@ -72,43 +96,50 @@ def numpy_rotate(x_H, position, theta):
     return np.concatenate([turned.real, turned.imag])
 
 
-def numpy_attention(q_TNH, k_TKH, v_TKH):
-    """Causal; query head n reads key/value head n // (N / K)."""
-    num, N, H = q_TNH.shape
+def numpy_attention(q_TNH, k_TKH, v_TKH, scale, window):
+    """Causal, over the last `window` keys (None: all); query head n reads key/value head n // (N / K)."""
+    num, N, _ = q_TNH.shape
     out_TNH = np.zeros_like(q_TNH)
     for t in range(num):
+        seen = slice(0 if window is None else max(t + 1 - window, 0), t + 1)
         for n in range(N):
             kv = n * k_TKH.shape[1] // N
-            scores = k_TKH[: t + 1, kv] @ q_TNH[t, n] / np.sqrt(H)
+            scores = k_TKH[seen, kv] @ q_TNH[t, n] * scale
             p = np.exp(scores - scores.max())
-            out_TNH[t, n] = p @ v_TKH[: t + 1, kv] / p.sum()
+            out_TNH[t, n] = p @ v_TKH[seen, kv] / p.sum()
     return out_TNH
 
 
 def numpy_decoder(params, arch, tokens):
     """float64 hidden states [T, D] of one row without padding."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    x_TD = params["embed"][tokens]
+    x_TD = params["embed"][tokens] * arch.embed_scale
+    scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
     for layer in range(arch.num_layers):
         w = jax.tree.map(lambda x: x[layer], params["layers"])  # noqa: B023
-        attn, mlp = w["attn"], w["mlp"]
-        h_TD = numpy_norm(x_TD, w["attn_norm"]["weight"], arch.norm_eps)
+        attn, mlp, is_local = w["attn"], w["mlp"], layer in arch.local_layers
+        theta = (arch.local_rope if is_local else arch.rope).theta
+        h_TD = numpy_norm(x_TD, w["attn_norm"]["weight"], arch)
         q, k, v = (
             (h_TD @ attn[name]["weight"].T + attn[name].get("bias", 0.0)).reshape(len(tokens), -1, arch.head_dim)
             for name in "qkv"
         )
         if arch.qk_norm:
-            q = numpy_norm(q, attn["q_norm"]["weight"], arch.norm_eps)
-            k = numpy_norm(k, attn["k_norm"]["weight"], arch.norm_eps)
-        q, k = (np.array([[numpy_rotate(head, t, arch.rope_theta) for head in row] for t, row in enumerate(x)]) for x in (q, k))
-        x_TD = x_TD + numpy_attention(q, k, v).reshape(len(tokens), -1) @ attn["o"]["weight"].T
-        h_TD = numpy_norm(x_TD, w["mlp_norm"]["weight"], arch.norm_eps)
+            q = numpy_norm(q, attn["q_norm"]["weight"], arch)
+            k = numpy_norm(k, attn["k_norm"]["weight"], arch)
+        q, k = (np.array([[numpy_rotate(head, t, theta) for head in row] for t, row in enumerate(x)]) for x in (q, k))
+        out_TNH = numpy_attention(q, k, v, scale, arch.sliding_window if is_local else None)
+        out_TD = out_TNH.reshape(len(tokens), -1) @ attn["o"]["weight"].T
+        x_TD = x_TD + (numpy_norm(out_TD, w["attn_post_norm"]["weight"], arch) if arch.post_norms else out_TD)
+        h_TD = numpy_norm(x_TD, w["mlp_norm"]["weight"], arch)
         gate_TF = h_TD @ mlp["gate"]["weight"].T
-        x_TD = x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (h_TD @ mlp["up"]["weight"].T)) @ mlp["down"]["weight"].T
-    return numpy_norm(x_TD, params["final_norm"]["weight"], arch.norm_eps)
+        up_TF = h_TD @ mlp["up"]["weight"].T
+        out_TD = (numpy_activation(gate_TF, arch.activation) * up_TF) @ mlp["down"]["weight"].T
+        x_TD = x_TD + (numpy_norm(out_TD, w["mlp_post_norm"]["weight"], arch) if arch.post_norms else out_TD)
+    return numpy_norm(x_TD, params["final_norm"]["weight"], arch)
 
 
-@pytest.mark.parametrize("arch", [*ARCHS.values(), DEEP], ids=[*ARCHS, "deep"])
+@pytest.mark.parametrize("arch", [*ARCHS.values(), GEMMA, DEEP], ids=[*ARCHS, "gemma", "deep"])
 def test_forward_is_the_numpy_transformer(arch):
     """Prompt and completion as one row, padding on both sides: padding must not even shift the positions."""
     params = tiny.random_params(arch)
@@ -130,7 +161,7 @@ def test_head_is_the_embedding_only_where_tied():
 # -------------------------------------------------------------------------------------------- other ways to compute it
 
 
-@every_arch
+@with_gemma
 def test_prefix_and_completions_are_the_concatenated_forward(arch):
     params, inputs = tiny.random_params(arch), make_inputs()
     last_PD, hidden_BTD = with_prefix(ModelDef(arch))(params, *inputs)
@@ -141,7 +172,7 @@ def test_prefix_and_completions_are_the_concatenated_forward(arch):
     assert np.isfinite(hidden_BTD).all()
 
 
-@every_arch
+@with_gemma
 def test_a_chain_of_decode_steps_is_the_forward(arch):
     """The cache is wider than the completions: slots that are not written yet must not be seen."""
     params, (tokens_PS, mask_PS, tokens_BT, _) = tiny.random_params(arch), make_inputs()
@@ -172,7 +203,7 @@ def value_and_grads(model, params, inputs):
 
 
 def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
-    arch, inputs = ARCHS["qwen3"], make_inputs()
+    arch, inputs = GEMMA, make_inputs()
     params = tiny.random_params(arch)
     unrolled = value_and_grads(ModelDef(arch), params, inputs)
     monkeypatch.setattr(transformer, "MAX_UNROLLED", arch.num_layers - 1)
@@ -262,8 +293,8 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
         expected_BTNH[b, t, n] = weights @ values / weights.sum()
 
     own, cache = (KVCache(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
-    prefix = Prefix(cache, jnp.asarray(mask_PS), jnp.asarray(mask_PS.sum(-1)))
-    out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, jnp.asarray(mask_BTU), prefix)
+    view = View(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
+    out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, view, cache, H**-0.5)
     np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
 
 

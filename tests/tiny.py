@@ -123,6 +123,8 @@ class Bigram:
 
 
 class BigramDecoder:
+    logit_cap = None
+
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]
 

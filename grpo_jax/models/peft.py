@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
-from grpo_jax.models.hf import NAMES, resolve
+from grpo_jax.models.folders import resolve
+from grpo_jax.models.hf import NAMES
 from grpo_jax.models.lora import LoRA, split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.types import Params

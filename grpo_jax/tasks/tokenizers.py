@@ -56,7 +56,7 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        from grpo_jax.models.hf import resolve  # here, for the embedded task needs none of it
+        from grpo_jax.models.folders import resolve  # here, for the embedded task needs none of it
 
         self.path = path
         folder = resolve(path)

@@ -1,0 +1,219 @@
+"""config.json -> Architecture. A setting that the decoder does not have is an error here, never a silent difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.errors import UserError
+from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.folders import read_json, resolve
+
+Settings = Mapping[str, Any]  # of a config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a `model_type` implies without saying so in config.json.
+
+    facts: fields of Architecture that all its models share. defaults: settings that its config.json may leave out.
+    activation: the name of it there. windows: which layers have the sliding window, "none", "all" or as "layer_types" says.
+    """
+
+    facts: Settings = dataclasses.field(default_factory=dict)
+    defaults: Settings = dataclasses.field(default_factory=dict)
+    activation: str = "silu"
+    windows: str = "none"
+    is_embedding_scaled: bool = False
+
+
+QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+GEMMA3 = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(defaults={"use_sliding_window": True, "sliding_window": 4096}, windows="all"),
+    "qwen2": Family(facts={"qkv_bias": True}, defaults=QWEN, windows="layer_types"),
+    "qwen3": Family(facts={"qk_norm": True}, defaults={"head_dim": 128, **QWEN}, windows="layer_types"),
+    "gemma3_text": Family(
+        facts={"qk_norm": True, "norm_plus_one": True, "post_norms": True, "activation": "gelu_tanh"},
+        defaults=GEMMA3,
+        activation="gelu_pytorch_tanh",
+        windows="layer_types",
+        is_embedding_scaled=True,
+    ),
+}
+# Models of text and images: what their `text_config` is, standing alone.
+TEXT_OF = {"gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}}
+SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for both of their parts
+
+# Settings with which the decoder would compute something else: key -> the one value (besides null and absent) it has.
+REQUIRED_SETTINGS = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "attn_logit_softcapping": None,  # transformers' Gemma 3 has the setting and ignores it
+    "use_bidirectional_attention": False,
+}
+
+
+def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of `path` (a folder or hub id); of a model that also sees images, the part about text.
+
+    Raises: UserError naming the file if it is missing, malformed, or of a family that is not supported.
+    """
+    file = resolve(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path = {os.fspath(path)!r}: the folder has no config.json")
+    config = read_json(file)
+    kind = str(config.get("model_type"))
+    if kind in TEXT_OF and isinstance(config.get("text_config"), dict):
+        shared = {key: config[key] for key in SHARED if key in config}
+        config = {**shared, **config["text_config"], **TEXT_OF[kind]}
+    elif kind not in FAMILIES:
+        raise _unsupported(file, "model_type", config.get("model_type"), ", ".join(FAMILIES))
+    return config
+
+
+def read_architecture(path: str | os.PathLike[str]) -> Architecture:
+    """The architecture that `path` (a folder or hub id) describes in its config.json.
+
+    Raises: UserError naming the file, the key and its value where something is missing, malformed or not supported.
+    """
+    file, config = resolve(path) / "config.json", text_config(path)
+    family = FAMILIES[config["model_type"]]
+    config = {**family.defaults, **config}
+    _check_settings(file, config, family)
+    dim, num_heads = _integer(file, config, "hidden_size"), _integer(file, config, "num_attention_heads")
+    num_kv_heads = _integer(file, config, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise UserError(f"{file}: num_key_value_heads = {num_kv_heads} must divide num_attention_heads = {num_heads}")
+    num_layers = _integer(file, config, "num_hidden_layers")
+    window, local_layers = _windows(file, config, family, num_layers)
+    rope, local_rope = _ropes(file, config)
+    scalar, cap = config.get("query_pre_attn_scalar"), config.get("final_logit_softcapping")
+    return Architecture(
+        vocab_size=_integer(file, config, "vocab_size"),
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_integer(file, config, "head_dim", dim // num_heads),
+        ffn_dim=_integer(file, config, "intermediate_size"),
+        rope=rope,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        embed_scale=dim**0.5 if family.is_embedding_scaled else 1.0,
+        query_scale=None if scalar is None else float(scalar) ** -0.5,
+        logit_cap=None if cap is None else float(cap),
+        sliding_window=window,
+        local_layers=local_layers,
+        local_rope=local_rope if local_layers else None,
+        **family.facts,
+    )
+
+
+def _check_settings(file: Path, config: Settings, family: Family) -> None:
+    required = {"hidden_act": family.activation, "hidden_activation": family.activation, **REQUIRED_SETTINGS}
+    if family.windows == "none":
+        required["use_sliding_window"] = False
+    if family.facts.get("qkv_bias"):
+        del required["attention_bias"]  # this family always has the bias and does not look at the setting
+    for key, value in required.items():
+        if config.get(key) not in (None, value):
+            raise _unsupported(file, key, config[key], "absent" if value is None else value)
+
+
+def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """(tokens that a local layer's query sees, the local layers' numbers)."""
+    kinds = config.get("layer_types")
+    has_window = family.windows != "none" and config["use_sliding_window"] and config.get("sliding_window") is not None
+    known = ["full_attention", "sliding_attention"] if has_window and family.windows == "layer_types" else ["full_attention"]
+    for kind in kinds or ():
+        if kind not in known:
+            raise _unsupported(file, "layer_types", kind, ", ".join(known))
+    if not has_window:
+        return None, ()
+    window = _integer(file, config, "sliding_window")
+    if family.windows == "all":
+        return window, tuple(range(num_layers))
+    if kinds is None and "sliding_window_pattern" in config:  # every so many layers, one sees everything
+        pattern = _integer(file, config, "sliding_window_pattern")
+        local = [bool((i + 1) % pattern) for i in range(num_layers)]
+    elif kinds is None:
+        local = [i >= config["max_window_layers"] for i in range(num_layers)]
+    elif len(kinds) != num_layers:
+        raise UserError(f"{file}: layer_types has {len(kinds)} entries; num_hidden_layers = {num_layers}")
+    else:
+        local = [kind == "sliding_attention" for kind in kinds]
+    local_layers = tuple(i for i, is_local in enumerate(local) if is_local)
+    return (window, local_layers) if local_layers else (None, ())
+
+
+def _ropes(file: Path, config: Settings) -> tuple[Rope, Rope | None]:
+    """The rotary embedding, and that of local layers if they have another.
+
+    transformers 5 keeps all of it in `rope_parameters` (one for each kind of layer, if they differ), older ones in
+    `rope_theta`, `rope_scaling` and `rope_local_base_freq`.
+    """
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    given, local = config.get(key) or {}, {}
+    if "full_attention" in given:
+        given, local = given["full_attention"] or {}, given.get("sliding_attention") or {}
+    theta, local_theta = config.get("rope_theta"), config.get("rope_local_base_freq")
+    has_local = bool(local) or local_theta is not None
+    return _rope(file, config, key, given, theta), _rope(file, config, key, local, local_theta) if has_local else None
+
+
+def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float | None) -> Rope:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise _unsupported(file, f"{key}.rope_type", kind, "default, linear, llama3")
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _unsupported(file, f"{key}.partial_rotary_factor", given["partial_rotary_factor"], 1.0)
+    theta = given.get("rope_theta", theta)
+    theta = 10_000.0 if theta is None else float(theta)
+    if kind == "default":
+        return Rope(theta)
+
+    def number(name: str, default: Any = None) -> float:
+        value = given.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{file}: {key}.{name} = {json.dumps(value)}: expected a number above 0, for {kind} scaling")
+        return value
+
+    if kind == "linear":
+        return Rope(theta, float(number("factor")))
+    low, high = float(number("low_freq_factor")), float(number("high_freq_factor"))
+    if high <= low:
+        raise UserError(f"{file}: {key}.high_freq_factor = {high}: must be above low_freq_factor = {low}")
+    context = number("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return Rope(theta, float(number("factor")), (low, high, int(context)))
+
+
+def _unsupported(file: Path, key: str, value: Any, supported: Any) -> UserError:
+    return UserError(f"{file}: {key} = {json.dumps(value)} is not supported; supported: {supported}")
+
+
+def _integer(file: Path, config: Settings, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a positive integer")
+    return value

@@ -1,0 +1,83 @@
+"""A model's folder: where it is, what its files are called, JSON out of it, a progress bar while it is read or written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from grpo_jax.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
+    """A path from the config -> a local folder; `org/name` that is no folder is fetched from the hub (or its cache).
+
+    Raises: UserError when there is no such folder, or the hub cannot be reached or does not have it.
+    """
+    name = os.fspath(path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise UserError(f"{field} = {name!r}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's own errors, HTTP's and the system's: all mean "not available"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{field} = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, beside `out`; it becomes `out` when the block ends, and is gone if that fails.
+
+    Raises: UserError if `out` holds something already or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out={out}: exists and is not empty; choose another folder")
+    unfinished = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        unfinished.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        yield unfinished
+        unfinished.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out={out}: cannot be written ({error}); choose another folder") from None
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def with_progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """`items`, with a bar on a terminal that says how many of them are done."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

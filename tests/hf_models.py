@@ -1,0 +1,107 @@
+"""Tiny random transformers models, one for every way in which the families differ, and their logits beside ours."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.sharding import SingleDeviceSharding
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_jax.logprobs import head_logits
+from grpo_jax.models import hf
+from grpo_jax.models.families import read_architecture
+from grpo_jax.models.transformer import ModelDef
+from tests import tiny
+
+HERE = SingleDeviceSharding(jax.devices()[0])
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+WINDOW = 4  # shorter than every sequence below, so that it matters
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # of six channel pairs one keeps its speed, two are blended, three slow down
+}
+MODELS = {
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama untied, wide heads": ("llama", {"head_dim": 12, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0}),
+    "llama, one key/value head": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama 3": ("llama", {"head_dim": 12, "rope_parameters": LLAMA3}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1_000_000.0}),
+    "qwen2 untied, all heads": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3 untied": ("qwen3", {"head_dim": 8, "rope_theta": 1_000_000.0}),
+    "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "gemma 3": (  # six layers: scanned, so that the kind of a layer is known to the compiled program only
+        "gemma3_text",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+}
+
+
+def torch_model(name: str, dtype=torch.float32, **changes):
+    """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
+    family, its_own = MODELS[name]
+    config = AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
+    return model
+
+
+def load(folder, dtype="float32"):
+    return hf.load_params(folder, read_architecture(folder), dtype, HERE)
+
+
+def left_padded():
+    tokens_BT = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (4, 17))
+    mask_BT = np.arange(17)[None] >= np.array([0, 3, 9, 16])[:, None]
+    return tokens_BT, mask_BT
+
+
+@functools.partial(tiny.quick_jit, static_argnums=0)
+def forward(model: ModelDef, params, tokens_BT, mask_BT):
+    decoder = model.bind(params)
+    hidden_BTD = decoder(tokens_BT, mask_BT)[0]
+    logits_NV = head_logits(hidden_BTD.reshape(-1, model.arch.dim), decoder.head_VD, decoder.logit_cap)
+    return logits_NV.reshape(*tokens_BT.shape, -1)
+
+
+def jax_logits(folder, tokens_BT, mask_BT):
+    return np.asarray(forward(ModelDef(read_architecture(folder)), load(folder), jnp.asarray(tokens_BT), jnp.asarray(mask_BT)))
+
+
+def torch_logits(model, tokens_BT, mask_BT):
+    positions_BT = np.maximum(mask_BT.cumsum(-1) - 1, 0)
+    inputs = {"input_ids": tokens_BT, "attention_mask": mask_BT.astype(int), "position_ids": positions_BT}
+    with torch.no_grad():
+        return model(**{key: torch.from_numpy(np.asarray(value, np.int64)) for key, value in inputs.items()}).logits.numpy()

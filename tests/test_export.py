@@ -1,0 +1,165 @@
+"""Exported folders: bit for bit what was loaded, and transformers computes the same with them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+from experiments.export import export
+from grpo_jax.checkpoint import Checkpointer, claim_workdir
+from grpo_jax.errors import UserError
+from grpo_jax.models import export as export_lib
+from grpo_jax.models.export import export_folder
+from grpo_jax.models.families import read_architecture
+from grpo_jax.models.folders import INDEX, SINGLE
+from grpo_jax.models.hf import stored_dtype
+from grpo_jax.run import initial_state, make_run
+from tests import tiny
+from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
+from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer
+
+ONE_FILE = 10**9
+
+
+def exported(source, out, dtype="float32", max_shard_bytes=ONE_FILE, params=None):
+    params = load(source, dtype) if params is None else params
+    export_folder(out, params, read_architecture(source), source, dtype, max_shard_bytes)
+    return out
+
+
+def assert_same_weights(left, right):
+    jax.tree.map(np.testing.assert_array_equal, load(left, "float32"), load(right, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in ("llama 3", "qwen2 tied", "qwen3 untied", "mistral", "gemma 3")), ("gemma 3", "bfloat16")],
+)
+def test_load_export_load_is_the_identity_and_torch_agrees(tmp_path, name, dtype):
+    model = torch_model(name, getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "source")
+    out = exported(tmp_path / "source", tmp_path / "out", dtype, max_shard_bytes=30_000)
+    assert read_architecture(out) == read_architecture(tmp_path / "source")
+    assert stored_dtype(out) == stored_dtype(tmp_path / "source") == dtype
+    assert_same_weights(out, tmp_path / "source")
+    again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert again.dtype == model.dtype and again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    if dtype == "float32":
+        np.testing.assert_array_equal(torch_logits(again, *left_padded()), torch_logits(model, *left_padded()))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 30_000, ONE_FILE])
+def test_shards_are_no_larger_than_asked_and_the_index_is_true(tmp_path, max_shard_bytes):
+    torch_model("qwen3 untied").save_pretrained(tmp_path / "source")
+    out = exported(tmp_path / "source", tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    files = {file.name: load_file(file) for file in sorted(out.glob("*.safetensors"))}
+    for tensors in files.values():
+        assert sum(x.nbytes for x in tensors.values()) <= max_shard_bytes or len(tensors) == 1
+    if max_shard_bytes == ONE_FILE:
+        assert list(files) == [SINGLE] and not (out / INDEX).exists()
+    else:
+        index = json.loads((out / INDEX).read_text())
+        assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+        assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in files.values() for x in tensors.values())
+        assert len(files) > 2
+        assert list(files) == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert_same_weights(out, tmp_path / "source")
+
+
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
+    text = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=12, sliding_window=4, sliding_window_pattern=2)
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, attn_implementation="eager")
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    out = exported(tmp_path / "source", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]  # serving engines look there
+    tokens_BT, mask_BT = left_padded()
+    theirs = torch_logits(model, tokens_BT, mask_BT)
+    again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    for logits in (jax_logits(tmp_path / "source", tokens_BT, mask_BT), torch_logits(again, tokens_BT, mask_BT)):
+        np.testing.assert_allclose(logits[mask_BT], theirs[mask_BT], atol=1e-5)
+
+
+def test_all_or_nothing(tmp_path, monkeypatch):
+    torch_model("llama tied").save_pretrained(tmp_path / "source")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_lib, "save_file", full_disk)
+        with pytest.raises(UserError, match=r"--out=.*No space left on device"):
+            exported(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("")
+    with pytest.raises(UserError, match=r"--out=.*exists and is not empty"):
+        exported(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match=r"--dtype=int8: unknown"):
+        export_folder(tmp_path / "new", {}, read_architecture(tmp_path / "source"), tmp_path / "source", "int8", 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- of a run
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run of a bfloat16 model with two checkpoints: of step 1 and 2, whose embeddings are 1 and 2 everywhere."""
+    source, workdir = tmp_path / "source", tmp_path / "run"
+    settings = {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": TEMPLATE}
+    save_hf_tokenizer(source, {}, **settings)
+    torch_model("llama tied", torch.bfloat16, vocab_size=259).save_pretrained(source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    config = tiny.config_of(changes={"model.path": str(source), "eval.num_prompts": 4})
+    run = make_run(config)
+    claim_workdir(workdir, config.to_dict(), allow_config_change=False)
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    for step in (1, 2):
+        state = initial_state(run)
+        state.params["embed"] = jnp.full_like(state.params["embed"], step)
+        checkpointer.save(step, state.replace(step=jnp.int32(step)), config.to_dict())
+    checkpointer.close()
+    run.task.close()
+    return source, workdir
+
+
+def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path, trained):
+    source, workdir = trained
+    assert export(str(workdir), str(tmp_path / "newest"), None, None, ONE_FILE) == (2, "bfloat16")
+    assert export(str(workdir), str(tmp_path / "first"), 1, "float16", ONE_FILE) == (1, "float16")
+    for name, step, dtype in (("newest", 2, torch.bfloat16), ("first", 1, torch.float16)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.dtype == dtype and (model.model.embed_tokens.weight == step).all()
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).model.layers[1].mlp.up_proj.weight
+        assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected)
+        assert model.generation_config.eos_token_id == [2, 1]
+        theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / name))
+        assert ours.encode("2 + 2 =") == theirs.encode("2 + 2 =") and ours.chat_template == TEMPLATE
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "run", "newest", "first"}
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):
+    source, workdir = trained
+    with pytest.raises(UserError, match=r"--step=7: no such checkpoint in .*; there are: 1, 2"):
+        export(str(workdir), str(tmp_path / "out"), 7, None, ONE_FILE)
+    (workdir / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no finished checkpoint"):
+        export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE)
+    (source / SINGLE).unlink()
+    with pytest.raises(UserError, match=r"neither model\.safetensors"):
+        export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE)
+    claim_workdir(tmp_path / "own", tiny.config_of().to_dict(), allow_config_change=False)
+    with pytest.raises(UserError, match=r"config\.model\.path is empty"):
+        export(str(tmp_path / "own"), str(tmp_path / "out"), None, None, ONE_FILE)
+    assert not (tmp_path / "out").exists()

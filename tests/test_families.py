@@ -1,0 +1,136 @@
+"""Every family beside transformers: the same logits, and the sampler, its learner and torch agree on every sampled token."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from grpo_jax.errors import UserError
+from grpo_jax.models.architecture import Rope
+from grpo_jax.models.families import read_architecture
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.sampling import Sampling
+from grpo_jax.score import score
+from tests import tiny
+from tests.hf_models import MODELS, SIZES, WINDOW, jax_logits, left_padded, load, torch_logits, torch_model
+
+P, G, S, T = 3, 2, 7, 6
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """(torch's model, the folder it was saved to)."""
+    model, folder = torch_model(request.param), tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_logits_equal_torch_on_left_padded_batches(pair):
+    model, folder = pair
+    tokens_BT, mask_BT = left_padded()
+    ours, theirs = jax_logits(folder, tokens_BT, mask_BT), torch_logits(model, tokens_BT, mask_BT)
+    assert np.abs(theirs[mask_BT]).max() > 1  # otherwise the tolerance would prove nothing
+    np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama 3", "qwen2, windows", "qwen3 untied", "mistral", "gemma 3"])
+def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name):
+    """The sampler's cached decode, the learner's forward over prefix and completion, torch's over whole rows.
+
+    Prompts of 1 to 7 tokens with 6 sampled ones: windows end in the prompt, at its border and in the completion.
+    """
+    torchs = torch_model(name)
+    torchs.save_pretrained(tmp_path)
+    model, params, prompts = ModelDef(read_architecture(tmp_path)), load(tmp_path), tiny.random_prompts(P, S, vocab=61)
+    spec = RolloutSpec(G, T, Sampling(TEMPERATURE), stop_ids=(), pad_id=0)
+
+    @tiny.quick_jit
+    def sample_and_score(params, prompts, keys_PG):
+        drawn = rollout(model, params, prompts, keys_PG, spec)
+        return drawn, score(model, params, drawn, spec.sampling, 16)
+
+    drawn, (logp_PGT, entropy_PGT) = jax.device_get(sample_and_score(params, prompts, row_keys(jax.random.key(0), P, G)))
+    rows = [np.repeat(x, G, axis=0) for x in (prompts.tokens_PS, prompts.mask_PS)]
+    tokens_BX = np.concatenate([rows[0], drawn.tokens_PGT.reshape(P * G, T)], 1)
+    mask_BX = np.concatenate([rows[1], np.ones((P * G, T), bool)], 1)
+    logits_BTV = torch.from_numpy(torch_logits(torchs, tokens_BX, mask_BX)[:, S - 1 : -1] / TEMPERATURE)
+    theirs_BTV = torch.log_softmax(logits_BTV, -1).numpy()
+    theirs_BT = np.take_along_axis(theirs_BTV, tokens_BX[:, S:, None], -1)[..., 0]
+    assert theirs_BT.std() > 0.3
+    np.testing.assert_allclose(drawn.sampler_logp_PGT.reshape(P * G, T), theirs_BT, atol=2e-5)
+    np.testing.assert_allclose(logp_PGT, drawn.sampler_logp_PGT, atol=2e-5)
+    np.testing.assert_allclose(entropy_PGT, drawn.entropy_PGT, atol=2e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- config.json
+
+
+@pytest.fixture
+def read(tmp_path):
+    """config.json's settings, beside the sizes -> Architecture."""
+
+    def read(**config):
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
+        return read_architecture(tmp_path)
+
+    return read
+
+
+def test_which_layers_have_the_window(read):
+    def windows(**config):
+        arch = read(**config)
+        return arch.sliding_window, arch.local_layers
+
+    sliding = {"use_sliding_window": True, "sliding_window": WINDOW}
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert windows(model_type="llama", sliding_window=WINDOW) == (None, ())  # transformers' Llama has none
+    assert windows(model_type="mistral", sliding_window=WINDOW) == (WINDOW, (0, 1, 2))
+    assert windows(model_type="mistral") == (4096, (0, 1, 2))
+    assert windows(model_type="mistral", sliding_window=None) == (None, ())
+    assert windows(model_type="qwen2", sliding_window=WINDOW) == (None, ())
+    assert windows(model_type="qwen2", **sliding) == (None, ())  # max_window_layers is 28 where nothing is said
+    assert windows(model_type="qwen3", **sliding, max_window_layers=1) == (WINDOW, (1, 2))
+    assert windows(model_type="qwen3", **sliding, layer_types=kinds) == (WINDOW, (1,))
+    assert windows(model_type="gemma3_text", num_hidden_layers=12) == (4096, (0, 1, 2, 3, 4, 6, 7, 8, 9, 10))
+    assert windows(model_type="gemma3_text", sliding_window_pattern=2) == (4096, (0, 2))
+    assert windows(model_type="gemma3_text", sliding_window=WINDOW, layer_types=kinds) == (WINDOW, (1,))
+
+
+def test_gemma_3_of_old_config_files(read):
+    """As the hub has it: what transformers 5 would write anew is spread over several keys, or left out."""
+    arch = read(model_type="gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_theta=2e6)
+    assert (arch.rope, arch.local_rope) == (Rope(2e6, factor=8.0), Rope(1e4))
+    assert read(model_type="gemma3_text", rope_local_base_freq=5e3).local_rope == Rope(5e3)
+    assert (arch.head_dim, arch.query_scale, arch.embed_scale) == (256, 1 / 16, 32**0.5)
+    assert arch.tie_embeddings and arch.logit_cap is None and arch.activation == "gelu_tanh"
+
+
+def test_llama_3_of_old_config_files(read):
+    scaling = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    arch = read(model_type="llama", rope_theta=5e5, rope_scaling={**scaling, "original_max_position_embeddings": 8192})
+    assert arch.rope == Rope(5e5, factor=8.0, llama3=(1.0, 4.0, 8192))
+    arch = read(model_type="llama", rope_scaling=scaling, max_position_embeddings=2048)
+    assert arch.rope == Rope(1e4, factor=8.0, llama3=(1.0, 4.0, 2048))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 3}, ["layer_types", "sliding_attention"]),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, ["layer_types", "full_attention"]),
+        ({"model_type": "gemma3_text", "layer_types": ["chunked"] * 3}, ["chunked", "full_attention, sliding_attention"]),
+        ({"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}, ["2 entries", "num_hidden_layers = 3"]),
+        ({"model_type": "gemma3_text", "sliding_window": 0}, ["sliding_window", "0", "positive integer"]),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, ["hidden_activation", '"gelu"', "gelu_pytorch_tanh"]),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0", "absent"]),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["use_bidirectional_attention", "true"]),
+    ],
+)
+def test_what_a_family_does_not_have_is_named(read, config, words):
+    with pytest.raises(UserError) as error:
+        read(**config)
+    assert [word for word in words if word not in str(error.value)] == []
