@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from grpo_jax import build, objectives
+from grpo_jax import build, credit, objectives
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
+from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
@@ -36,7 +36,10 @@ from grpo_jax.types import Batch, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
+    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
+
+    credit: batch -> advantages for the record, see `credit.recorded_advantages`.
+    """
 
     config: Config
     mesh: Mesh
@@ -46,6 +49,7 @@ class Run:
     collect: Collect
     update: Any
     iterate: Any
+    credit: Any
     evaluate: Evaluate
 
 
@@ -69,6 +73,7 @@ def make_run(config: Config) -> Run:
         collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
         update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
         iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
+        credit=jax.jit(lambda batch: credit.recorded_advantages(config.objective, batch, config.overlong.filter)),
         evaluate=make_evaluate(config, task, model, spec, mesh),
     )
 
@@ -198,7 +203,9 @@ class Loop:
             state, batch, metrics, timing = self.iterate(state, unwritten)
             unwritten = (step, metrics, timing)
             if config.log.completions_every and step % config.log.completions_every == 0:
-                self.log.completions(step, completion_rows(batch, self.run.task, config.log.num_groups))
+                adv_PGT, grpo_PG = self.run.credit(batch)
+                rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
+                self.log.completions(step, rows)
             is_last = step == config.num_steps
             if is_last or (config.eval_every and step % config.eval_every == 0):
                 timing.update(self.run.evaluate(state.params))
@@ -250,29 +257,6 @@ class Loop:
         """The log first, then the checkpoint: a resumed run then never lacks a record."""
         self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
-
-
-def completion_rows(batch: Batch, task: Task, num_groups: int) -> list[dict[str, Any]]:
-    """The first groups of a batch as text, one row a completion."""
-    few = jax.device_get(jax.tree.map(lambda x: x[:num_groups], batch))
-    rolled, rows = few.rollout, []
-    for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
-        num = int(rolled.mask_PGT[p, g].sum())
-        if num == 0:
-            continue
-        rows.append(
-            {
-                "group": p,
-                "prompt": task.tokenizer.decode(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
-                "completion": task.tokenizer.decode(rolled.tokens_PGT[p, g, :num]),
-                "task_reward": float(few.task_reward_PG[p, g]),
-                "reward": float(few.reward_PG[p, g]),
-                "entropy": float(rolled.entropy_PGT[p, g, :num].mean()),
-                "tokens": num,
-                "is_truncated": bool(rolled.is_truncated_PG[p, g]),
-            }
-        )
-    return rows
 
 
 def summarise(config: Config, workdir: pathlib.Path) -> dict[str, float]:
