@@ -15,13 +15,13 @@ from rich.table import Table
 from experiments import cli
 from grpo_jax import trainer
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.runlog import read_config
 
 
 def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
-    config = config_of(workdir) if workdir else cli.config_from_flags()
+    config = read_config(workdir) if workdir else cli.config_from_flags()
     run = trainer.make_run(config)
     try:
         if workdir:
@@ -44,14 +44,6 @@ def main() -> None:
         if name != "step":
             table.add_row(name, f"{value:.3f}")
     Console().print(table)
-
-
-def config_of(workdir: pathlib.Path) -> Config:
-    """The config that the run was started with."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
-    return Config.from_config_dict(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":

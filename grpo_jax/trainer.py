@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -36,10 +37,7 @@ from grpo_jax.types import Batch, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
-
-    credit: batch -> advantages for the record, see `credit.recorded_advantages`.
-    """
+    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
 
     config: Config
     mesh: Mesh
@@ -49,7 +47,6 @@ class Run:
     collect: Collect
     update: Any
     iterate: Any
-    credit: Any
     evaluate: Evaluate
 
 
@@ -73,7 +70,6 @@ def make_run(config: Config) -> Run:
         collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
         update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
         iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
-        credit=jax.jit(lambda batch: credit.recorded_advantages(config.objective, batch, config.overlong.filter)),
         evaluate=make_evaluate(config, task, model, spec, mesh),
     )
 
@@ -194,6 +190,9 @@ class Loop:
     def go(self, state: TrainState, start: int, *, is_fresh: bool) -> None:
         """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
         config = self.run.config
+        recorded_advantages = jax.jit(
+            functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter)
+        )
         if is_fresh:
             self.write(0, self.run.evaluate(state.params))
         unwritten: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -203,7 +202,7 @@ class Loop:
             state, batch, metrics, timing = self.iterate(state, unwritten)
             unwritten = (step, metrics, timing)
             if config.log.completions_every and step % config.log.completions_every == 0:
-                adv_PGT, grpo_PG = self.run.credit(batch)
+                adv_PGT, grpo_PG = recorded_advantages(batch)
                 rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
                 self.log.completions(step, rows)
             is_last = step == config.num_steps
