@@ -64,7 +64,7 @@ def _reopen(path: pathlib.Path, step: int) -> IO[str]:
     """Open for appending after the last record of `step`; a line cut short by a kill goes too."""
     kept = [line for line, record in _records(path) if record["step"] <= step]
     path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)  # a line at a time, for those who look while the run goes on
 
 
 def _records(path: pathlib.Path):

@@ -146,6 +146,7 @@ function nearest(sorted, wanted) {
 
 // ------------------------------------------------------------------------------------------------------ sampled groups
 
+const LONG = 60; // tokens; a longer completion gets the whole width
 const FILTERS = {
   all: () => true,
   right: (completion) => completion.isSuccess,
@@ -217,7 +218,8 @@ function rowOf(completion, colour) {
     reward.append(" ", make("span", "dim", `(${fixed(completion.taskReward)})`));
     reward.title = "reward (task reward before shaping)";
   }
-  return make("div", `row ${completion.isSuccess ? "good" : "bad"}`,
+  const isLong = completion.text.length > LONG;
+  return make("div", `row ${completion.isSuccess ? "good" : "bad"}${isLong ? " long" : ""}`,
     make("span", "light", completion.isSuccess ? "right" : "wrong"), reward,
     make("span", "number", String(completion.text.length)), make("span", "number", fixed(completion.meanEntropy)),
     make("span", "number", fixed(mean), make("span", "dim", ` / ${fixed(completion.grpo)}`)), text);
