@@ -80,6 +80,8 @@ def test_a_healthy_run_is_fine_throughout():
         ("Credit follows success", {"advantage__success_correlation": -0.3}, "bad"),
         ("Credit follows success", {"advantage__success_correlation": 0.05}, "warn"),
         ("Credit follows success", {"advantage__success_correlation": 0.0}, "none"),
+        ("Success is within reach", {"reward__success": 0.0}, "bad"),
+        ("Success is within reach", {"reward__success": lambda t: 0.01 * t}, "warn"),
         ("Success rises in training", {"reward__success": 0.4}, "warn"),
         ("Success rises in training", {"reward__success": lambda t: 0.7 - 0.5 * t}, "bad"),
         ("Held-out success rises", {"eval__success": 0.4}, "warn"),

@@ -161,6 +161,12 @@ RULES: tuple[Rule, ...] = (
         absent="No step had tokens with different advantages, or none is recorded.",
     ),
     Rule(
+        "Success is within reach", late("reward/success"), PERCENT, "low", 0.02, 0.0,
+        good="Some sampled completions succeed, so there is something to reinforce.",
+        advice="Almost nothing sampled succeeds, so there is nothing right to reinforce: try easier prompts or a warm start.",
+        absent=NOT_YET,
+    ),
+    Rule(
         "Success rises in training", rise("reward/success", ENOUGH_STEPS), CHANGE, "low", 0.01, -0.05,
         good="Sampled completions succeed more often than at the start.",
         advice="Success does not rise: if there is room above, try another learning rate, easier prompts or a larger group.",
@@ -186,14 +192,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "Clipped below", late("policy/clip_fraction_low"), PERCENT, "high", 0.2, 0.4,
-        good="Few tokens are held at the lower bound of the ratio; with one optimizer step a batch, none can be.",
-        advice=f"Many tokens are held at the lower bound of the ratio, {FAR}",
+        good="Few tokens are held at the ratio's lower bound; none can be with one update a batch.",
+        advice=f"Many tokens are held at the ratio's lower bound, {FAR}",
         absent=NOT_YET,
     ),
     Rule(
         "Clipped above", late("policy/clip_fraction_high"), PERCENT, "high", 0.2, 0.4,
-        good="Few tokens are held at the upper bound of the ratio; with one optimizer step a batch, none can be.",
-        advice=f"Many tokens are held at the upper bound of the ratio, {FAR}",
+        good="Few tokens are held at the ratio's upper bound; none can be with one update a batch.",
+        advice=f"Many tokens are held at the ratio's upper bound, {FAR}",
         absent=NOT_YET,
     ),
     Rule(
