@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
+    package_data={"experiments.show": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import sys
@@ -38,14 +37,6 @@ def config_from_flags() -> Config:
     if CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/dapo.py:tiny")
     return Config.from_config_dict(CONFIG.value)
-
-
-def config_of(workdir: pathlib.Path) -> Config:
-    """The config that the run in `workdir` was started with. Raises UserError."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
-    return Config.from_config_dict(json.loads(path.read_text()))
 
 
 def step_of(workdir: pathlib.Path, step: int | None) -> int:

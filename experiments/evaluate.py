@@ -21,13 +21,14 @@ from experiments import cli
 from grpo_jax.checkpoint import write_atomically
 from grpo_jax.errors import UserError
 from grpo_jax.run import initial_state, make_run, restored_policy
+from grpo_jax.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
 
 
 def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
-    config = cli.config_from_flags() if cli.CONFIG.value is not None or not workdir else cli.config_of(workdir)
+    config = cli.config_from_flags() if cli.CONFIG.value is not None or not workdir else read_config(workdir)
     run = make_run(config)
     try:
         if workdir:

@@ -19,6 +19,7 @@ from grpo_jax.models.hf import stored_dtype
 from grpo_jax.models.lora import merged, split
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.run import make_run, restored_policy
+from grpo_jax.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")
@@ -38,7 +39,7 @@ def export(
     workdir: str, out: str, step: int | None, dtype: str | None, max_shard_bytes: int, *, is_adapter: bool = False
 ) -> tuple[int, str]:
     """Write checkpoint `step` of `workdir` (None: the newest) to `out`; -> step and what was written. Raises UserError."""
-    config = cli.config_of(pathlib.Path(workdir))
+    config = read_config(pathlib.Path(workdir))
     source = config.model.path
     if not source:
         raise UserError(

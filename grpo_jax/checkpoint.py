@@ -111,7 +111,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Either the whole new file or the old one, whenever the process dies."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ROUNDING = 1e-6  # relative; a few units in the last place of float32
 
 
 @flax.struct.dataclass
@@ -32,6 +34,9 @@ class Mean:
     def psum(self, axis_name: str) -> Mean:
         return jax.lax.psum(self, axis_name)
 
+    def reduced(self) -> Mean:
+        return Mean(self.total.sum(0), self.count.sum(0))
+
     def value(self) -> Any:
         return self.total / np.maximum(self.count, 1e-9)
 
@@ -48,11 +53,63 @@ class Max:
     def psum(self, axis_name: str) -> Max:
         return jax.lax.pmax(self, axis_name)
 
+    def reduced(self) -> Max:
+        return Max(self.largest.max(0))
+
     def value(self) -> Any:
         return self.largest
 
 
-Metric = Mean | Max
+@flax.struct.dataclass
+class Correlation:
+    """Pearson's correlation of x and y, in [-1, 1]; 0 where either has no spread.
+
+    Kept as count, means and centred second moments: plain sums of squares would lose their digits to an offset.
+    """
+
+    count: Any
+    mean_x: Any
+    mean_y: Any
+    moment_xx: Any
+    moment_yy: Any
+    moment_xy: Any
+
+    @classmethod
+    def of(cls, x: Any, y: Any, weight: Any) -> Correlation:
+        """Of pairs (x, y) under `weight` (all of one shape, weight >= 0). Pairs with weight 0 may be NaN."""
+        x, y = (jnp.where(weight > 0, values, 0.0) for values in (x, y))
+        zero = jnp.zeros_like(x)
+        return cls(weight.astype(jnp.float32), x, y, zero, zero, zero)._pooled(jnp.sum)  # each pair is a part of its own
+
+    def merge(self, other: Correlation) -> Correlation:
+        return jax.tree.map(lambda *each: jnp.stack(each), self, other).reduced()
+
+    def psum(self, axis_name: str) -> Correlation:
+        return self._pooled(lambda x: jax.lax.psum(x, axis_name))
+
+    def reduced(self) -> Correlation:
+        return self._pooled(lambda x: x.sum(0))
+
+    def _pooled(self, total: Callable[[Any], Any]) -> Correlation:
+        """The whole, of parts that `total` adds up (Chan, Golub and LeVeque's pairwise update)."""
+        count = total(self.count)
+        mean_x, mean_y = (total(self.count * mean) / jnp.maximum(count, 1e-9) for mean in (self.mean_x, self.mean_y))
+        off_x, off_y = self.mean_x - mean_x, self.mean_y - mean_y
+        moments = (
+            (self.moment_xx, off_x * off_x),
+            (self.moment_yy, off_y * off_y),
+            (self.moment_xy, off_x * off_y),
+        )
+        return Correlation(count, mean_x, mean_y, *(total(inner + self.count * between) for inner, between in moments))
+
+    def value(self) -> Any:
+        spread_x = self.moment_xx > self.count * (ROUNDING * self.mean_x) ** 2
+        spread_y = self.moment_yy > self.count * (ROUNDING * self.mean_y) ** 2
+        scale = np.sqrt(np.maximum(self.moment_xx, 1e-30)) * np.sqrt(np.maximum(self.moment_yy, 1e-30))
+        return np.where(spread_x & spread_y, self.moment_xy / scale, 0.0)
+
+
+Metric = Mean | Max | Correlation
 Metrics = Mapping[str, Metric]
 
 
@@ -68,13 +125,7 @@ def _merge_one(left: Any, right: Any) -> Metric:
 
 def reduce_stacked(stacked: Metrics) -> dict[str, Metric]:
     """Metrics stacked on a leading axis (what `lax.scan` returns) -> one."""
-
-    def reduce_one(metric: Metric) -> Metric:
-        if isinstance(metric, Max):
-            return Max(metric.largest.max(0))
-        return Mean(metric.total.sum(0), metric.count.sum(0))
-
-    return {name: reduce_one(metric) for name, metric in stacked.items()}
+    return {name: metric.reduced() for name, metric in stacked.items()}
 
 
 def psum(metrics: Metrics, axis_name: str) -> dict[str, Metric]:

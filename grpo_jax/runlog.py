@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+
 PLAIN_LINE_EVERY_SECS = 10.0
 _EVENTS: Any = event_pb2  # message classes made at run time, which a type checker cannot see
 _SUMMARIES: Any = summary_pb2
@@ -60,15 +63,15 @@ class RunLog:
 def _reopen(path: pathlib.Path, step: int) -> IO[str]:
     """Open for appending after the last record of `step`; a line cut short by a kill goes too."""
     kept = [line for line, record in _records(path) if record["step"] <= step]
-    path.write_text("".join(kept))
-    return path.open("a")
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)  # a line at a time, for those who look while the run goes on
 
 
 def _records(path: pathlib.Path):
-    """-> (line, record) for each whole line."""
+    """-> (line, record) for each whole line; the last one may have been cut anywhere, inside a character too."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 yield line, json.loads(line)
@@ -79,6 +82,19 @@ def _records(path: pathlib.Path):
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The records of metrics.jsonl, in order."""
     return [record for _, record in _records(workdir / "metrics.jsonl")]
+
+
+def read_completions(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of completions.jsonl, in order; their fields: `completions.completion_rows`, and `step`."""
+    return [record for _, record in _records(workdir / "completions.jsonl")]
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config that the run was started with. Raises UserError if the folder is not that of a run."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
+    return Config.from_config_dict(json.loads(path.read_text()))
 
 
 class ProgressLine:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from grpo_jax import credit, objectives
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives import Objective
@@ -92,6 +92,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
         metrics = metrics_lib.reduce_stacked(stacked)
         # Only before the first optimizer step do sampler and learner hold the same weights.
         metrics["policy/sampler_logp_gap"] = jax.tree.map(lambda x: x[0], stacked["policy/sampler_logp_gap"])
+        metrics.update(credit.advantage_metrics(spec.objective, batch, target.rollout.mask_PGT, target.advantage_PGT))
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
@@ -100,28 +101,19 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
 def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: UpdateSpec, axis_name: str | None = None) -> Target:
     """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
     rollout, obj = batch.rollout, spec.objective
-    if spec.filter_truncated:
-        rollout = dataclasses.replace(rollout, mask_PGT=rollout.mask_PGT * ~rollout.is_truncated_PG[..., None])
-    P, G, T = rollout.mask_PGT.shape
+    rollout = dataclasses.replace(rollout, mask_PGT=credit.trained_mask(rollout, spec.filter_truncated))
+    P, G, _ = rollout.mask_PGT.shape
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if spec.old_logp == "learner":  # of groups that waited in the buffer the sampler was an older policy: its word stands
         scored = score_in_microbatches(model, state.policy, rollout, spec)
         recorded = (old_logp_PGT, entropy_PGT)
         old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
-    adv_BT = objectives.advantages(
-        obj,
-        batch.reward_PG.reshape(-1),
-        rollout.mask_PGT.reshape(-1, T),
-        entropy_PGT.reshape(-1, T),
-        group_size=G,
-        task_rewards_B=batch.task_reward_PG.reshape(-1),
-        axis_name=axis_name,
-    )
+    adv_PGT = credit.advantages(obj, batch, rollout.mask_PGT, entropy_PGT, axis_name)
     ref_logp_PGT = None
     if obj.kl_coef > 0:
         ref_logp_PGT, _ = score_in_microbatches(*reference(model, state), rollout, spec)
-    return Target(rollout, is_fresh_PG, adv_BT.reshape(P, G, T), old_logp_PGT, ref_logp_PGT)
+    return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT)
 
 
 def reference(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:

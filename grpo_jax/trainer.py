@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -11,18 +12,17 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
+from grpo_jax import credit, objectives
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
+from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
 from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
 from grpo_jax.run import Run, initial_state, make_run, restored_state
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
-from grpo_jax.tasks import Task
-from grpo_jax.types import Batch, TrainState
+from grpo_jax.types import TrainState
 
 
 def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False) -> dict[str, float]:
@@ -88,6 +88,9 @@ class Loop:
     def go(self, state: TrainState, start: int, *, is_fresh: bool) -> None:
         """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
         config = self.run.config
+        recorded_advantages = jax.jit(
+            functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter)
+        )
         if is_fresh:
             self.write(0, as_metrics(self.run.evaluate(state.policy)))
         unwritten: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -97,7 +100,9 @@ class Loop:
             state, batch, metrics, timing = self.iterate(state, unwritten)
             unwritten = (step, metrics, timing)
             if config.log.completions_every and step % config.log.completions_every == 0:
-                self.log.completions(step, completion_rows(batch, self.run.task, config.log.num_groups))
+                adv_PGT, grpo_PG = recorded_advantages(batch)
+                rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
+                self.log.completions(step, rows)
             is_last = step == config.num_steps
             if is_last or (config.eval_every and step % config.eval_every == 0):
                 timing.update(as_metrics(self.run.evaluate(state.policy)))
@@ -149,29 +154,6 @@ class Loop:
         """The log first, then the checkpoint: a resumed run then never lacks a record."""
         self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
-
-
-def completion_rows(batch: Batch, task: Task, num_groups: int) -> list[dict[str, Any]]:
-    """The first groups of a batch as text, one row a completion."""
-    few = jax.device_get(jax.tree.map(lambda x: x[:num_groups], batch))
-    rolled, rows = few.rollout, []
-    for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
-        num = int(rolled.mask_PGT[p, g].sum())
-        if num == 0:
-            continue
-        rows.append(
-            {
-                "group": p,
-                "prompt": task.tokenizer.decode(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
-                "completion": task.tokenizer.decode(rolled.tokens_PGT[p, g, :num]),
-                "task_reward": float(few.task_reward_PG[p, g]),
-                "reward": float(few.reward_PG[p, g]),
-                "entropy": float(rolled.entropy_PGT[p, g, :num].mean()),
-                "tokens": num,
-                "is_truncated": bool(rolled.is_truncated_PG[p, g]),
-            }
-        )
-    return rows
 
 
 def summarise(config: Config, workdir: pathlib.Path) -> dict[str, float]:

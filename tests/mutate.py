@@ -114,6 +114,41 @@ BUGS = [
         "",
         "tests/test_train_step.py",
     ),
+    (
+        "GRPO's advantage reported as the variant's own",
+        "grpo_jax/credit.py",
+        "for each in (obj, GRPO)",
+        "for each in (GRPO, GRPO)",
+        "tests/test_credit.py",
+    ),
+    (
+        "recorded advantages without the overlong filter",
+        "grpo_jax/credit.py",
+        "if filter_truncated else rollout.mask_PGT",
+        "if False else rollout.mask_PGT",
+        "tests/test_credit.py",
+    ),
+    (
+        "text pieces decoded one by one",
+        "grpo_jax/completions.py",
+        "pieces.append(text[len(before) :])",
+        "pieces.append(tokenizer.decode(ids[now - 1 : now]))",
+        "tests/test_completions.py",
+    ),
+    (
+        "sampled text can end the page's script",
+        "experiments/show/page.py",
+        "[<>&",
+        "[&",
+        "tests/test_show.py -k hostile",
+    ),
+    (
+        "thresholds read the wrong way round",
+        "experiments/show/health.py",
+        'if rule.worse == "high" else',
+        'if rule.worse == "low" else',
+        "tests/test_show.py -k verdict",
+    ),
 ]
 
 

@@ -12,15 +12,27 @@ LAYERS = (
     ("strict", "validation"),
     ("logprobs", "config"),
     ("models", "sharding", "optimizer"),
-    ("rollout", "score", "rewards", "dynamic_sampling"),
+    ("rollout", "score", "rewards", "dynamic_sampling", "credit"),
     ("tasks", "scorers"),
     ("warm_start", "train_step"),
     ("build", "iteration"),
-    ("evaluate", "checkpoint", "runlog", "plots"),
+    ("evaluate", "checkpoint", "completions", "runlog", "plots"),
     ("run",),
     ("trainer",),
 )
-PURE = ("objectives", "masking", "logprobs", "sampling", "rewards", "dynamic_sampling", "score", "rollout", "spmd", "rng")
+PURE = (
+    "objectives",
+    "masking",
+    "logprobs",
+    "sampling",
+    "rewards",
+    "dynamic_sampling",
+    "score",
+    "rollout",
+    "credit",
+    "spmd",
+    "rng",
+)
 PURE_MAY_IMPORT = {"jax", "numpy", "flax", "jaxtyping", "grpo_jax"}
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.masking import masked_mean, masked_std, masked_sum
-from grpo_jax.metrics import Max, Mean
+from grpo_jax.metrics import Correlation, Max, Mean
 from tests import tiny
 
 AXES = (None, 0, -1, (0, 2))
@@ -99,7 +99,22 @@ def test_statistics_over_a_mesh_axis_are_those_of_the_whole(num_devices):
 
 
 def metrics_of(values, weights):
-    return {"mean": Mean.of(values, weights), "plain": Mean.of(values), "max": Max(values.max())}
+    return {
+        "mean": Mean.of(values, weights),
+        "plain": Mean.of(values),
+        "max": Max(values.max()),
+        "correlation": Correlation.of(values + 100.0, partner_of(values), weights),
+    }
+
+
+def partner_of(values):
+    """Something that goes along with the values, but not in a straight line."""
+    return jnp.sin(values) - 50.0
+
+
+def correlation(x, y, weights):
+    covariance = np.cov(np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64), aweights=np.ravel(weights))
+    return covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
 
 
 def whole_and_parts(num_parts=4):
@@ -113,6 +128,7 @@ def whole_and_parts(num_parts=4):
         "mean": np.average(values, weights=weights),
         "plain": values.mean(),
         "max": values.max(),
+        "correlation": correlation(values, partner_of(values), weights),
     }
     means = [float(part["mean"].value()) for part in parts]
     assert abs(np.mean(means) - expected["mean"]) > 0.1
@@ -122,7 +138,7 @@ def whole_and_parts(num_parts=4):
 def assert_values(metrics, expected):
     values = metrics_lib.to_floats(metrics)
     assert list(values) == sorted(expected)
-    np.testing.assert_allclose([values[name] for name in expected], list(expected.values()), rtol=1e-6)
+    np.testing.assert_allclose([values[name] for name in expected], list(expected.values()), rtol=5e-6)
 
 
 def test_merged_parts_have_the_value_of_the_whole():
@@ -162,3 +178,21 @@ def test_a_mean_of_nothing_is_zero_and_unweighted_values_may_be_nan():
 
 def test_max_of_negative_values_is_negative():
     assert float(Max(jnp.float32(-2.0)).merge(Max(jnp.float32(-1.0))).value()) == -1.0
+
+
+def test_correlation_without_spread_is_zero_and_unweighted_pairs_may_be_nan():
+    x, constant = jnp.array([1.0, 2.0, jnp.nan, 4.0]), jnp.full(4, 0.3)
+    weight = jnp.array([1.0, 1.0, 0.0, 1.0])
+    assert float(Correlation.of(x, constant, weight).value()) == float(Correlation.of(constant, x, weight).value()) == 0.0
+    assert float(Correlation.of(x, x, jnp.zeros(4)).value()) == 0.0
+    assert float(Correlation.of(x, -x, weight).value()) == pytest.approx(-1.0, abs=1e-6)
+    one_and_none = Correlation.of(x, x, weight).merge(Correlation.of(x, x, jnp.zeros(4)))
+    assert float(one_and_none.value()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_correlation_survives_a_large_offset():
+    """Sums of squares would lose all digits here."""
+    x = np.arange(16, dtype=np.float32)
+    y = np.where(x % 3 == 0, -x, x).astype(np.float32)
+    got = Correlation.of(jnp.asarray(x + 10_000), jnp.asarray(y), jnp.ones(16)).value()
+    assert float(got) == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-4)

@@ -29,7 +29,7 @@ def flags(workdir, variant="dapo"):
 
 
 def wait_for_step(process, workdir, step):
-    """Until the run's log, flushed at each checkpoint, has reached `step`."""
+    """Until the run's log has reached `step`."""
     for _ in range(15_000):
         if (workdir / "metrics.jsonl").exists() and f'"step": {step},' in (workdir / "metrics.jsonl").read_text():
             return
