@@ -40,9 +40,9 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
             batch: Prompts = jax.tree.map(lambda x: x[rows], prompts)  # noqa: B023
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
             tokens, mask = np.asarray(rolled.tokens_PGT), np.asarray(rolled.mask_PGT)
-            reward, _ = task.reward(batch.answer, tokens, mask)
+            task_reward = np.asarray(task.reward(batch.answer, tokens, mask).task_PG)
             kept = min(width, num - start)
-            successes.append(np.asarray(reward)[:kept] >= config.objective.success_threshold)
+            successes.append(task_reward[:kept] >= config.objective.success_threshold)
             lengths.append(mask[:kept].sum(-1))
         return float(np.concatenate(successes).mean()), float(np.concatenate(lengths).mean())
 

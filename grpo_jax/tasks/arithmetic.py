@@ -17,7 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.tokenizers import CharTokenizer
-from grpo_jax.types import Prompts
+from grpo_jax.types import Prompts, Reward
 
 ALPHABET = "0123456789+-="
 SPLIT_SEED = 0  # one held-out set for all runs, so that seeds are compared on the same questions
@@ -28,8 +28,19 @@ class ArithmeticTask:
 
     is_traceable = True
 
-    def __init__(self, config: ArithmeticConfig, tokenizer: Tokenizer, *, seed: int, num_eval: int, max_answer_tokens: int):
-        """num_eval: held-out problems. max_answer_tokens: the completion budget, checked against the longest answer.
+    def __init__(
+        self,
+        config: ArithmeticConfig,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        num_eval: int,
+        num_shots: int,
+        max_answer_tokens: int,
+    ):
+        """num_eval: held-out problems. num_shots: worked lines before each question, other ones for each.
+
+        max_answer_tokens: the completion budget, checked against the longest answer.
 
         Raises: UserError if the held-out set would eat the training set, or an answer does not fit the budget.
         """
@@ -37,9 +48,9 @@ class ArithmeticTask:
         self.is_plain = isinstance(tokenizer, CharTokenizer)
         newline = tuple(tokenizer.encode("\n")) if not self.is_plain else ()
         self.stop_ids = (*tokenizer.eos_ids, *(newline if len(newline) == 1 else ()))
-        problems, train_rows, eval_rows = split_problems(config, num_eval)
+        problems, train_rows, eval_rows = split_problems(config, num_eval, num_shots)
         rng = np.random.default_rng(SPLIT_SEED)
-        shots = [rng.choice(train_rows, config.num_shots, replace=False) for _ in problems]
+        shots = [rng.choice(train_rows, num_shots, replace=False) for _ in problems]
         questions = [
             tokenizer.encode("\n".join([*(self._line(problems[k]) for k in ks), self._question(problem)]))
             for problem, ks in zip(problems, shots, strict=True)
@@ -90,7 +101,7 @@ class ArithmeticTask:
         """Every held-out problem."""
         return jax.tree.map(lambda x: x[self._eval_rows], self._table)
 
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> tuple[Any, dict[str, Any]]:
+    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
         """1 for the answer's tokens followed at once by a stop token, else 0."""
         del mask_PGT  # the stop token must stand right behind the answer, so the mask says nothing more
         A = answer.shape[-1]
@@ -99,7 +110,13 @@ class ArithmeticTask:
         is_stop_PGA = jnp.isin(given_PGA, jnp.asarray(self.stop_ids))
         is_end_P1A = jnp.arange(A)[None, None] == (expected_P1A >= 0).sum(-1, keepdims=True)
         is_right_PGA = jnp.where(is_end_P1A, is_stop_PGA, (given_PGA == expected_P1A) | (expected_P1A < 0))
-        return is_right_PGA.all(-1).astype(jnp.float32), {}
+        is_right_PG = is_right_PGA.all(-1).astype(jnp.float32)
+        return Reward(is_right_PG, jnp.zeros_like(is_right_PG), {})
+
+    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
+        """The completions as text."""
+        pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
+        return [[self.tokenizer.decode(t_T[m_T]).strip() for t_T, m_T in zip(*pair, strict=True)] for pair in pairs]
 
     def supervised(self, key: Any, num_examples: int, careless_rate: float) -> tuple[Prompts, Any, Any]:
         """Worked training examples for the warm start: (prompts, tokens_P1A, mask_P1A), each answer ended by a stop token.
@@ -126,7 +143,7 @@ def without_carrying(a: int, op: str, b: int) -> int:
     return int("".join(map(str, digits)))
 
 
-def split_problems(config: ArithmeticConfig, num_eval: int):
+def split_problems(config: ArithmeticConfig, num_eval: int, num_shots: int):
     """-> (problems, training rows, held-out rows). a + b and b + a count as one question: both fall on the same side."""
     operands = range(config.min_operand, config.max_operand + 1)
     problems = [(a, op, b) for op in config.operators for a in operands for b in operands if op == "+" or a >= b]
@@ -138,7 +155,7 @@ def split_problems(config: ArithmeticConfig, num_eval: int):
     cut = num_eval
     while 0 < cut < len(by_rank) and keys[by_rank[cut]] == keys[by_rank[cut - 1]]:
         cut += 1  # do not tear a commuted pair apart
-    if num_eval < 1 or cut >= len(by_rank) - config.num_shots:
+    if num_eval < 1 or cut >= len(by_rank) - num_shots:
         raise UserError(
             f"config.eval.num_prompts = {num_eval}: must be from 1 to well below the {len(problems)} problems that "
             f"config.task.arithmetic.max_operand = {config.max_operand} allows"
