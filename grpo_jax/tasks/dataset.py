@@ -45,9 +45,7 @@ def _from_disk(path: str, name: str) -> Any:
         raise UserError(f"config.task.dataset.path = {path!r}: cannot load it: {_line(error)}") from error
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if name not in splits:
-        raise UserError(
-            f"config.task.dataset.path = {path!r}: no split {name!r}, only {', '.join(map(str, splits))}"
-        )
+        raise UserError(f"config.task.dataset.path = {path!r}: no split {name!r}, only {', '.join(map(str, splits))}")
     return splits[name]
 
 
