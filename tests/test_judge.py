@@ -203,7 +203,7 @@ def stubborn(completion, item):
     return 1.0
 
 def hoards(completion, item):
-    return len([0] * (10**9 if completion == "big" else 10)) / 10
+    return len([0] * (10**8 if completion == "big" else 10)) / 10
 
 STAY = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"
 
