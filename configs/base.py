@@ -42,9 +42,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task = ConfigDict()
     config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted
-    config.task.num_shots = 0  # worked questions before each question; they leave the training data
-    config.task.system_prompt = ""
+    config.task.system_prompt = ""  # this and the next two: of all but arithmetic
     config.task.use_chat_template = True  # False for base models: prompts as plain text
+    config.task.num_shots = 0  # worked questions before each question; they leave the training data
     config.task.columns = ConfigDict()  # of jsonl and dataset; rewards see the other columns too
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
     config.task.columns.answer = "answer"  # text or a number; of a worked one, what follows #### or is boxed counts
@@ -52,6 +52,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.arithmetic.min_operand = 0
     config.task.arithmetic.max_operand = 99
     config.task.arithmetic.operators = "+"  # which signs occur; "+-" is harder and needs more warm-up
+    config.task.arithmetic.num_shots = 0  # worked lines before the question, other ones for each
     config.task.jsonl = ConfigDict()
     config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
     config.task.jsonl.eval_path = ""  # empty: eval.num_prompts lines are held out of `path`
@@ -153,7 +154,7 @@ def smollm2(config: Any) -> None:
     config.warm_start.num_steps = 0
     config.task.arithmetic.min_operand = 0
     config.task.arithmetic.max_operand = 50
-    config.task.num_shots = 4
+    config.task.arithmetic.num_shots = 4
     config.num_steps = 80
     config.eval_every = 20
     config.rollout.num_prompts = 8

@@ -30,7 +30,6 @@ def make_task(config: Config) -> Task:
             tokenizer,
             seed=config.seed,
             num_eval=config.eval.num_prompts,
-            num_shots=config.task.num_shots,
             max_answer_tokens=config.rollout.max_completion_tokens,
         )
     return HostTask(config, tokenizer, SOURCES[config.task.name](config.task, config.eval.num_prompts))

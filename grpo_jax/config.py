@@ -30,11 +30,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticConfig:
-    """Sums and differences as text, the embedded task."""
+    """Sums and differences as text; `num_shots` worked examples stand before the question."""
 
     min_operand: int
     max_operand: int
     operators: str
+    num_shots: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,8 @@ def _require_reward(config: Config) -> None:
             raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
     if task.name == "arithmetic" and task.system_prompt:
         raise UserError(f"config.task.system_prompt = {task.system_prompt!r}: task 'arithmetic' has none, leave it empty")
+    if task.name == "arithmetic" and task.num_shots:
+        raise UserError(f"config.task.num_shots = {task.num_shots}: task 'arithmetic' has config.task.arithmetic.num_shots")
 
 
 def _require_generators(config: Config) -> None:
@@ -125,6 +127,7 @@ AT_LEAST = {
     "model.ffn_dim": 1,
     "task.max_prompt_tokens": 1,
     "task.num_shots": 0,
+    "task.arithmetic.num_shots": 0,
     "task.arithmetic.min_operand": 0,
     "task.reasoning_gym.num_train": 1,
     "reward.scoring.num_workers": 1,

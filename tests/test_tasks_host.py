@@ -16,10 +16,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from grpo_jax.build import SOURCES
+from grpo_jax.build import SOURCES, make_task
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
 from grpo_jax.scorers.gym import reasoning_gym_score
+from grpo_jax.tasks import Task
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.jsonl import read_questions
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
@@ -60,7 +61,7 @@ def texts(task: HostTask, prompts: Any) -> list[str]:
     return [task.tokenizer.decode(tokens_S[mask_S]) for tokens_S, mask_S in rows]
 
 
-def as_completions(task: HostTask, texts_PG: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+def as_completions(task: Task, texts_PG: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> (tokens_PGT, mask_PGT), each ended by a stop token, with rubbish behind it."""
     ids_PG = [[[*task.tokenizer.encode(text), task.stop_ids[0]] for text in row] for row in texts_PG]
     width = max(len(ids) for row in ids_PG for ids in row) + 2
@@ -337,11 +338,27 @@ def test_worked_examples_stand_before_every_question_and_are_asked_nowhere(tmp_p
             assert f"Q{number}?\nbecause\n#### {number}\n" in beginning
         shown.add(beginning)
     assert len(shown) == 1
+    with pytest.raises(UserError, match=r"config\.task\.num_shots = 12: no question is left"):
+        task_of(task__jsonl__path=path, num_shots=12)
     task = task_of(chat_tokenizer, task__jsonl__path=path, num_shots=1, use_chat_template=True, num_eval=1)
     assert all(
         re.fullmatch(r"\[user\]Q(\d+)\?\[assistant\]because\n#### \1\[user\]Q\d+\?\[assistant\]", text)
         for text in texts(task, task.train_prompts(0, 20))
     )
+
+
+# --- what completions answer
+
+
+def test_final_answers_are_votes(jsonl_task: HostTask) -> None:
+    texts_PG = [["so \\boxed{1,000}", "#### 1000"], ["1 + 2 = 3.", "<answer>4</answer> 5"]]
+    assert jsonl_task.final_answers(*as_completions(jsonl_task, texts_PG)) == [["1000", "1000"], ["3", "4"]]
+
+
+def test_final_answers_of_the_embedded_task() -> None:
+    task = make_task(tiny.config_of())
+    tokens_PGT, mask_PGT = as_completions(task, [["12", "1"], ["", "7+"]])
+    assert task.final_answers(tokens_PGT, mask_PGT) == [["12", "1"], ["", "7+"]]
 
 
 # --- datasets

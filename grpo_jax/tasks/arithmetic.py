@@ -28,19 +28,8 @@ class ArithmeticTask:
 
     is_traceable = True
 
-    def __init__(
-        self,
-        config: ArithmeticConfig,
-        tokenizer: Tokenizer,
-        *,
-        seed: int,
-        num_eval: int,
-        num_shots: int,
-        max_answer_tokens: int,
-    ):
-        """num_eval: held-out problems. num_shots: worked lines before each question, other ones for each.
-
-        max_answer_tokens: the completion budget, checked against the longest answer.
+    def __init__(self, config: ArithmeticConfig, tokenizer: Tokenizer, *, seed: int, num_eval: int, max_answer_tokens: int):
+        """num_eval: held-out problems. max_answer_tokens: the completion budget, checked against the longest answer.
 
         Raises: UserError if the held-out set would eat the training set, or an answer does not fit the budget.
         """
@@ -48,9 +37,9 @@ class ArithmeticTask:
         self.is_plain = isinstance(tokenizer, CharTokenizer)
         newline = tuple(tokenizer.encode("\n")) if not self.is_plain else ()
         self.stop_ids = (*tokenizer.eos_ids, *(newline if len(newline) == 1 else ()))
-        problems, train_rows, eval_rows = split_problems(config, num_eval, num_shots)
+        problems, train_rows, eval_rows = split_problems(config, num_eval)
         rng = np.random.default_rng(SPLIT_SEED)
-        shots = [rng.choice(train_rows, num_shots, replace=False) for _ in problems]
+        shots = [rng.choice(train_rows, config.num_shots, replace=False) for _ in problems]
         questions = [
             tokenizer.encode("\n".join([*(self._line(problems[k]) for k in ks), self._question(problem)]))
             for problem, ks in zip(problems, shots, strict=True)
@@ -143,7 +132,7 @@ def without_carrying(a: int, op: str, b: int) -> int:
     return int("".join(map(str, digits)))
 
 
-def split_problems(config: ArithmeticConfig, num_eval: int, num_shots: int):
+def split_problems(config: ArithmeticConfig, num_eval: int):
     """-> (problems, training rows, held-out rows). a + b and b + a count as one question: both fall on the same side."""
     operands = range(config.min_operand, config.max_operand + 1)
     problems = [(a, op, b) for op in config.operators for a in operands for b in operands if op == "+" or a >= b]
@@ -155,7 +144,7 @@ def split_problems(config: ArithmeticConfig, num_eval: int, num_shots: int):
     cut = num_eval
     while 0 < cut < len(by_rank) and keys[by_rank[cut]] == keys[by_rank[cut - 1]]:
         cut += 1  # do not tear a commuted pair apart
-    if num_eval < 1 or cut >= len(by_rank) - num_shots:
+    if num_eval < 1 or cut >= len(by_rank) - config.num_shots:
         raise UserError(
             f"config.eval.num_prompts = {num_eval}: must be from 1 to well below the {len(problems)} problems that "
             f"config.task.arithmetic.max_operand = {config.max_operand} allows"

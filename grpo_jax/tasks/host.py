@@ -38,6 +38,8 @@ class HostTask:
         self.stop_ids = tokenizer.eos_ids
         shots = choose(split.train, task.num_shots)
         train = without(split.train, shots)
+        if not train:
+            raise UserError(f"config.task.num_shots = {task.num_shots}: no question is left to train on; lower it")
         self.dropped: dict[str, collections.Counter[str]] = {side: collections.Counter() for side in ("training", "held-out")}
         self.dropped["training"]["worked examples"] = len(split.train) - len(train)
         prompting = Prompting(task, tokenizer, shots)
