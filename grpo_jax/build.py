@@ -14,12 +14,16 @@ from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
 from grpo_jax.sampling import Sampling
-from grpo_jax.tasks import Task, Tokenizer
+from grpo_jax.tasks import Task, Tokenizer, dataset, jsonl, reasoning_gym
 from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
+from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.train_step import UpdateSpec
 from grpo_jax.types import Params
 from grpo_jax.warm_start import warm_start
+
+# Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
+SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
 
 
 def make_task(config: Config) -> Task:
@@ -33,13 +37,7 @@ def make_task(config: Config) -> Task:
             num_eval=config.eval.num_prompts,
             max_answer_tokens=config.rollout.max_completion_tokens,
         )
-    if config.task.name == "jsonl":
-        from grpo_jax.tasks.jsonl import JsonlTask
-
-        return JsonlTask(config.task, tokenizer, seed=config.seed, num_eval=config.eval.num_prompts)
-    from grpo_jax.tasks.reasoning_gym import ReasoningGymTask
-
-    return ReasoningGymTask(config.task, tokenizer, seed=config.seed, num_eval=config.eval.num_prompts)
+    return HostTask(config, tokenizer, SOURCES[config.task.name](config.task, config.eval.num_prompts))
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:

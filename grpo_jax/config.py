@@ -7,7 +7,6 @@ look up and nothing to default: a typo, an unknown key, a wrong type or an impos
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.objectives import Objective
@@ -50,23 +49,62 @@ class ArithmeticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReasoningGymConfig:
-    """Any generator of the reasoning-gym library, scored by the library's own scorer."""
+class ColumnsConfig:
+    """Which columns of a jsonl or dataset row are the prompt and the answer."""
 
-    dataset: str
-    params: Mapping[str, Any]
-    num_train: int
-    system_prompt: str
+    prompt: str
+    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlConfig:
-    """A file with one object a line, fields `prompt` and `answer`, scored by math-verify."""
+    """A file with one object a line."""
 
     path: str
     eval_path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A Hugging Face dataset: a folder of `save_to_disk`, or what `load_dataset` takes."""
+
+    path: str
+    subset: str
+    split: str
+    eval_split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningGymConfig:
+    """Generators of the reasoning-gym library, mixed by weight. `params`: JSON, {generator: {setting: value}}."""
+
+    datasets: tuple[str, ...]
+    weights: tuple[float, ...]
+    params: str
+    num_train: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Where questions come from, and how they are put to the model."""
+
+    name: str
+    max_prompt_tokens: int
     system_prompt: str
     use_chat_template: bool
+    num_shots: int
+    columns: ColumnsConfig
+    arithmetic: ArithmeticConfig
+    jsonl: JsonlConfig
+    dataset: DatasetConfig
+    reasoning_gym: ReasoningGymConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PatternConfig:
+    """A regular expression."""
+
+    pattern: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +113,17 @@ class ScoringConfig:
 
     num_workers: int
     time_limit_secs: float
+    memory_limit_mb: int
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """Which task, and each task's settings."""
+class RewardConfig:
+    """What an answer is worth: two expressions of named parts (grpo_jax/reward_parts.py) and the parts' settings."""
 
-    name: str
-    max_prompt_tokens: int
-    arithmetic: ArithmeticConfig
-    reasoning_gym: ReasoningGymConfig
-    jsonl: JsonlConfig
+    task: str
+    shaping: str
+    regex: PatternConfig
+    format: PatternConfig
     scoring: ScoringConfig
 
 
@@ -199,6 +237,7 @@ class Config:
     model: ModelConfig
     lora: LoRAConfig
     task: TaskConfig
+    reward: RewardConfig
     warm_start: WarmStartConfig
     rollout: RolloutConfig
     dynamic_sampling: DynamicSamplingConfig

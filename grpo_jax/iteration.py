@@ -25,7 +25,7 @@ from grpo_jax.rollout import RolloutSpec, rollout, row_keys
 from grpo_jax.sharding import REPLICATED, ROWS, constrain
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep
-from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Rollout, TrainState
+from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Reward, Rollout, TrainState
 
 Collect = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
 Iteration = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
@@ -116,17 +116,18 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
     P = config.rollout.num_prompts
     run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout)
 
-    def finish(rolled: Rollout, task_reward_PG, key, step) -> tuple[Batch, dict[str, Metric]]:
+    def finish(rolled: Rollout, reward: Reward, key, step) -> tuple[Batch, dict[str, Metric]]:
         if config.shuffle_rewards:
-            task_reward_PG = rewards.shuffled(task_reward_PG, key)
+            reward = rewards.shuffled(reward, key)
         batch = rewards.rewarded(
             rolled,
-            task_reward_PG,
+            reward,
             step,
             max_completion_tokens=config.rollout.max_completion_tokens,
             cache_tokens=config.overlong.cache_tokens,
         )
-        return constrain(batch, mesh, ROWS), sample_metrics(batch, config.objective.success_threshold)
+        metrics = {**sample_metrics(batch, config.objective.success_threshold), **reward.metrics}
+        return constrain(batch, mesh, ROWS), metrics
 
     finish = finish if task.is_traceable else jax.jit(finish)
 
@@ -139,9 +140,7 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
         answer, tokens_PGT, mask_PGT = prompts.answer, rolled.tokens_PGT, rolled.mask_PGT
         if not task.is_traceable:
             answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))
-        task_reward_PG, task_metrics = task.reward(answer, tokens_PGT, mask_PGT)
-        batch, metrics = finish(rolled, jnp.asarray(task_reward_PG), shuffle_key, state.step)
-        return batch, {**metrics, **task_metrics}
+        return finish(rolled, task.reward(answer, tokens_PGT, mask_PGT), shuffle_key, state.step)
 
     return sample_round
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.types import Batch, Rollout
+from grpo_jax.types import Batch, Reward, Rollout
 
 
 def soft_overlong(lengths, is_truncated, *, max_completion_tokens: int, cache_tokens: int):
@@ -25,17 +25,20 @@ def is_informative(task_reward_PG):
     return task_reward_PG.max(-1) > task_reward_PG.min(-1)
 
 
-def shuffled(reward_PG, key):
+def shuffled(reward: Reward, key) -> Reward:
     """The control experiment: the same rewards, handed to the wrong rows (permuted over the whole batch)."""
-    return jax.random.permutation(key, reward_PG.reshape(-1)).reshape(reward_PG.shape)
+    task_PG, shaping_PG = (
+        jax.random.permutation(key, x_PG.reshape(-1)).reshape(x_PG.shape) for x_PG in (reward.task_PG, reward.shaping_PG)
+    )
+    return Reward(task_PG, shaping_PG, reward.metrics)
 
 
-def rewarded(rollout: Rollout, task_reward_PG, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
-    """Rollout + task reward -> Batch, the shaped reward beside the task's. step: whose policy sampled it."""
+def rewarded(rollout: Rollout, reward: Reward, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
+    """Rollout + reward -> Batch, the shaped reward beside the task's. step: whose policy sampled it."""
     lengths_PG = rollout.mask_PGT.sum(-1)
     punishment_PG = soft_overlong(
         lengths_PG, rollout.is_truncated_PG, max_completion_tokens=max_completion_tokens, cache_tokens=cache_tokens
     )
-    task_reward_PG = jnp.asarray(task_reward_PG, jnp.float32)
+    task_reward_PG = jnp.asarray(reward.task_PG, jnp.float32)
     sampled_at_P = jnp.full(len(task_reward_PG), step, jnp.int32)
-    return Batch(rollout, task_reward_PG, task_reward_PG + punishment_PG, sampled_at_P)
+    return Batch(rollout, task_reward_PG, task_reward_PG + reward.shaping_PG + punishment_PG, sampled_at_P)

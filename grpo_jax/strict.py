@@ -49,10 +49,6 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             raise wrong
         item = typing.get_args(hint)[0]
         return tuple(convert(item, each, f"{where}[{i}]") for i, each in enumerate(value))
-    if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        if not isinstance(value, Mapping):
-            raise wrong
-        return dict(value)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):

@@ -53,11 +53,24 @@ class Rollout:
 
 
 @flax.struct.dataclass
+class Reward:
+    """What a task says about the completions of a round.
+
+    task_PG: float32, what counts: success, dynamic sampling and O+/O- look at this one only.
+    shaping_PG: float32, only added to what the advantage is computed from. metrics: the task's own, name -> Metric.
+    """
+
+    task_PG: Any
+    shaping_PG: Any
+    metrics: Any
+
+
+@flax.struct.dataclass
 class Batch:
     """A rollout with its rewards: all that an update needs.
 
     task_reward_PG: float32, what the task says; success, O+/O- and dynamic sampling look at this one only.
-    reward_PG: float32, task reward plus shaping (overlong punishment); what the advantage is computed from.
+    reward_PG: float32, task reward plus shaping and overlong punishment; what the advantage is computed from.
     sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
     """
 

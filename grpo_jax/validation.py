@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
+from grpo_jax import reward_parts
 from grpo_jax.errors import UserError
 from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
 
-TASKS = ("arithmetic", "reasoning_gym", "jsonl")
+TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
 OLD_LOGP = ("sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
@@ -21,6 +24,8 @@ def validate(config: Config) -> None:
     """Check values and combinations that types cannot. Raises UserError naming the field, its value and the fix."""
     _require_ranges(config)
     _require_choices(config)
+    _require_reward(config)
+    _require_generators(config)
     rollout, learner, objective = config.rollout, config.learner, config.objective
     if rollout.group_size < 2:
         raise UserError(
@@ -68,6 +73,48 @@ def _require_adapters(config: Config) -> None:
         raise UserError(f"config.lora.path = {lora.path!r}: set config.lora.rank, alpha and targets as they were made")
 
 
+def _require_reward(config: Config) -> None:
+    """The reward's expressions can be read, and fit the task."""
+    task, reward = config.task, config.reward
+    for name in ("task", "shaping"):
+        field, expression = f"config.reward.{name}", getattr(reward, name)
+        parts = [part.name for part in reward_parts.parse(expression, field)]
+        if parts and task.name == "arithmetic":
+            raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
+        if "reasoning_gym" in parts and task.name != "reasoning_gym":
+            raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
+        if "regex" in parts and not reward.regex.pattern:
+            raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    for name in ("regex", "format"):
+        pattern = getattr(reward, name).pattern
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
+    if task.name == "arithmetic" and task.system_prompt:
+        raise UserError(f"config.task.system_prompt = {task.system_prompt!r}: task 'arithmetic' has none, leave it empty")
+    if task.name == "arithmetic" and task.num_shots:
+        raise UserError(f"config.task.num_shots = {task.num_shots}: task 'arithmetic' has config.task.arithmetic.num_shots")
+
+
+def _require_generators(config: Config) -> None:
+    """The mixture of reasoning-gym generators."""
+    gym, field = config.task.reasoning_gym, "config.task.reasoning_gym"
+    if not gym.datasets or len(set(gym.datasets)) < len(gym.datasets):
+        raise UserError(f"{field}.datasets = {gym.datasets!r}: name at least one generator, and none twice")
+    if gym.weights and (len(gym.weights) != len(gym.datasets) or not min(gym.weights) > 0):
+        raise UserError(f"{field}.weights = {gym.weights!r}: one number above 0 for each of {', '.join(gym.datasets)}")
+    try:
+        params = json.loads(gym.params or "{}")
+    except ValueError as error:
+        raise UserError(f"{field}.params = {gym.params!r}: not JSON ({error})") from None
+    if not isinstance(params, dict) or not all(isinstance(value, dict) for value in params.values()):
+        raise UserError(f"{field}.params = {gym.params!r}: must be {{generator: {{setting: value}}}}")
+    unknown = sorted(set(params) - set(gym.datasets))
+    if unknown:
+        raise UserError(f"{field}.params: {unknown[0]!r} is not among {field}.datasets = {gym.datasets!r}")
+
+
 def _require_choices(config: Config) -> None:
     choices = {
         "task.name": TASKS,
@@ -91,10 +138,12 @@ AT_LEAST = {
     "model.num_kv_heads": 1,
     "model.ffn_dim": 1,
     "task.max_prompt_tokens": 1,
-    "task.arithmetic.min_operand": 0,
+    "task.num_shots": 0,
     "task.arithmetic.num_shots": 0,
+    "task.arithmetic.min_operand": 0,
     "task.reasoning_gym.num_train": 1,
-    "task.scoring.num_workers": 1,
+    "reward.scoring.num_workers": 1,
+    "reward.scoring.memory_limit_mb": 0,
     "warm_start.num_steps": 0,
     "warm_start.batch_size": 1,
     "warm_start.careless_rate": 0,
@@ -124,7 +173,7 @@ ABOVE_ZERO = (
     "rollout.top_p",
     "optimizer.max_grad_norm",
     "optimizer.eps",
-    "task.scoring.time_limit_secs",
+    "reward.scoring.time_limit_secs",
 )
 
 

@@ -149,6 +149,62 @@ BUGS = [
         'if rule.worse == "low" else',
         "tests/test_show.py -k verdict",
     ),
+    (
+        "shaping counts as success",
+        "grpo_jax/tasks/judge.py",
+        "Reward(_weighted_sum(self._task, scores)",
+        "Reward(_weighted_sum((*self._task, *self._shaping), scores)",
+        "tests/test_judge.py -k scored_apart",
+    ),
+    (
+        "copies of held-out questions are trained on",
+        "grpo_jax/tasks/questions.py",
+        "return [question for question in questions if question.text not in taken]",
+        "return [question for question in questions if question not in others]",
+        "tests/test_tasks_host.py -k any_copy",
+    ),
+    (
+        "worked examples are asked too",
+        "grpo_jax/tasks/host.py",
+        "train = without(split.train, shots)",
+        "train = list(split.train)",
+        "tests/test_tasks_host.py -k worked_examples",
+    ),
+    (
+        "the data begins again at every step",
+        "grpo_jax/iteration.py",
+        "task.train_prompts(state.num_prompts_drawn + number * P, P)",
+        "task.train_prompts(number * P, P)",
+        "tests/test_host_training.py -k very_next",
+    ),
+    (
+        "one hanging part takes the others' answers with it",
+        "grpo_jax/tasks/jobs.py",
+        "for index in self.waiting if self.jobs[index].scorer == name]",
+        "for index in self.waiting]",
+        "tests/test_judge.py -k always_hangs",
+    ),
+    (
+        "a scorer's children are left behind",
+        "grpo_jax/tasks/scoring_worker.py",
+        "for pid in children:",
+        "for pid in ():",
+        "tests/test_judge.py -k starts_ends",
+    ),
+    (
+        "a scorer may take all memory",
+        "grpo_jax/scorers/serve.py",
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))",
+        "pass",
+        "tests/test_judge.py -k memory_hog",
+    ),
+    (
+        "a generator's weight is ignored",
+        "grpo_jax/tasks/host.py",
+        "grain.MapDataset.mix(orders, list(weights.values()))",
+        "grain.MapDataset.mix(orders)",
+        "tests/test_tasks_host.py -k weights",
+    ),
 ]
 
 

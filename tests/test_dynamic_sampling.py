@@ -12,7 +12,7 @@ import pytest
 from grpo_jax import dynamic_sampling, rewards
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.iteration import make_collect
-from grpo_jax.types import Prompts, Rollout, TrainState
+from grpo_jax.types import Prompts, Reward, Rollout, TrainState
 from tests import tiny
 
 P, G, T = 4, 2, 6
@@ -20,12 +20,18 @@ NUM_PROMPTS = 200
 MAX_ROUNDS = 3
 
 
+def reward_of(task_PG, shaping=0.0):
+    """A task's reward with the same shaping for completion g everywhere: g times `shaping`."""
+    return Reward(task_PG, jnp.broadcast_to(shaping * jnp.arange(task_PG.shape[-1])[None], task_PG.shape), {})
+
+
 class NumberedTask:
     """Prompt number i is asked at data position i. Rewards differ within its group if is_informative_N[i], else they are
-    all `otherwise`."""
+    all `otherwise`; the shaping is different for each of its completions."""
 
-    def __init__(self, is_informative_N, is_traceable=True, otherwise=0.0):
+    def __init__(self, is_informative_N, is_traceable=True, otherwise=0.0, shaping=0.0):
         self.is_informative_N, self.is_traceable, self.otherwise = is_informative_N, is_traceable, otherwise
+        self.shaping = shaping
 
     def train_prompts(self, position, num_prompts):
         number_P = position + jnp.arange(num_prompts)
@@ -36,7 +42,7 @@ class NumberedTask:
             assert all(isinstance(x, np.ndarray) for x in (answer, tokens_PGT, mask_PGT))
         is_informative_P1 = jnp.asarray(self.is_informative_N)[answer][:, None]
         is_first_1G = (jnp.arange(G) == 0)[None]
-        return jnp.where(is_informative_P1, is_first_1G * 1.0, self.otherwise), {}
+        return reward_of(jnp.where(is_informative_P1, is_first_1G * 1.0, self.otherwise), self.shaping)
 
 
 def numbered_rollout(params, prompts, key):
@@ -65,7 +71,7 @@ def example_batch(position=0):
     prompts = NumberedTask(None).train_prompts(position, P)
     rolled = numbered_rollout(None, prompts, jax.random.key(position))
     reward_PG = prompts.answer[:, None] + 0.25 * jnp.arange(G)[None]
-    return rewards.rewarded(rolled, reward_PG, position, max_completion_tokens=T, cache_tokens=2)
+    return rewards.rewarded(rolled, reward_of(reward_PG), position, max_completion_tokens=T, cache_tokens=2)
 
 
 def empty_state(step=0):
@@ -239,15 +245,18 @@ def test_a_stream_that_says_nothing_ends_at_the_cap(is_traceable, otherwise):
 
 
 def test_groups_are_judged_on_the_task_reward_not_on_the_shaped_one():
-    """Lengths differ in every group, so the punishment tells all their rewards apart: they are uninformative still."""
+    """Punishment for length and shaping tell the rewards of every group apart: they are uninformative still."""
     is_informative_N = np.arange(NUM_PROMPTS) % 2 == 0
     collect = make_collect(
-        config_of(overlong__cache_tokens=5), NumberedTask(is_informative_N), numbered_rollout, tiny.mesh_of(1)
+        config_of(overlong__cache_tokens=5),
+        NumberedTask(is_informative_N, shaping=0.25),
+        numbered_rollout,
+        tiny.mesh_of(1),
     )
     _, batch, metrics = tiny.quick_jit(collect)(empty_state())
     prompts = NumberedTask(is_informative_N).train_prompts(0, 2 * P)
     rolled = numbered_rollout(None, prompts, jax.random.key(0))
-    shaped = rewards.rewarded(rolled, jnp.zeros((2 * P, G)), 0, max_completion_tokens=T, cache_tokens=5)
+    shaped = rewards.rewarded(rolled, reward_of(jnp.zeros((2 * P, G)), 0.25), 0, max_completion_tokens=T, cache_tokens=5)
     assert rewards.is_informative(shaped.reward_PG).sum() > P  # judged on these, odd numbers would have come through
     np.testing.assert_array_equal(batch.rollout.prompts.answer, [0, 2, 4, 6])
     assert metrics_lib.to_floats(metrics)["groups/uninformative"] == 0.5
@@ -285,12 +294,13 @@ def test_punishment_is_added_beside_the_task_reward_by_tokens():
     """Lengths are what the mask holds, the stop token included."""
     batch = tiny.random_batch(P, G, T)
     lengths_PG = np.asarray(batch.rollout.mask_PGT).sum(-1)
-    got = rewards.rewarded(batch.rollout, batch.task_reward_PG, 5, max_completion_tokens=T, cache_tokens=3)
+    got = rewards.rewarded(batch.rollout, reward_of(batch.task_reward_PG, 0.5), 5, max_completion_tokens=T, cache_tokens=3)
     is_truncated_PG = np.asarray(batch.rollout.is_truncated_PG)
     expected_PG = np.where(is_truncated_PG, -1, -np.clip((lengths_PG - (T - 3)) / 3, 0, 1))
     assert len(np.unique(expected_PG)) > 2
     np.testing.assert_array_equal(got.task_reward_PG, batch.task_reward_PG)
-    np.testing.assert_allclose(got.reward_PG, batch.task_reward_PG + expected_PG, rtol=1e-6)
+    shaping_PG = np.broadcast_to(0.5 * np.arange(G)[None], (P, G))
+    np.testing.assert_allclose(got.reward_PG, batch.task_reward_PG + shaping_PG + expected_PG, rtol=1e-6)
     np.testing.assert_array_equal(got.sampled_at_P, [5] * P)
 
 
@@ -302,11 +312,13 @@ def test_a_group_is_informative_if_any_two_rewards_differ():
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     """Over the whole batch, not inside groups: nothing about a row may be left in its reward."""
     reward_PG = jnp.arange(P * G * 4.0).reshape(P, 4 * G)
-    got = rewards.shuffled(reward_PG, jax.random.key(0))
+    shuffled = rewards.shuffled(Reward(reward_PG, -reward_PG, {}), jax.random.key(0))
+    got = shuffled.task_PG
+    np.testing.assert_array_equal(shuffled.shaping_PG, -got)  # the two stay together
     np.testing.assert_array_equal(np.sort(got, axis=None), reward_PG.reshape(-1))
     is_own_group = got // (4 * G) == jnp.arange(P)[:, None]
     assert 0 < is_own_group.mean() < 0.6
-    assert (rewards.shuffled(reward_PG, jax.random.key(1)) != got).any()
+    assert (rewards.shuffled(reward_of(reward_PG), jax.random.key(1)).task_PG != got).any()
 
 
 def test_the_control_experiment_shuffles_task_rewards_afresh_at_every_step():

@@ -10,7 +10,6 @@ from grpo_jax import trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models import families
-from grpo_jax.tasks import jsonl
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -18,7 +17,7 @@ from tests.test_tasks_host import save_hf_tokenizer
 # Scores by the first letter of what was sampled, and misbehaves on some of it.
 BAD_SCORER = """
 import time
-def score(item, completion):
+def score(completion, item):
     first = completion[:1]
     if first in "abcdef":
         raise RuntimeError("no")
@@ -37,16 +36,21 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def word_problems(num):
+    """Rows as GSM8K has them."""
+    text = "Tom has {i} eggs and buys as many. How many has he?"
+    return [{"prompt": text.format(i=i), "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}", "level": i % 3} for i in range(num)]
+
+
 @pytest.fixture
 def config(tmp_path, model_folder):
-    lines = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(40)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in word_problems(40)))
     config = base.get_config("runlocal", "grpo")
     config.model.path = str(model_folder)
     config.task.name = "jsonl"
     config.task.jsonl.path = str(tmp_path / "sums.jsonl")
-    config.task.jsonl.use_chat_template = False
-    config.task.scoring.time_limit_secs = 60.0
+    config.task.use_chat_template = False
+    config.reward.scoring.time_limit_secs = 60.0
     config.warm_start.num_steps = 0
     config.eval.num_prompts, config.eval.num_samples = 8, 0
     config.num_steps, config.eval_every, config.checkpoint.every = 4, 0, 2
@@ -58,8 +62,8 @@ def config(tmp_path, model_folder):
 def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, config, monkeypatch):
     (tmp_path / "bad_scorer.py").write_text(BAD_SCORER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(jsonl, "SCORER", "bad_scorer:score")
-    config.task.scoring.time_limit_secs = 0.5
+    config.reward.task = "bad_scorer:score"
+    config.reward.scoring.time_limit_secs = 0.5
     trainer.train(Config.from_config_dict(config), tmp_path / "run")
     steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
     assert len(steps) == 4
@@ -80,6 +84,43 @@ def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, co
     # Step 2 was the last one of the first run, which evaluates there.
     torn = [{k: v for k, v in r.items() if k in records[i]} for i, r in enumerate(programs.records(tmp_path / "torn"))]
     assert torn == records
+
+
+# The completions are noise: what is rewarded here is text that any of them may have.
+MY_REWARDS = """
+def late(completions, item):
+    assert item["answer"] == str(2 * int(item["prompt"].split()[2])) and item["level"] in (0, 1, 2)
+    return [float(text > "P") for text in completions]
+"""
+
+
+def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path, config, monkeypatch):
+    """Stopped in the middle of an epoch of 32 prompts: after it, as without it, every prompt comes once an epoch."""
+    import datasets
+
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    datasets.Dataset.from_list(word_problems(40)).save_to_disk(tmp_path / "sums")
+    config.task.name, config.task.dataset.path = "dataset", str(tmp_path / "sums")
+    config.reward.task, config.reward.shaping = "my_rewards:late", "0.5*length + format"
+    config.log.completions_every, config.log.num_groups, config.num_steps = 1, 8, 6
+    whole = Config.from_config_dict(config)
+    trainer.train(whole, tmp_path / "whole")
+    trainer.train(dataclasses.replace(whole, num_steps=3), tmp_path / "torn")
+    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
+
+    def prompts(run):
+        rows = [json.loads(line) for line in (tmp_path / run / "completions.jsonl").read_text().splitlines()]
+        return [(row["step"], row["prompt"]) for row in rows if row["group"] is not None][::8]
+
+    assert prompts("torn") == prompts("whole")
+    asked = [prompt for _, prompt in prompts("whole")]
+    assert len(asked) == 48 and len(set(asked[:32])) == 32 and len(set(asked[32:])) == 16
+    for record in programs.records(tmp_path / "whole")[1:]:
+        parts = {name: record[f"reward/part/{name}"] for name in ("my_rewards:late", "length", "format")}
+        assert record["reward/success"] == pytest.approx(parts["my_rewards:late"], abs=1e-6)
+        assert record["reward/mean"] == pytest.approx(parts["my_rewards:late"] + 0.5 * parts["length"], abs=1e-6)
+        assert 0 < parts["my_rewards:late"] < 1 and record["reward/errors"] == parts["format"] == 0
 
 
 def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_folder):

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 LAYERS = (
     ("errors", "types", "metrics", "estimates", "masking", "rng", "spmd"),
     ("objectives", "sampling"),
-    ("strict", "validation"),
+    ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
     ("models", "sharding", "optimizer"),
     ("rollout", "score", "rewards", "dynamic_sampling", "credit"),

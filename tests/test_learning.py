@@ -15,7 +15,7 @@ from grpo_jax.config import Config
 from grpo_jax.rng import key_for
 from grpo_jax.run import initial_state, make_run
 from grpo_jax.tasks.tokenizers import CharTokenizer
-from grpo_jax.types import Prompts
+from grpo_jax.types import Prompts, Reward
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 LETTERS = "abcdefgh"
@@ -43,7 +43,8 @@ class Repeat:
         return Prompts(tokens_PS, jnp.ones_like(tokens_PS, bool), tokens_PS[:, 0])
 
     def reward(self, answer, tokens_PGT, mask_PGT):
-        return (tokens_PGT[..., 0] == answer[:, None]).astype(jnp.float32), {}
+        is_right_PG = (tokens_PGT[..., 0] == answer[:, None]).astype(jnp.float32)
+        return Reward(is_right_PG, jnp.zeros_like(is_right_PG), {})
 
     def close(self):
         pass

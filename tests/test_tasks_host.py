@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator
@@ -15,41 +16,31 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from grpo_jax import config as config_lib
+from grpo_jax.build import SOURCES, make_task
+from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
 from grpo_jax.scorers.gym import reasoning_gym_score
-from grpo_jax.scorers.math_answer import math_verify_score
-from grpo_jax.tasks.host import HostTask, Question
-from grpo_jax.tasks.jsonl import JsonlTask, read_questions
-from grpo_jax.tasks.reasoning_gym import ReasoningGymTask
+from grpo_jax.tasks import Task
+from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.jsonl import read_questions
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from tests import tiny
 
 CHARS = CharTokenizer(string.printable)
+COLUMNS = ColumnsConfig(prompt="prompt", answer="answer")
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
-def task_config(**changes: Any) -> config_lib.TaskConfig:
-    """A TaskConfig whose fields `changes` override, whichever group they are in."""
-    fields: dict[str, dict[str, Any]] = {
-        "reasoning_gym": {"dataset": "leg_counting", "params": {}, "num_train": 20, "system_prompt": ""},
-        "jsonl": {"path": "", "eval_path": "", "system_prompt": "", "use_chat_template": False},
-        "scoring": {"num_workers": 1, "time_limit_secs": 30.0},
-    }
-    max_prompt_tokens = changes.pop("max_prompt_tokens", 4096)
-    assert all(any(name in group for group in fields.values()) for name in changes), changes
-    for group in fields.values():
-        group.update({name: value for name, value in changes.items() if name in group})
-    return config_lib.TaskConfig(
-        name="under test",
-        max_prompt_tokens=max_prompt_tokens,
-        arithmetic=config_lib.ArithmeticConfig(min_operand=0, max_operand=9, operators="+", num_shots=0),
-        reasoning_gym=config_lib.ReasoningGymConfig(**fields["reasoning_gym"]),
-        jsonl=config_lib.JsonlConfig(**fields["jsonl"]),
-        scoring=config_lib.ScoringConfig(**fields["scoring"]),
-    )
+def task_of(tokenizer: Any = CHARS, *, name: str = "jsonl", num_eval: int = 0, seed: int = 0, **changes: Any) -> HostTask:
+    """A task of plain prompts. changes: config fields, a double underscore for the dot; those without one are task's."""
+    dotted = {key.replace("__", ".") if "__" in key else f"task.{key}": value for key, value in changes.items()}
+    base = {"seed": seed, "model.path": "unused", "task.name": name, "task.max_prompt_tokens": 4096}
+    scoring = {"task.use_chat_template": False, "reward.scoring.num_workers": 1, "reward.scoring.time_limit_secs": 30.0}
+    config = tiny.config_of("grpo", {**base, **scoring, **dotted})
+    return HostTask(config, tokenizer, SOURCES[name](config.task, num_eval))
 
 
 def write_lines(path: Path, records: list[Any]) -> str:
@@ -70,7 +61,7 @@ def texts(task: HostTask, prompts: Any) -> list[str]:
     return [task.tokenizer.decode(tokens_S[mask_S]) for tokens_S, mask_S in rows]
 
 
-def as_completions(task: HostTask, texts_PG: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+def as_completions(task: Task, texts_PG: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> (tokens_PGT, mask_PGT), each ended by a stop token, with rubbish behind it."""
     ids_PG = [[[*task.tokenizer.encode(text), task.stop_ids[0]] for text in row] for row in texts_PG]
     width = max(len(ids) for row in ids_PG for ids in row) + 2
@@ -84,10 +75,9 @@ def as_completions(task: HostTask, texts_PG: list[list[str]]) -> tuple[np.ndarra
 
 
 @pytest.fixture
-def jsonl_task(tmp_path: Path) -> Iterator[JsonlTask]:
+def jsonl_task(tmp_path: Path) -> Iterator[HostTask]:
     """Forty sums, ten of them held out."""
-    config = task_config(path=write_lines(tmp_path / "sums.jsonl", sums(40)))
-    task = JsonlTask(config, CHARS, seed=3, num_eval=10)
+    task = task_of(task__jsonl__path=write_lines(tmp_path / "sums.jsonl", sums(40)), seed=3, num_eval=10)
     yield task
     task.close()
 
@@ -143,7 +133,7 @@ def test_hf_tokenizer_ids_text_and_chat(tmp_path: Path) -> None:
 def test_hf_tokenizer_without_pad_token_or_template(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(save_hf_tokenizer(tmp_path / "model", {"config.json": 2}))
     assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.has_chat_template) == (2, (2,), False)
-    with pytest.raises(UserError, match=r"task\.jsonl\.use_chat_template"):
+    with pytest.raises(UserError, match=r"task\.use_chat_template"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 
 
@@ -165,13 +155,13 @@ def test_hf_tokenizer_errors_name_the_path(tmp_path: Path) -> None:
 # --- the order of the data
 
 
-def test_a_position_gives_the_same_prompt_alone_and_in_a_batch(jsonl_task: JsonlTask) -> None:
+def test_a_position_gives_the_same_prompt_alone_and_in_a_batch(jsonl_task: HostTask) -> None:
     batch = texts(jsonl_task, jsonl_task.train_prompts(25, 50))
     alone = [texts(jsonl_task, jsonl_task.train_prompts(np.int32(25 + i), 1))[0] for i in range(50)]
     assert batch == alone and len(set(batch)) > 20
 
 
-def test_every_prompt_once_an_epoch_in_an_order_of_its_own(jsonl_task: JsonlTask) -> None:
+def test_every_prompt_once_an_epoch_in_an_order_of_its_own(jsonl_task: HostTask) -> None:
     num = jsonl_task.num_train
     epochs = [texts(jsonl_task, jsonl_task.train_prompts(num * epoch, num)) for epoch in range(3)]
     assert num == 30 and all(len(set(epoch)) == num for epoch in epochs)
@@ -179,28 +169,26 @@ def test_every_prompt_once_an_epoch_in_an_order_of_its_own(jsonl_task: JsonlTask
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
 
 
-def test_the_seed_changes_the_order_and_not_what_is_held_out(tmp_path: Path, jsonl_task: JsonlTask) -> None:
-    config = task_config(path=write_lines(tmp_path / "again.jsonl", sums(40)[::-1]))
-    same, other = (JsonlTask(config, CHARS, seed=seed, num_eval=10) for seed in (3, 4))
+def test_the_seed_changes_the_order_and_not_what_is_held_out(tmp_path: Path, jsonl_task: HostTask) -> None:
+    path = write_lines(tmp_path / "again.jsonl", sums(40)[::-1])
+    same, other = (task_of(task__jsonl__path=path, seed=seed, num_eval=10) for seed in (3, 4))
     assert texts(same, same.eval_prompts()) == texts(other, other.eval_prompts())
     assert texts(same, same.eval_prompts()) == texts(jsonl_task, jsonl_task.eval_prompts())
     assert texts(same, same.train_prompts(0, 30)) != texts(other, other.train_prompts(0, 30))
-    for task in (same, other):
-        task.close()
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = [{"prompt": "x" * length, "answer": "1"} for length in range(1, 21)]
-    config = task_config(path=write_lines(tmp_path / "x.jsonl", records), max_prompt_tokens=12)
-    task = JsonlTask(config, CHARS, seed=0, num_eval=0)
-    assert (task.num_dropped, task.num_train, task.prompt_tokens) == (8, 12, 12)
-    assert caplog.messages == ["dropped 8 of 20 prompts: over task.max_prompt_tokens = 12"]
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "x" * length, "answer": "1"} for length in range(1, 21)])
+    long = write_lines(tmp_path / "y.jsonl", [{"prompt": "y" * length, "answer": "1"} for length in (5, 13)])
+    task = task_of(task__jsonl__path=path, task__jsonl__eval_path=long, max_prompt_tokens=12, num_eval=2)
+    reason = "over task.max_prompt_tokens = 12"
+    assert (task.dropped["training"][reason], task.dropped["held-out"][reason]) == (8, 1)
+    assert (task.num_train, task.prompt_tokens) == (12, 12)
+    assert caplog.messages == [f"questions left out: 8 training ({reason}), 1 held-out ({reason})"]
     assert sorted(map(len, texts(task, task.train_prompts(0, 12)))) == list(range(1, 13))
-    assert task.eval_prompts().tokens_PS.shape == (0, 12)
-    task.close()
-    config = task_config(path=config.jsonl.path, max_prompt_tokens=0)
-    with pytest.raises(UserError, match=r"task\.max_prompt_tokens = 0"):
-        JsonlTask(config, CHARS, seed=0, num_eval=0)
+    assert texts(task, task.eval_prompts()) == ["yyyyy"]
+    with pytest.raises(UserError, match=r"config\.task\.max_prompt_tokens = 4: no held-out prompt"):
+        task_of(task__jsonl__path=path, task__jsonl__eval_path=long, max_prompt_tokens=4, num_eval=2)
 
 
 # --- what is held out
@@ -208,30 +196,28 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, caplo
 
 def test_no_held_out_prompt_is_trained_on_in_any_copy(tmp_path: Path) -> None:
     records = sums(20) + [{"prompt": f"  What is\n{i} + 1? ", "answer": "0"} for i in range(20)] + sums(20)
-    task = JsonlTask(task_config(path=write_lines(tmp_path / "a.jsonl", records)), CHARS, seed=0, num_eval=8)
+    task = task_of(task__jsonl__path=write_lines(tmp_path / "a.jsonl", records), num_eval=8)
     held_out = [" ".join(text.split()) for text in texts(task, task.eval_prompts())]
     train = [" ".join(text.split()) for text in texts(task, task.train_prompts(0, task.num_train))]
     assert len(held_out) == len(set(held_out)) == 8
     assert len(train) == 36 and set(Counter(train).values()) == {3}
     assert not set(train) & set(held_out) and len(set(train) | set(held_out)) == 20
-    task.close()
 
 
 def test_eval_path_keeps_its_prompts_out_of_training(tmp_path: Path) -> None:
     path, eval_path = write_lines(tmp_path / "a", sums(30)), write_lines(tmp_path / "b", sums(35)[25:])
-    task = JsonlTask(task_config(path=path, eval_path=eval_path), CHARS, seed=0, num_eval=6)
+    task = task_of(task__jsonl__path=path, task__jsonl__eval_path=eval_path, num_eval=6)
     held_out, train = texts(task, task.eval_prompts()), texts(task, task.train_prompts(0, task.num_train))
     everything = {record["prompt"] for record in sums(35)[25:]}
     assert len(set(held_out)) == 6 and set(held_out) < everything
     assert len(set(train)) == 25 and not set(train) & everything
-    task.close()
 
 
 def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", sums(5))
-    for config in (task_config(path=path), task_config(path=path, eval_path=path)):
+    for eval_path in ("", path):
         with pytest.raises(UserError, match=r"eval\.num_prompts = 5"):
-            JsonlTask(config, CHARS, seed=0, num_eval=5)
+            task_of(task__jsonl__path=path, task__jsonl__eval_path=eval_path, num_eval=5)
 
 
 # --- reading
@@ -242,15 +228,22 @@ def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
     [
         (b'{"prompt": "a", "answer": "1"}\n\n{"prompt": "b", "answer": }\n', 3, "not JSON"),
         (b'{"prompt": "a", "answer": "1"}\n[1, 2]\n', 2, "JSON object"),
-        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b", "question": "c"}\n', 2, "no field `answer`"),
-        (b'{"answer": "1"}\n', 1, "no field `prompt`"),
-        (b'\n\n{"prompt": 3, "answer": "1"}\n', 3, "`prompt` must be text, got 3"),
-        (b'{"prompt": "a", "answer": null}\n', 1, "`answer` must be text, got null"),
-        (b'{"prompt": "a", "answer": true}\n', 1, "`answer` must be text, got true"),
+        (
+            b'{"prompt": "a", "answer": "1"}\n{"prompt": "b", "question": "c"}\n',
+            2,
+            "no column `answer` .*it has prompt, question",
+        ),
+        (b'{"answer": "1"}\n', 1, "no column `prompt`"),
+        (b'\n\n{"prompt": 3, "answer": "1"}\n', 3, "`prompt` must be text or a list of messages .* got 3"),
+        (b'{"prompt": "a", "answer": null}\n', 1, "`answer` must be text or a number, got null"),
+        (b'{"prompt": "a", "answer": true}\n', 1, "`answer` must be text or a number, got true"),
         (b'{"prompt": "a", "answer": ["1"]}\n', 1, "`answer` must be text"),
         (b'{"prompt": " ", "answer": "1"}\n', 1, "`prompt` is empty"),
         (b'{"prompt": "a", "answer": "so #### "}\n', 1, "`answer` is empty"),
         (b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}', 2, "not UTF-8"),
+        (b'{"prompt": [], "answer": "1"}\n', 1, "`prompt` is empty"),
+        (b'{"prompt": [{"role": "user"}], "answer": "1"}\n', 1, "role and content"),
+        (b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}\n', 1, "nothing left to answer"),
         (b"[" * 100_000, 1, "nested too deeply|not JSON"),
     ],
 )
@@ -258,7 +251,7 @@ def test_malformed_lines_are_named(tmp_path: Path, content: bytes, line: int, re
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        JsonlTask(task_config(path=str(path)), CHARS, seed=0, num_eval=0)
+        read_questions(str(path), "", COLUMNS)
     assert str(caught.value).startswith(f"{path}:{line}: ") and "\n" not in str(caught.value)
 
 
@@ -266,7 +259,7 @@ def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text("\n  \n")
     for path in (tmp_path / "blank.jsonl", tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"task\.jsonl\.path") as caught:
-            read_questions(str(path), "task.jsonl.path")
+            read_questions(str(path), "config.task.jsonl.path", COLUMNS)
         assert str(path) in str(caught.value)
 
 
@@ -276,83 +269,161 @@ def test_answers_are_read_as_they_are_written(tmp_path: Path) -> None:
         '{"prompt": "a", "answer": "6 * 7 #### or\\n#### 42 "}',
         "",
         '{"prompt": " b\u2028", "answer": 7, "id": 1}',
+        '{"prompt": "c", "answer": "so \\\\boxed{\\\\frac{1}{2}}. Done 3"}',
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert read_questions(str(path), "") == [Question("a", {"answer": "42"}), Question(" b\u2028", {"answer": "7"})]
+    a, b, c = read_questions(str(path), "", COLUMNS)
+    assert (a.item["answer"], a.solution, a.text) == ("42", "6 * 7 #### or\n#### 42", "a")
+    assert b.messages == ({"role": "user", "content": " b\u2028"},)
+    assert b.item == {"prompt": " b\u2028", "answer": "7", "id": 1} and b.solution == "7"
+    assert c.item["answer"] == "\\frac{1}{2}"
 
 
-def test_system_prompt_and_chat_template(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", sums(1))
+def test_columns_are_named_and_the_others_travel_along(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1 + 1?"}]
+    rows = [{"question": chat, "solution": "It is\n#### 2", "level": 3, "answer": "shadowed"}]
+    (question,) = read_questions(write_lines(tmp_path / "a", rows), "", ColumnsConfig(prompt="question", answer="solution"))
+    assert question.text == "Be kind. 1 + 1?" and question.item == {**rows[0], "answer": "2"}
+
+
+# --- how the model reads it
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
     settings = {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": TEMPLATE}
-    chat = HFTokenizer(save_hf_tokenizer(tmp_path / "model", {}, **settings))
+    return HFTokenizer(save_hf_tokenizer(tmp_path_factory.mktemp("chat") / "model", {}, **settings))
+
+
+def test_system_prompt_and_chat_template(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
+    path = write_lines(tmp_path / "a.jsonl", sums(1))
     expected = [
-        (chat, True, "Be brief.", "[system]Be brief.[user]What is 0 + 1?[assistant]"),
-        (chat, True, "", "[user]What is 0 + 1?[assistant]"),
-        (chat, False, "Be brief.", "Be brief.\n\nWhat is 0 + 1?"),
+        (chat_tokenizer, True, "Be brief.", "[system]Be brief.[user]What is 0 + 1?[assistant]"),
+        (chat_tokenizer, True, "", "[user]What is 0 + 1?[assistant]"),
+        (chat_tokenizer, False, "Be brief.", "Be brief.\n\nWhat is 0 + 1?"),
         (CHARS, True, "", "What is 0 + 1?"),
     ]
     for tokenizer, use_chat_template, system_prompt, text in expected:
-        config = task_config(path=path, system_prompt=system_prompt, use_chat_template=use_chat_template)
-        task = JsonlTask(config, tokenizer, seed=0, num_eval=0)
+        settings = {"system_prompt": system_prompt, "use_chat_template": use_chat_template}
+        task = task_of(tokenizer, task__jsonl__path=path, **settings)
         assert texts(task, task.train_prompts(0, 1)) == [text]
         assert task.stop_ids == tokenizer.eos_ids
-        task.close()
 
 
-# --- rewards
+def test_chat_prompts_keep_their_turns(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
+    """A system message of the row's own goes before the config's."""
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "2?")]
+    rows = [{"prompt": [{"role": role, "content": text} for role, text in turns], "answer": 2}]
+    for own, first in ((None, "Be brief."), ("Mine.", "Mine.")):
+        prompt = [*([{"role": "system", "content": own}] if own else []), *rows[0]["prompt"]]
+        path = write_lines(tmp_path / "a.jsonl", [{**rows[0], "prompt": prompt}])
+        task = task_of(chat_tokenizer, task__jsonl__path=path, use_chat_template=True, system_prompt="Be brief.")
+        assert texts(task, task.train_prompts(0, 1)) == [f"[system]{first}[user]Hi[assistant]Hello[user]2?[assistant]"]
+
+
+def test_worked_examples_stand_before_every_question_and_are_asked_nowhere(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
+    rows = [{"prompt": f"Q{i}?", "answer": f"because\n#### {i}"} for i in range(12)] * 2
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    shown = set()
+    for seed in (0, 1):
+        task = task_of(task__jsonl__path=path, num_shots=2, system_prompt="S", num_eval=3, seed=seed)
+        assert task.num_train == 14 and task.dropped["training"]["worked examples"] == 4
+        asked = texts(task, task.train_prompts(0, 14)) + texts(task, task.eval_prompts())
+        parts = [re.fullmatch(r"(S\n\n(?:Q\d+\?\nbecause\n#### \d+\n\n){2})(Q\d+\?)\n", text) for text in asked]
+        (beginning,) = {part[1] for part in parts if part}
+        questions = [part[2] for part in parts if part]
+        shots = re.findall(r"Q\d+\?", beginning)
+        assert len(asked) == len(questions) == 17 and len(set(questions)) == 10 and not set(shots) & set(questions)
+        for number in re.findall(r"Q(\d+)", beginning):
+            assert f"Q{number}?\nbecause\n#### {number}\n" in beginning
+        shown.add(beginning)
+    assert len(shown) == 1
+    with pytest.raises(UserError, match=r"config\.task\.num_shots = 12: no question is left"):
+        task_of(task__jsonl__path=path, num_shots=12)
+    task = task_of(chat_tokenizer, task__jsonl__path=path, num_shots=1, use_chat_template=True, num_eval=1)
+    assert all(
+        re.fullmatch(r"\[user\]Q(\d+)\?\[assistant\]because\n#### \1\[user\]Q\d+\?\[assistant\]", text)
+        for text in texts(task, task.train_prompts(0, 20))
+    )
+
+
+# --- what completions answer
+
+
+def test_final_answers_are_votes(jsonl_task: HostTask) -> None:
+    texts_PG = [["so \\boxed{1,000}", "#### 1000"], ["1 + 2 = 3.", "<answer>4</answer> 5"]]
+    assert jsonl_task.final_answers(*as_completions(jsonl_task, texts_PG)) == [["1000", "1000"], ["3", "4"]]
+
+
+def test_final_answers_of_the_embedded_task() -> None:
+    task = make_task(tiny.config_of())
+    tokens_PGT, mask_PGT = as_completions(task, [["12", "1"], ["", "7+"]])
+    assert task.final_answers(tokens_PGT, mask_PGT) == [["12", "1"], ["", "7+"]]
+
+
+# --- datasets
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of `save_to_disk`: `both` with two splits, `one` without."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("saved")
+    train, test = (datasets.Dataset.from_list(sums(30)[part]) for part in (slice(0, 24), slice(20, 30)))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(folder / "both")
+    train.save_to_disk(folder / "one")
+    return folder
+
+
+def test_a_saved_dataset_is_split_like_a_file(saved: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", sums(24))
+    lines = task_of(task__jsonl__path=path, num_eval=5)
+    for folder in ("one", "both"):
+        task = task_of(name="dataset", task__dataset__path=str(saved / folder), num_eval=5)
+        assert texts(task, task.eval_prompts()) == texts(lines, lines.eval_prompts())
+        assert texts(task, task.train_prompts(7, 40)) == texts(lines, lines.train_prompts(7, 40))
+
+
+def test_a_split_of_its_own_is_held_out(saved: Path) -> None:
+    task = task_of(name="dataset", task__dataset__path=str(saved / "both"), task__dataset__eval_split="test", num_eval=99)
+    assert len(task.eval_prompts().answer) == 10 and task.num_train == 20
+
+
+def test_what_load_dataset_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of parquet files, as a dataset's repository is one."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "repo").mkdir()
+    datasets.Dataset.from_list(sums(9)).to_parquet(tmp_path / "repo" / "train-00000-of-00001.parquet")
+    task = task_of(name="dataset", task__dataset__path=str(tmp_path / "repo"), num_eval=2)
+    assert task.num_train == 7
 
 
 @pytest.mark.parametrize(
-    "answer, completion, score",
+    "folder, changes, says",
     [
-        ("42", "Six times seven, so the answer is \\boxed{42}.", 1),
-        ("42", "6 * 7 = 42", 1),
-        ("42", "It is $42$, not 43... no: \\boxed{43}", 0),
-        ("42", "so\n#### 42", 1),
-        ("42", "", 0),
-        ("42", "no idea", 0),
-        ("1,234", "The total is 1234 dollars", 1),
-        ("\\frac{1}{2}", "\\boxed{0.5}", 1),
-        ("\\frac{1}{2}", "$\\frac{2}{4}$", 1),
-        ("$\\frac{1}{2}$", "\\boxed{\\frac{1}{3}}", 0),
-        ("x^2 + 1", "\\boxed{1 + x^2}", 1),
-        ("(1, 2)", "\\boxed{(1,2)}", 1),
-        ("(1, 2)", "\\boxed{(2,1)}", 0),
-        ("\\boxed{7}", "\\boxed{7}", 1),
-        ("Paris", " Paris\n", 1),
-        ("Paris", "London", 0),
+        ("both", {"task__dataset__split": "tset"}, r"no split 'tset', only train, test"),
+        ("one", {"task__dataset__eval_split": "test"}, r"no split 'test', only train"),
+        ("one", {"task__columns__prompt": "question"}, r"one \(train\), row 0: no column `question`.*it has answer, prompt"),
+        ("none", {}, r"config\.task\.dataset\.path = '.*none', subset = '', split = 'train': "),
     ],
 )
-def test_math_verify_score(answer: str, completion: str, score: float) -> None:
-    assert math_verify_score({"answer": answer}, completion) == score
-
-
-def test_jsonl_reward_belongs_to_its_prompt_and_completion(jsonl_task: JsonlTask) -> None:
-    prompts = jsonl_task.train_prompts(5, 6)
-    numbers = [int(text.split()[2]) for text in texts(jsonl_task, prompts)]
-    texts_PG = [[f"\\boxed{{{i + 1}}}", f"\\boxed{{{i}}}", f"{i + 1}", ""] for i in numbers]
-    reward_PG, metrics = jsonl_task.reward(prompts.answer, *as_completions(jsonl_task, texts_PG))
-    assert reward_PG.dtype == np.float32
-    np.testing.assert_array_equal(reward_PG, [[1, 0, 1, 0]] * 6)
-    assert {name: metric.value() for name, metric in metrics.items()} == {"reward/errors": 0, "reward/timeouts": 0}
-
-
-def test_held_out_rewards_and_failures_are_fractions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "def f(item, completion):\n    if completion == '!':\n        raise ValueError\n    return item['value']\n"
-    (tmp_path / "failing_scorer.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    train, held_out = [Question("a", {"value": 1.0})], [Question("b", {"value": 2.0}), Question("cc", {"value": 3.0})]
-    settings = {"scorer": "failing_scorer:f", "system_prompt": "", "use_chat": False, "seed": 0}
-    task = HostTask(task_config(), CHARS, train, held_out, **settings)
-    prompts = task.eval_prompts()
-    assert texts(task, prompts) == ["b", "cc"] and prompts.answer.dtype == np.int32
-    reward_PG, metrics = task.reward(prompts.answer, *as_completions(task, [["x", "!"], ["x", "x"]]))
-    np.testing.assert_array_equal(reward_PG, [[2, 0], [3, 3]])
-    assert (metrics["reward/errors"].value(), metrics["reward/timeouts"].value()) == (0.25, 0)
-    task.close()
+def test_datasets_that_do_not_fit_are_named(saved: Path, folder: str, changes: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        task_of(name="dataset", task__dataset__path=str(saved / folder), **changes)
+    assert "\n" not in str(caught.value)
 
 
 # --- reasoning-gym
+
+
+def gym_task(*names: str, num_eval: int = 0, params: dict[str, Any] | None = None, **changes: Any) -> HostTask:
+    settings = {"task__reasoning_gym__datasets": names, "task__reasoning_gym__num_train": changes.pop("num_train", 20)}
+    if params is not None:
+        settings["task__reasoning_gym__params"] = json.dumps(params)
+    return task_of(name="reasoning_gym", num_eval=num_eval, **settings, **changes)
 
 
 @pytest.mark.parametrize(
@@ -360,82 +431,78 @@ def test_held_out_rewards_and_failures_are_fractions(tmp_path: Path, monkeypatch
     [("basic_arithmetic", {"max_terms": 3}), ("countdown", {"max_numbers": 4}), ("word_sorting", {"max_words": 4})],
 )
 def test_reasoning_gym_scores_its_own_answers(dataset: str, params: dict[str, int]) -> None:
-    task = ReasoningGymTask(task_config(dataset=dataset, params=params, num_train=20), CHARS, seed=1, num_eval=0)
+    task = gym_task(dataset, params={dataset: params})
     for row in task.train_prompts(0, 20).answer:
         item = pickle.loads(pickle.dumps(task._items[row]))
-        answer = item["entry"]["answer"]
-        assert reasoning_gym_score(item, f"<answer>no</answer> I mean <answer> {answer}\n</answer>") == 1
-        assert reasoning_gym_score(item, f" {answer}\n") == 1
-        assert reasoning_gym_score(item, "rubbish ?") < 0.1  # some generators give a crumb for trying
-    task.close()
+        answer = item["answer"]
+        assert reasoning_gym_score(f"<answer>no</answer> I mean <answer> {answer}\n</answer>", item) == 1
+        assert reasoning_gym_score(f" {answer}\n", item) == 1
+        assert reasoning_gym_score("rubbish ?", item) < 0.1  # some generators give a crumb for trying
 
 
 def test_reasoning_gym_reward_belongs_to_its_prompt_and_completion() -> None:
-    config = task_config(dataset="basic_arithmetic", params={"max_terms": 3}, num_train=20)
-    task = ReasoningGymTask(config, CHARS, seed=1, num_eval=5)
+    task = gym_task("basic_arithmetic", params={"basic_arithmetic": {"max_terms": 3}}, num_eval=5)
     prompts = task.eval_prompts()
-    answers = [task._items[row]["entry"]["answer"] for row in prompts.answer]
+    answers = [task._items[row]["answer"] for row in prompts.answer]
     assert len(set(texts(task, prompts))) == 5 and task.num_train > 15  # the two are not from one seed
     completions = as_completions(task, [[f"<answer>{answer}</answer>", "rubbish"] for answer in answers])
-    reward_PG, metrics = task.reward(prompts.answer, *completions)
-    np.testing.assert_array_equal(reward_PG, [[1, 0]] * 5)
-    assert metrics["reward/errors"].value() == 0
+    reward = task.reward(prompts.answer, *completions)
+    np.testing.assert_array_equal(reward.task_PG, [[1, 0]] * 5)
+    assert reward.metrics["reward/errors"].value() == 0 and reward.metrics["reward/part/reasoning_gym"].value() == 0.5
     task.close()
 
 
-def test_reasoning_gym_holds_out_and_repeats_itself() -> None:
-    config = task_config(dataset="basic_arithmetic", params={"max_terms": 2, "max_digits": 1}, num_train=300)
-    tasks = [ReasoningGymTask(config, CHARS, seed=seed, num_eval=50) for seed in (1, 1, 2)]
+def test_reasoning_gym_holds_out_the_same_whatever_the_seed() -> None:
+    params = {"basic_arithmetic": {"max_terms": 2, "max_digits": 1}}
+    tasks = [gym_task("basic_arithmetic", params=params, num_train=300, num_eval=50, seed=seed) for seed in (1, 1, 2)]
     drawn = [texts(task, task.train_prompts(0, task.num_train)) for task in tasks]
     held_out = [texts(task, task.eval_prompts()) for task in tasks]
-    assert drawn[0] == drawn[1] and held_out[0] == held_out[1]
-    assert drawn[0] != drawn[2] and held_out[0] != held_out[2]
-    assert len(held_out[0]) == len(set(held_out[0])) and 0 < len(drawn[0]) < 300
+    assert drawn[0] == drawn[1] != drawn[2] and sorted(drawn[0]) == sorted(drawn[2])
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert 40 < len(held_out[0]) == len(set(held_out[0])) and 0 < len(drawn[0]) < 300
     assert not set(drawn[0]) & set(held_out[0])
-    for task in tasks:
-        task.close()
 
 
-def test_reasoning_gym_system_prompt_by_name_or_text(tmp_path: Path) -> None:
-    settings = {"eos_token": "<eos>", "pad_token": "<pad>"}
-    chat = HFTokenizer(save_hf_tokenizer(tmp_path / "chat", {}, chat_template=TEMPLATE, **settings))
-    base = HFTokenizer(save_hf_tokenizer(tmp_path / "base", {}, **settings))
-    beginnings = [
-        (chat, "direct", "[system]Answer the question directly."),
-        (chat, "Be brief.", "[system]Be brief.[user]"),
-        (chat, "", "[user]"),
-        (base, "direct", "Answer the question directly."),
-    ]
-    for tokenizer, system_prompt, beginning in beginnings:
-        task = ReasoningGymTask(task_config(system_prompt=system_prompt, num_train=2), tokenizer, seed=0, num_eval=0)
-        assert all(text.startswith(beginning) for text in texts(task, task.train_prompts(0, 2)))
-        task.close()
+def test_a_mixture_keeps_its_weights_at_any_position() -> None:
+    weights, names = (1.0, 3.0), ("leg_counting", "basic_arithmetic")
+    task = gym_task(*names, task__reasoning_gym__weights=weights, num_train=80, num_eval=20)
+    streams = [task._items[row]["generator"] for row in task.train_prompts(0, 160).answer]
+    assert [Counter(streams[i : i + 16])["leg_counting"] for i in range(0, 160, 16)] == [4] * 10
+    first_60 = [row for row in task.train_prompts(0, 60).answer if task._items[row]["generator"] == "basic_arithmetic"]
+    assert len(first_60) == len(set(first_60)) == 45  # nothing twice before everything once
+    np.testing.assert_array_equal(task.train_prompts(1001, 1).answer, task.train_prompts(1000, 2).answer[1:])
+    held_out = Counter(task._items[row]["generator"] for row in task.eval_prompts().answer)
+    assert held_out == {"leg_counting": 5, "basic_arithmetic": 15}
+    even = gym_task(*names)
+    assert Counter(even._items[row]["generator"] for row in even.train_prompts(0, 10).answer) == dict.fromkeys(names, 5)
 
 
 @pytest.mark.parametrize(
-    "changes, reason",
+    "names, params, reason",
     [
-        ({"dataset": "basic_aritmetic"}, "basic_arithmetic"),
-        ({"params": {"no_such_setting": 1}}, "no_such_setting"),
-        ({"params": {"min_animals": 0}}, "min_animals"),
-        ({"params": {"seed": 1}}, "task.reasoning_gym.params.seed"),
+        (("basic_aritmetic",), None, "no generator 'basic_aritmetic'; there are basic_arithmetic"),
+        (("leg_counting",), {"leg_counting": {"no_such_setting": 1}}, "no_such_setting"),
+        (("leg_counting",), {"leg_counting": {"min_animals": 0}}, "min_animals"),
+        (("leg_counting",), {"leg_counting": {"seed": 1}}, r"params\.leg_counting\.seed"),
+        (("leg_counting",), {"countdown": {}}, "'countdown' is not among"),
+        ((), None, "at least one generator"),
     ],
 )
-def test_reasoning_gym_settings_are_checked(changes: dict[str, Any], reason: str) -> None:
+def test_reasoning_gym_settings_are_checked(names: tuple[str, ...], params: dict[str, Any] | None, reason: str) -> None:
     with pytest.raises(UserError, match=reason) as caught:
-        ReasoningGymTask(task_config(**changes), CHARS, seed=0, num_eval=1)
+        gym_task(*names, params=params, num_eval=1)
     assert "task.reasoning_gym" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_reasoning_gym_with_all_training_questions_held_out() -> None:
-    config = task_config(dataset="basic_arithmetic", params={"max_terms": 2, "max_digits": 1}, num_train=1)
     with pytest.raises(UserError, match="raise num_train"):
-        ReasoningGymTask(config, CHARS, seed=0, num_eval=3000)
+        params = {"basic_arithmetic": {"max_terms": 2, "max_digits": 1}}
+        gym_task("basic_arithmetic", params=params, num_train=1, num_eval=3000)
 
 
 def test_reasoning_gym_score_takes_the_last_answer() -> None:
-    item = {"dataset": "leg_counting", "params": {"seed": 0, "size": 1}, "entry": {"answer": "12", "question": ""}}
-    assert reasoning_gym_score(item, "<answer>3</answer> no, <answer>12</answer>") == 1
-    assert reasoning_gym_score(item, "<answer>12</answer> no, <answer>3</answer>") == 0
-    assert reasoning_gym_score(item, "\n12 ") == 1
-    assert reasoning_gym_score(item, "") == 0
+    item = {"generator": "leg_counting", "settings": {"seed": 0, "size": 1}, "answer": "12", "question": ""}
+    assert reasoning_gym_score("<answer>3</answer> no, <answer>12</answer>", item) == 1
+    assert reasoning_gym_score("<answer>12</answer> no, <answer>3</answer>", item) == 0
+    assert reasoning_gym_score("\n12 ", item) == 1
+    assert reasoning_gym_score("", item) == 0

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from grpo_jax.metrics import Metrics
-from grpo_jax.types import Prompts
+from grpo_jax.types import Prompts, Reward
 
 
 class Tokenizer(Protocol):
@@ -47,8 +46,12 @@ class Task(Protocol):
         """All held-out prompts; none of them is ever a training prompt."""
         ...
 
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> tuple[Any, Metrics]:
-        """Task reward float32[P, G] (success is >= `objective.success_threshold`) and the task's own metrics."""
+    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+        """What the completions are worth (success is a task reward >= `objective.success_threshold`)."""
+        ...
+
+    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
+        """What each completion gives as its answer; equal texts are votes for the same one."""
         ...
 
     def close(self) -> None:

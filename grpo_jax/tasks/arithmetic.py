@@ -17,7 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.tokenizers import CharTokenizer
-from grpo_jax.types import Prompts
+from grpo_jax.types import Prompts, Reward
 
 ALPHABET = "0123456789+-="
 SPLIT_SEED = 0  # one held-out set for all runs, so that seeds are compared on the same questions
@@ -90,7 +90,7 @@ class ArithmeticTask:
         """Every held-out problem."""
         return jax.tree.map(lambda x: x[self._eval_rows], self._table)
 
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> tuple[Any, dict[str, Any]]:
+    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
         """1 for the answer's tokens followed at once by a stop token, else 0."""
         del mask_PGT  # the stop token must stand right behind the answer, so the mask says nothing more
         A = answer.shape[-1]
@@ -99,7 +99,13 @@ class ArithmeticTask:
         is_stop_PGA = jnp.isin(given_PGA, jnp.asarray(self.stop_ids))
         is_end_P1A = jnp.arange(A)[None, None] == (expected_P1A >= 0).sum(-1, keepdims=True)
         is_right_PGA = jnp.where(is_end_P1A, is_stop_PGA, (given_PGA == expected_P1A) | (expected_P1A < 0))
-        return is_right_PGA.all(-1).astype(jnp.float32), {}
+        is_right_PG = is_right_PGA.all(-1).astype(jnp.float32)
+        return Reward(is_right_PG, jnp.zeros_like(is_right_PG), {})
+
+    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
+        """The completions as text."""
+        pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
+        return [[self.tokenizer.decode(t_T[m_T]).strip() for t_T, m_T in zip(*pair, strict=True)] for pair in pairs]
 
     def supervised(self, key: Any, num_examples: int, careless_rate: float) -> tuple[Prompts, Any, Any]:
         """Worked training examples for the warm start: (prompts, tokens_P1A, mask_P1A), each answer ended by a stop token.

@@ -1,173 +1,180 @@
 """Scores completions in worker processes, so that a scorer may hang, crash or print without harming the run.
 
-Workers are fresh interpreters (no fork: JAX is multithreaded) that get one item at a time, so every fault has one item
-to be blamed on. What a fault costs:
+Workers are fresh interpreters (no fork: JAX is multithreaded) that get one job at a time, so every fault has one job to
+be blamed on. A job is one completion and one scorer; for a scorer that takes them together, all completions of a prompt.
+What a fault costs:
 
-- An item has `time_limit_secs`; then its process is killed and it counts as a timeout.
+- A job has `time_limit_secs`; then its process is killed and it counts as a timeout.
 - A worker busy for more than a tenth of the limit is taken for hung, and a stand-in starts while it is waited out. So
-  hung items wait side by side, and a few of them cost a batch about one time limit together. There are at most
-  N / 64 stand-ins for a batch of N items, but no fewer than 4 and no more than 32.
-- When more than 2 (num_workers + 4) items, and more than a tenth of those scored so far, have timed out, the rest of
-  the batch is counted as timed out unseen. A scorer that always hangs costs about three time limits a batch.
+  hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at most
+  N / 64 stand-ins for a batch of N jobs, but no fewer than 4 and no more than 32.
+- When more than 2 (num_workers + 4) jobs of a scorer, and more than a tenth of those done so far, have timed out, the
+  rest of its jobs in the batch is counted as timed out unseen. A scorer that always hangs costs about three time limits a
+  batch, and the other scorers nothing.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
-import math
 import selectors
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
-from grpo_jax.scorers.serve import pack
+from grpo_jax.tasks.jobs import JobBatch, Judged
 from grpo_jax.tasks.scoring_worker import Worker
 
-STARTUP_LIMIT_SECS = 120.0  # for importing the scorer: sympy on a busy machine takes 10 s
+STARTUP_LIMIT_SECS = 120.0  # for importing the scorers: sympy on a busy machine takes 10 s
 HUNG_FRACTION = 0.1  # of the time limit, after which a stand-in starts
 MIN_STAND_INS, MAX_STAND_INS = 4, 32
 
 _log = logging.getLogger(__name__)
 
 
-class _Batch:
-    """The items of one `score` call and what has become of them."""
+class Scorer(NamedTuple):
+    """function: "package.module:function" that this interpreter can import, see `grpo_jax.scorers`."""
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
-        self.items, self.completions = items, completions
-        self.waiting = collections.deque(range(len(items)))
-        self.scores = np.zeros(len(items), np.float32)
-        self.num_done = self.num_errors = self.num_timeouts = 0
-
-    def finish(self, index: int, score: float) -> None:
-        self.scores[index] = score
-        self.num_done += 1
-
-    def give_up(self) -> None:
-        """Count all that is not scored as timed out."""
-        self.num_timeouts += len(self.items) - self.num_done
-        self.num_done = len(self.items)
+    function: str
+    settings: Mapping[str, Any]
 
 
 class ScoringPool:
-    """Worker processes that run one scorer. They start with the first batch and stay until `close` or exit.
+    """Worker processes that run some scorers. They start with the first batch, or `start`, and stay until `close` or exit.
 
-    scorer: "package.module:function", a `function(item: dict, completion: str) -> float` that this interpreter can
-    import. num_workers: processes. time_limit_secs: what one item may take, seconds.
-    Raises UserError where one of them cannot be (here), or where the scorer cannot be imported (in `score`).
+    scorers: name -> Scorer. Raises UserError, from `start` and `score`, where one cannot be imported.
     """
 
-    def __init__(self, scorer: str, num_workers: int, time_limit_secs: float) -> None:
-        module, _, function = scorer.partition(":")
-        if not module or not function.isidentifier():
-            raise UserError(f"scorer {scorer!r}: expected 'package.module:function'")
-        if num_workers < 1:
-            raise UserError(f"task.scoring.num_workers = {num_workers}: at least 1 process is needed")
-        if not 0 < time_limit_secs < math.inf:
-            raise UserError(f"task.scoring.time_limit_secs = {time_limit_secs}: must be a positive number of seconds")
-        self._scorer, self._num_workers, self._time_limit_secs = scorer, num_workers, time_limit_secs
+    def __init__(self, scorers: Mapping[str, Scorer], config: ScoringConfig) -> None:
+        self._scorers, self._config = dict(scorers), config
+        self._is_batch: dict[str, bool] = {}  # known from the first worker that is ready
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._num_vain_starts = 0
-        self._is_quiet = False
+        self._warned: set[str] = set()
         # To Linux, "dies with its parent" means with the thread that started it: so the pool has a thread for that.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         # Runs when `close` calls it, when the pool is forgotten, or when the interpreter exits.
         self._release = weakref.finalize(self, _end_all, self._workers, self._selector, self._starter)
 
-    def score(self, items: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> tuple[np.ndarray, int, int]:
-        """Score completion i against item i.
+    def start(self) -> None:
+        """Wait until a worker has imported the scorers."""
+        with self._lock:
+            self._await_ready()
 
-        Returns: (scores, num_errors, num_timeouts); scores is float32[N], in the order given.
-        An item whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a
-        timeout; both score 0. Raises UserError if the scorer cannot be imported or the pool is closed.
+    def score(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]]) -> Judged:
+        """Score all completions of each item by every scorer.
+
+        One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout; both
+        score 0, and so do the others of the group where the scorer takes them together. Raises UserError if a scorer
+        cannot be imported or the pool is closed.
         """
-        if len(items) != len(completions):
-            raise ValueError(f"{len(items)} items for {len(completions)} completions")
         with self._lock:
             if not self._release.alive:
                 raise UserError("the scoring pool is closed: build a new task to score again")
-            batch = _Batch(items, completions)
+            batch = JobBatch(items, completions_PG)
+            if not self._scorers or not all(batch.shape):
+                batch.add_jobs(dict.fromkeys(self._scorers, False))
+                return batch.judged
+            self._await_ready()
+            batch.add_jobs(self._is_batch)
             try:
                 self._run(batch)
             finally:
                 for worker in [worker for worker in self._workers if worker.index is not None]:
                     self._discard(worker)
-                for worker in sorted(self._workers, key=lambda worker: not worker.is_ready)[self._num_workers :]:
+                for worker in sorted(self._workers, key=lambda worker: not worker.is_ready)[self._config.num_workers :]:
                     self._discard(worker)
-        return batch.scores, batch.num_errors, batch.num_timeouts
+        return batch.judged
 
     def close(self) -> None:
         """End all processes. Safe to call twice."""
         with self._lock:
             self._release()
 
-    def _run(self, batch: _Batch) -> None:
-        num_items = len(batch.items)
+    def _await_ready(self) -> None:
+        nothing = JobBatch([], [])
         for worker in self._workers:
             worker.since = time.monotonic()  # one that is still starting was not listened to since the last batch
-        max_workers = self._num_workers + min(MAX_STAND_INS, max(MIN_STAND_INS, num_items // 64))
-        patience = 2 * (self._num_workers + MIN_STAND_INS)  # timeouts
-        while batch.num_done < num_items:
+        while not self._is_batch:
+            self._start_workers(self._config.num_workers, self._config.num_workers)
+            self._listen(nothing)
+            self._kill_overdue(nothing)
+
+    def _run(self, batch: JobBatch) -> None:
+        num_workers = self._config.num_workers
+        max_workers = num_workers + min(MAX_STAND_INS, max(MIN_STAND_INS, len(batch.jobs) // 64))
+        patience = 2 * (num_workers + MIN_STAND_INS)  # timeouts
+        while batch.num_left:
             self._hand_out(batch)
             self._start_workers(len(batch.waiting), max_workers)
             self._listen(batch)
             self._kill_overdue(batch)  # after listening: a result that has come in time counts, however late it is read
-            if batch.num_timeouts > max(patience, batch.num_done // 10):
-                _log.warning("%s timed out on %d items: skipping the batch's rest", self._scorer, batch.num_timeouts)
-                batch.give_up()
+            for name, num_timeouts in list(batch.num_timeouts.items()):
+                if num_timeouts > max(patience, batch.num_done[name] // 10):
+                    self._give_up(name, batch)
 
-    def _kill_overdue(self, batch: _Batch) -> None:
+    def _give_up(self, name: str, batch: JobBatch) -> None:
+        """Skip what is left of a scorer's jobs; the workers that are at one are taken for hung."""
+        if batch.num_done[name] == batch.num_of[name]:
+            return
+        batch.give_up(name)
+        for worker in list(self._workers):
+            if worker.index is not None and batch.jobs[worker.index].scorer == name:
+                batch.finish(worker.index, is_timeout=True)
+                self._discard(worker)
+
+    def _kill_overdue(self, batch: JobBatch) -> None:
         now = time.monotonic()
         for worker in list(self._workers):
             secs = now - worker.since
             if not worker.is_ready and secs > STARTUP_LIMIT_SECS:
-                raise UserError(f"scorer {self._scorer!r}: importing it took more than {STARTUP_LIMIT_SECS} seconds")
-            if worker.index is not None and secs >= self._time_limit_secs:
-                self._warn_once(f"ran into the limit of {self._time_limit_secs} seconds")
-                batch.num_timeouts += 1
-                batch.finish(worker.index, 0.0)
+                raise UserError(f"{self._names()}: importing took more than {STARTUP_LIMIT_SECS} seconds")
+            if worker.index is not None and secs >= self._config.time_limit_secs:
+                self._warn_once(
+                    batch.jobs[worker.index].scorer, f"ran into the limit of {self._config.time_limit_secs} seconds"
+                )
+                batch.finish(worker.index, is_timeout=True)
                 self._discard(worker)
 
-    def _hand_out(self, batch: _Batch) -> None:
+    def _hand_out(self, batch: JobBatch) -> None:
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not batch.waiting:
                 return
             index = batch.waiting[0]
-            if worker.send(index, pack((batch.items[index], batch.completions[index]))):
+            if worker.send(index, batch.frame(index)):
                 batch.waiting.popleft()
             else:
                 self._start_was_vain(self._discard(worker))
 
     def _start_workers(self, num_waiting: int, max_workers: int) -> None:
-        """Have as many workers that are not hung as the pool should have, or as there are items for."""
-        hung_since = time.monotonic() - HUNG_FRACTION * self._time_limit_secs
+        """Have as many workers that are not hung as the pool should have, or as there are jobs for."""
+        hung_since = time.monotonic() - HUNG_FRACTION * self._config.time_limit_secs
         num_hung = sum(worker.index is not None and worker.since <= hung_since for worker in self._workers)
         num_coming = sum(worker.index is None for worker in self._workers)
         num_new = min(
-            self._num_workers - (len(self._workers) - num_hung),
+            self._config.num_workers - (len(self._workers) - num_hung),
             num_waiting - num_coming,
             max_workers - len(self._workers),
         )
+        scorers = {name: (scorer.function, scorer.settings) for name, scorer in self._scorers.items()}
         for _ in range(num_new):
-            self._workers.append(self._starter.submit(Worker, self._scorer, self._selector).result())
+            start = self._starter.submit(Worker, scorers, self._config.memory_limit_mb, self._selector)
+            self._workers.append(start.result())
 
-    def _listen(self, batch: _Batch) -> None:
+    def _listen(self, batch: JobBatch) -> None:
         """Wait for the next message, death, or moment at which something has to be done about a worker."""
         now = time.monotonic()
         moments = [now + 1.0]
         for worker in self._workers:
             if worker.index is not None:
-                hung = worker.since + HUNG_FRACTION * self._time_limit_secs
-                moments.append(hung if hung > now else worker.since + self._time_limit_secs)
+                hung = worker.since + HUNG_FRACTION * self._config.time_limit_secs
+                moments.append(hung if hung > now else worker.since + self._config.time_limit_secs)
         for key, _ in self._selector.select(max(0.0, min(moments) - now)):
             worker: Worker = key.data
             if worker not in self._workers:  # buried a moment ago
@@ -183,46 +190,47 @@ class ScoringPool:
             if message is not None:
                 self._take(worker, message, batch)
 
-    def _take(self, worker: Worker, message: tuple[Any, str], batch: _Batch) -> None:
-        """A message: the first of a worker says whether it could import the scorer, each further one is a result."""
+    def _take(self, worker: Worker, message: tuple[Any, str], batch: JobBatch) -> None:
+        """A message: the first of a worker says whether it could import the scorers, each further one is a result."""
         value, error = message
         if not worker.is_ready:
-            if not value:
-                raise UserError(f"scorer {self._scorer!r} cannot be imported: {error}")
-            worker.is_ready = True
+            if error:
+                raise UserError(f"config.reward: cannot import {error}")
+            self._is_batch, worker.is_ready = value, True
             return
         assert worker.index is not None
         self._num_vain_starts = 0
         if error:
-            self._warn_once(error)
-            batch.num_errors += 1
-        batch.finish(worker.index, value)
+            self._warn_once(batch.jobs[worker.index].scorer, error)
+        batch.finish(worker.index, value, is_error=bool(error))
         worker.index = None
 
-    def _bury(self, worker: Worker, batch: _Batch) -> None:
-        """A worker ended by itself; if it had an item, that is an error."""
+    def _bury(self, worker: Worker, batch: JobBatch) -> None:
+        """A worker ended by itself; if it had a job, that is an error."""
         exit_code = self._discard(worker)
         if worker.index is None:
             self._start_was_vain(exit_code)
         else:
-            self._warn_once(f"ended its process, exit code {exit_code}")
-            batch.num_errors += 1
-            batch.finish(worker.index, 0.0)
+            self._warn_once(batch.jobs[worker.index].scorer, f"ended its process, exit code {exit_code}")
+            batch.finish(worker.index, is_error=True)
 
     def _start_was_vain(self, exit_code: int) -> None:
-        """A worker ended without an item: as an idle one may, killed from outside, but not all of them."""
+        """A worker ended without a job: as an idle one may, killed from outside, but not all of them."""
         self._num_vain_starts += 1
-        if self._num_vain_starts > 2 * self._num_workers + 2:
-            raise UserError(f"scorer {self._scorer!r}: its processes end before they score, exit code {exit_code}")
+        if self._num_vain_starts > 2 * self._config.num_workers + 2:
+            raise UserError(f"{self._names()}: its processes end before they score, exit code {exit_code}")
 
     def _discard(self, worker: Worker) -> int:
         self._workers.remove(worker)
         return worker.kill()
 
-    def _warn_once(self, what: str) -> None:
-        if not self._is_quiet:
-            _log.warning("%s failed on an item: %s (scored 0; further failures are only counted)", self._scorer, what)
-        self._is_quiet = True
+    def _names(self) -> str:
+        return "config.reward, " + ", ".join(scorer.function for scorer in self._scorers.values())
+
+    def _warn_once(self, name: str, what: str) -> None:
+        if name not in self._warned:
+            _log.warning("reward %s failed: %s (scored 0; further failures are only counted)", name, what)
+        self._warned.add(name)
 
 
 def _end_all(workers: list[Worker], selector: selectors.BaseSelector, starter: ThreadPoolExecutor) -> None:

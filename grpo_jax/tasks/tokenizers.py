@@ -92,7 +92,7 @@ class HFTokenizer:
         """
         if not self.has_chat_template:
             raise UserError(
-                f"model.path = {self.path!r} has no chat template: set task.jsonl.use_chat_template = False, "
+                f"model.path = {self.path!r} has no chat template: set config.task.use_chat_template = False, "
                 "or take a model tuned for chat"
             )
         try:

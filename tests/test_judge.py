@@ -1,0 +1,322 @@
+"""What answers are worth: where a text's answer stands, the parts of a reward, their sums, and what a bad part may cost."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_jax import reward_parts
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+from grpo_jax.scorers import answers
+from grpo_jax.scorers.answers import final_answer
+from grpo_jax.scorers.math_answer import math_verify_score
+from grpo_jax.scorers.text import exact_score, format_score, regex_score
+from grpo_jax.tasks.judge import Judge
+from grpo_jax.types import Reward
+from tests import tiny
+from tests.test_scoring import is_alive
+
+# --- where the answer stands
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<answer> 42 </answer> and 7", "42"),
+        ("<answer>1</answer> no, <answer>2</answer>", "2"),
+        ("<answer>it is \\boxed{5}</answer> \\boxed{6}", "5"),
+        ("<answer>1", "1"),
+        ("</answer> 3 <answer>", "3"),
+        ("\\boxed{1} then \\boxed{\\frac{1}{2}} of 3", "\\frac{1}{2}"),
+        ("\\boxed{4} then \\boxed{\\frac{1}{2} of 3", "4"),
+        ("\\boxed{\\boxed{7}}", "7"),
+        ("\\boxed {a \\} b}", "a \\} b"),
+        ("first #### 3, no\n#### $1,234 \nmore 5", "1234"),
+        ("#### ", "####"),
+        ("6 * 7 = 42.", "42"),
+        ("from 5-3 to -1,234.50!", "-1234.50"),
+        ("x \u2212 2 = \u22124", "-4"),
+        ("1/2 or .75", ".75"),
+        ("half: 1/2", "1/2"),
+        ("12,34 and 1,2345", "2345"),
+        ("  New   York. ", "New York"),
+        ("", ""),
+    ],
+)
+def test_final_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_doctests_of_answers_and_expressions() -> None:
+    for module in (answers, reward_parts):
+        results = doctest.testmod(module)
+        assert results.attempted and not results.failed
+
+
+@pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "1,000", "1,", "<answer>", "a1", "1/", ".", "####", "\0", "-", "$"])
+def test_final_answer_of_a_long_text_is_found(unit: str) -> None:
+    """Quadratic time would take hours."""
+    assert isinstance(final_answer(unit * (2**18 // len(unit))), str)
+
+
+# --- single parts
+
+
+@pytest.mark.parametrize(
+    "answer, completion, score",
+    [
+        ("42", "Six times seven, so the answer is \\boxed{42}.", 1),
+        ("42", "6 * 7 = 42", 1),
+        ("42", "It is $42$, not 43... no: \\boxed{43}", 0),
+        ("42", "so\n#### 42", 1),
+        ("42", "", 0),
+        ("42", "no idea", 0),
+        ("1,234", "The total is 1234 dollars", 1),
+        ("\\frac{1}{2}", "\\boxed{0.5}", 1),
+        ("\\frac{1}{2}", "$\\frac{2}{4}$", 1),
+        ("$\\frac{1}{2}$", "\\boxed{\\frac{1}{3}}", 0),
+        ("x^2 + 1", "\\boxed{1 + x^2}", 1),
+        ("(1, 2)", "\\boxed{(1,2)}", 1),
+        ("(1, 2)", "\\boxed{(2,1)}", 0),
+        ("\\boxed{7}", "\\boxed{7}", 1),
+        ("Paris", " Paris\n", 1),
+        ("Paris", "London", 0),
+        ("42", "<think>41?</think><answer>42</answer>", 1),
+        ("42", "<answer>41</answer> 42", 0),
+        ("42", "<answer>42 apples</answer> 7", 1),
+        ("1/2", "<answer>\\frac{2}{4}</answer>", 1),
+        ("x^2+1", "<answer>1 + x^2</answer>", 1),
+        ("1", "<answer>x+1</answer>", 0),
+        ("1/3", "\\boxed{0.333333}", 1),
+        ("1000", "<answer>$1,000</answer>", 1),
+    ],
+)
+def test_math_verify_score(answer: str, completion: str, score: float) -> None:
+    assert math_verify_score(completion, {"answer": answer}) == score
+
+
+def test_exact_regex_and_format() -> None:
+    item = {"answer": "1,234"}
+    assert [exact_score(text, item) for text in ("so $1234.", "\\boxed{1,234}", "1234.0", "")] == [1, 1, 0, 0]
+    last = r"Answer: (\S+)"
+    given = ("Answer: 1234", "Answer: 5\nAnswer: 1,234.", "Answer: 1,234\nAnswer: 5", "1234")
+    assert [regex_score(text, item, pattern=last) for text in given] == [1, 1, 0, 0]
+    assert [regex_score(text, item, pattern="[Tt]herefore") for text in ("and therefore", "so")] == [1, 0]
+    pattern = tiny.config_of().reward.format.pattern
+    form = "<think>\na\n</think>\n<answer>b</answer>\n"
+    assert [format_score(text, {}, pattern=pattern) for text in (form, "x" + form, form + "x", "")] == [1, 0, 0, 0]
+
+
+# --- expressions
+
+
+def test_expressions_are_sums_of_weighted_parts() -> None:
+    def parsed(text: str) -> dict[str, float]:
+        return dict(reward_parts.parse(text, "f"))
+
+    assert parsed("") == parsed("  ") == {}
+    assert parsed("math_verify") == {"math_verify": 1}
+    assert parsed(" -length+ .5 *exact-1e-2*a.b:c ") == {"length": -1, "exact": 0.5, "a.b:c": -0.01}
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"task": "math_verfy"}, r"config\.reward\.task = 'math_verfy': no part 'math_verfy'; there are math_verify"),
+        ({"shaping": "0.2 format"}, r"config\.reward\.shaping = '0\.2 format': cannot read"),
+        ({"shaping": "format length"}, r"cannot read 'length'"),
+        ({"shaping": "format + "}, r"cannot read '\+ '"),
+        ({"shaping": "format + 2*format"}, r"'format' stands in it twice"),
+        ({"shaping": "regex"}, r"config\.reward\.regex\.pattern is empty"),
+        ({"format__pattern": "("}, r"config\.reward\.format\.pattern = '\(': not a regular expression"),
+        ({"task": "reasoning_gym"}, r"only questions of task 'reasoning_gym'"),
+    ],
+)
+def test_expressions_that_cannot_be_are_named(changes: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        config_of(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"reward.shaping": "format"}, {"task.system_prompt": "S"}, {"task.num_shots": 1}])
+def test_the_embedded_task_takes_no_settings_of_the_others(changes: dict[str, Any]) -> None:
+    (field,) = changes
+    with pytest.raises(UserError, match=rf"config\.{field} = .*: task 'arithmetic'"):
+        tiny.config_of(changes=changes)
+
+
+# --- the judge
+
+
+def config_of(**changes: Any) -> Config:
+    fields = {f"reward.{name.replace('__', '.')}": value for name, value in changes.items()}
+    return tiny.config_of(changes={"task.name": "jsonl", "model.path": "unused", **fields})
+
+
+MakeJudge = Callable[..., Callable[..., Reward]]
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJudge]:
+    """judge(expression, ...) -> a Judge; its users' functions are in `my_rewards`."""
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judges = []
+
+    def make(task: str = "", shaping: str = "", **scoring: Any) -> Judge:
+        settings = {f"scoring__{name}": value for name, value in scoring.items()}
+        judges.append(Judge(config_of(task=task, shaping=shaping, **settings).reward, "jsonl", 10))
+        return judges[-1]
+
+    yield make
+    for each in judges:
+        each.close()
+
+
+MY_REWARDS = r"""
+import os, re, signal, subprocess, sys, time
+
+def brevity(completion, item):
+    return 1 / len(completion)
+
+def rank(completions: list[str], item: dict) -> list[float]:
+    if "bad" in completions:
+        raise ValueError("no")
+    if "short" in completions:
+        return [1.0]
+    return [sorted(completions).index(text) + item["level"] for text in completions]
+
+def sleeps(completion, item):
+    time.sleep(1e6)
+
+def stubborn(completion, item):
+    if completion == "loop":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            pass
+    return 1.0
+
+def hoards(completion, item):
+    return len([0] * (10**8 if completion == "big" else 10)) / 10
+
+STAY = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"
+
+def litters(completion, item):
+    children = [subprocess.Popen([sys.executable, "-c", STAY], start_new_session=new) for new in (False, True)]
+    with open(item["file"], "a") as file:
+        file.writelines(f"{child.pid}\n" for child in children)
+    if completion == "hang":
+        time.sleep(1e6)
+    return 1.0
+"""
+
+
+def values(reward: Reward) -> dict[str, float]:
+    return {name: float(metric.value()) for name, metric in reward.metrics.items()}
+
+
+def lengths(completions_PG: Sequence[Sequence[str]]) -> np.ndarray:
+    return np.array([[len(text) for text in row] for row in completions_PG])
+
+
+def test_parts_are_scored_apart_and_summed_by_weight(judge: MakeJudge) -> None:
+    completions_PG = [["<think></think><answer>4</answer>", "4"], ["5", "<think></think><answer>6</answer>"]]
+    items = [{"answer": "4"}, {"answer": "6"}]
+    lengths_PG = np.array([[10, 1], [5, 8]])
+    reward = judge("exact", "0.5*format - 2*length + exact")(items, completions_PG, lengths_PG)
+    np.testing.assert_array_equal(reward.task_PG, [[1, 1], [0, 1]])
+    np.testing.assert_allclose(reward.shaping_PG, [[1.5 - 0, 1 - 1.8], [0 - 1.0, 1.5 - 0.4]], rtol=1e-6)
+    assert reward.task_PG.dtype == reward.shaping_PG.dtype == np.float32
+    expected = {"exact": 0.75, "format": 0.5, "length": 0.4}
+    assert values(reward) == pytest.approx(
+        {"reward/errors": 0, "reward/timeouts": 0, **{f"reward/part/{name}": mean for name, mean in expected.items()}}
+    )
+
+
+def test_math_verify_is_what_an_empty_expression_means(judge: MakeJudge) -> None:
+    reward = judge()([{"answer": "\\frac{1}{2}"}], [["\\boxed{0.5}", "\\boxed{2}"]], np.ones((1, 2)))
+    np.testing.assert_array_equal(reward.task_PG, [[1, 0]])
+    np.testing.assert_array_equal(reward.shaping_PG, [[0, 0]])
+
+
+def test_users_functions_for_one_completion_and_for_a_group(judge: MakeJudge) -> None:
+    completions_PG = [["bb", "a", "cccc"], ["a", "bad", "cc"], ["z", "short", "y"], ["b", "c", "a"]]
+    items = [{"answer": "", "level": level} for level in (10, 20, 30, 40)]
+    expected_PG = [[11, 10, 12], [0, 0, 0], [0, 0, 0], [41, 42, 40]]
+    for num_workers in (1, 3):
+        reward = judge("my_rewards:rank", "my_rewards:brevity", num_workers=num_workers)(
+            items, completions_PG, lengths(completions_PG)
+        )
+        np.testing.assert_array_equal(reward.task_PG, expected_PG)
+        np.testing.assert_allclose(reward.shaping_PG, 1 / lengths(completions_PG), rtol=1e-6)
+        assert values(reward)["reward/errors"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["my_rewards:absent", "no_such_file:f"])
+def test_users_functions_that_are_not_there_are_named_at_once(judge: MakeJudge, name: str) -> None:
+    with pytest.raises(UserError, match=f"config.reward: cannot import {name}"):
+        judge("exact", name)
+
+
+HARD = ["\\boxed{10^{10^6}}", "\\boxed{9^{9^{9^{9^9}}}}", "$" + "\\frac{" * 500 + "}" * 500 + "$", "\0" * 9, "x" * 2**20]
+
+
+def test_hostile_answers_cost_themselves_only(judge: MakeJudge) -> None:
+    good, bad = ["\\boxed{4}", "<answer>\\frac{8}{2}</answer>"], ["\\boxed{5}", "0"]
+    each = judge("math_verify", "0.5*exact", time_limit_secs=2.0, memory_limit_mb=1024)
+    for hard in (HARD, []):
+        completions_PG = [[*good, *hard, *bad]]
+        reward = each([{"answer": "4"}], completions_PG, lengths(completions_PG))
+        np.testing.assert_array_equal(reward.task_PG, [[1, 1, *[0] * len(hard), 0, 0]])
+        np.testing.assert_array_equal(reward.shaping_PG, [[0.5, 0, *[0] * len(hard), 0, 0]])
+
+
+def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Path, judge: MakeJudge) -> None:
+    config = config_of(
+        task="my_rewards:hoards",
+        shaping="regex + my_rewards:stubborn",
+        regex__pattern="(a+)+b",
+        scoring__time_limit_secs=1.5,
+        scoring__memory_limit_mb=512,
+    )
+    each = Judge(config.reward, "jsonl", 10)
+    completions_PG = [["ab", "a" * 40, "loop", "big"]]
+    reward = each([{"answer": "ab"}], completions_PG, lengths(completions_PG))
+    each.close()
+    np.testing.assert_array_equal(reward.task_PG, [[1, 1, 1, 0]])
+    np.testing.assert_array_equal(reward.shaping_PG, [[1, 1, 0, 1]])
+    assert (values(reward)["reward/errors"], values(reward)["reward/timeouts"]) == (0.25, 0.5)
+
+
+def test_a_part_that_always_hangs_leaves_the_others_their_scores(judge: MakeJudge) -> None:
+    completions_PG = [[f"{p}{g}" for g in range(10)] for p in range(10)]
+    began = time.monotonic()
+    reward = judge("exact", "my_rewards:sleeps", time_limit_secs=0.5)(
+        [{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG)
+    )
+    np.testing.assert_array_equal(reward.task_PG, np.eye(10))
+    assert values(reward)["reward/timeouts"] == 1 and not reward.shaping_PG.any()
+    assert time.monotonic() - began < 40.0  # one after the other on two workers: 25 s, and starting each takes as long again
+
+
+def test_what_a_users_function_starts_ends_with_its_worker(tmp_path: Path, judge: MakeJudge) -> None:
+    """Children that ignore SIGTERM, in the worker's session and in their own."""
+    each = judge("my_rewards:litters", time_limit_secs=3.0, num_workers=1)
+    completions_PG = [["a", "hang"]]
+    reward = each([{"answer": "", "file": str(tmp_path / "pids")}], completions_PG, lengths(completions_PG))
+    each.close()  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(reward.task_PG, [[1, 0]])
+    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 4 and os.getpid() not in pids
+    deadline = time.monotonic() + 10.0
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
