@@ -33,16 +33,15 @@ from experiments.roofline import Ceilings, decode_bytes, measure_ceilings, rollo
 from grpo_jax import build
 from grpo_jax.config import Config
 from grpo_jax.iteration import make_rollout
-from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.run import Run, assemble, initial_state, make_run, state_around
 from grpo_jax.sharding import make_mesh
-from grpo_jax.tasks import Reward
-from grpo_jax.types import Batch, Prompts, TrainState
+from grpo_jax.types import Batch, Prompts, Reward, TrainState
 
 SHAPES = {
     "tiny": Architecture(512, 256, 4, 8, 4, 32, 704),
-    "smol": Architecture(49_152, 576, 30, 9, 3, 64, 1536, rope_theta=100_000.0),
+    "smol": Architecture(49_152, 576, 30, 9, 3, 64, 1536, rope=Rope(100_000.0)),
 }
 BATCHES = {"tiny": (4, 8), "smol": (2, 4)}  # prompts, completions of each
 REPEATS = {"tiny": (2, 7), "smol": (1, 4)}  # untimed calls, timed calls
@@ -198,7 +197,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def limits(what: str, run: Run, secs: float, ceilings: Ceilings) -> dict[str, float]:
-    """Shares of the measured ceilings: the arithmetic that the result needs (not recomputation), the bytes that decoding reads."""
+    """Shares of the measured ceilings: arithmetic that the result needs (recomputing adds none), bytes that decoding reads."""
     arch, rollout = run.model.arch, run.config.rollout
     shape = (rollout.num_prompts, rollout.group_size, run.task.prompt_tokens, rollout.max_completion_tokens)
     shares: dict[str, float] = {f"ceiling_{name}": value for name, value in dataclasses.asdict(ceilings).items()}

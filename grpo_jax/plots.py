@@ -5,10 +5,12 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from grpo_jax.runlog import points
+
 PANELS = (
     (
         "success",
-        (("reward/success", "training"), ("eval/success", "held-out, greedy"), ("eval/success_sampled", "held-out, sampled")),
+        (("reward/success", "training"), ("eval/success", "held-out, greedy"), ("eval/mean@", "held-out, sampled")),
     ),
     ("reward", (("reward/mean", "with shaping"),)),
     ("entropy (nats)", (("policy/entropy", "sampling policy"),)),
@@ -24,10 +26,14 @@ def learning_curve(records: Sequence[dict[str, float]], title: str, path: pathli
     figure.suptitle(title)
     for axes, (label, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for key, name in curves:
-            points = [(record["step"], record[key]) for record in records if key in record]
-            if points:
+            curve = points(records, key)
+            if curve:
                 marker = "o" if key.startswith("eval/") else ""
-                axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1, label=name)
+                (line,) = axes.plot(*zip(*curve, strict=True), marker=marker, markersize=3, linewidth=1, label=name)
+                low, high = points(records, f"{key}_low"), points(records, f"{key}_high")
+                if low and high:
+                    steps, lows = zip(*low, strict=True)
+                    axes.fill_between(steps, lows, [value for _, value in high], color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

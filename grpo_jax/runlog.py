@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 from rich.console import Console
@@ -95,6 +96,12 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not path.exists():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
     return Config.from_config_dict(json.loads(path.read_text()))
+
+
+def points(records: Iterable[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of each record that has the metric. "@" stands for any number: eval/mean@ finds eval/mean@4."""
+    pattern = re.compile(re.escape(name).replace("@", r"@\d+"))
+    return [(record["step"], record[key]) for record in records for key in record if pattern.fullmatch(key)]
 
 
 class ProgressLine:

@@ -6,10 +6,12 @@ import json
 import pytest
 
 from configs import base
+from experiments.show.page import run_data
 from grpo_jax import trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models import families
+from grpo_jax.runlog import read_completions
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -69,6 +71,12 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
     assert len(steps) == 4
     assert sum(record["reward/errors"] for record in steps) > 0
     assert all(0 < record["reward/success"] < 1 for record in steps)
+    shown = run_data(tmp_path / "run")
+    assert [each["step"] for each in shown["steps"]] == [1, 2, 3, 4]
+    rows = read_completions(tmp_path / "run")
+    assert rows and all("".join(row["token_text"]) == row["completion"] for row in rows)
+    (errors,) = [check for check in shown["checks"] if check["title"] == "Scoring errors"]
+    assert errors["light"] in ("warn", "bad")
 
 
 def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, config):

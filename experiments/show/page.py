@@ -17,7 +17,7 @@ from experiments.show.health import Record, health
 from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
-from grpo_jax.runlog import read_completions, read_config, read_metrics
+from grpo_jax.runlog import points, read_completions, read_config, read_metrics
 
 MAX_POINTS = 800  # of a curve; more cannot be told apart
 MAX_TOKENS = 250_000  # of sampled text in a run, about 4 MB; beyond it some of the recorded steps are left out
@@ -29,7 +29,7 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Success",
         "share",
-        (("reward/success", "training"), ("eval/success", "held-out, greedy"), ("eval/success_sampled", "held-out, sampled")),
+        (("reward/success", "training"), ("eval/success", "held-out, greedy"), ("eval/mean@", "held-out, sampled")),
     ),
     ("Reward", "with shaping", (("reward/mean", "reward"),)),
     ("Entropy", "nats", (("policy/entropy", "sampling policy"),)),
@@ -113,9 +113,9 @@ def panels(records: Sequence[Record]) -> list[dict[str, Any]]:
     for title, unit, curves in PANELS:
         series = []
         for metric, name in curves:
-            points = [(r["step"], r[metric]) for r in records if metric in r and math.isfinite(r[metric])]
-            if points:
-                steps, values = zip(*evenly(points, MAX_POINTS), strict=True)
+            finite = [(step, value) for step, value in points(records, metric) if math.isfinite(value)]
+            if finite:
+                steps, values = zip(*evenly(finite, MAX_POINTS), strict=True)
                 series.append({"name": name, "steps": steps, "values": [float(f"{value:.4g}") for value in values]})
         if series:
             drawn.append({"title": title, "unit": unit, "series": series})
