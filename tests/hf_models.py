@@ -46,11 +46,10 @@ MODELS = {
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3 untied": ("qwen3", {"head_dim": 8, "rope_theta": 1_000_000.0}),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
-    "mistral, no window": ("mistral", {"sliding_window": None}),
-    "gemma 3": (  # six layers: scanned, so that the kind of a layer is known to the compiled program only
+    "gemma 3": (  # five layers: scanned, so that the kind of a layer is known to the compiled program only
         "gemma3_text",
         {
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 5,
             "sliding_window": WINDOW,
             "sliding_window_pattern": 3,
             "head_dim": 12,

@@ -37,13 +37,16 @@ def test_logits_equal_torch_on_left_padded_batches(pair):
     np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama 3", "qwen2, windows", "qwen3 untied", "mistral", "gemma 3"])
-def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "num_layers"),
+    [("llama 3", 2), ("qwen2, windows", 2), ("qwen3 untied", 2), ("mistral", 2), ("gemma 3", 5)],
+)
+def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_layers):
     """The sampler's cached decode, the learner's forward over prefix and completion, torch's over whole rows.
 
     Prompts of 1 to 7 tokens with 6 sampled ones: windows end in the prompt, at its border and in the completion.
     """
-    torchs = torch_model(name)
+    torchs = torch_model(name, num_hidden_layers=num_layers)
     torchs.save_pretrained(tmp_path)
     model, params, prompts = ModelDef(read_architecture(tmp_path)), load(tmp_path), tiny.random_prompts(P, S, vocab=61)
     spec = RolloutSpec(G, T, Sampling(TEMPERATURE), stop_ids=(), pad_id=0)
