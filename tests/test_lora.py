@@ -14,12 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives, trainer, validation
+from grpo_jax.checkpoint import Checkpointer
 from grpo_jax.errors import UserError
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters, merged, split
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.run import initial_state, make_run, restored_policy, restored_state
 from grpo_jax.sampling import Sampling
 from grpo_jax.train_step import UpdateSpec, make_train_step
 from grpo_jax.types import join
@@ -28,6 +30,16 @@ from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_m
 
 LORA = LoRA(rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj"))
 MODEL = ModelDef(tiny.LLAMA, lora=LORA)
+SMALL_RUN = {
+    "lora.targets": ("q_proj", "v_proj"),
+    "num_steps": 2,
+    "eval_every": 0,
+    "eval.num_samples": 0,
+    "checkpoint.every": 1,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup_steps": 0,
+    "overlong.cache_tokens": 6,
+}
 WHOLE = dataclasses.replace(MODEL, lora=None)
 
 
@@ -84,23 +96,35 @@ def test_one_step_is_the_chain_rule_through_merged_weights():
     assert tiny.largest_difference(flatten_dict(moved), expected) < 2e-5
 
 
-def test_a_run_with_adapters_and_a_reference_resumes_bitwise_and_saves_the_adapters_only(tmp_path):
-    """2 steps = 1 + 1; the base and the reference come back the way they came at first."""
-    changes = {"lora.targets": ("q_proj", "v_proj"), "num_steps": 2, "eval_every": 0, "eval.num_samples": 0}
-    changes |= {"checkpoint.every": 1, "optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 0, "overlong.cache_tokens": 6}
-    for rank in (2, 0):
-        config = tiny.config_of("grpo", changes | {"lora.rank": rank})
-        whole, torn = tmp_path / f"whole{rank}", tmp_path / f"torn{rank}"
-        trainer.train(config, whole)
-        trainer.train(dataclasses.replace(config, num_steps=1), torn)
-        trainer.train(config, torn, allow_config_change=True)
-        records = programs.records(whole)
-        assert [record["step"] for record in records] == [0, 1, 2]
-        assert records[1]["policy/kl_ref"] == 0.0 < records[2]["policy/kl_ref"], "the policy does not begin at its reference"
-        torn_records = [{k: r[k] for k in records[i]} for i, r in enumerate(programs.records(torn))]
-        assert torn_records == records
-    sizes = [sum(f.stat().st_size for f in (tmp_path / name / "checkpoints" / "2").rglob("*")) for name in ("whole2", "whole0")]
-    assert sizes[0] < 0.7 * sizes[1]
+def test_a_run_with_adapters_resumes_bitwise(tmp_path):
+    """2 steps = 1 + 1."""
+    config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": 2})
+    trainer.train(config, tmp_path / "whole")
+    trainer.train(dataclasses.replace(config, num_steps=1), tmp_path / "torn")
+    trainer.train(config, tmp_path / "torn", allow_config_change=True)
+    records = programs.records(tmp_path / "whole")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[1]["policy/kl_ref"] == 0.0 < records[2]["policy/kl_ref"], "the policy does not begin at its reference"
+    assert [{k: r[k] for k in records[i]} for i, r in enumerate(programs.records(tmp_path / "torn"))] == records
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_never_changes_is_not_saved_and_comes_back_as_it_was(tmp_path, rank):
+    """The reference or the base: here from the seed, in a run with a model folder from the folder."""
+    config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": rank})
+    run = make_run(config)
+    state = initial_state(run)
+    checkpointer = Checkpointer(tmp_path, config.checkpoint)
+    moved = state.replace(step=jnp.int32(1), params=jax.tree.map(lambda x: x + 1, state.params))
+    checkpointer.save(1, moved, config.to_dict())
+    restored = restored_state(run, checkpointer, 1)
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, moved)
+    assert (restored.base is None) == (rank == 0) and (restored.ref_params is None) == (rank > 0)
+    jax.tree.map(np.testing.assert_array_equal, restored_policy(run, tmp_path, 1), moved.policy)
+    saved = sum(file.stat().st_size for file in (tmp_path / "checkpoints" / "1").rglob("*"))
+    frozen = sum(x.nbytes for x in jax.tree.leaves((state.base, state.ref_params)))
+    assert saved < frozen if rank else saved < 4.5 * frozen  # parameters, two moments, and what Orbax adds
 
 
 # ------------------------------------------------------------------------------------------------------------- PEFT
