@@ -14,7 +14,7 @@ from experiments import cli
 from experiments.evaluate import config_of, restored_state
 from grpo_jax import trainer
 from grpo_jax.errors import UserError
-from grpo_jax.models.export import DTYPES, export_folder
+from grpo_jax.models.export import DTYPES, export_folder, require_new
 from grpo_jax.models.hf import stored_dtype
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
@@ -39,6 +39,7 @@ def export(workdir: str, out: str, step: int | None, dtype: str | None, max_shar
             f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
             "knows them; train from a Hugging Face folder"
         )
+    require_new(pathlib.Path(out))  # before a long load
     dtype = dtype or stored_dtype(source)
     run = trainer.make_run(config)
     try:

@@ -46,8 +46,7 @@ def export_folder(
     out, folder = Path(out), resolve(source)
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: unknown; known: {', '.join(DTYPES)}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out={out}: exists and is not empty; choose another folder")
+    require_new(out)
     unfinished = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +62,12 @@ def export_folder(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def require_new(out: Path) -> None:
+    """Raises UserError unless `out` is absent or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out={out}: exists and is not empty; choose another folder")
+
+
 def save_weights(folder: Path, params: Params, architecture: Architecture, dtype: str, max_shard_bytes: int) -> None:
     """`params` under Hugging Face's names: model.safetensors, or shards with an index if that would be too large."""
     places = {}  # name -> (leaf, layer or None, bytes)
@@ -75,6 +80,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
         tensors = {name: np.asarray(_tensor(*places[name][:2], dtype)) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:
         total = sum(num_bytes for _, _, num_bytes in places.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
