@@ -25,7 +25,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, 
 
 def run(main: Callable[[], Any]) -> None:
     """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse)
     except UserError as error:

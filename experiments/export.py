@@ -14,7 +14,7 @@ from absl import flags
 from experiments import cli
 from grpo_jax.errors import UserError
 from grpo_jax.models.export import DTYPES, export_folder
-from grpo_jax.models.folders import new_folder
+from grpo_jax.models.folders import new_folder, require_new
 from grpo_jax.models.hf import stored_dtype
 from grpo_jax.models.lora import merged, split
 from grpo_jax.models.peft import save_adapters
@@ -48,6 +48,7 @@ def export(
         )
     if is_adapter and not config.lora.rank:
         raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
+    require_new(pathlib.Path(out))  # before a long load
     dtype = dtype or stored_dtype(source)
     step = cli.step_of(pathlib.Path(workdir), step)
     run = make_run(config)

@@ -147,6 +147,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path, trained):
         theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / name))
         assert ours.encode("2 + 2 =") == theirs.encode("2 + 2 =") and ours.chat_template == TEMPLATE
     assert {path.name for path in tmp_path.iterdir()} == {"source", "run", "newest", "first"}
+    assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "newest").iterdir())  # others may read it
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):

@@ -60,6 +60,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
         tensors = {name: np.asarray(_tensor(*places[name][:2], dtype)) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:
         total = sum(num_bytes for _, _, num_bytes in places.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

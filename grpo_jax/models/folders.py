@@ -59,8 +59,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     Raises: UserError if `out` holds something already or cannot be written.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out={out}: exists and is not empty; choose another folder")
+    require_new(out)
     unfinished = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +72,12 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_new(out: Path) -> None:
+    """Raises UserError unless `out` is absent or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out={out}: exists and is not empty; choose another folder")
 
 
 def with_progress(items: Sequence[Any], what: str) -> Iterable[Any]:
