@@ -111,6 +111,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner.num_epochs = 1  # passes over a batch
     config.learner.num_minibatches = 1  # optimizer steps in each pass
     config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
+    config.learner.bucket_tokens = (
+        64  # compile the update for 64, 128, 256 ... tokens of completion and the budget; 0: that only
+    )
     config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time
     config.learner.old_logp = "sampler"  # "learner": one more forward pass, for a sampler of other numerics (bfloat16)
 

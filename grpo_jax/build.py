@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from grpo_jax.batching import widths
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
@@ -115,6 +116,7 @@ def update_spec(config: Config) -> UpdateSpec:
         num_minibatches=config.learner.num_minibatches,
         num_microbatches=config.learner.num_microbatches,
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+        widths=widths(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
         old_logp=config.learner.old_logp,
         filter_truncated=config.overlong.filter,
         seed=config.seed,

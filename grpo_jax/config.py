@@ -172,6 +172,7 @@ class LearnerConfig:
     num_epochs: int
     num_minibatches: int
     num_microbatches: int
+    bucket_tokens: int
     logprob_chunk_tokens: int
     old_logp: str
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import credit, objectives
+from grpo_jax import batching, credit, objectives
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
@@ -33,7 +33,11 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """The static half of an update. old_logp: "sampler" (what was recorded) or "learner" (one more forward pass)."""
+    """The static half of an update.
+
+    widths: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
+    old_logp: "sampler" (what was recorded) or "learner" (one more forward pass).
+    """
 
     objective: Objective
     sampling: Sampling
@@ -42,6 +46,7 @@ class UpdateSpec:
     num_minibatches: int
     num_microbatches: int
     logprob_chunk_tokens: int
+    widths: tuple[int, ...]
     old_logp: str
     filter_truncated: bool
     seed: int
@@ -126,13 +131,20 @@ def reference(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
 def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spec: UpdateSpec):
     """`score` with the update's peak memory; -> (logp_PGT, entropy_PGT)."""
     shape = rollout.tokens_PGT.shape
+
+    def score_piece(piece: Rollout):
+        scored = score(model, params, piece, spec.sampling, spec.logprob_chunk_tokens)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))), scored)
+
+    def at_own_width(piece: Rollout):
+        return batching.at_own_width(score_piece, piece, piece.mask_PGT, spec.widths)
+
     if spec.num_microbatches == 1:
-        return score(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)
-    pieces = jax.lax.map(
-        lambda piece: score(model, params, piece, spec.sampling, spec.logprob_chunk_tokens),
-        split_microbatches(rollout, rollout, spec.num_microbatches),
-    )
-    return jax.tree.map(lambda x: x.reshape(shape), pieces)
+        return at_own_width(rollout)
+    order = batching.length_order(rollout.mask_PGT)
+    ordered = jax.tree.map(lambda x: x[order], rollout)
+    pieces = jax.lax.map(at_own_width, batching.split_microbatches(ordered, ordered, spec.num_microbatches))
+    return jax.tree.map(lambda x: x.reshape(shape)[jnp.argsort(order)], pieces)
 
 
 def gradients(
@@ -150,7 +162,7 @@ def gradients(
     if axis_name:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
         params, base = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), (params, base))
 
-    def microbatch_gradients(piece_and_weight):
+    def gradients_of(piece_and_weight):
         piece, weight_PGT = piece_and_weight
         (loss, metrics), grads = jax.value_and_grad(
             lambda trained: weighted_loss(model, join(base, trained), piece, weight_PGT, spec), has_aux=True
@@ -158,11 +170,16 @@ def gradients(
         metrics["loss/total"] = Mean(loss / denom, jnp.zeros_like(loss))
         return grads, metrics
 
+    def microbatch_gradients(piece_and_weight):
+        return batching.at_own_width(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, spec.widths)
+
     pieces = (target, weight_BT.reshape(mask_PGT.shape))
     if spec.num_microbatches == 1:
         grads, metrics = microbatch_gradients(pieces)
     else:
-        pieces = split_microbatches(pieces, target.rollout, spec.num_microbatches)
+        order = batching.length_order(mask_PGT)
+        pieces = jax.tree.map(lambda x: x[order], pieces)
+        pieces = batching.split_microbatches(pieces, target.rollout, spec.num_microbatches)
         shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         zeros = vary_like(zeros, target.rollout.tokens_PGT)
@@ -216,24 +233,3 @@ def split_minibatches(target: Target, step, spec: UpdateSpec) -> Target:
     order = jax.vmap(lambda key: jax.random.permutation(key, P))(keys)
     order = order.reshape(spec.num_epochs * spec.num_minibatches, P // spec.num_minibatches)
     return jax.tree.map(lambda x: x[order], target)
-
-
-def split_microbatches(tree: Any, rollout: Rollout, num_microbatches: int) -> Any:
-    """Cut [P, G, ...] leaves into [num_microbatches, p, g, ...]: by groups, and within groups once P is used up.
-
-    A group's prompt is then repeated for each part of it. Leaves of `rollout.prompts` are [P, ...] without G.
-    """
-    P, G = rollout.tokens_PGT.shape[:2]
-    parts = max(1, num_microbatches // P)  # of each group
-
-    def cut_prompts(x):
-        return jnp.repeat(x, parts, axis=0).reshape(num_microbatches, P * parts // num_microbatches, *x.shape[1:])
-
-    def cut(x):
-        if isinstance(x, Rollout):
-            prompts = jax.tree.map(cut_prompts, x.prompts)
-            rest = jax.tree.map(cut, dataclasses.replace(x, prompts=None))
-            return dataclasses.replace(rest, prompts=prompts)
-        return x.reshape(num_microbatches, P * parts // num_microbatches, G // parts, *x.shape[2:])
-
-    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Rollout))

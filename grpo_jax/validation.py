@@ -155,6 +155,7 @@ AT_LEAST = {
     "learner.num_epochs": 1,
     "learner.num_minibatches": 1,
     "learner.num_microbatches": 1,
+    "learner.bucket_tokens": 0,
     "learner.logprob_chunk_tokens": 1,
     "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0,

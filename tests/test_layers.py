@@ -12,7 +12,7 @@ LAYERS = (
     ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
     ("models", "sharding", "optimizer"),
-    ("rollout", "score", "rewards", "dynamic_sampling", "credit"),
+    ("rollout", "score", "rewards", "dynamic_sampling", "batching", "credit"),
     ("tasks", "scorers"),
     ("warm_start", "train_step"),
     ("build", "iteration"),

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from grpo_jax import batching, objectives, train_step
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives, train_step
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import learning_rate, make_optimizer
 from grpo_jax.run import initial_state, make_run
@@ -32,6 +32,7 @@ SPEC = UpdateSpec(
     num_minibatches=1,
     num_microbatches=1,
     logprob_chunk_tokens=32,
+    widths=(BUDGET,),
     old_logp="sampler",
     filter_truncated=False,
     seed=0,
@@ -180,7 +181,7 @@ def test_microbatches_hold_every_row_once_beside_its_own_prompt(num_microbatches
     """Cut by groups, then inside groups (4 groups of 4 rows here)."""
     batch = tiny.random_batch(4, 4, T, S)
     number_PG = jnp.arange(16.0).reshape(4, 4)
-    rollout, number = train_step.split_microbatches((batch.rollout, number_PG), batch.rollout, num_microbatches)
+    rollout, number = batching.split_microbatches((batch.rollout, number_PG), batch.rollout, num_microbatches)
     tokens_RT, number_R = batch.rollout.tokens_PGT.reshape(16, T), []
     for m in range(num_microbatches):
         piece = jax.tree.map(lambda x: x[m], rollout)  # noqa: B023

@@ -1,0 +1,83 @@
+"""Microbatches cut to the length they need: the same update, without the padding's work."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import batching, objectives
+from grpo_jax import metrics as metrics_lib
+from grpo_jax.sampling import Sampling
+from grpo_jax.train_step import UpdateSpec, make_train_step
+from tests import tiny
+
+SGD = optax.sgd(1.0)
+T, PAD = 6, 0
+
+
+def update(spec, batch, params, num_devices=1):
+    """One step of the bigram model; -> (new parameters, metrics)."""
+    step = tiny.quick_jit(make_train_step(tiny.Bigram(), SGD, spec, tiny.mesh_of(num_devices)))
+    reference = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.kl_coef else None
+    after, metrics = step(tiny.state_of(params, SGD, reference), batch)
+    return after.params, metrics_lib.to_floats(metrics)
+
+
+def spec_of(name, **changes):
+    fields = dict(num_epochs=1, num_minibatches=1, num_microbatches=1, logprob_chunk_tokens=16, widths=(T,), old_logp="learner")
+    fields |= {"filter_truncated": False, "seed": 0, **changes}
+    return UpdateSpec(objective=objectives.get(name), sampling=Sampling(0.7), max_completion_tokens=T, **fields)
+
+
+def short_groups(batch):
+    """All groups but two have completions of at most 2 tokens."""
+    keep_P1 = jnp.arange(8)[:, None] % 4 == 3
+    mask_PGT = batch.rollout.mask_PGT * (keep_P1[..., None] | (jnp.arange(T) < 2)[None, None])
+    return tiny.with_rollout(batch, mask_PGT=mask_PGT)
+
+
+@pytest.mark.parametrize(("name", "num_microbatches", "num_devices"), [("grpo", 1, 8), ("gtpo", 4, 1), ("dr_grpo", 16, 1)])
+def test_the_update_is_the_same_at_any_choice_of_widths(name, num_microbatches, num_devices):
+    """With a reference and old log-probs of the learner, so that their passes are cut too."""
+    batch, params = short_groups(tiny.random_batch(8, 4, T)), tiny.bigram_params()
+    spec = spec_of(name, num_microbatches=num_microbatches)
+    expected, expected_metrics = update(spec, batch, params, num_devices)
+    found, metrics = update(dataclasses.replace(spec, widths=(2, 4, T)), batch, params, num_devices)
+    steps = [jax.tree.map(jnp.subtract, each, params) for each in (found, expected)]
+    assert tiny.largest_difference(*steps) < 1e-5
+    assert metrics.keys() == expected_metrics.keys()
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_padding_beyond_the_width_is_never_computed():
+    """The padding token's embedding is NaN, which nothing survives that looks at it."""
+    batch = tiny.random_batch(8, 4, T)
+    mask_PGT = batch.rollout.mask_PGT * (jnp.arange(T) < 2)[None, None]
+    # The second slot is no input for a second token, so that only slots from there on may be poisoned.
+    tokens_PGT = jnp.where(jnp.arange(T)[None, None] < 2, jnp.maximum(batch.rollout.tokens_PGT, 1), PAD)
+    batch = tiny.with_rollout(batch, mask_PGT=mask_PGT, tokens_PGT=tokens_PGT)
+    prompts = batch.rollout.prompts
+    batch = tiny.with_rollout(batch, prompts=dataclasses.replace(prompts, tokens_PS=jnp.maximum(prompts.tokens_PS, 1)))
+    params = tiny.bigram_params()
+    params["embed"] = params["embed"].at[PAD].set(jnp.nan)
+    for widths, is_finite in (((T,), False), ((2, T), True)):
+        after, _ = update(spec_of("dapo", widths=widths, num_microbatches=2), batch, params)
+        assert np.isfinite(after["head"]).all() == is_finite
+
+
+def test_groups_are_ordered_by_their_longest_completion():
+    mask_PGT = jnp.asarray([[[1, 1, 1], [1, 0, 0]], [[1, 0, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]])
+    assert batching.lengths(mask_PGT).tolist() == [[3, 1], [1, 1], [2, 0]]
+    assert batching.length_order(mask_PGT).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(("longest", "width"), [(0, 2), (2, 2), (3, 4), (5, 6), (6, 6)])
+def test_the_least_width_that_holds_all(longest, width):
+    mask_PGT = jnp.arange(6)[None, None] < jnp.asarray([[longest, 0]])[..., None]
+    tree = (jnp.ones((1, 2, 6)), jnp.ones((1, 2)))
+    found = batching.at_own_width(lambda tree: jnp.float32(tree[0].shape[-1]), tree, mask_PGT, (2, 4, 6))
+    assert found == width
