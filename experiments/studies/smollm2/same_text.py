@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from grpo_jax.errors import UserError
 from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from grpo_jax.rollout import RolloutSpec, rollout, row_keys
 from grpo_jax.run import make_run, restored_policy
@@ -45,6 +46,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if not cli.WORKDIR.value or not EXPORTED.value:
+        raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
     policy = restored_policy(run, workdir, cli.step_of(workdir, cli.STEP.value))
