@@ -22,7 +22,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.seed = 0
     config.num_steps = 800  # optimisation steps (iterations of rollout and update)
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
-    config.one_call = False  # rollout, reward and update in one compiled call (traceable tasks); then not timed apart
+    config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
     config.objective = ConfigDict(dataclasses.asdict(objectives.get(variant)))  # fields: grpo_jax/objectives/spec.py

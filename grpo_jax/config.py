@@ -232,7 +232,7 @@ class Config:
     seed: int
     num_steps: int
     eval_every: int
-    one_call: bool
+    steps_per_call: int
     shuffle_rewards: bool
     objective: Objective
     model: ModelConfig

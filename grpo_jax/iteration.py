@@ -100,13 +100,25 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
     return gather if config.dynamic_sampling.enabled else sample_once
 
 
-def make_iteration(collect: Collect, train_step: TrainStep) -> Iteration:
-    """collect, then update. Pure where both are: jit it with donated state for one call an iteration."""
+def make_iterations(collect: Collect, train_step: TrainStep, num_steps: int) -> Iteration:
+    """num_steps times collect and update, for a traceable task: pure, to be jitted with donated state.
 
-    def iterate(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+    -> iterate(state) -> (state, the last batch, metrics with a leading axis of steps).
+    """
+
+    def step(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         state, batch, sampled = collect(state)
         state, updated = train_step(state, batch)
         return state, batch, metrics_lib.merge(sampled, updated)
+
+    def iterate(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        def next_step(carry: tuple[TrainState, Batch], _: None):
+            state, batch, metrics = step(carry[0])
+            return (state, batch), metrics
+
+        no_batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, state)[1])
+        (state, batch), metrics = jax.lax.scan(next_step, (state, no_batch), None, length=num_steps)
+        return state, batch, metrics
 
     return iterate
 

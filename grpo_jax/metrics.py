@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,6 +127,11 @@ def _merge_one(left: Any, right: Any) -> Metric:
 def reduce_stacked(stacked: Metrics) -> dict[str, Metric]:
     """Metrics stacked on a leading axis (what `lax.scan` returns) -> one."""
     return {name: metric.reduced() for name, metric in stacked.items()}
+
+
+def unstacked(stacked: Metrics, num: int) -> list[dict[str, Metric]]:
+    """Metrics stacked on a leading axis of length num -> one dict for each place on it."""
+    return [{name: jax.tree.map(operator.itemgetter(i), metric) for name, metric in stacked.items()} for i in range(num)]
 
 
 def psum(metrics: Metrics, axis_name: str) -> dict[str, Metric]:

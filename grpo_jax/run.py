@@ -17,7 +17,7 @@ from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
-from grpo_jax.iteration import Collect, make_collect, make_iteration, make_rollout
+from grpo_jax.iteration import Collect, make_collect, make_iterations, make_rollout
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
@@ -51,11 +51,16 @@ def make_run(config: Config) -> Run:
 
 
 def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
-    """Bind a config to a task and a model."""
+    """Bind a config to a task and a model. Raises UserError if the task cannot do what the config asks."""
+    if config.steps_per_call and not task.is_traceable:
+        raise UserError(
+            f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
+        )
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     spec = build.rollout_spec(config, task)
     collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
     train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
+    iterate = make_iterations(collect, train_step, max(config.steps_per_call, 1))
     everywhere = NamedSharding(mesh, REPLICATED)
     return Run(
         config=config,
@@ -65,7 +70,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         optimizer=optimizer,
         collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
         update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
-        iterate=jax.jit(make_iteration(collect, train_step), donate_argnums=0, out_shardings=(everywhere, None, None)),
+        iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(everywhere, None, None)),
         evaluate=make_evaluate(config, task, model, spec, mesh),
     )
 

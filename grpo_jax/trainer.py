@@ -76,6 +76,16 @@ class StopSignal:
 
 
 @dataclasses.dataclass
+class Unwritten:
+    """What is known of the steps of one call before it is in the records. timing: of each; evaluated: after the last."""
+
+    last_step: int
+    steps: list[dict[str, Any]]
+    timing: dict[str, float]
+    evaluated: dict[str, float]
+
+
+@dataclasses.dataclass
 class Loop:
     """Iterations, with evaluation, logging and saving between them."""
 
@@ -93,19 +103,19 @@ class Loop:
         )
         if is_fresh:
             self.write(0, as_metrics(self.run.evaluate(state.policy)))
-        unwritten: tuple[int, dict[str, Any], dict[str, float]] | None = None
-        for step in range(start + 1, config.num_steps + 1):
+        unwritten: Unwritten | None = None
+        num_steps = max(config.steps_per_call, 1)
+        for step in range(start + num_steps, config.num_steps + 1, num_steps):
             if self.stop.is_set:
                 break
-            state, batch, metrics, timing = self.iterate(state, unwritten)
-            unwritten = (step, metrics, timing)
+            state, batch, unwritten = self.iterate(state, step, unwritten)
             if config.log.completions_every and step % config.log.completions_every == 0:
                 adv_PGT, grpo_PG = recorded_advantages(batch)
                 rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
                 self.log.completions(step, rows)
             is_last = step == config.num_steps
             if is_last or (config.eval_every and step % config.eval_every == 0):
-                timing.update(as_metrics(self.run.evaluate(state.policy)))
+                unwritten.evaluated = as_metrics(self.run.evaluate(state.policy))
             if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
                 self.write_out(unwritten)
                 unwritten = None
@@ -113,14 +123,15 @@ class Loop:
         self.write_out(unwritten)
         self.save(state)
 
-    def iterate(self, state: TrainState, unwritten: Any):
-        """One iteration; what was left unwritten is written while the device works."""
+    def iterate(self, state: TrainState, step: int, unwritten: Unwritten | None):
+        """One call, up to step `step`; what was left unwritten is written while the device works."""
         began = time.monotonic()
         timing: dict[str, float] = {}
-        if self.run.config.one_call and self.run.task.is_traceable:
+        if self.run.config.steps_per_call:
             state, batch, metrics = self.run.iterate(state)
             self.write_out(unwritten)
             jax.block_until_ready(state.step)
+            steps = metrics_lib.unstacked(jax.device_get(metrics), self.run.config.steps_per_call)
         else:
             state, batch, sampled = self.run.collect(state)
             self.write_out(unwritten)
@@ -129,18 +140,20 @@ class Loop:
             state, updated = self.run.update(state, batch)
             jax.block_until_ready(state.step)
             timing["time/update_secs"] = time.monotonic() - began - timing["time/rollout_secs"]
-            metrics = metrics_lib.merge(sampled, updated)
-        timing["time/step_secs"] = time.monotonic() - began
-        return state, batch, metrics, timing
+            steps = [metrics_lib.merge(sampled, updated)]
+        timing["time/step_secs"] = (time.monotonic() - began) / len(steps)
+        return state, batch, Unwritten(step, steps, timing, {})
 
-    def write_out(self, unwritten: Any) -> None:
-        """Read a step's metrics off the device and write its record."""
+    def write_out(self, unwritten: Unwritten | None) -> None:
+        """Read the metrics of a call's steps off the device and write their records."""
         if unwritten is None:
             return
-        step, metrics, extra = unwritten
-        num_tokens = float(metrics["completion/length_mean"].total)
-        values = {**metrics_lib.to_floats(metrics), **extra, "tokens/s": num_tokens / extra["time/step_secs"]}
-        self.write(step, values)
+        first = unwritten.last_step - len(unwritten.steps) + 1
+        for step, metrics in enumerate(unwritten.steps, first):
+            num_tokens = float(metrics["completion/length_mean"].total)
+            values = {**metrics_lib.to_floats(metrics), **unwritten.timing}
+            values["tokens/s"] = num_tokens / unwritten.timing["time/step_secs"]
+            self.write(step, values | unwritten.evaluated if step == unwritten.last_step else values)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.log.metrics(step, values)

@@ -57,11 +57,20 @@ def validate(config: Config) -> None:
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
     _require_adapters(config)
+    _require_whole_calls(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
         )
+
+
+def _require_whole_calls(config: Config) -> None:
+    """What happens between steps can only happen between calls."""
+    for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
+        value = _field(config, name)
+        if config.steps_per_call and value % config.steps_per_call:
+            raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
 
 
 def _require_adapters(config: Config) -> None:
@@ -132,6 +141,7 @@ def _require_choices(config: Config) -> None:
 AT_LEAST = {
     "num_steps": 0,
     "eval_every": 0,
+    "steps_per_call": 0,
     "lora.rank": 0,
     "model.num_layers": 1,
     "model.num_heads": 1,

@@ -76,7 +76,7 @@ def example_batch(position=0):
 
 def empty_state(step=0):
     pending = dynamic_sampling.empty_buffer(jax.eval_shape(example_batch))
-    return TrainState(jnp.int32(step), {}, None, None, jnp.int32(0), pending)
+    return TrainState(jnp.int32(step), {}, None, None, None, jnp.int32(0), pending)
 
 
 # ---------------------------------------------------------------------------------------------------------- the buffer

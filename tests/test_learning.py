@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from configs import base
-from grpo_jax import build
-from grpo_jax import metrics as metrics_lib
+from grpo_jax import build, trainer
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
 from grpo_jax.run import initial_state, make_run
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.types import Prompts, Reward
+from tests import programs, tiny
 
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 LETTERS = "abcdefgh"
@@ -46,6 +47,10 @@ class Repeat:
         is_right_PG = (tokens_PGT[..., 0] == answer[:, None]).astype(jnp.float32)
         return Reward(is_right_PG, jnp.zeros_like(is_right_PG), {})
 
+    def final_answers(self, tokens_PGT, mask_PGT):
+        del mask_PGT
+        return tokens_PGT[..., 0].astype(str).tolist()
+
     def close(self):
         pass
 
@@ -55,7 +60,8 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     config = base.get_config("runlocal", variant)
     config.dynamic_sampling.enabled = variant == "dapo"
     config.warm_start.num_steps = 0
-    config.num_steps, config.shuffle_rewards, config.one_call = num_steps, is_shuffled, True
+    config.num_steps, config.shuffle_rewards, config.steps_per_call = num_steps, is_shuffled, 20
+    config.eval_every = config.checkpoint.every = config.log.completions_every = 0
     config.rollout.num_prompts, config.rollout.max_completion_tokens = 16, 2
     config.model.dim, config.model.ffn_dim = 16, 32
     config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "constant"
@@ -64,10 +70,11 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     run = make_run(Config.from_config_dict(config))
     state = initial_state(run)
     curve = []
-    for _ in range(num_steps):
+    for _ in range(0, num_steps, config.steps_per_call):
         state, _, metrics = run.iterate(state)
-        curve.append(metrics_lib.to_floats(metrics)["reward/success"])
-    return np.array(curve), run, state
+        success = metrics["reward/success"]
+        curve.append(success.total / success.count)
+    return np.concatenate(curve), run, state
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -75,10 +82,28 @@ def test_every_variant_learns(monkeypatch, variant):
     curve, run, state = success_by_step(monkeypatch, variant)
     assert curve[0] < 0.35
     assert curve[-5:].mean() > 0.85
-    assert run.evaluate(state.params)["eval/success"] == 1.0
+    assert run.evaluate(state.params)["success"].value == 1.0
 
 
 @pytest.mark.parametrize("variant", ["dapo", "gtpo"])
 def test_nothing_is_learnt_from_shuffled_rewards(monkeypatch, variant):
     curve, _, _ = success_by_step(monkeypatch, variant, is_shuffled=True)
     assert curve[-20:].mean() < curve[0] + 0.1
+
+
+def test_many_steps_in_one_call_are_the_steps_one_by_one(tmp_path):
+    """The records of a run of 4 steps: two calls of two, with an evaluation after each, against four."""
+    changes = {"num_steps": 4, "eval_every": 2, "checkpoint.every": 2, "log.completions_every": 2, "overlong.cache_tokens": 6}
+    changes |= {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 0, "eval.num_samples": 0}
+    for num in (0, 2):
+        trainer.train(tiny.config_of("gtpo", changes | {"steps_per_call": num}), tmp_path / str(num))
+    one_by_one, together = (programs.records(tmp_path / name) for name in ("0", "2"))
+    assert [record["step"] for record in together] == [0, 1, 2, 3, 4] and "eval/success" in together[2]
+    for expected, found in zip(one_by_one, together, strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    assert (tmp_path / "2" / "completions.jsonl").read_text().count("\n") == 2 * 2 * 8
+    for name, value in (("steps_per_call", 3), ("log.completions_every", 1)):
+        with pytest.raises(UserError, match="must be a multiple of"):
+            tiny.config_of("gtpo", changes | {"steps_per_call": 2, name: value})

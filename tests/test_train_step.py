@@ -471,6 +471,7 @@ def test_a_whole_run_compiles_once():
     for _ in range(3):
         state, _, metrics = run.iterate(state)
     assert run.iterate._cache_size() == 1
-    assert int(state.step) == 3 and floats(metrics)["grad/norm"] >= 0
-    assert np.isfinite(list(floats(metrics).values())).all()
+    metrics = floats(jax.tree.map(lambda x: x[0], metrics))  # of the one step in a call
+    assert int(state.step) == 3 and metrics["grad/norm"] >= 0
+    assert np.isfinite(list(metrics.values())).all()
     assert jax.tree.structure(state.params) == jax.tree.structure(before)
