@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,9 +26,12 @@ from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
 from grpo_jax.types import TrainState
 
 
-def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False) -> dict[str, float]:
+def train(
+    config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+) -> dict[str, float]:
     """Run `config` in `workdir` from where it left off; -> the summary that is also written to summary.json.
 
+    profiled: steps whose calls jax.profiler traces into <workdir>/profile.
     SIGTERM: saves after the iteration under way and returns. Raises: UserError on bad input, before anything is written.
     """
     run = make_run(config)
@@ -45,7 +49,8 @@ def train(config: Config, workdir: pathlib.Path, *, allow_config_change: bool = 
         log, progress = RunLog(workdir, start if resumed is not None else -1), ProgressLine(start, config.num_steps)
         try:
             with StopSignal() as stop:
-                Loop(run, log, progress, checkpointer, stop).go(state, start, is_fresh=resumed is None)
+                profiler = Profiler(workdir / "profile", profiled)
+                Loop(run, log, progress, checkpointer, stop, profiler).go(state, start, is_fresh=resumed is None)
         finally:
             progress.close()
             log.close()
@@ -76,6 +81,18 @@ class StopSignal:
 
 
 @dataclasses.dataclass
+class Profiler:
+    """Traces the calls that end with one of `steps`, each by itself."""
+
+    folder: pathlib.Path
+    steps: range | None
+
+    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        is_traced = self.steps is not None and step in self.steps
+        return jax.profiler.trace(str(self.folder)) if is_traced else contextlib.nullcontext()
+
+
+@dataclasses.dataclass
 class Unwritten:
     """What is known of the steps of one call before it is in the records. timing: of each; evaluated: after the last."""
 
@@ -94,6 +111,7 @@ class Loop:
     progress: ProgressLine
     checkpointer: Checkpointer
     stop: StopSignal
+    profiler: Profiler
 
     def go(self, state: TrainState, start: int, *, is_fresh: bool) -> None:
         """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
@@ -108,7 +126,8 @@ class Loop:
         for step in range(start + num_steps, config.num_steps + 1, num_steps):
             if self.stop.is_set:
                 break
-            state, batch, unwritten = self.iterate(state, step, unwritten)
+            with self.profiler(step):
+                state, batch, unwritten = self.iterate(state, step, unwritten)
             if config.log.completions_every and step % config.log.completions_every == 0:
                 adv_PGT, grpo_PG = recorded_advantages(batch)
                 rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
