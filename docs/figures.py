@@ -31,14 +31,14 @@ TITLES = {"grpo": "GRPO", "dapo": "DAPO", "dr_grpo": "Dr. GRPO", "gtpo": "GTPO",
 EXPLANATION = """Left: the advantage of each token.
 Right: what multiplies the gradient of its
 log-probability on the first update,
-advantage × weight / denominator, without
+advantage \N{MULTIPLICATION SIGN} weight / denominator, without
 the KL penalty; a budget of 8 tokens.
 
 Blue becomes more likely, orange less likely."""
 
 
 def credit(variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (advantage [B, T], what multiplies a token's gradient on the first update [B, T]: advantage * weight / denominator)."""
+    """-> (advantage, what multiplies a token's gradient on the first update: advantage * weight / denominator), both [B, T]."""
     obj = objectives.get(variant)
     adv_BT = objectives.advantages(obj, REWARDS_B, MASK_BT, ENTROPY_BT, group_size=len(REWARDS_B))
     weight_BT, denom = objectives.weights(obj, MASK_BT, max_completion_length=BUDGET)
@@ -64,7 +64,7 @@ def draw(path: pathlib.Path) -> None:
         heat(left, adv_BT, "{:+.2f}", credit_colours, -1.6, 1.6)
         heat(right, 100 * coefficient_BT, "{:+.1f}", credit_colours, -10, 10)
         left.set_title(f"{title}: advantage", loc="left", fontsize=11)
-        right.set_title(f"{title}: gradient coefficient × 100", loc="left", fontsize=11)
+        right.set_title(f"{title}: gradient coefficient \N{MULTIPLICATION SIGN} 100", loc="left", fontsize=11)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     Image.open(drawn).convert("RGB").quantize(96).save(path, optimize=True)  # a third of the bytes
