@@ -191,6 +191,7 @@ def test_both_languages_have_the_same_content():
         "displayed formulas": lambda text: formulas(text)[0],
         "formulas": lambda text: sorted(set(formulas(text)[1])),
         "tables": lambda text: [[len(row) for row in table] for table in tables(text)],
+        "numbers": lambda text: sorted(set(re.findall(r"-?\d+\.\d+", prose(text)))),
         "numbers in tables": lambda text: [sorted(re.findall(r"\d+\.\d+", str(table))) for table in tables(text)],
         "links": lambda text: re.findall(r"\]\(([^)#]+)\)", text.replace(".zh.md", ".md")),
     }
