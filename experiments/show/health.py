@@ -237,7 +237,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "Scoring timeouts", overall("reward/timeouts"), PERCENT, "high", 0.0, 0.05,
         good="The scorer was always in time.",
-        advice="Some completions ran out of scoring time and count as wrong: raise task.scoring.time_limit_secs.",
+        advice="Some completions ran out of scoring time and count as wrong: raise reward.scoring.time_limit_secs.",
         absent="This task is scored inside the program.",
     ),
     Rule(

@@ -1,0 +1,239 @@
+"""The guide to the variants: its examples run, its tables are the code's, and both languages say the same."""
+
+import ast
+import doctest
+import html
+import importlib
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from docs import figures
+from experiments.show.health import RULES
+from grpo_jax import objectives
+from grpo_jax.config import Config
+from tests.test_config import leaf_fields
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("variants.md", "variants.zh.md")}
+ENGLISH, CHINESE = PAGES.values()
+pages = pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+DISPLAY = re.compile(r"^\$\$(.+?)\$\$$", re.M)
+INLINE = re.compile(r"(?<!\$)\$([^$\n]+)\$(?!\$)")
+CODE = re.compile(r"`([^`\n]+)`")
+
+
+def blocks(text, language):
+    return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def prose(text):
+    return FENCE.sub("", text)
+
+
+def formulas(text):
+    """-> (displayed, in the line)."""
+    return DISPLAY.findall(prose(text)), INLINE.findall(CODE.sub("", DISPLAY.sub("", prose(text))))
+
+
+def sections(text, level):
+    """[(heading, what follows it up to the next heading of that level or above)]."""
+    parts = re.split(rf"^(#{{1,{level}}}) (.+)$", text, flags=re.M)
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return [(title, body) for marks, title, body in found if len(marks) == level]
+
+
+def section_of(variant, text):
+    return dict(sections(text, 2))[figures.TITLES[variant]]
+
+
+def tables(text):
+    """Every table as rows of cells, its head and rule left out."""
+    found = re.findall(r"(?:^\|.*\|\n)+", prose(text), re.M)
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]] for table in found]
+
+
+# ----------------------------------------------------------------------------------------------- formulas and examples
+
+
+def test_the_examples_compute_what_the_page_says():
+    (source,) = {"\n".join(blocks(text, "python")) for text in PAGES.values()}  # the same code in both languages
+    test = doctest.DocTestParser().get_doctest(source, {}, "docs/variants.md", None, 0)
+    runner = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF)
+    said = []
+    runner.run(test, out=said.append, clear_globs=False)
+    assert runner.failures == 0 and runner.tries > 80, "".join(said)
+    group = {name: test.globs[name] for name in ("rewards_B", "lengths_B", "mask_BT", "entropy_BT", "L")}
+    of_figure = (figures.REWARDS_B, figures.LENGTHS_B, figures.MASK_BT, figures.ENTROPY_BT, figures.BUDGET)
+    for (name, ours), theirs in zip(group.items(), of_figure, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+@pages
+def test_after_every_formula_comes_its_code(text):
+    seen = 0
+    for title, body in sections(text, 3):
+        for formula in DISPLAY.finditer(body):
+            rest = body[formula.end() :]
+            assert "\n```python\n" in rest, f"{title}: {formula[0]}"
+            seen += 1
+    assert seen == len(formulas(text)[0]) > 20
+
+
+@pages
+def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
+    parts = [[title for title, _ in sections(section_of(variant, text), 3)] for variant in objectives.VARIANTS]
+    assert len(parts[0]) == 8 and all(each == parts[0] for each in parts)
+    for variant in objectives.VARIANTS:
+        code = "\n".join(blocks(section_of(variant, text), "python"))
+        assert f'"{variant}"' in code, variant
+
+
+# ------------------------------------------------------------------------------------------------- tables against code
+
+
+@pages
+def test_the_overview_is_the_table_of_variants(text):
+    (overview,) = [table for table in tables(text) if "`group_norm`" in table[0]]
+    rows = {re.match(r"\[(.+)\]", row[0])[1]: row[1:6] for row in overview}
+    assert list(rows) == [figures.TITLES[variant] for variant in objectives.VARIANTS]
+    for variant, obj in objectives.VARIANTS.items():
+        advantage, ratio, clip, aggregation, kl = (cell.strip("`") for cell in rows[figures.TITLES[variant]])
+        assert (advantage, ratio, aggregation) == (obj.advantage, obj.ratio, obj.aggregation), variant
+        assert [float(bound) for bound in clip.split("/")] == [obj.clip_low, obj.clip_high], variant
+        assert float(kl) == obj.kl_coef, variant
+
+
+@pages
+def test_the_limits_are_those_of_the_health_checks(text):
+    titles = {rule.title: rule for rule in RULES}
+    (table,) = [table for table in tables(text) if table[0][0] in titles]
+    assert [row[0] for row in table] == list(titles)
+    for title, _, orange, red, _ in table:
+        rule = titles[title]
+        for cell, limit in ((orange, rule.warn), (red, rule.bad)):
+            sign, number = cell.split()
+            assert (sign, float(number)) == (">" if rule.worse == "high" else "≤", limit), title
+
+
+def known_metrics():
+    """Names that the package writes: string constants like "policy/entropy"."""
+    for file in (ROOT / "grpo_jax").glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[a-z]+/\w+", node.value):
+                yield node.value
+
+
+@pages
+def test_every_metric_field_and_file_exists(text):
+    metrics, fields = set(known_metrics()), set(leaf_fields()) | {f"objective.{name}" for name in vars(objectives.get("grpo"))}
+    groups = {field.split(".")[0] for field in fields if "." in field}
+    seen = {"metric": 0, "field": 0, "file": 0}
+    for code in CODE.findall(prose(text)):
+        name = code.removeprefix("--config.").split("=")[0]
+        if re.fullmatch(r"[a-z]+/\w+", name):
+            seen["metric"] += 1
+            assert name in metrics, code
+        elif re.fullmatch(r"[\w/]+\.(py|md)", name):
+            seen["file"] += 1
+            assert (ROOT / name).is_file(), code
+        elif name.split(".")[0] in groups and "." in name:
+            seen["field"] += 1
+            assert name in fields, code
+    assert min(seen.values()) >= 5, seen
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / "docs" / link).is_file(), link
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title, _ in sections(text, 2)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+
+
+def config_of_command(command):
+    """The Config that a training command of the page asks for."""
+    name, scale = re.search(r"--config=configs/(\w+)\.py:(\w+)", command).groups()
+    raw = importlib.import_module(f"configs.{name}").get_config(scale)
+    changes = re.findall(r'--config\.([\w.]+)=("[^"]*"|\S+)', command)
+    raw.update_from_flattened_dict({field: literal(value.strip('"')) for field, value in changes})
+    return Config.from_config_dict(raw)
+
+
+def literal(value):
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        return value
+
+
+def test_the_commands_train_the_variant_of_their_section():
+    seen = 0
+    for variant in objectives.VARIANTS:
+        (block,) = blocks(section_of(variant, ENGLISH), "bash")
+        for command in re.sub(r"\\\n\s*", "", block).splitlines():
+            assert objectives.describe(config_of_command(command).objective).split(" + ")[0] == variant, command
+            seen += 1
+    assert seen > 8
+    (gspo,) = blocks(section_of("gspo", ENGLISH), "bash")
+    assert config_of_command(gspo).objective == objectives.get("gspo")
+
+
+# ---------------------------------------------------------------------------------------------- languages and rendering
+
+
+def test_both_languages_have_the_same_content():
+    parts = {
+        "headings": lambda text: re.findall(r"^#+ ", prose(text), re.M),
+        "items": lambda text: re.findall(r"^(?:- |\d\. )", prose(text), re.M),
+        "code": lambda text: FENCE.findall(text),
+        "names": lambda text: sorted(set(CODE.findall(prose(text)))),
+        "displayed formulas": lambda text: formulas(text)[0],
+        "formulas": lambda text: sorted(set(formulas(text)[1])),
+        "tables": lambda text: [[len(row) for row in table] for table in tables(text)],
+        "numbers": lambda text: sorted(set(re.findall(r"-?\d+\.\d+", prose(text)))),
+        "numbers in tables": lambda text: [sorted(re.findall(r"\d+\.\d+", str(table))) for table in tables(text)],
+        "links": lambda text: re.findall(r"\]\(([^)#]+)\)", text.replace(".zh.md", ".md")),
+    }
+    for name, part in parts.items():
+        assert part(ENGLISH) == part(CHINESE), name
+        assert len(part(ENGLISH)) > 5, name
+
+
+@pages
+def test_markdown_leaves_the_formulas_alone(text):
+    """GitHub reads Markdown before it reads formulas, and takes a $ for one only between spaces and punctuation."""
+    from markdown_it import MarkdownIt
+
+    rendered = html.unescape(MarkdownIt("commonmark").enable("table").render(text))
+    displayed, inline = formulas(text)
+    assert len(displayed) > 20 and len(inline) > 50
+    for formula in displayed + inline:
+        assert f"${formula}$" in rendered, formula
+        assert not re.search(r"\\operatorname|\\[^a-zA-Z]|[<>|*]", formula), formula
+    for line in DISPLAY.finditer(prose(text)):
+        assert prose(text)[: line.start()].endswith("\n\n") and prose(text)[line.end() :].startswith("\n\n"), line[0]
+    for line in prose(text).splitlines():
+        bare = CODE.sub(lambda code: "c" * len(code[0]), line)
+        for formula in () if line.startswith("$$") else INLINE.finditer(bare):
+            around = f" {bare} "
+            before, after = around[formula.start()], around[formula.end() + 1]
+            assert before in " (" and after in " ,.;:)", line
+
+
+@pages
+def test_the_formulas_are_latex(text):
+    """matplotlib's parser knows a part of LaTeX: balanced braces, known commands."""
+    from matplotlib.mathtext import MathTextParser
+
+    parser = MathTextParser("path")
+    for formula in {formula for kind in formulas(text) for formula in kind}:
+        parser.parse(f"${formula.replace(chr(92) + 'lt', '<').replace(chr(92) + 'qquad', chr(92) + 'quad')}$")
+
+
+def test_the_readme_links_to_both():
+    assert all(f"(docs/{name})" in (ROOT / "README.md").read_text() for name in PAGES)
+
+
+def test_the_figure_is_small():
+    assert 10_000 < (ROOT / "docs" / "advantages.png").stat().st_size < 200_000
