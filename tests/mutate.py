@@ -109,8 +109,8 @@ BUGS = [
     ),
     (
         "reference kept although kl_coef is 0",
-        "grpo_jax/trainer.py",
-        "if config.objective.kl_coef > 0 else None",
+        "grpo_jax/run.py",
+        " if has_copy else None",
         "",
         "tests/test_train_step.py",
     ),
@@ -204,6 +204,34 @@ BUGS = [
         "grain.MapDataset.mix(orders, list(weights.values()))",
         "grain.MapDataset.mix(orders)",
         "tests/test_tasks_host.py -k weights",
+    ),
+    (
+        "adapters not scaled",
+        "grpo_jax/models/lora.py",
+        "return self.alpha / self.rank",
+        "return 1.0",
+        "tests/test_lora.py -k peft",
+    ),
+    (
+        "the reference has the adapters on",
+        "grpo_jax/train_step.py",
+        "dataclasses.replace(model, lora=None), ref_params",
+        "model, join(ref_params, state.params) if model.lora else ref_params",
+        "tests/test_lora.py -k chain_rule",
+    ),
+    (
+        "pass@k draws with replacement",
+        "grpo_jax/estimates.py",
+        "np.maximum(num_wrong_P1 - drawn_1k, 0) / (num_samples - drawn_1k)",
+        "(num_wrong_P1 + 0 * drawn_1k) / num_samples",
+        "tests/test_estimates.py -k subsets",
+    ),
+    (
+        "a microbatch is cut one token short",
+        "grpo_jax/batching.py",
+        "lengths(mask_PGT).max())",
+        "lengths(mask_PGT).max() - 1)",
+        "tests/test_batching.py",
     ),
 ]
 
