@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
+QUIET = 0.1  # share of the machine that others may have before the table says that it is not to be trusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +180,9 @@ def main() -> None:
     args, flags = parse()
     records = rounds(flags, args)
     Console(width=None if sys.stdout.isatty() else 160).print(table(records, flags))
+    disturbed = max((r.get("others_cpu_share", 0.0) for of_system in records.values() for r in of_system), default=0.0)
+    if disturbed > QUIET:
+        print(f"others used up to {disturbed:.0%} of the machine: not a comparison, repeat it on an idle one")
     versions = [record["version"] for of_system in records.values() for record in of_system[-1:] if "version" in record]
     print("; ".join(versions))
     if any("error" in record for of_system in records.values() for record in of_system):
