@@ -1,281 +1,242 @@
 """Speed and memory of rollout, update and whole step: one JSON line, with the share of the machine's limits that is reached.
 
-    python -m experiments.benchmark --model=tiny --what=update            random weights, fixed lengths, seeded tokens
+    python -m experiments.benchmark --what=update                            the tiny model
     python -m experiments.benchmark --model=smol --what=step --beta=0.04 --dtype=bfloat16
-    python -m experiments.benchmark --config=configs/dapo.py:tiny --what=step          a real run's settings
-    python -m experiments.benchmark --model=tiny --what=update --against=trl --against=tunix   peers, interleaved, ratios
+    python -m experiments.benchmark --config=configs/dapo.py:tiny --what=step --prompts=64     a run's own model and task
 
-tiny: 4 layers of width 256, 512 tokens; smol: SmolLM2-135M's shape. rollout and step count completion tokens, update counts
-prompt and completion tokens of every row, as if each row ran its own prompt.
+What the models and batches are: experiments/peers/workload.py. rollout and step count completion tokens; update and mem count
+prompt and completion tokens of every row, as if each row ran its own prompt. experiments.peers.compare measures peers.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import json
-import os
 import pathlib
-import resource
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding
 
 from configs import base
-from experiments.roofline import Ceilings, decode_bytes, measure_ceilings, rollout_flops, update_flops
+from experiments import cli, roofline
+from experiments.peers import workload
+from experiments.peers.workload import SHAPES, Timing, Workload
+from experiments.synthetic import RandomTask, architecture, random_batch
 from grpo_jax import build
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.iteration import make_rollout
-from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.transformer import ModelDef, init_params
-from grpo_jax.run import Run, assemble, initial_state, make_run, state_around
-from grpo_jax.sharding import make_mesh
-from grpo_jax.types import Batch, Prompts, Reward, TrainState
+from grpo_jax.run import Run, assemble, initial_state, make_run, require_divisible, state_around
+from grpo_jax.sharding import REPLICATED, make_mesh
+from grpo_jax.types import Rollout, TrainState
 
-SHAPES = {
-    "tiny": Architecture(512, 256, 4, 8, 4, 32, 704),
-    "smol": Architecture(49_152, 576, 30, 9, 3, 64, 1536, rope=Rope(100_000.0)),
+COMPILED = "/jax/core/compile/backend_compile_duration"
+FIELDS = {  # flag -> field of the config
+    "beta": "objective.kl_coef",
+    "dtype": "model.dtype",
+    "remat": "model.remat",
+    "prompts": "rollout.num_prompts",
+    "group_size": "rollout.group_size",
+    "completion_len": "rollout.max_completion_tokens",
 }
-BATCHES = {"tiny": (4, 8), "smol": (2, 4)}  # prompts, completions of each
-REPEATS = {"tiny": (2, 7), "smol": (1, 4)}  # untimed calls, timed calls
-PEERS = ("trl", "tunix")
+Measured = tuple[Timing, roofline.Sizes, roofline.Sizes]  # what was sampled, what was trained on
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(SHAPES), default="tiny")
-    parser.add_argument("--config", help="measure a run's own model and task: configs/<variant>.py[:scale]")
-    parser.add_argument("--what", choices=["rollout", "update", "step", "mem"], required=True)
-    parser.add_argument("--beta", type=float, default=0.0, help="kl_coef")
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--completion-len", type=int, default=128)
-    parser.add_argument("--prompts", type=int)
-    parser.add_argument("--G", type=int)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--remat", type=int, choices=[0, 1], default=0)
-    parser.add_argument("--microbatch", type=int, default=0, help="rows in a microbatch; 0: all at once")
-    parser.add_argument("--warmup", type=int)
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--against", action="append", choices=PEERS, default=[])
-    parser.add_argument("--rounds", type=int, default=3, help="with --against: interleaved processes of each system")
-    args = parser.parse_args()
-    prompts, group = BATCHES[args.model]
-    warmup, repeats = REPEATS[args.model]
-    args.prompts, args.G = args.prompts or prompts, args.G or group
-    args.warmup = warmup if args.warmup is None else args.warmup
-    args.repeats = repeats if args.repeats is None else args.repeats
+    workload.add_flags(parser)
+    parser.add_argument("--config", help="configs/<variant>.py[:scale], instead of --model and --prompt-len")
+    args = parser.parse_args(argv)
+    if args.config and (args.model or args.prompt_len):
+        parser.error("--config: its model and prompts are the run's own, leave out --model and --prompt-len")
+    filled = workload.fill(args)
+    if not args.config:
+        return filled
+    args.warmup, args.repeats = filled.warmup, filled.repeats
     return args
 
 
-class RandomTask:
-    """Prompts of one length, nothing ends a completion, and a reward that is anything but equal."""
-
-    is_traceable, stop_ids = True, ()
-
-    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
-        raise NotImplementedError("nothing is evaluated here")
-
-    def __init__(self, vocab_size: int, prompt_tokens: int):
-        self.vocab_size, self.prompt_tokens = vocab_size, prompt_tokens
-        self.tokenizer: Any = argparse.Namespace(pad_id=1)
-
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        shape = (num_prompts, self.prompt_tokens)
-        tokens_PS = jax.random.randint(jax.random.key(position), shape, 3, self.vocab_size, jnp.int32)
-        return Prompts(tokens_PS, jnp.ones(shape, bool), jnp.zeros(num_prompts, jnp.int32))
-
-    def eval_prompts(self) -> Prompts:
-        return self.train_prompts(0, 1)
-
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
-        del answer
-        reward_PG = ((tokens_PGT * mask_PGT).sum(-1) % 7).astype(jnp.float32)
-        return Reward(reward_PG, jnp.zeros_like(reward_PG), {})
-
-    def close(self) -> None:
-        pass
-
-
-def workload(args: argparse.Namespace) -> tuple[Run, TrainState]:
-    """The run to measure, and its state."""
+def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
+    """The run to measure, and its state. Raises UserError."""
     if args.config:
-        run = make_run(config_of(args.config))
+        run = make_run(with_flags(load_config(args.config), args))
         return run, initial_state(run)
     raw = base.get_config()
     raw.update_from_flattened_dict(
-        {
-            "objective.kl_coef": args.beta,
-            "warm_start.num_steps": 0,
-            "rollout.num_prompts": args.prompts,
-            "rollout.group_size": args.G,
-            "rollout.max_completion_tokens": args.completion_len,
-            "optimizer.learning_rate": 1e-6,
-            "learner.num_microbatches": args.prompts * args.G // args.microbatch if args.microbatch else 1,
-            "eval.num_samples": 0,
-            "mesh.data": 1,
-        }
+        {"warm_start.num_steps": 0, "optimizer.learning_rate": workload.LEARNING_RATE, "eval.num_samples": 0, "mesh.data": 1}
     )
-    config = Config.from_config_dict(raw)
-    model = ModelDef(SHAPES[args.model], dtype=args.dtype, remat=bool(args.remat))
-    run = assemble(config, make_mesh(config.mesh), RandomTask(model.arch.vocab_size, args.prompt_len), model)
-    return run, state_around(run, init_params(model.arch, jax.random.key(0)), None)
+    config, shape = with_flags(raw, args), SHAPES[args.model]
+    mesh = make_mesh(config.mesh)
+    require_divisible(config, mesh)
+    model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
+    task = RandomTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0))
+    run = assemble(config, mesh, task, model)
+    state = state_around(run, init_params(model.arch, jax.random.key(0)), None)
+    return run, jax.device_put(state, NamedSharding(mesh, REPLICATED))  # where updates leave it: else the second call compiles
 
 
-def config_of(name: str) -> Config:
-    """configs/dapo.py:tiny -> Config."""
+def load_config(name: str) -> Any:
+    """configs/dapo.py:tiny -> ConfigDict. Raises UserError."""
     path, _, scale = name.partition(":")
     spec = importlib.util.spec_from_file_location("benchmarked_config", path)
-    assert spec is not None and spec.loader is not None, path
+    if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
+        raise UserError(f"--config={name}: no Python file {path}; give configs/<variant>.py[:scale]")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Config.from_config_dict(module.get_config(*([scale] if scale else [])))
+    try:
+        return module.get_config(*([scale] if scale else []))
+    except ValueError as error:
+        raise UserError(f"--config={name}: {error}") from None
+
+
+def with_flags(raw: Any, args: argparse.Namespace) -> Config:
+    """The config with the flags that were given. Raises UserError."""
+    given = {field: getattr(args, name) for name, field in FIELDS.items() if getattr(args, name) is not None}
+    raw.update_from_flattened_dict(given)
+    if args.microbatch:
+        rows = raw.rollout.num_prompts * raw.rollout.group_size // raw.learner.num_minibatches
+        if rows % args.microbatch:
+            raise UserError(f"--microbatch={args.microbatch}: does not divide the {rows} rows of an optimizer step")
+        raw.learner.num_microbatches = rows // args.microbatch
+    return Config.from_config_dict(raw)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time one thing; -> the JSON line."""
-    run, state = workload(args)
-    P, G = run.config.rollout.num_prompts, run.config.rollout.group_size
+    """Time one thing; -> the JSON object. Raises UserError."""
+    compiled_at: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
+        if event == COMPILED:
+            compiled_at.append(time.perf_counter())
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    run, state = prepare(args)
+    try:
+        how = {"rollout": time_rollout, "step": time_step, "update": time_update, "mem": time_update}[args.what]
+        timing, sampled, trained = how(run, state, args)
+    finally:
+        run.task.close()
+        jax.monitoring.unregister_event_duration_listener(listen)
+    in_timed_calls = [at for at in compiled_at if timing.began <= at <= timing.ended]
+    assert compiled_at, f"JAX does not report {COMPILED} any more"
+    if in_timed_calls:
+        raise UserError(f"--warmup={args.warmup}: something compiled in a timed call, use more")
+    version = f"jax {jax.__version__} {jax.devices()[0].device_kind}"
+    record = workload.report("grpo_jax", version, described(run, args), timing)
+    if args.what != "mem":
+        record.update(limits(run, args.what, statistics.median(timing.secs), sampled, trained))
+    return record
+
+
+def described(run: Run, args: argparse.Namespace) -> Workload:
+    """What was measured, read from the run itself."""
+    config, rollout = run.config, run.config.rollout
+    cuts = config.learner.num_minibatches * config.learner.num_microbatches
+    return Workload(
+        model=args.config or args.model,
+        what=args.what,
+        beta=config.objective.kl_coef,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
+        microbatch=rollout.num_prompts * rollout.group_size // cuts if cuts > 1 else 0,
+        prompts=rollout.num_prompts,
+        group_size=rollout.group_size,
+        prompt_len=run.task.prompt_tokens,
+        completion_len=rollout.max_completion_tokens,
+        warmup=args.warmup,
+        repeats=args.repeats,
+    )
+
+
+def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
     rollout = jax.jit(make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh))
-    prompts = run.task.train_prompts(0, P)
-    rss = {"rss_before_mb": rss_mb("VmRSS")}
-    if args.what == "rollout":
-        secs, first_secs, last = timed(lambda i: rollout(state.policy, prompts, jax.random.key(i)), args)
-        num_tokens = float(last.mask_PGT.sum())
-    elif args.what == "step":
-        holder = [state]
+    prompts = run.task.train_prompts(0, run.config.rollout.num_prompts)
+    last = []
 
-        def step(_: int):
-            holder[0], batch, _ = run.iterate(holder[0])
-            return batch.rollout.mask_PGT
+    def call(i: int) -> Rollout:
+        last[:] = [jax.block_until_ready(rollout(state.policy, prompts, jax.random.key(i)))]
+        return last[0]
 
-        secs, first_secs, last = timed(step, args)
-        num_tokens = float(last.sum())
-    else:
-        batch = random_batch(run, prompts, state)
-        holder = [state]
-
-        def update(_: int):
-            holder[0], metrics = run.update(holder[0], batch)
-            return holder[0].step, metrics
-
-        if args.what == "mem":
-            args = argparse.Namespace(**{**vars(args), "warmup": 1, "repeats": 2})
-        secs, first_secs, _ = timed(update, args, after_first=reset_peak)
-        num_tokens = float(batch.rollout.mask_PGT.sum() + batch.rollout.prompts.mask_PS.sum() * G)
-    median = statistics.median(secs)
-    return {
-        "system": "grpo_jax",
-        "version": f"jax {jax.__version__} {jax.devices()[0].device_kind}",
-        "model": args.config or args.model,
-        "what": args.what if args.what == "rollout" else f"{args.what}_beta{args.beta:g}",
-        "dtype": args.dtype,
-        "tokens_per_s": round(num_tokens / median, 2),
-        "median_s": round(median, 5),
-        "min_s": round(min(secs), 5),
-        "max_s": round(max(secs), 5),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "peak_rss_steady_mb": rss_mb("VmHWM"),
-        **rss,
-        "threads": os.cpu_count(),
-        "tokens": num_tokens,
-        "repeats": len(secs),
-        "first_call_s": round(first_secs, 3),
-        "B": P * G,
-        "G": G,
-        "prompt_len": run.task.prompt_tokens,
-        "completion_len": run.config.rollout.max_completion_tokens,
-        "beta": run.config.objective.kl_coef,
-        "remat": int(run.model.remat),
-        "microbatch": args.microbatch,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **limits(args.what, run, median, measure_ceilings(run.model.dtype)),
-    }
+    timing = workload.timed(call, lambda result: float(result.mask_PGT.sum()), args.warmup, args.repeats)
+    return timing, sizes_of(last[0]), sizes_of(last[0])
 
 
-def limits(what: str, run: Run, secs: float, ceilings: Ceilings) -> dict[str, float]:
+def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
+    """A step as the trainer runs it: one call if config.one_call, else two."""
+    held: list[Any] = [state]
+
+    def call(_: int):
+        if run.config.one_call and run.task.is_traceable:
+            held[:] = run.iterate(held[0])
+        else:
+            state, batch, metrics = run.collect(held[0])
+            state, _ = run.update(state, batch)
+            held[:] = state, batch, metrics
+        return jax.block_until_ready(held)
+
+    def count(_: Any) -> float:
+        return float(held[2]["completion/length_mean"].total)  # what was sampled, also what dynamic sampling threw away
+
+    timing = workload.timed(call, count, args.warmup, args.repeats)
+    trained, lengths = sizes_of(held[1].rollout), held[2]["completion/length_mean"]
+    rows = float(lengths.count)
+    return timing, dataclasses.replace(trained, P=rows / trained.G, T=float(lengths.total) / rows), trained
+
+
+def time_update(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
+    batch = random_batch(run)
+    held: list[Any] = [state]
+    del state  # it is donated: nobody else may hold it
+
+    def call(_: int):
+        held[:] = run.update(held[0], batch)
+        return jax.block_until_ready(held)
+
+    sizes = sizes_of(batch.rollout)
+    num_tokens = sizes.P * sizes.G * (sizes.S + sizes.T)
+    return workload.timed(call, lambda _: num_tokens, args.warmup, args.repeats), sizes, sizes
+
+
+def sizes_of(rollout: Rollout) -> roofline.Sizes:
+    """Prompts, completions of each, and their mean lengths."""
+    P, G, _ = rollout.mask_PGT.shape
+    return roofline.Sizes(P, G, float(rollout.prompts.mask_PS.sum()) / P, float(rollout.mask_PGT.sum()) / (P * G))
+
+
+def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: roofline.Sizes) -> dict[str, float]:
     """Shares of the measured ceilings: arithmetic that the result needs (recomputing adds none), bytes that decoding reads."""
-    arch, rollout = run.model.arch, run.config.rollout
-    shape = (rollout.num_prompts, rollout.group_size, run.task.prompt_tokens, rollout.max_completion_tokens)
-    shares: dict[str, float] = {f"ceiling_{name}": value for name, value in dataclasses.asdict(ceilings).items()}
+    arch, config, itemsize = run.model.arch, run.config, jnp.dtype(run.model.dtype).itemsize
+    ceilings = roofline.measure_ceilings(run.model.dtype, roofline.step_bytes(arch, sampled, itemsize))
     flops = 0.0
-    if what in ("rollout", "step"):
-        flops += rollout_flops(arch, *shape)
+    if what != "update":
+        flops += roofline.forward_flops(arch, sampled)
     if what != "rollout":
-        has_reference = run.config.objective.kl_coef > 0
-        flops += update_flops(arch, *shape, has_reference=has_reference)
-    shares["model_flops_utilisation"] = round(flops / secs / ceilings.flops_per_s, 4)
+        passes = (2 if run.model.lora else 3) * config.learner.num_epochs  # forward, by activations, by weights
+        passes += (config.objective.kl_coef > 0) + (config.learner.old_logp == "learner")
+        flops += passes * roofline.forward_flops(arch, trained)
+    shares: dict[str, float] = {
+        "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),
+        "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
+        "model_flops_utilisation": round(flops / secs / ceilings.flops_per_s / run.mesh.size, 4),
+    }
     if what == "rollout":
-        num_bytes = decode_bytes(arch, *shape, jnp.dtype(run.model.dtype).itemsize)
-        shares["bandwidth_share"] = round(num_bytes / secs / ceilings.bytes_per_s, 4)
+        num_bytes = roofline.decode_bytes(arch, sampled, itemsize)
+        shares["bandwidth_share"] = round(num_bytes / secs / ceilings.bytes_per_s / run.mesh.size, 4)
     return shares
 
 
-def random_batch(run: Run, prompts: Prompts, state: TrainState) -> Batch:
-    """A batch of full-length random completions with the rewards of a coin."""
-    rollout = jax.eval_shape(
-        make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh), state.policy, prompts, jax.random.key(0)
-    )
-    rng = np.random.default_rng(0)
-    P, G, T = rollout.tokens_PGT.shape
-    blank = jnp.full((P, G, T), -np.log(run.model.arch.vocab_size), jnp.float32)
-    rollout = dataclasses.replace(
-        rollout,
-        prompts=prompts,
-        tokens_PGT=jnp.asarray(rng.integers(3, run.model.arch.vocab_size, (P, G, T)), jnp.int32),
-        mask_PGT=jnp.ones((P, G, T)),
-        sampler_logp_PGT=blank,
-        entropy_PGT=-blank,
-        support_PGT=None if rollout.support_PGT is None else jnp.full((P, G, T), run.model.arch.vocab_size, jnp.int32),
-        is_truncated_PG=jnp.zeros((P, G), bool),
-    )
-    reward_PG = jnp.asarray(rng.integers(0, 2, (P, G)), jnp.float32)
-    return Batch(rollout, reward_PG, reward_PG, jnp.zeros(P, jnp.int32))
-
-
-def timed(call: Callable[[int], Any], args: argparse.Namespace, after_first: Callable[[], None] = lambda: None):
-    """-> (seconds of each timed call, seconds of the first one, which compiles, the last result)."""
-    began = time.perf_counter()
-    result = jax.block_until_ready(call(0))
-    first_secs = time.perf_counter() - began
-    after_first()
-    for i in range(1, args.warmup):
-        jax.block_until_ready(call(i))
-    secs = []
-    for i in range(args.repeats):
-        began = time.perf_counter()
-        result = jax.block_until_ready(call(args.warmup + i))
-        secs.append(time.perf_counter() - began)
-    return secs, first_secs, result
-
-
-def rss_mb(field: str) -> float | None:
-    """A memory field of this process, MB (Linux; elsewhere None)."""
-    status = pathlib.Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith(f"{field}:")), None)
-
-
-def reset_peak() -> None:
-    """Have VmHWM start again from what is held now (Linux)."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
 def main() -> None:
-    args = parse()
-    if args.against:
-        from experiments.peers.compare import compare
-
-        compare(args)
-    else:
-        print(json.dumps(measure(args)))
+    try:
+        workload.emit(measure(parse()))
+    except UserError as error:
+        cli.fail(str(error))
 
 
 if __name__ == "__main__":

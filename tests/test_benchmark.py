@@ -1,0 +1,175 @@
+"""What the benchmark counts: arithmetic against XLA's own count, bytes against the arrays that decoding reads; small runs."""
+
+import argparse
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark, synthetic
+from experiments.peers import compare, workload
+from experiments.roofline import Sizes, decode_bytes, forward_flops, step_bytes
+from grpo_jax.models.transformer import Architecture, ModelDef, init_params
+from grpo_jax.sampling import Sampling
+from grpo_jax.score import score
+from grpo_jax.types import Rollout
+from tests import tiny
+
+ARCH = Architecture(vocab_size=1024, dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=512)
+CEILING = 1e8  # FLOP/s, of a slow machine: the small model should use a share of it that survives rounding
+
+
+def counted_by_xla(function, *args):
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+def one_each(P, S, T):
+    """(parameters, a rollout of one completion a prompt): nothing is shared, so nothing is counted for a group."""
+    rollout = tiny.random_batch(P, 2, T, S, ARCH.vocab_size).rollout
+    alone = jax.tree.map(lambda x: x[:, :1], rollout.replace(prompts=None))
+    return jax.eval_shape(lambda: init_params(ARCH, jax.random.key(0))), alone.replace(prompts=rollout.prompts)
+
+
+def with_masked_half(P, S, T):
+    """What we count for a pass, and the half of attention that is computed only to be masked."""
+    pairs = P * (S * (S - 1) / 2 + (T - 1) * (T - 2) / 2)
+    return forward_flops(ARCH, Sizes(P, 1, S, T)) + 4 * ARCH.num_layers * ARCH.num_heads * ARCH.head_dim * pairs
+
+
+def logp(params, rollout):
+    return score(ModelDef(ARCH), params, rollout, Sampling(1.0, 0, 1.0), 512)[0]
+
+
+def test_forward_flops_are_what_xla_counts():
+    """Its count has norms and softmax too, about 1 % at this width."""
+    P, S, T = 3, 16, 8
+    assert with_masked_half(P, S, T) == pytest.approx(counted_by_xla(logp, *one_each(P, S, T)), rel=0.02)
+
+
+def test_an_update_is_three_forward_passes():
+    """Our head computes its logits twice, to save memory; that is not arithmetic that the result needs."""
+    P, S, T = 3, 16, 8
+    head_again = 2 * ARCH.vocab_size * ARCH.dim * P * T
+    xla = counted_by_xla(jax.grad(lambda params, rollout: logp(params, rollout).sum()), *one_each(P, S, T))
+    assert 3 * with_masked_half(P, S, T) + head_again == pytest.approx(xla, rel=0.02)
+
+
+def test_decoding_reads_every_matrix_and_the_caches():
+    model = ModelDef(ARCH)
+    params = model.param_shapes()
+    matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and min(x.shape[-2:]) > ARCH.num_layers)
+    P, G, S, T = 3, 4, 16, 8
+    tokens_PS = jax.ShapeDtypeStruct((P, S), jnp.int32)
+    _, prefix = jax.eval_shape(lambda p, t: model.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
+    prompts = sum(x.size for x in jax.tree.leaves(prefix.cache))
+    rows = prompts // (P * S) * P * G * T / 2
+    assert step_bytes(ARCH, Sizes(P, G, S, T), 4) == 4 * (matrices + prompts + rows)
+    assert decode_bytes(ARCH, Sizes(P, G, S, T), 2) == 2 * (T - 1) * (matrices + prompts + rows)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shape = workload.Shape(64, 16, 1, 2, 1, 32, 1e4, prompts=2, group_size=2, warmup=1, repeats=2)
+    monkeypatch.setitem(workload.SHAPES, "tiny", shape)
+    monkeypatch.setattr(benchmark.roofline, "measure_ceilings", lambda *_: benchmark.roofline.Ceilings(CEILING, CEILING))
+    return ["--prompt-len=4", "--completion-len=3", "--model=tiny"]
+
+
+def test_a_measurement_counts_its_tokens_and_compiles_before_it_times(small):
+    record = benchmark.measure(benchmark.parse([*small, "--what=step"]))
+    assert record["tokens"] == 2 * 2 * 3
+    assert record["first_call_s"] > record["max_s"] >= record["median_s"] > 0
+    flops = (1 + 3) * forward_flops(synthetic.architecture("tiny"), Sizes(2, 2, 4, 3))
+    assert record["model_flops_utilisation"] == pytest.approx(flops / record["median_s"] / CEILING, rel=0.05, abs=1e-4)
+
+
+def test_what_was_measured_is_read_from_the_run(small):
+    args = benchmark.parse([*small, "--what=step", "--beta=0.04", "--microbatch=2", "--dtype=bfloat16", "--remat"])
+    run, state = benchmark.prepare(args)
+    work = benchmark.described(run, args)
+    assert (work.beta, work.microbatch, work.dtype, work.remat) == (0.04, 2, "bfloat16", True)
+    assert (work.rows, work.prompt_len, work.completion_len) == (4, 4, 3)
+    assert run.model.remat and run.config.learner.num_microbatches == 2 and state.ref_params is not None
+
+
+def test_a_call_that_compiles_is_not_timed(small):
+    args = benchmark.parse([*small, "--what=rollout"])
+    shapes = iter(range(10, 20))
+
+    def compiles_again(run, state, args):
+        timing = workload.timed(lambda _: jax.jit(lambda x: x * 1.5 + 2)(np.ones(next(shapes))), lambda _: 1.0, 1, 2)
+        sizes = Sizes(1, 1, 1, 1)
+        return timing, sizes, sizes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "time_rollout", compiles_again)
+        with pytest.raises(benchmark.UserError, match="--warmup=1: something compiled"):
+            benchmark.measure(args)
+
+
+def test_a_config_keeps_its_own_settings_but_for_flags():
+    args = benchmark.parse(["--config=configs/dapo.py:runlocal", "--what=update", "--prompts=4", "--microbatch=8"])
+    config = benchmark.with_flags(benchmark.load_config(args.config), args)
+    assert config.objective.clip_high == 0.28 and config.objective.kl_coef == 0
+    assert (config.rollout.num_prompts, config.rollout.group_size, config.learner.num_microbatches) == (4, 8, 4)
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--config=configs/dapo.py", "--what=update", "--model=smol"])
+    with pytest.raises(benchmark.UserError, match="does not divide the 32 rows"):
+        benchmark.with_flags(benchmark.load_config(args.config), argparse.Namespace(**{**vars(args), "microbatch": 5}))
+    with pytest.raises(benchmark.UserError, match="no Python file"):
+        benchmark.load_config("configs/nothing.py")
+
+
+def test_a_peer_that_fails_does_not_stop_the_rest(monkeypatch, tmp_path, capsys):
+    """Three systems in two rounds: one answers, one crashes, one cannot be installed."""
+    (tmp_path / "good.py").write_text('import json; print("noise"); print(json.dumps(dict(tokens_per_s=10.0, version="v")))')
+    (tmp_path / "bad.py").write_text('raise SystemExit("no such thing")')
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "MODULES", {"grpo_jax": "good", "trl": "bad", "tunix": "good"})
+
+    def python_of(system, venvs):
+        if system == "tunix":
+            raise compare.MeasureError("pip: no network")
+        return sys.executable
+
+    monkeypatch.setattr(compare, "python_of", python_of)
+    args = argparse.Namespace(systems=["grpo_jax", "trl", "tunix"], rounds=2, limit_secs=60, venvs=tmp_path)
+    records = compare.rounds([], args)
+    assert [r["tokens_per_s"] for r in records["grpo_jax"]] == [10, 10]
+    assert records["trl"][0]["error"] == "exit status 1: no such thing" and records["tunix"][1]["error"] == "pip: no network"
+    order = [json.loads(line)["system"] for line in capsys.readouterr().out.splitlines() if "error" in line]
+    assert order == ["trl", "tunix", "trl", "tunix"]
+    compare.table(records, [])
+
+
+def test_ratios_are_of_rounds():
+    records = {"grpo_jax": [{"x": 2.0}, {"x": 8.0}, {"x": 9.0}], "trl": [{"x": 1.0}, {"error": "?"}, {"x": 3.0}]}
+    assert compare.ratio(records, "trl", "x") == 2.5
+    assert compare.ratio(records, "trl", "y") is None
+
+
+def test_workloads_are_the_same_for_everybody():
+    work = workload.parse(["--what=update", "--group-size=2", "--prompts=3", "--prompt-len=5", "--completion-len=7"])
+    assert np.shape(work.prompt_ids()) == (3, 5) and np.shape(work.completion_ids()) == (6, 7)
+    assert work.num_tokens == 6 * 12 and work.completion_ids() == work.completion_ids()
+    batch_ids = np.array(work.completion_ids())
+    assert batch_ids.min() >= workload.FIRST and batch_ids.max() < work.shape.never
+    with pytest.raises(SystemExit):
+        workload.parse(["--what=update", "--microbatch=5"])
+    marks = workload.timed_by_marks(0.0, [5.0, 6.0, 8.0, 11.0], workload.parse(["--what=step", "--warmup=1", "--repeats=2"]))
+    assert marks.first_secs == 5 and marks.secs == [1, 2]
+
+
+def test_rollout_is_a_pytree_of_the_random_task(small):
+    """The random batch has the shapes that a rollout of the same run would have."""
+    run, state = benchmark.prepare(benchmark.parse([*small, "--what=update"]))
+    batch = synthetic.random_batch(run)
+    rollout = benchmark.make_rollout(run.model, benchmark.build.rollout_spec(run.config, run.task), run.mesh)
+    prompts = run.task.train_prompts(0, 2)
+    sampled = jax.eval_shape(rollout, state.policy, prompts, jax.random.key(0))
+    assert isinstance(sampled, Rollout)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch.rollout, sampled)
+    assert all(jax.tree.leaves(same))
