@@ -169,11 +169,11 @@ def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measu
 
 
 def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
-    """A step as the trainer runs it: one call if config.one_call, else two."""
+    """A step as the trainer runs it: one call if config.steps_per_call, else two."""
     held: list[Any] = [state]
 
     def call(_: int):
-        if run.config.one_call and run.task.is_traceable:
+        if run.config.steps_per_call:
             held[:] = run.iterate(held[0])
         else:
             state, batch, metrics = run.collect(held[0])

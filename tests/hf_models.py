@@ -13,7 +13,6 @@ from grpo_jax.logprobs import head_logits
 from grpo_jax.models import hf
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
-from tests import tiny
 
 HERE = SingleDeviceSharding(jax.devices()[0])
 SIZES = {
@@ -87,7 +86,7 @@ def left_padded():
     return tokens_BT, mask_BT
 
 
-@functools.partial(tiny.quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def forward(model: ModelDef, params, tokens_BT, mask_BT):
     decoder = model.bind(params)
     hidden_BTD = decoder(tokens_BT, mask_BT)[0]

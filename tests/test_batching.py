@@ -20,7 +20,7 @@ T, PAD = 6, 0
 
 def update(spec, batch, params, num_devices=1):
     """One step of the bigram model; -> (new parameters, metrics)."""
-    step = tiny.quick_jit(make_train_step(tiny.Bigram(), SGD, spec, tiny.mesh_of(num_devices)))
+    step = jax.jit(make_train_step(tiny.Bigram(), SGD, spec, tiny.mesh_of(num_devices)))
     reference = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.kl_coef else None
     after, metrics = step(tiny.state_of(params, SGD, reference), batch)
     return after.params, metrics_lib.to_floats(metrics)

@@ -84,7 +84,7 @@ def empty_state(step=0):
 
 @functools.cache
 def jitted_buffer():
-    return tiny.quick_jit(dynamic_sampling.push), tiny.quick_jit(dynamic_sampling.pop, static_argnums=1)
+    return jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
 
 
 def groups_of(batch):
@@ -169,7 +169,7 @@ def collected(num_devices, is_traceable):
     """(expected, [(state, batch, metrics)]) over ten steps of a stream that is mostly informative, then hardly."""
     task = NumberedTask(STREAM_N, is_traceable)
     collect = make_collect(config_of(), task, numbered_rollout, tiny.mesh_of(num_devices))
-    collect = tiny.quick_jit(collect) if is_traceable else collect
+    collect = jax.jit(collect) if is_traceable else collect
     state, got = empty_state(), []
     for step in range(10):
         state, batch, metrics = collect(dataclasses.replace(state, step=jnp.int32(step)))
@@ -236,7 +236,7 @@ def test_every_round_of_every_step_has_its_own_noise(num_devices, is_traceable):
 def test_a_stream_that_says_nothing_ends_at_the_cap(is_traceable, otherwise):
     task = NumberedTask(np.zeros(NUM_PROMPTS, bool), is_traceable, otherwise)
     collect = make_collect(config_of(), task, numbered_rollout, tiny.mesh_of(1))
-    collect = tiny.quick_jit(collect) if is_traceable else collect
+    collect = jax.jit(collect) if is_traceable else collect
     state, batch, metrics = collect(empty_state())
     values = metrics_lib.to_floats(metrics)
     assert values["groups/missing"] == values["groups/uninformative"] == 1 and values["groups/rounds"] == MAX_ROUNDS
@@ -253,7 +253,7 @@ def test_groups_are_judged_on_the_task_reward_not_on_the_shaped_one():
         numbered_rollout,
         tiny.mesh_of(1),
     )
-    _, batch, metrics = tiny.quick_jit(collect)(empty_state())
+    _, batch, metrics = jax.jit(collect)(empty_state())
     prompts = NumberedTask(is_informative_N).train_prompts(0, 2 * P)
     rolled = numbered_rollout(None, prompts, jax.random.key(0))
     shaped = rewards.rewarded(rolled, reward_of(jnp.zeros((2 * P, G)), 0.25), 0, max_completion_tokens=T, cache_tokens=5)
@@ -268,7 +268,7 @@ def test_without_dynamic_sampling_one_round_is_the_batch():
     task = NumberedTask(np.zeros(NUM_PROMPTS, bool))
     collect = make_collect(config_of(dynamic_sampling__enabled=False), task, numbered_rollout, tiny.mesh_of(1))
     state = dataclasses.replace(empty_state(step=7), pending=None, num_prompts_drawn=jnp.int32(12))
-    after, batch, metrics = tiny.quick_jit(collect)(state)
+    after, batch, metrics = jax.jit(collect)(state)
     np.testing.assert_array_equal(batch.rollout.prompts.answer, [12, 13, 14, 15])
     np.testing.assert_array_equal(batch.sampled_at_P, 7)
     assert int(after.num_prompts_drawn) == 12 + P and after.pending is None
@@ -324,7 +324,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
 def test_the_control_experiment_shuffles_task_rewards_afresh_at_every_step():
     task = NumberedTask(np.arange(NUM_PROMPTS) % 2 == 0, otherwise=0.25)
     config = config_of(dynamic_sampling__enabled=False, shuffle_rewards=True)
-    collect = tiny.quick_jit(make_collect(config, task, numbered_rollout, tiny.mesh_of(1)))
+    collect = jax.jit(make_collect(config, task, numbered_rollout, tiny.mesh_of(1)))
     rows = []
     for step in range(6):
         _, batch, _ = collect(dataclasses.replace(empty_state(step), pending=None))

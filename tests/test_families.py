@@ -51,7 +51,7 @@ def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_laye
     model, params, prompts = ModelDef(read_architecture(tmp_path)), load(tmp_path), tiny.random_prompts(P, S, vocab=61)
     spec = RolloutSpec(G, T, Sampling(TEMPERATURE), stop_ids=(), pad_id=0)
 
-    @tiny.quick_jit
+    @jax.jit
     def sample_and_score(params, prompts, keys_PG):
         drawn = rollout(model, params, prompts, keys_PG, spec)
         return drawn, score(model, params, drawn, spec.sampling, 16)

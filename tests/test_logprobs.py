@@ -11,7 +11,6 @@ import pytest
 
 from grpo_jax.logprobs import head_logits, token_logprobs
 from grpo_jax.sampling import Sampling, draw
-from tests import tiny
 
 N, V, D = 37, 29, 8  # N is prime: no chunk but 1 and 37 divides it
 SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=0.7, top_k=9, top_p=0.8), Sampling(top_p=0.7)]
@@ -63,7 +62,7 @@ def value_and_grad(sampling, chunk, hidden_ND, head_VD, targets_N, support_N, d_
 @every_sampling
 def test_value_and_gradient_are_those_of_the_dense_reference(sampling):
     given = problem(sampling)
-    got = tiny.quick_jit(functools.partial(value_and_grad, sampling, 10))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, 10))(*given)
     expected = dense(*given, sampling.temperature)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
@@ -76,7 +75,7 @@ def test_value_and_gradient_of_capped_logits(sampling):
     hidden_ND, head_VD, _, _, weight_N = problem(sampling)
     drawn = draw(head_logits(hidden_ND, head_VD, 1.5), jax.random.split(jax.random.key(1), N), sampling)
     given = hidden_ND, head_VD, drawn.token_B, drawn.support_B if sampling.is_cut else None, weight_N
-    got = tiny.quick_jit(functools.partial(value_and_grad, sampling, 10, cap=1.5))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, 10, cap=1.5))(*given)
     expected = dense(*given, sampling.temperature, cap=1.5)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
@@ -88,7 +87,7 @@ def test_value_and_gradient_of_capped_logits(sampling):
 def test_chunk_size_changes_nothing(chunk):
     sampling = SAMPLINGS[2]
     given = problem(sampling)
-    got = tiny.quick_jit(functools.partial(value_and_grad, sampling, chunk))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, chunk))(*given)
     for x, y in zip(got, dense(*given, sampling.temperature), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 

@@ -25,7 +25,7 @@ CUT = Sampling(temperature=0.7, top_k=20, top_p=0.9)
 
 @functools.cache
 def sampler(spec=SPEC, num_devices=1):
-    return tiny.quick_jit(make_rollout(MODEL, spec, tiny.mesh_of(num_devices)))
+    return jax.jit(make_rollout(MODEL, spec, tiny.mesh_of(num_devices)))
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def test_a_row_does_not_depend_on_the_other_rows():
     params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
     keys_PG = row_keys(key_for(0, "rollout", 0), P, G)[jnp.array(few)]
     fewer = jax.tree.map(lambda x: x[jnp.array(few)], prompts)
-    alone = tiny.quick_jit(lambda *args: rollout(MODEL, *args, SPEC))(params, fewer, keys_PG)
+    alone = jax.jit(lambda *args: rollout(MODEL, *args, SPEC))(params, fewer, keys_PG)
     assert_same(alone, jax.tree.map(lambda x: x[few], dataclasses.replace(sampled(), support_PGT=None)))
 
 
@@ -122,7 +122,7 @@ def test_rows_of_a_group_and_equal_prompts_differ():
 
 def learners_view(got, sampling):
     """(logp, entropy) of a rollout by `score`: one forward over whole completions."""
-    scored = tiny.quick_jit(lambda params, got: score(MODEL, params, got, sampling, 16))
+    scored = jax.jit(lambda params, got: score(MODEL, params, got, sampling, 16))
     return jax.device_get(scored(tiny.random_params(tiny.LLAMA), got))
 
 
@@ -147,7 +147,7 @@ def test_greedy_is_the_chain_of_argmaxes():
     tokens_BX = jnp.concatenate([jnp.repeat(prompts.tokens_PS, G, 0), got.tokens_PGT.reshape(-1, T)], 1)
     mask_BX = jnp.concatenate([jnp.repeat(prompts.mask_PS, G, 0), got.mask_PGT.reshape(-1, T) > 0], 1)
 
-    @tiny.quick_jit
+    @jax.jit
     def best(params):
         decoder = MODEL.bind(params)
         return (decoder(tokens_BX, mask_BX)[0] @ decoder.head_VD.T).argmax(-1)
@@ -189,7 +189,7 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
     prompts = jax.tree.map(lambda x: x[few], tiny.random_prompts(P, S))
     keys_PG = row_keys(jax.random.key(2), 2, G)
     spec = dataclasses.replace(SPEC, stop_ids=stop_ids, max_completion_tokens=40)
-    got = tiny.quick_jit(lambda *args: rollout(MODEL, *args, spec))(tiny.random_params(tiny.LLAMA), prompts, keys_PG)
+    got = jax.jit(lambda *args: rollout(MODEL, *args, spec))(tiny.random_params(tiny.LLAMA), prompts, keys_PG)
     jax.effects_barrier()
     longest = int(got.mask_PGT.sum(-1).max())
     assert longest < 40 and not got.is_truncated_PG.any()

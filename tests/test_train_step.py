@@ -47,7 +47,7 @@ def spec_of(name, **changes):
 
 @functools.cache
 def step_of(spec, num_devices=1, model=BIGRAM, optimizer=SGD):
-    return tiny.quick_jit(make_train_step(model, optimizer, spec, tiny.mesh_of(num_devices)))
+    return jax.jit(make_train_step(model, optimizer, spec, tiny.mesh_of(num_devices)))
 
 
 @functools.cache
@@ -73,9 +73,7 @@ def floats(metrics):
 
 def on_policy(batch, params, sampling=SAMPLING, model=BIGRAM):
     """The batch as if `params` had sampled it: its log-probs and entropies, 0 where masked as the rollout leaves them."""
-    logp_PGT, entropy_PGT = tiny.quick_jit(functools.partial(score, model, sampling=sampling, chunk_tokens=32))(
-        params, batch.rollout
-    )
+    logp_PGT, entropy_PGT = jax.jit(functools.partial(score, model, sampling=sampling, chunk_tokens=32))(params, batch.rollout)
     mask_PGT = batch.rollout.mask_PGT
     return tiny.with_rollout(batch, sampler_logp_PGT=logp_PGT * mask_PGT, entropy_PGT=entropy_PGT * mask_PGT)
 
@@ -118,7 +116,7 @@ def longhand(logp_of, spec, state, batch, temperature=SAMPLING.temperature):
         logp_BT = logp_of(params, rollout, temperature)
         return objectives.loss(obj, logp_BT, old_BT, ref_BT, adv_BT, mask_BT, max_completion_length=BUDGET)[0]
 
-    return tiny.quick_jit(jax.value_and_grad(loss))(state.params)
+    return jax.jit(jax.value_and_grad(loss))(state.params)
 
 
 @every_variant
@@ -216,7 +214,7 @@ def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs,
     target = train_step.prepare_target(BIGRAM, state, batch, spec)
     np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
     minibatches = train_step.split_minibatches(target, state.step, spec)
-    gradients = tiny.quick_jit(lambda params, target: train_step.gradients(BIGRAM, params, None, target, spec)[0])
+    gradients = jax.jit(lambda params, target: train_step.gradients(BIGRAM, params, None, target, spec)[0])
     params = state.params
     for i in range(num_epochs * num_minibatches):
         minibatch = jax.tree.map(lambda x: x[i], minibatches)  # noqa: B023
@@ -403,7 +401,7 @@ def test_weight_decay_is_for_matrices_only():
     arch = dataclasses.replace(tiny.LLAMA, qkv_bias=True, qk_norm=True, num_layers=2)
     params = tiny.random_params(arch)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tiny.quick_jit(lambda params: optimizer.update(zeros, optimizer.init(params), params))(params)
+    updates, _ = jax.jit(lambda params: optimizer.update(zeros, optimizer.init(params), params))(params)
     seen = {True: set(), False: set()}
     for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True):
         names = [entry.key for entry in path]

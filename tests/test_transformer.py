@@ -61,7 +61,7 @@ def concatenated(tokens_PS, mask_PS, tokens_BT, mask_BT):
 
 @functools.cache
 def plain(model):
-    return tiny.quick_jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX)[0])
+    return jax.jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX)[0])
 
 
 def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
@@ -73,7 +73,7 @@ def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
 
 @functools.cache
 def with_prefix(model):
-    return tiny.quick_jit(functools.partial(continued, model))
+    return jax.jit(functools.partial(continued, model))
 
 
 # ----------------------------------------------------------------------------------------------- the NumPy transformer
@@ -178,7 +178,7 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
     params, (tokens_PS, mask_PS, tokens_BT, _) = tiny.random_params(arch), make_inputs()
     full_BT = jnp.ones_like(tokens_BT)
 
-    @tiny.quick_jit
+    @jax.jit
     def chain(params):
         decoder = ModelDef(arch).bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
@@ -199,7 +199,7 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
 def value_and_grads(model, params, inputs):
     shape_BTD = (*inputs[2].shape, model.arch.dim)
     direction_BTD = jax.random.normal(jax.random.key(1), shape_BTD) * inputs[3][..., None]
-    return tiny.quick_jit(jax.value_and_grad(lambda p: (continued(model, p, *inputs)[1] * direction_BTD).sum()))(params)
+    return jax.jit(jax.value_and_grad(lambda p: (continued(model, p, *inputs)[1] * direction_BTD).sum()))(params)
 
 
 def test_remat_scan_and_unrolled_layers_agree(monkeypatch):

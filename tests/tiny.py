@@ -15,8 +15,6 @@ from grpo_jax.sharding import AXES
 from grpo_jax.types import Batch, Prompts, Rollout, TrainState
 
 VOCAB = 23
-# Optimised code would run faster and compile slower: here the compiler is most of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LLAMA = Architecture(
     vocab_size=VOCAB, dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, tie_embeddings=False
 )
