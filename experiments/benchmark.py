@@ -28,6 +28,7 @@ from experiments.peers import workload
 from experiments.peers.workload import SHAPES, Timing, Workload
 from experiments.synthetic import RandomTask, architecture, random_batch
 from grpo_jax import build
+from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.iteration import make_rollout
@@ -169,22 +170,25 @@ def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measu
 
 
 def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
-    """A step as the trainer runs it: one call if config.steps_per_call, else two."""
+    """A step as the trainer runs it: two calls, or config.steps_per_call of them in one, which is shared out."""
     held: list[Any] = [state]
+    num_steps = max(run.config.steps_per_call, 1)
 
     def call(_: int):
         if run.config.steps_per_call:
-            held[:] = run.iterate(held[0])
+            state, batch, metrics = run.iterate(held[0])
+            metrics = metrics_lib.unstacked(metrics, num_steps)[-1]
         else:
             state, batch, metrics = run.collect(held[0])
             state, _ = run.update(state, batch)
-            held[:] = state, batch, metrics
+        held[:] = state, batch, metrics
         return jax.block_until_ready(held)
 
     def count(_: Any) -> float:
         return float(held[2]["completion/length_mean"].total)  # what was sampled, also what dynamic sampling threw away
 
     timing = workload.timed(call, count, args.warmup, args.repeats)
+    timing = dataclasses.replace(timing, secs=[secs / num_steps for secs in timing.secs])
     trained, lengths = sizes_of(held[1].rollout), held[2]["completion/length_mean"]
     rows = float(lengths.count)
     return timing, dataclasses.replace(trained, P=rows / trained.G, T=float(lengths.total) / rows), trained
