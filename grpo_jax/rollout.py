@@ -81,7 +81,7 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
 
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
     arch = decoder.arch
-    cache = jnp.zeros((P * G, max(T - 1, 1), arch.num_kv_heads, arch.head_dim), decoder.dtype)
+    cache = KVCache.empty(P * G, max(T - 1, 1), arch, decoder.dtype)
     carry = _Carry(
         t=jnp.int32(0),
         drawn=Draw(
@@ -92,7 +92,7 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         ),
         mask_BT=jnp.zeros((P * G, T)),
         is_done_B=jnp.zeros(P * G, bool),
-        caches=[KVCache(cache, cache) for _ in layers],
+        caches=[cache] * len(layers),
     )
     carry = vary_like(carry, prompts.tokens_PS)
     first_logits_BV = jnp.repeat(head_logits(hidden_PD, head_VD, decoder.logit_cap), G, axis=0)

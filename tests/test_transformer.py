@@ -183,13 +183,13 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
         decoder = ModelDef(arch).bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
         layers = decoder.unstacked_layers()
-        junk = jnp.full((B, T + 2, arch.num_kv_heads, arch.head_dim), 7.0)
+        junk = jax.tree.map(lambda x: x + 7.0, KVCache.empty(B, T + 2, arch, jnp.float32))
 
         def step(caches, slot):
             hidden_BD, caches = decoder.decode_step(layers, caches, tokens_BT[:, slot], slot, prefix)
             return caches, hidden_BD
 
-        _, hidden_TBD = jax.lax.scan(step, [KVCache(junk, junk) for _ in layers], jnp.arange(T))
+        _, hidden_TBD = jax.lax.scan(step, [junk] * len(layers), jnp.arange(T))
         return hidden_TBD.swapaxes(0, 1)
 
     _, expected_BTD = with_prefix(ModelDef(arch))(params, tokens_PS, mask_PS, tokens_BT, full_BT)
@@ -292,7 +292,7 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
         weights = np.exp(scores - scores.max())
         expected_BTNH[b, t, n] = weights @ values / weights.sum()
 
-    own, cache = (KVCache(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
+    own, cache = (KVCache.of(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
     view = View(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
     out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, view, cache, H**-0.5)
     np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
@@ -309,11 +309,12 @@ def test_prompts_are_not_copied_for_their_completions():
     def decode(params):
         decoder = model.bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-        caches = [KVCache(*[jnp.zeros((B, T, arch.num_kv_heads, arch.head_dim))] * 2)] * arch.num_layers
+        caches = [KVCache.empty(B, T, arch, jnp.float32)] * arch.num_layers
         return decoder.decode_step(decoder.unstacked_layers(), caches, tokens_BT[:, 0], 0, prefix)
 
-    per_key = f"{S},{arch.num_kv_heads},{arch.head_dim}]"
+    K, H = arch.num_kv_heads, arch.head_dim
     for function in (jax.grad(update), decode):
         text = str(jax.make_jaxpr(function)(params))
-        assert f"[{P},{per_key}" in text
-        assert f"[{B},{per_key}" not in text and f"[{P},{G},{per_key}" not in text
+        for one in (f"{K},{S},{H}]", f"{K},{H},{S}]"):  # a prompt's keys, its values
+            assert f"[{P},{one}" in text
+            assert f"[{B},{one}" not in text and f"[{P},{G},{one}" not in text

@@ -16,10 +16,36 @@ NEVER = -1e30  # a masked attention score: finite, so that a row with nothing to
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (rotated) and values of all layers, each [L, B, U, K, H] (or one layer's slice of it)."""
+    """Keys (rotated) k [L, B, K, U, H] and values v [L, B, K, H, U] of all layers (or one layer's slice, without L).
+
+    These are the layouts in which a matrix product reads them: others would be copied at every token.
+    """
 
     k: Any
     v: Any
+
+    @classmethod
+    def of(cls, k_BUKH, v_BUKH) -> KVCache:
+        """One layer's, from what its projections give."""
+        return cls(k_BUKH.transpose(0, 2, 1, 3), v_BUKH.transpose(0, 2, 3, 1))
+
+    @classmethod
+    def empty(cls, num_rows: int, num_slots: int, arch: Architecture, dtype: Any) -> KVCache:
+        """One layer's, to be written slot by slot."""
+        B, U, K, H = num_rows, num_slots, arch.num_kv_heads, arch.head_dim
+        return cls(jnp.zeros((B, K, U, H), dtype), jnp.zeros((B, K, H, U), dtype))
+
+    def written(self, new: KVCache, slot: Any) -> KVCache:
+        """One layer's, with `new` from `slot` on."""
+        return KVCache(
+            jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, slot, 0)),
+            jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, 0, slot)),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """U."""
+        return self.k.shape[-2]
 
 
 @flax.struct.dataclass
@@ -77,32 +103,32 @@ def attend(q_BTNH, own: KVCache, view: View, prefix: KVCache | None, scale: floa
     """Softmax attention over a row's own keys and its prompt's keys, as one softmax over both.
 
     Args:
-      q_BTNH: queries. own: keys/values [B, U, K, H] where N is a multiple of K. scale: of the scores.
-      prefix: one layer's [P, S, K, H]; rows p*G .. p*G+G-1 see prompt p. The two score blocks share their maximum and
+      q_BTNH: queries. own: one layer's, N a multiple of its K. scale: of the scores.
+      prefix: one layer's, of the prompts; rows p*G .. p*G+G-1 see prompt p. The two score blocks share their maximum and
         their sum, so nothing is concatenated and no prompt is repeated.
     """
     B, T, N, H = q_BTNH.shape
-    K = own.k.shape[2]
+    K = own.k.shape[1]
     q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(scale, q_BTNH.dtype)
     f32 = {"preferred_element_type": jnp.float32}
-    own_BKRTU = jnp.einsum("btkrh,bukh->bkrtu", q_BTKRH, own.k, **f32)
+    own_BKRTU = jnp.einsum("btkrh,bkuh->bkrtu", q_BTKRH, own.k, **f32)
     own_BKRTU = jnp.where(view.mask_BTU[:, None, None], own_BKRTU, NEVER)
     top = own_BKRTU.max(-1, keepdims=True)
     if prefix is None:
         p_BKRTU = jnp.exp(own_BKRTU - jax.lax.stop_gradient(top))
         total = p_BKRTU.sum(-1)
-        out = jnp.einsum("bkrtu,bukh->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
+        out = jnp.einsum("bkrtu,bkhu->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
     else:
         P = len(prefix.k)
         q_PGTKRH = q_BTKRH.reshape(P, B // P, *q_BTKRH.shape[1:])
-        pre_PGKRTS = jnp.einsum("pgtkrh,pskh->pgkrts", q_PGTKRH, prefix.k, **f32)
+        pre_PGKRTS = jnp.einsum("pgtkrh,pksh->pgkrts", q_PGTKRH, prefix.k, **f32)
         pre_PGKRTS = jnp.where(view.mask_PGTS[:, :, None, None], pre_PGKRTS, NEVER)
         top = jax.lax.stop_gradient(jnp.maximum(top, pre_PGKRTS.max(-1, keepdims=True).reshape(top.shape)))
         p_BKRTU = jnp.exp(own_BKRTU - top)
         p_PGKRTS = jnp.exp(pre_PGKRTS - top.reshape(*pre_PGKRTS.shape[:-1], 1))
         total = p_BKRTU.sum(-1) + p_PGKRTS.sum(-1).reshape(p_BKRTU.shape[:-1])
-        out = jnp.einsum("bkrtu,bukh->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
-        out_prefix = jnp.einsum("pgkrts,pskh->pgtkrh", p_PGKRTS.astype(own.v.dtype), prefix.v, **f32)
+        out = jnp.einsum("bkrtu,bkhu->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
+        out_prefix = jnp.einsum("pgkrts,pkhs->pgtkrh", p_PGKRTS.astype(own.v.dtype), prefix.v, **f32)
         out = out + out_prefix.reshape(out.shape)
     out = out / total.transpose(0, 3, 1, 2)[..., None]
     return out.reshape(B, T, N, H).astype(q_BTNH.dtype)

@@ -77,9 +77,8 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = (proj(x_BTD).reshape(heads) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        own = KVCache(rotate(k_BTKH, view.rope), v_BTKH)
-        if cache is not None:
-            own = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot, 0, 0)), cache, own)
+        own = KVCache.of(rotate(k_BTKH, view.rope), v_BTKH)
+        own = own if cache is None else cache.written(own, slot)
         scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
         out_BTNH = attend(rotate(q_BTNH, view.rope), own, view, prefix, scale)
         return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
@@ -152,7 +151,7 @@ class Decoder(nnx.Module):
           tokens_BT: int. mask_BT: bool, False on padding (either side). prefix: the prompts of P = B / G rows each, if
             these tokens continue prompts.
         Returns:
-          hidden_BTD after the final norm (rubbish, but finite, on padding), and a KVCache [L, B, T, K, H] or None.
+          hidden_BTD after the final norm (rubbish, but finite, on padding), and a KVCache of all layers or None.
         """
         mask_BT = mask_BT.astype(bool)
         positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
@@ -190,11 +189,11 @@ class Decoder(nnx.Module):
         """One token a row, written to cache slot `slot` (the same for all rows).
 
         Args:
-          layers: from `unstacked_layers`. caches: one [B, U, K, H] pair a layer. tokens_B: the tokens at `slot`.
+          layers: from `unstacked_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
         Returns: hidden_BD, and the caches with slot `slot` filled.
         """
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
-        slots_1U = jnp.arange(caches[0].k.shape[1])[None]
+        slots_1U = jnp.arange(caches[0].num_slots)[None]
         views = make_views(self.arch, lengths_B1 + slot, lengths_B1 + slots_1U, (slots_1U <= slot)[None], prefix)
         graphdef, _ = nnx.split(self.layers)
         x_B1D = self.embedded(tokens_B)[:, None]
