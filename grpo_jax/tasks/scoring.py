@@ -5,7 +5,7 @@ be blamed on. A job is one completion and one scorer; for a scorer that takes th
 What a fault costs:
 
 - A job has `time_limit_secs`; then its process is killed and it counts as a timeout.
-- A worker busy for more than a tenth of the limit is taken for hung, and a stand-in starts while it is waited out. So
+- A worker busy for more than a fiftieth of the limit is taken for hung, and a stand-in starts while it is waited out. So
   hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at most
   N / 64 stand-ins for a batch of N jobs, but no fewer than 4 and no more than 32.
 - When more than 2 (num_workers + 4) jobs of a scorer, and more than a tenth of those done so far, have timed out, the
@@ -30,7 +30,7 @@ from grpo_jax.tasks.jobs import JobBatch, Judged
 from grpo_jax.tasks.scoring_worker import Worker
 
 STARTUP_LIMIT_SECS = 120.0  # for importing the scorers: sympy on a busy machine takes 10 s
-HUNG_FRACTION = 0.1  # of the time limit, after which a stand-in starts
+HUNG_FRACTION = 0.02  # of the time limit, after which a stand-in starts
 MIN_STAND_INS, MAX_STAND_INS = 4, 32
 
 _log = logging.getLogger(__name__)
