@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,14 +55,15 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        from grpo_jax.models.folders import resolve  # here, for the embedded task needs none of it
+        from grpo_jax.models.folders import read_json, resolve  # here, for the embedded task needs none of it
 
         self.path = path
         folder = resolve(path)
         self._tokenizer = _load(path, folder)
         eos_ids = _as_ids(self._tokenizer.eos_token_id)
         for name in ("generation_config.json", "config.json"):
-            eos_ids += _as_ids(_read_json(path, folder / name).get("eos_token_id"))
+            if (folder / name).exists():
+                eos_ids += _as_ids(read_json(folder / name).get("eos_token_id"))
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
         if not self.eos_ids:
             raise UserError(f"model.path = {path!r}: no end token; set eos_token_id in its generation_config.json")
@@ -125,19 +125,6 @@ def _auto_tokenizer() -> Any:
         else:
             os.environ[advice] = before
     return AutoTokenizer
-
-
-def _read_json(path: str, file: Path) -> dict[str, Any]:
-    """One of the model's JSON files, {} if it has none."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path = {path!r}: cannot read {file.name}: {_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"model.path = {path!r}: {file.name} holds no JSON object")
-    return content
 
 
 def _as_ids(value: int | list[int] | None) -> list[int]:
