@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.linear import project
 from grpo_jax.sampling import Sampling, normalise, support_like
 from grpo_jax.spmd import vary_like
 
@@ -20,7 +21,7 @@ def head_logits(hidden_CD, head_VD, cap: float | None):
 
     cap: they become cap * tanh(logits / cap), where the architecture says so; None: they stay as they are.
     """
-    logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
+    logits_CV = project(hidden_CD, head_VD, jnp.float32)
     return logits_CV if cap is None else cap * jnp.tanh(logits_CV / cap)
 
 

@@ -7,7 +7,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module may import what stands above it in this list, or its own siblings.
 LAYERS = (
-    ("errors", "types", "metrics", "estimates", "masking", "rng", "spmd"),
+    ("errors", "types", "metrics", "estimates", "masking", "rng", "spmd", "linear"),
     ("objectives", "sampling"),
     ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
@@ -32,6 +32,7 @@ PURE = (
     "credit",
     "spmd",
     "rng",
+    "linear",
 )
 PURE_MAY_IMPORT = {"jax", "numpy", "flax", "jaxtyping", "grpo_jax"}
 

@@ -16,9 +16,9 @@ NEVER = -1e30  # a masked attention score: finite, so that a row with nothing to
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (rotated) k [L, B, K, U, H] and values v [L, B, K, H, U] of all layers (or one layer's slice, without L).
+    """Keys (rotated) k [L, B, K, H, U] and values v [L, B, K, U, H] of all layers (or one layer's slice, without L).
 
-    These are the layouts in which a matrix product reads them: others would be copied at every token.
+    These are the layouts of a product's right factor: others would be copied at every token.
     """
 
     k: Any
@@ -27,25 +27,25 @@ class KVCache:
     @classmethod
     def of(cls, k_BUKH, v_BUKH) -> KVCache:
         """One layer's, from what its projections give."""
-        return cls(k_BUKH.transpose(0, 2, 1, 3), v_BUKH.transpose(0, 2, 3, 1))
+        return cls(k_BUKH.transpose(0, 2, 3, 1), v_BUKH.transpose(0, 2, 1, 3))
 
     @classmethod
     def empty(cls, num_rows: int, num_slots: int, arch: Architecture, dtype: Any) -> KVCache:
         """One layer's, to be written slot by slot."""
         B, U, K, H = num_rows, num_slots, arch.num_kv_heads, arch.head_dim
-        return cls(jnp.zeros((B, K, U, H), dtype), jnp.zeros((B, K, H, U), dtype))
+        return cls(jnp.zeros((B, K, H, U), dtype), jnp.zeros((B, K, U, H), dtype))
 
     def written(self, new: KVCache, slot: Any) -> KVCache:
         """One layer's, with `new` from `slot` on."""
         return KVCache(
-            jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, slot, 0)),
-            jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, 0, slot)),
+            jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)),
+            jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),
         )
 
     @property
     def num_slots(self) -> int:
         """U."""
-        return self.k.shape[-2]
+        return self.k.shape[-1]
 
 
 @flax.struct.dataclass
@@ -108,30 +108,39 @@ def attend(q_BTNH, own: KVCache, view: View, prefix: KVCache | None, scale: floa
         their sum, so nothing is concatenated and no prompt is repeated.
     """
     B, T, N, H = q_BTNH.shape
-    K = own.k.shape[1]
-    q_BTKRH = q_BTNH.reshape(B, T, K, N // K, H) * jnp.asarray(scale, q_BTNH.dtype)
+    K, R = own.k.shape[1], N // own.k.shape[1]
+    P, G = (1, B) if prefix is None else (len(prefix.k), B // len(prefix.k))
+    q_BTKRH = q_BTNH.reshape(B, T, K, R, H) * jnp.asarray(scale, q_BTNH.dtype)
     f32 = {"preferred_element_type": jnp.float32}
-    own_BKRTU = jnp.einsum("btkrh,bkuh->bkrtu", q_BTKRH, own.k, **f32)
-    own_BKRTU = jnp.where(view.mask_BTU[:, None, None], own_BKRTU, NEVER)
-    top = own_BKRTU.max(-1, keepdims=True)
+    own_BKTRU = jnp.einsum("btkrh,bkhu->bktru", q_BTKRH, own.k, **f32)
+    own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], own_BKTRU, NEVER)
+    top_BKTR = own_BKTRU.max(-1)
     if prefix is None:
-        p_BKRTU = jnp.exp(own_BKRTU - jax.lax.stop_gradient(top))
-        total = p_BKRTU.sum(-1)
-        out = jnp.einsum("bkrtu,bkhu->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
+        pre_PKGTRS = None
     else:
-        P = len(prefix.k)
-        q_PGTKRH = q_BTKRH.reshape(P, B // P, *q_BTKRH.shape[1:])
-        pre_PGKRTS = jnp.einsum("pgtkrh,pksh->pgkrts", q_PGTKRH, prefix.k, **f32)
-        pre_PGKRTS = jnp.where(view.mask_PGTS[:, :, None, None], pre_PGKRTS, NEVER)
-        top = jax.lax.stop_gradient(jnp.maximum(top, pre_PGKRTS.max(-1, keepdims=True).reshape(top.shape)))
-        p_BKRTU = jnp.exp(own_BKRTU - top)
-        p_PGKRTS = jnp.exp(pre_PGKRTS - top.reshape(*pre_PGKRTS.shape[:-1], 1))
-        total = p_BKRTU.sum(-1) + p_PGKRTS.sum(-1).reshape(p_BKRTU.shape[:-1])
-        out = jnp.einsum("bkrtu,bkhu->btkrh", p_BKRTU.astype(own.v.dtype), own.v, **f32)
-        out_prefix = jnp.einsum("pgkrts,pkhs->pgtkrh", p_PGKRTS.astype(own.v.dtype), prefix.v, **f32)
-        out = out + out_prefix.reshape(out.shape)
-    out = out / total.transpose(0, 3, 1, 2)[..., None]
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+        pre_PKGTRS = jnp.einsum("pgtkrh,pkhs->pkgtrs", q_BTKRH.reshape(P, G, T, K, R, H), prefix.k, **f32)
+        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], pre_PKGTRS, NEVER)
+        top_BKTR = jnp.maximum(top_BKTR, _by_row(pre_PKGTRS.max(-1)))
+    top_BKTR = jax.lax.stop_gradient(top_BKTR)
+    p_BKTRU = jnp.exp(own_BKTRU - top_BKTR[..., None])
+    total_BKTR = p_BKTRU.sum(-1)
+    out_BKTRH = jnp.einsum("bktru,bkuh->bktrh", p_BKTRU.astype(own.v.dtype), own.v, **f32)
+    if prefix is not None and pre_PKGTRS is not None:
+        p_PKGTRS = jnp.exp(pre_PKGTRS - _by_prompt(top_BKTR, P)[..., None])
+        total_BKTR += _by_row(p_PKGTRS.sum(-1))
+        out_BKTRH += _by_row(jnp.einsum("pkgtrs,pksh->pkgtrh", p_PKGTRS.astype(prefix.v.dtype), prefix.v, **f32))
+    out_BKTRH = (out_BKTRH / total_BKTR[..., None]).astype(q_BTNH.dtype)
+    return out_BKTRH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _by_row(x_PKG):
+    """[P, K, G, ...] -> [P*G, K, ...]."""
+    return jnp.swapaxes(x_PKG, 1, 2).reshape(-1, x_PKG.shape[1], *x_PKG.shape[3:])
+
+
+def _by_prompt(x_BK, num_prompts: int):
+    """[P*G, K, ...] -> [P, K, G, ...]."""
+    return jnp.swapaxes(x_BK.reshape(num_prompts, -1, *x_BK.shape[1:]), 1, 2)
 
 
 def rope_tables(positions_BT, rope: Rope, head_dim: int):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from grpo_jax.linear import project
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import KVCache, Prefix, View, attend, choose, make_views, rotate
 from grpo_jax.models.lora import LoRA, attach
@@ -36,10 +37,10 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def __call__(self, x):
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = project(x, self.weight[...].astype(x.dtype))
         if self.lora_a is not None and self.lora_b is not None:
-            low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
-            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b[...].astype(x.dtype))
+            low = project(x, self.lora_a[...].astype(x.dtype))
+            y = y + self.lora_scale * project(low, self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + _like(self.bias[...].astype(x.dtype), y)
 
 
