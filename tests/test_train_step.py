@@ -36,6 +36,7 @@ SPEC = UpdateSpec(
     old_logp="sampler",
     filter_truncated=False,
     seed=0,
+    fsdp_min_elements=0,
 )
 BIGRAM = tiny.Bigram()
 every_variant = pytest.mark.parametrize("name", NAMES)
