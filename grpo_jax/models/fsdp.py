@@ -51,7 +51,7 @@ def tensor_spec(names: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(part, axis: int, spec: PartitionSpec, dtype):
-    """The whole of a matrix, in `dtype`. The parts' gradients are summed in float32, whatever they are computed in."""
+    """The whole of a matrix, in `dtype`, from float32 parts. Their gradients are summed in float32 too."""
     return _gather(part, axis, spec, dtype)
 
 
@@ -60,15 +60,14 @@ def _gather(part, axis, spec, dtype):
 
 
 def _forward(part, axis, spec, dtype):
-    return _gather(part, axis, spec, dtype), jnp.zeros((), part.dtype)
+    return _gather(part, axis, spec, dtype), None
 
 
-def _backward(axis, spec, dtype, zero, d_whole):
+def _backward(axis, spec, dtype, _, d_whole):
     del dtype
 
     def scatter(d_whole):
-        d_whole = d_whole.astype(jnp.float32)
-        return jax.lax.psum_scatter(d_whole, "fsdp", scatter_dimension=axis, tiled=True).astype(zero.dtype)
+        return jax.lax.psum_scatter(d_whole.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
 
     return (_cut_by_tensor(scatter, spec)(d_whole),)
 
