@@ -56,11 +56,11 @@ def collectives(program, kind):
 
 
 @functools.cache
-def updated(sizes, num_microbatches, remat):
+def updated(sizes, num_microbatches):
     """Three updates of the decoder, with statistics over the batch; -> (compiled program, parameters, metrics)."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
     spec = dataclasses.replace(update_spec(config), objective=objectives.get("gtpo"))
-    model, mesh = ModelDef(ARCH, remat=remat), make_mesh(config.mesh)
+    model, mesh = ModelDef(ARCH), make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     state = tiny.state_of(tiny.random_params(ARCH), optimizer)
     places = places_of(placed(state, mesh, config.mesh.fsdp_min_elements))
@@ -79,8 +79,8 @@ def batch_of(seed):
 
 def test_three_updates_are_those_of_one_device():
     """Other meshes, variants and a KL penalty: rows in test_train_step.py."""
-    _, params, metrics = updated(EIGHT, 2, "dots")
-    _, expected, expected_metrics = updated(ONE, 1, "none")
+    _, params, metrics = updated(EIGHT, 2)
+    _, expected, expected_metrics = updated(ONE, 1)
     before = tiny.random_params(ARCH)
     for leaf, one, start in zip(*map(jax.tree.leaves, (params, expected, before)), strict=True):
         assert np.abs(leaf - one).max() < 1e-5 * np.abs(one).max()
@@ -92,7 +92,7 @@ def test_three_updates_are_those_of_one_device():
 
 def test_the_update_gathers_each_layer_once_a_pass_and_scatters_its_gradient():
     """Passes: prompts and completions, forward and backward. Of a device's half along tensor; nothing stacked travels."""
-    program = updated(EIGHT, 2, "dots")[0]
+    program = updated(EIGHT, 2)[0]
     V, D = ARCH.vocab_size // 2, ARCH.dim
     gathers, scatters = collections.Counter({(V, D): 2}), collections.Counter({(V, D // 2): 2})  # embedding and head
     for name in MATRICES:

@@ -224,6 +224,8 @@ def test_remat_recomputes_and_few_layers_are_unrolled():
 
     few = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED)
     assert "remat" in jaxpr_of(few, remat="full") and "remat" not in jaxpr_of(few)
+    num_products = [jaxpr_of(few, remat=name).count("dot_general") for name in ("none", "dots", "full")]
+    assert num_products[0] <= num_products[1] < num_products[2]  # dots: products of activations are all that comes again
     assert set(re.findall(r"unroll=(\d+)", jaxpr_of(few))) == {str(transformer.MAX_UNROLLED)}
     assert set(re.findall(r"unroll=(\d+)", jaxpr_of(DEEP))) == {"1"}
 
