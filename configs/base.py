@@ -32,7 +32,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # of activations and matrix products; parameters are float32 masters
-    config.model.remat = False  # recompute layers in the backward pass: less memory, about a third more time
+    config.model.remat = "none"  # recomputed in the backward pass, to save memory: none | dots (all but matrix products) | full
     config.model.dim = 64
     config.model.num_layers = 2
     config.model.num_heads = 4
@@ -128,9 +128,10 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.optimizer.max_grad_norm = 1.0
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that rows are spread over; -1: all
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.data = -1  # devices that rows are spread over; -1 (of one axis at most): all that the others leave
+    config.mesh.fsdp = 1  # devices that rows and the weights with their optimizer state are spread over
+    config.mesh.tensor = 1  # devices that share a row: attention heads, feed-forward width and vocabulary are spread
+    config.mesh.fsdp_min_elements = 2**16  # a layer's weight of fewer numbers lies whole on each device of fsdp
 
     config.eval = ConfigDict()
     config.eval.num_prompts = 512  # held-out questions

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from configs import base
 from experiments import cli, roofline
@@ -32,16 +31,15 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.iteration import make_rollout
-from grpo_jax.models.transformer import ModelDef, init_params
-from grpo_jax.run import Run, assemble, initial_state, make_run, require_divisible, state_around
-from grpo_jax.sharding import REPLICATED, make_mesh
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.run import Run, assemble, initial_state, make_run, require_divisible
+from grpo_jax.sharding import make_mesh
 from grpo_jax.types import Rollout, TrainState
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 FIELDS = {  # flag -> field of the config
     "beta": "objective.kl_coef",
     "dtype": "model.dtype",
-    "remat": "model.remat",
     "prompts": "rollout.num_prompts",
     "group_size": "rollout.group_size",
     "completion_len": "rollout.max_completion_tokens",
@@ -78,8 +76,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
     task = RandomTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0))
     run = assemble(config, mesh, task, model)
-    state = state_around(run, init_params(model.arch, jax.random.key(0)), None)
-    return run, jax.device_put(state, NamedSharding(mesh, REPLICATED))  # where updates leave it: else the second call compiles
+    return run, initial_state(run)
 
 
 def load_config(name: str) -> Any:
@@ -100,6 +97,8 @@ def with_flags(raw: Any, args: argparse.Namespace) -> Config:
     """The config with the flags that were given. Raises UserError."""
     given = {field: getattr(args, name) for name, field in FIELDS.items() if getattr(args, name) is not None}
     raw.update_from_flattened_dict(given)
+    if args.remat:
+        raw.model.remat = "full"
     if args.microbatch:
         rows = raw.rollout.num_prompts * raw.rollout.group_size // raw.learner.num_minibatches
         if rows % args.microbatch:
@@ -145,7 +144,7 @@ def described(run: Run, args: argparse.Namespace) -> Workload:
         what=args.what,
         beta=config.objective.kl_coef,
         dtype=run.model.dtype,
-        remat=run.model.remat,
+        remat=run.model.remat != "none",
         microbatch=rollout.num_prompts * rollout.group_size // cuts if cuts > 1 else 0,
         prompts=rollout.num_prompts,
         group_size=rollout.group_size,

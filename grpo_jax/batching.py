@@ -56,7 +56,7 @@ def at_own_width(function: Callable[[Any], Any], tree: Any, mask_PGT, choices: t
     """
     if len(choices) == 1:
         return function(tree)
-    place = jnp.searchsorted(jnp.asarray(choices), lengths(mask_PGT).max())
+    place = (jnp.asarray(choices) < lengths(mask_PGT).max()).sum()
     return jax.lax.switch(place, [lambda tree, width=width: function(cut_width(tree, width)) for width in choices], tree)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
 
 from grpo_jax.batching import widths
 from grpo_jax.config import Config
@@ -63,22 +65,26 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 
-def initial_params(config: Config, model: ModelDef, task: Task, sharding: Sharding) -> Params:
-    """The weights to start from, without adapters: loaded onto `sharding`, or fresh and warm-started on worked answers.
+def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> Params:
+    """The weights to start from, without adapters: loaded, or fresh and warm-started on worked answers.
 
+    places: the sharding of each; loaded and fresh weights are born there. A warm start is a small decoder's: it runs on
+    one device, so that its result does not depend on the mesh.
     Float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
     """
     if config.model.path:
         from grpo_jax.models.hf import load_params
 
         dtype = jnp.float32 if model.lora is None else model.dtype
-        return load_params(config.model.path, model.arch, dtype, sharding)
-    params = init_params(model.arch, key_for(config.seed, "init"))
+        return load_params(config.model.path, model.arch, dtype, places)
+    init = functools.partial(init_params, model.arch)
+    key = key_for(config.seed, "init")
     if not config.warm_start.num_steps:
-        return params
+        return jax.jit(init, out_shardings=places)(key)
     chunk = config.learner.logprob_chunk_tokens
     whole = dataclasses.replace(model, lora=None)
-    return warm_start(whole, params, task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+    params = warm_start(whole, init(key), task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+    return jax.device_put(params, places)
 
 
 def initial_adapters(config: Config, model: ModelDef) -> Params:
@@ -120,4 +126,5 @@ def update_spec(config: Config) -> UpdateSpec:
         old_logp=config.learner.old_logp,
         filter_truncated=config.overlong.filter,
         seed=config.seed,
+        fsdp_min_elements=config.mesh.fsdp_min_elements,
     )

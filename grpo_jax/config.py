@@ -20,7 +20,7 @@ class ModelConfig:
 
     path: str
     dtype: str
-    remat: bool
+    remat: str
     dim: int
     num_layers: int
     num_heads: int
@@ -193,11 +193,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis; -1 takes what is left. `fsdp_min_elements`: smaller weights are not cut."""
 
     data: int
     fsdp: int
     tensor: int
+    fsdp_min_elements: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from grpo_jax import objectives
 from grpo_jax.metrics import Correlation, Mean, Metric
 from grpo_jax.objectives import Objective
+from grpo_jax.spmd import AxisName
 from grpo_jax.types import Batch, Rollout
 
 GRPO = objectives.get("grpo")
@@ -18,7 +19,7 @@ def trained_mask(rollout: Rollout, filter_truncated: bool):
     return rollout.mask_PGT * ~rollout.is_truncated_PG[..., None] if filter_truncated else rollout.mask_PGT
 
 
-def advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: str | None = None):
+def advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: AxisName | None = None):
     """`objectives.advantages` of a batch of whole groups -> float32[P, G, T], 0 where masked."""
     P, G, T = mask_PGT.shape
     adv_BT = objectives.advantages(

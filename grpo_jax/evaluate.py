@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from grpo_jax.config import Config
 from grpo_jax.estimates import Estimate, estimate, majority, pass_at_k
-from grpo_jax.iteration import make_rollout
+from grpo_jax.iteration import make_rollout, make_sampler_weights
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
 from grpo_jax.sampling import GREEDY
+from grpo_jax.sharding import num_row_shards
 from grpo_jax.tasks import Task
 from grpo_jax.types import Params, Prompts
 
@@ -42,8 +43,10 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
     """
     prompts = jax.device_get(task.eval_prompts())
     num = len(prompts.tokens_PS)
-    width = -(-min(config.eval.batch_size, num) // mesh.size) * mesh.size
+    shards = num_row_shards(mesh)
+    width = -(-min(config.eval.batch_size, num) // shards) * shards
     n = config.eval.num_samples
+    sampler_weights = jax.jit(make_sampler_weights(config, mesh))
     greedy = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh))
     sampled = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh))
 
@@ -62,6 +65,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         return Answers(np.concatenate(is_right), np.concatenate(lengths), [row for rows in answers for row in rows])
 
     def evaluate(params: Params) -> dict[str, Estimate]:
+        params = sampler_weights(params)
         best = answer(greedy, params)
         values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
         if n:

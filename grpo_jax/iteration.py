@@ -7,6 +7,7 @@ functions run stage by stage: `while_loop` is then a Python loop, and only token
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.sharding import REPLICATED, ROWS, constrain
+from grpo_jax.sharding import REPLICATED, ROWS, constrain, for_decoding, over_rows
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep
 from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Reward, Rollout, TrainState
@@ -40,12 +41,12 @@ class Gathering(NamedTuple):
 
 
 def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Params, Prompts, Any], Rollout]:
-    """(params, prompts, key) -> Rollout, rows spread over the mesh; each device leaves its loop when its own rows ended."""
-    sharded = jax.shard_map(
-        lambda params, prompts, keys: rollout(model, params, prompts, keys, spec),
-        mesh=mesh,
-        in_specs=(REPLICATED, ROWS, ROWS),
-        out_specs=ROWS,
+    """(params, prompts, key) -> Rollout, rows spread over the mesh; each device leaves its loop when its own rows ended.
+
+    params: as `make_sampler_weights` gives them; in parts, they would be gathered in every call.
+    """
+    sharded = over_rows(
+        lambda params, prompts, keys: rollout(model, params, prompts, keys, spec), mesh, (REPLICATED, ROWS, ROWS), ROWS
     )
 
     def run(params: Params, prompts: Prompts, key: Any) -> Rollout:
@@ -56,12 +57,21 @@ def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Pa
     return run
 
 
+def make_sampler_weights(config: Config, mesh: Mesh) -> Callable[[Params], Params]:
+    """The policy -> its weights as rollouts read them, to be made once for all rollouts of an iteration."""
+    return functools.partial(
+        for_decoding, mesh=mesh, min_elements=config.mesh.fsdp_min_elements, dtype=jnp.dtype(config.model.dtype)
+    )
+
+
 def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh) -> Collect:
     """-> collect(state) -> (state with its data position and buffer moved on, batch to train on, metrics of all sampled).
 
     Traceable if the task is; else it runs on the host and jits its own parts.
     """
     sample_round = make_sample_round(config, task, run_rollout, mesh)
+    sampler_weights = make_sampler_weights(config, mesh)
+    sampler_weights = sampler_weights if task.is_traceable else jax.jit(sampler_weights)
     P = config.rollout.num_prompts
     while_loop = jax.lax.while_loop if task.is_traceable else host_while_loop
     push, pop = jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
@@ -69,9 +79,10 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
     def gather(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         """Rounds until the buffer holds a full batch of informative groups, or the cap is spent."""
         assert state.pending is not None, "dynamic sampling without a buffer in the state"
+        weights = sampler_weights(state.policy)
 
         def add_round(done: Gathering) -> Gathering:
-            batch, metrics = sample_round(state, done.rounds)
+            batch, metrics = sample_round(state, weights, done.rounds)
             buffer = push(done.buffer, batch, rewards.is_informative(batch.task_reward_PG))
             return Gathering(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
 
@@ -79,7 +90,7 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
             return (done.buffer.count < P) & (done.rounds < config.dynamic_sampling.max_sampling_rounds)
 
         # The first round stands before the loop: a full buffer from last time must not leave a step without samples.
-        batch, metrics = sample_round(state, jnp.int32(0))
+        batch, metrics = sample_round(state, weights, jnp.int32(0))
         buffer = push(state.pending, batch, rewards.is_informative(batch.task_reward_PG))
         done = while_loop(is_short, add_round, Gathering(buffer, jnp.int32(1), metrics))
         batch, buffer = pop(done.buffer, P)
@@ -94,7 +105,7 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
         return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), batch, metrics
 
     def sample_once(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
-        batch, metrics = sample_round(state, jnp.int32(0))
+        batch, metrics = sample_round(state, sampler_weights(state.policy), jnp.int32(0))
         return dataclasses.replace(state, num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
 
     return gather if config.dynamic_sampling.enabled else sample_once
@@ -124,7 +135,7 @@ def make_iterations(collect: Collect, train_step: TrainStep, num_steps: int) -> 
 
 
 def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh):
-    """-> sample_round(state, number of the round) -> (rewarded Batch, metrics of everything sampled in it)."""
+    """-> sample_round(state, sampler's weights, number of the round) -> (rewarded Batch, metrics of all sampled in it)."""
     P = config.rollout.num_prompts
     run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout)
 
@@ -143,12 +154,12 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
 
     finish = finish if task.is_traceable else jax.jit(finish)
 
-    def sample_round(state: TrainState, number: Any) -> tuple[Batch, dict[str, Metric]]:
+    def sample_round(state: TrainState, weights: Params, number: Any) -> tuple[Batch, dict[str, Metric]]:
         prompts = task.train_prompts(state.num_prompts_drawn + number * P, P)
         key, shuffle_key = (
             jax.random.fold_in(key_for(config.seed, purpose, state.step), number) for purpose in ("rollout", "shuffle")
         )
-        rolled = run_rollout(state.policy, prompts, key)
+        rolled = run_rollout(weights, prompts, key)
         answer, tokens_PGT, mask_PGT = prompts.answer, rolled.tokens_PGT, rolled.mask_PGT
         if not task.is_traceable:
             answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.spmd import AxisName
+
 ROUNDING = 1e-6  # relative; a few units in the last place of float32
 
 
@@ -32,7 +34,7 @@ class Mean:
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
-    def psum(self, axis_name: str) -> Mean:
+    def psum(self, axis_name: AxisName) -> Mean:
         return jax.lax.psum(self, axis_name)
 
     def reduced(self) -> Mean:
@@ -51,7 +53,7 @@ class Max:
     def merge(self, other: Max) -> Max:
         return Max(jnp.maximum(self.largest, other.largest))
 
-    def psum(self, axis_name: str) -> Max:
+    def psum(self, axis_name: AxisName) -> Max:
         return jax.lax.pmax(self, axis_name)
 
     def reduced(self) -> Max:
@@ -85,7 +87,7 @@ class Correlation:
     def merge(self, other: Correlation) -> Correlation:
         return jax.tree.map(lambda *each: jnp.stack(each), self, other).reduced()
 
-    def psum(self, axis_name: str) -> Correlation:
+    def psum(self, axis_name: AxisName) -> Correlation:
         return self._pooled(lambda x: jax.lax.psum(x, axis_name))
 
     def reduced(self) -> Correlation:
@@ -134,7 +136,7 @@ def unstacked(stacked: Metrics, num: int) -> list[dict[str, Metric]]:
     return [{name: jax.tree.map(operator.itemgetter(i), metric) for name, metric in stacked.items()} for i in range(num)]
 
 
-def psum(metrics: Metrics, axis_name: str) -> dict[str, Metric]:
+def psum(metrics: Metrics, axis_name: AxisName) -> dict[str, Metric]:
     """Reduce over the devices of a mesh axis (inside `shard_map`)."""
     return {name: metric.psum(axis_name) for name, metric in metrics.items()}
 

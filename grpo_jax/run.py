@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from grpo_jax import build
 from grpo_jax.checkpoint import Checkpointer, restore_params
@@ -21,21 +23,25 @@ from grpo_jax.iteration import Collect, make_collect, make_iterations, make_roll
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.sharding import REPLICATED, make_mesh
+from grpo_jax.sharding import make_mesh, num_row_shards, placed, places_of, require_fits
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import make_train_step
-from grpo_jax.types import Batch, Params, TrainState, join
+from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
+    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
+
+    like: shapes and places of the state. start: (weights, adapters or None) -> the state at step 0; donates them.
+    """
 
     config: Config
     mesh: Mesh
     task: Task
     model: ModelDef
-    optimizer: optax.GradientTransformation
+    like: TrainState
+    start: Callable[[Params, Params | None], TrainState]
     collect: Collect
     update: Any
     iterate: Any
@@ -51,26 +57,32 @@ def make_run(config: Config) -> Run:
 
 
 def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
-    """Bind a config to a task and a model. Raises UserError if the task cannot do what the config asks."""
+    """Bind a config to a task and a model. Raises UserError if the task or the model cannot do what the config asks."""
     if config.steps_per_call and not task.is_traceable:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
+    require_fits(model.arch, mesh)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     spec = build.rollout_spec(config, task)
-    collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
+    run_rollout = make_rollout(model, spec, mesh)
+    collect = make_collect(config, task, run_rollout, mesh)
     train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
     iterate = make_iterations(collect, train_step, max(config.steps_per_call, 1))
-    everywhere = NamedSharding(mesh, REPLICATED)
+    start = functools.partial(state_around, config, optimizer, functools.partial(example_batch, config, task, run_rollout))
+    base, adapters = split(model.param_shapes())
+    like = placed(jax.eval_shape(start, base, adapters or None), mesh, config.mesh.fsdp_min_elements)
+    places = places_of(like)
     return Run(
         config=config,
         mesh=mesh,
         task=task,
         model=model,
-        optimizer=optimizer,
-        collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
-        update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
-        iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(everywhere, None, None)),
+        like=like,
+        start=jax.jit(start, donate_argnums=(0, 1), out_shardings=places),
+        collect=jax.jit(collect, donate_argnums=0, out_shardings=(places, None, None)) if task.is_traceable else collect,
+        update=jax.jit(train_step, donate_argnums=0, out_shardings=(places, None)),
+        iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(places, None, None)),
         evaluate=make_evaluate(config, task, model, spec, mesh),
     )
 
@@ -78,13 +90,14 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
 def require_divisible(config: Config, mesh: Mesh) -> None:
     """Every device gets as many whole groups as the others, in every minibatch and microbatch. Raises UserError."""
     prompts, learner = config.rollout.num_prompts, config.learner
-    in_minibatch = prompts // learner.num_minibatches
-    if in_minibatch % mesh.size:
+    in_minibatch, shards = prompts // learner.num_minibatches, num_row_shards(mesh)
+    if in_minibatch % shards:
         raise UserError(
             f"config.rollout.num_prompts = {prompts} in config.learner.num_minibatches = {learner.num_minibatches}: "
-            f"{in_minibatch} groups do not divide over {mesh.size} devices; use a multiple, or set config.mesh.data"
+            f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp); use a multiple, "
+            "or set config.mesh.data"
         )
-    groups, cuts = in_minibatch // mesh.size, learner.num_microbatches
+    groups, cuts = in_minibatch // shards, learner.num_microbatches
     if groups % cuts and (cuts % groups or config.rollout.group_size % (cuts // groups)):
         raise UserError(
             f"config.learner.num_microbatches = {cuts}: must divide a device's {groups} groups, "
@@ -93,22 +106,23 @@ def require_divisible(config: Config, mesh: Mesh) -> None:
 
 
 def initial_state(run: Run) -> TrainState:
-    """The state at step 0: weights loaded or warm-started, on every device."""
+    """The state at step 0: weights loaded or warm-started, each where it belongs."""
     weights = initial_weights(run)
-    adapters = None if run.model.lora is None else build.initial_adapters(run.config, run.model)
-    return jax.device_put(state_around(run, weights, adapters), NamedSharding(run.mesh, REPLICATED))
+    if run.model.lora is None:
+        return run.start(weights, None)
+    adapters = build.initial_adapters(run.config, run.model)
+    return run.start(weights, jax.device_put(adapters, places_of(run.like.params)))
 
 
 def initial_weights(run: Run) -> Params:
-    """All weights at step 0 but adapters, on every device."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    return jax.device_put(build.initial_params(run.config, run.model, run.task, everywhere), everywhere)
+    """All weights at step 0 but adapters, each where it belongs."""
+    places = places_of(run.like.params if run.model.lora is None else run.like.base)
+    return build.initial_params(run.config, run.model, run.task, places)
 
 
 def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
     """The state as it was after `step`: what changes is read from the checkpoint, what stays is had as at step 0."""
-    like = abstract_state(run)
-    state = checkpointer.restore(step, like)
+    state, like = checkpointer.restore(step, run.like), run.like
     if like.base is None and like.ref_params is None:
         return state
     weights = initial_weights(run)
@@ -117,43 +131,34 @@ def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainStat
 
 def restored_policy(run: Run, workdir: pathlib.Path, step: int) -> Params:
     """The policy's weights after `step` of the run in `workdir`, and nothing else."""
-    base, adapters = split(run.model.param_shapes())
-    trained = restore_params(workdir, step, placed(run, adapters or base))
+    trained = restore_params(workdir, step, run.like.params)
     return join(None if run.model.lora is None else initial_weights(run), trained)
 
 
-def abstract_state(run: Run) -> TrainState:
-    """Shapes and places of the state, to restore a checkpoint into: no weights are loaded, nothing is warm-started."""
-    base, adapters = split(run.model.param_shapes())
-    return placed(run, jax.eval_shape(lambda *weights: state_around(run, *weights), base, adapters or None))
-
-
-def placed(run: Run, shapes: Any) -> Any:
-    """Shapes -> shapes on every device of the run's mesh."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-
-
-def state_around(run: Run, weights: Params, adapters: Params | None) -> TrainState:
-    """Step 0 with these weights; with adapters, it is the adapters that will be trained."""
-    config = run.config
+def state_around(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    example: Callable[[Params], Batch],
+    weights: Params,
+    adapters: Params | None,
+) -> TrainState:
+    """Step 0 with these weights; with adapters, it is the adapters that will be trained. example: `example_batch`."""
     base, trained = (None, weights) if adapters is None else (weights, adapters)
     has_copy = config.objective.kl_coef > 0 and adapters is None
     return TrainState(
         step=jnp.int32(0),
         params=trained,
-        opt_state=run.optimizer.init(trained),
+        opt_state=optimizer.init(trained),
         base=base,
         ref_params=jax.tree.map(jnp.copy, weights) if has_copy else None,
         num_prompts_drawn=jnp.int32(0),
-        pending=empty_buffer(example_batch(run, join(base, trained))) if config.dynamic_sampling.enabled else None,
+        pending=empty_buffer(example(join(base, trained))) if config.dynamic_sampling.enabled else None,
     )
 
 
-def example_batch(run: Run, params: Params) -> Batch:
+def example_batch(config: Config, task: Task, run_rollout: Callable[..., Rollout], params: Params) -> Batch:
     """The shapes of a batch, without computing one."""
-    P, G = run.config.rollout.num_prompts, run.config.rollout.group_size
-    rollout_fn = make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh)
-    rollout = jax.eval_shape(rollout_fn, params, run.task.train_prompts(0, P), jax.random.key(0))
+    P, G = config.rollout.num_prompts, config.rollout.group_size
+    rollout = jax.eval_shape(run_rollout, params, task.train_prompts(0, P), jax.random.key(0))
     row = jax.ShapeDtypeStruct((P, G), jnp.float32)
     return Batch(rollout, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))

@@ -1,7 +1,14 @@
-"""The device mesh, and what each stage may assume about where its arrays lie."""
+"""The device mesh, and what lies where on it.
+
+Rows are spread over `data` and `fsdp`; that part of a program is written by hand, in `shard_map`. Parameters, and all that
+is shaped like them, are cut along `fsdp` and `tensor` by one table; what is computed on a cut along `tensor` is left to the
+compiler, which adds one sum over devices after attention and one after the MLP.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,30 +16,143 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import MeshConfig
 from grpo_jax.errors import UserError
+from grpo_jax.models.architecture import Architecture
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec("data")  # the prompt axis of prompts, rollouts and batches
+ROW_AXES = ("data", "fsdp")  # each of their devices has rows of its own; those of `tensor` share theirs
+ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batches
 REPLICATED = PartitionSpec()
+
+# What an axis of a parameter stands for -> the mesh axis that it is cut along.
+RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
+# What the matrices [out, in] of a layer map to what. Their biases and adapters follow.
+MATRICES = {
+    "q": ("heads", "width"),
+    "k": ("kv_heads", "width"),
+    "v": ("kv_heads", "width"),
+    "o": ("width", "heads"),
+    "gate": ("ffn", "width"),
+    "up": ("ffn", "width"),
+    "down": ("width", "ffn"),
+}
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh (data, fsdp, tensor) over all devices. Raises UserError if the sizes do not multiply to their number."""
+    """Mesh (data, fsdp, tensor) over all devices, or the first ones. Raises UserError if there are not enough."""
     num_devices = jax.device_count()
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    for axis in ("fsdp", "tensor"):
-        if sizes[axis] not in (1, -1):
-            raise UserError(
-                f"config.mesh.{axis} = {sizes[axis]}: only 1 is supported; parameters are replicated, use mesh.data"
-            )
-        sizes[axis] = 1
-    if sizes["data"] == -1:
-        sizes["data"] = num_devices
-    if not 1 <= sizes["data"] <= num_devices:
-        raise UserError(f"config.mesh.data = {sizes['data']}: there are {num_devices} devices; use -1 for all of them")
-    devices = jax.devices()[: sizes["data"]]
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    wanted = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
+    if taken > num_devices:
+        raise UserError(f"config.mesh: {wanted} needs {taken} devices, there are {num_devices}; use smaller ones, or one -1")
+    if -1 in sizes.values() and num_devices % taken:
+        raise UserError(f"config.mesh: {wanted}: {num_devices} devices do not divide by {taken}; say how many instead of -1")
+    sizes = {axis: num_devices // taken if size == -1 else size for axis, size in sizes.items()}
+    devices = jax.devices()[: math.prod(sizes.values())]
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """How many parts rows are cut into."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def require_fits(arch: Architecture, mesh: Mesh) -> None:
+    """The decoder can be cut as the mesh asks. Raises UserError. (A vocabulary that does not divide stays whole.)"""
+    sizes = {
+        "tensor": {"num_heads": arch.num_heads, "num_kv_heads": arch.num_kv_heads, "ffn_dim": arch.ffn_dim},
+        "fsdp": {"dim": arch.dim},
+    }
+    for axis, fields in sizes.items():
+        for name, size in fields.items():
+            if size % mesh.shape[axis]:
+                divisor = math.gcd(*fields.values())
+                raise UserError(
+                    f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide the model's {name} = {size}; "
+                    f"use a divisor of {divisor}"
+                )
+
+
+def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler."""
+    by_hand = ROW_AXES if mesh.shape["tensor"] > 1 else AXES
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(by_hand))
 
 
 def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Place every leaf of a traced tree as `spec` says."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def names_of(path: Any) -> tuple[str, ...]:
+    """A leaf's path in a pytree as plain names."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+
+
+def meaning(names: tuple[str, ...]) -> tuple[str | None, ...]:
+    """What the axes of a parameter stand for, by its name: () if nothing is cut. Optimizer state has the same names."""
+    *_, module, name = ("", *names)
+    if name in ("embed", "head"):
+        return ("vocab", "width")
+    if module not in MATRICES:
+        return ()
+    num_out, num_in = MATRICES[module]  # behind the stacked layers
+    of = {"weight": (None, num_out, num_in), "bias": (None, num_out), "lora_a": (None, None, num_in), "lora_b": (None, num_out)}
+    return of.get(name, ())
+
+
+def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> PartitionSpec:
+    """Where a leaf of parameters, of optimizer state or of anything else lies.
+
+    min_elements: a layer's tensor of fewer is not cut along `fsdp`.
+    """
+    cuts: list[str | None] = [RULES.get(axis or "") for axis in meaning(names)]
+    num_elements = math.prod(shape[1:] if "layers" in names else shape)
+    for i, axis in enumerate(cuts):
+        is_small = axis == "fsdp" and num_elements < min_elements
+        if axis and (mesh.shape[axis] == 1 or is_small or shape[i] % mesh.shape[axis]):
+            cuts[i] = None
+    while cuts and cuts[-1] is None:
+        cuts.pop()
+    return PartitionSpec(*cuts)
+
+
+def specs_of(tree: Any, mesh: Mesh, min_elements: int) -> Any:
+    """`param_spec` of every leaf (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: param_spec(names_of(path), x.shape, mesh, min_elements), tree)
+
+
+def placed(tree: Any, mesh: Mesh, min_elements: int) -> Any:
+    """Arrays or shapes -> shapes with the places they belong to."""
+
+    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree, specs_of(tree, mesh, min_elements))
+
+
+def places_of(like: Any) -> Any:
+    """The shardings of arrays or of what `placed` gives."""
+    return jax.tree.map(lambda x: x.sharding, like)
+
+
+def without(specs: Any, axis: str) -> Any:
+    """The same places without cuts along one mesh axis."""
+    return jax.tree.map(lambda spec: PartitionSpec(*(None if cut == axis else cut for cut in spec)), specs)
+
+
+def for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
+    """Weights as a rollout reads them at every token: whole but for `tensor`, in the compute dtype (which is what travels).
+
+    Called once for any number of rollouts. Without fsdp the weights lie like this already, and nothing is done.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(x: Any, spec: PartitionSpec) -> Any:
+        if "fsdp" not in spec:
+            return x
+        small = constrain(x.astype(dtype), mesh, spec)  # or the cast might come after the gather
+        return constrain(small, mesh, without(spec, "fsdp"))
+
+    return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+AxisName = str | tuple[str, ...]  # one or several axes of a mesh
+
 
 def vary_like(tree: Any, reference_ints: jax.Array) -> Any:
     """Mark every leaf as varying over the mesh axes that `reference_ints` (an integer array) varies over.

@@ -2,6 +2,9 @@
 
 batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
       -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
+
+Rows are spread over the mesh axes data and fsdp. What fsdp has cut arrives in parts, is gathered layer by layer
+(`models.fsdp`), and so do its gradients; AdamW works on parts.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import batching, credit, objectives
 from grpo_jax import metrics as metrics_lib
@@ -24,8 +27,8 @@ from grpo_jax.objectives import Objective
 from grpo_jax.rng import key_for
 from grpo_jax.sampling import Sampling
 from grpo_jax.score import score
-from grpo_jax.sharding import REPLICATED, ROWS, constrain
-from grpo_jax.spmd import vary_like
+from grpo_jax.sharding import REPLICATED, ROW_AXES, ROWS, constrain, over_rows, specs_of, without
+from grpo_jax.spmd import AxisName, vary_like
 from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
@@ -37,6 +40,7 @@ class UpdateSpec:
 
     widths: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
     old_logp: "sampler" (what was recorded) or "learner" (one more forward pass).
+    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`).
     """
 
     objective: Objective
@@ -50,6 +54,7 @@ class UpdateSpec:
     old_logp: str
     filter_truncated: bool
     seed: int
+    fsdp_min_elements: int
 
 
 @flax.struct.dataclass
@@ -70,13 +75,11 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
     """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
-        prepare = jax.shard_map(
-            lambda state, batch: prepare_target(model, state, batch, spec, axis_name="data"),
-            mesh=mesh,
-            in_specs=(REPLICATED, ROWS),
-            out_specs=ROWS,
-        )
         policies = dataclasses.replace(state, opt_state=None, pending=None)
+        parts = without(specs_of(policies, mesh, spec.fsdp_min_elements), "tensor")
+        prepare = over_rows(
+            lambda state, batch: prepare_target(model, state, batch, spec, axis_name=ROW_AXES), mesh, (parts, ROWS), ROWS
+        )
         target = prepare(policies, constrain(batch, mesh, ROWS))
 
         def minibatch_step(carry, minibatch: Target):
@@ -86,11 +89,11 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
             metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
             return (optax.apply_updates(params, updates), opt_state), metrics
 
-        sharded_gradients = jax.shard_map(
-            lambda params, base, minibatch: gradients(model, params, base, minibatch, spec, axis_name="data"),
-            mesh=mesh,
-            in_specs=(REPLICATED, REPLICATED, ROWS),
-            out_specs=REPLICATED,
+        sharded_gradients = over_rows(
+            lambda params, base, minibatch: gradients(model, params, base, minibatch, spec, (parts.params, parts.base)),
+            mesh,
+            (parts.params, parts.base, ROWS),
+            (parts.params, REPLICATED),
         )
         minibatches = split_minibatches(target, state.step, spec)
         (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
@@ -103,7 +106,9 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
     return train_step
 
 
-def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: UpdateSpec, axis_name: str | None = None) -> Target:
+def prepare_target(
+    model: ModelDef, state: TrainState, batch: Batch, spec: UpdateSpec, axis_name: AxisName | None = None
+) -> Target:
     """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
     rollout, obj = batch.rollout, spec.objective
     rollout = dataclasses.replace(rollout, mask_PGT=credit.trained_mask(rollout, spec.filter_truncated))
@@ -148,9 +153,14 @@ def score_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spe
 
 
 def gradients(
-    model: ModelDef, params: Params, base: Params | None, target: Target, spec: UpdateSpec, axis_name: str | None = None
+    model: ModelDef, params: Params, base: Params | None, target: Target, spec: UpdateSpec, parts: tuple[Any, Any] | None = None
 ):
-    """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches."""
+    """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches.
+
+    parts: inside `over_rows`, the specs of params and base. The gradient of a weight that fsdp has cut is summed over that
+    axis as it leaves its layer, in every microbatch.
+    """
+    axis_name = ROW_AXES if parts else None
     mask_PGT = target.rollout.mask_PGT
     T = mask_PGT.shape[-1]
     weight_BT, denom = objectives.weights(
@@ -159,8 +169,8 @@ def gradients(
         max_completion_length=spec.max_completion_tokens,
         axis_name=axis_name,
     )
-    if axis_name:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
-        params, base = jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), (params, base))
+    if parts:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
+        params, base = jax.tree.map(lambda x, spec: jax.lax.pcast(x, uncut(spec), to="varying"), (params, base), parts)
 
     def gradients_of(piece_and_weight):
         piece, weight_PGT = piece_and_weight
@@ -190,10 +200,16 @@ def gradients(
 
         grads, stacked = jax.lax.scan(accumulate, zeros, pieces)
         metrics = metrics_lib.reduce_stacked(stacked)
-    if axis_name:
-        grads, metrics = jax.lax.psum(grads, axis_name), metrics_lib.psum(metrics, axis_name)
+    if parts:
+        grads = jax.tree.map(lambda grad, spec: jax.lax.psum(grad, uncut(spec)), grads, parts[0])
+        metrics = metrics_lib.psum(metrics, ROW_AXES)
     metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
     return jax.tree.map(lambda g: g / denom, grads), metrics
+
+
+def uncut(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of rows that a weight is copied over."""
+    return tuple(axis for axis in ROW_AXES if axis not in spec)
 
 
 def weighted_loss(model: ModelDef, params: Params, target: Target, weight_PGT, spec: UpdateSpec):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
 OLD_LOGP = ("sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")
@@ -58,6 +59,7 @@ def validate(config: Config) -> None:
             )
     _require_adapters(config)
     _require_whole_calls(config)
+    _require_mesh(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
@@ -71,6 +73,16 @@ def _require_whole_calls(config: Config) -> None:
         value = _field(config, name)
         if config.steps_per_call and value % config.steps_per_call:
             raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
+
+
+def _require_mesh(config: Config) -> None:
+    axes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    for axis, size in axes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis} = {size}: a number of devices, or -1 for what the other axes leave")
+    if list(axes.values()).count(-1) > 1:
+        wanted = ", ".join(f"{axis} = {size}" for axis, size in axes.items())
+        raise UserError(f"config.mesh: {wanted}: only one axis can take what is left, say how many devices the others have")
 
 
 def _require_adapters(config: Config) -> None:
@@ -128,6 +140,7 @@ def _require_choices(config: Config) -> None:
     choices = {
         "task.name": TASKS,
         "model.dtype": DTYPES,
+        "model.remat": REMATS,
         "learner.old_logp": OLD_LOGP,
         "optimizer.schedule": SCHEDULES,
     }
@@ -170,6 +183,7 @@ AT_LEAST = {
     "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
+    "mesh.fsdp_min_elements": 0,
     "eval.num_prompts": 1,
     "eval.num_samples": 0,
     "eval.batch_size": 1,

@@ -92,7 +92,7 @@ def test_what_was_measured_is_read_from_the_run(small):
     work = benchmark.described(run, args)
     assert (work.beta, work.microbatch, work.dtype, work.remat) == (0.04, 2, "bfloat16", True)
     assert (work.rows, work.prompt_len, work.completion_len) == (4, 4, 3)
-    assert run.model.remat and run.config.learner.num_microbatches == 2 and state.ref_params is not None
+    assert run.model.remat == "full" and run.config.learner.num_microbatches == 2 and state.ref_params is not None
 
 
 def test_a_call_that_compiles_is_not_timed(small):

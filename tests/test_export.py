@@ -115,13 +115,14 @@ def test_all_or_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A run of a bfloat16 model with two checkpoints: of step 1 and 2, whose embeddings are 1 and 2 everywhere."""
+    """A run of a bfloat16 model on four devices, with checkpoints of step 1 and 2, whose embeddings are 1 and 2 everywhere."""
     source, workdir = tmp_path / "source", tmp_path / "run"
     settings = {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": TEMPLATE}
     save_hf_tokenizer(source, {}, **settings)
     torch_model("llama tied", torch.bfloat16, vocab_size=259).save_pretrained(source)
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
-    config = tiny.config_of(changes={"model.path": str(source), "eval.num_prompts": 4})
+    in_parts = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.fsdp_min_elements": 0}
+    config = tiny.config_of(changes={"model.path": str(source), "eval.num_prompts": 4, **in_parts})
     run = make_run(config)
     claim_workdir(workdir, config.to_dict(), allow_config_change=False)
     checkpointer = Checkpointer(workdir, config.checkpoint)

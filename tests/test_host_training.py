@@ -103,8 +103,14 @@ def late(completions, item):
 
 
 def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path, config, monkeypatch):
-    """Stopped in the middle of an epoch of 32 prompts: after it, as without it, every prompt comes once an epoch."""
+    """Stopped in the middle of an epoch of 32 prompts: after it, as without it, every prompt comes once an epoch.
+
+    On four devices that hold the weights in parts.
+    """
     import datasets
+
+    config.mesh.fsdp = config.mesh.tensor = 2
+    config.mesh.fsdp_min_elements = 0
 
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -208,7 +208,7 @@ def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
     unrolled = value_and_grads(ModelDef(arch), params, inputs)
     monkeypatch.setattr(transformer, "MAX_UNROLLED", arch.num_layers - 1)
     as_scan = value_and_grads(ModelDef(arch), params, inputs)
-    with_remat = value_and_grads(ModelDef(arch, remat=True), params, inputs)
+    with_remat = value_and_grads(ModelDef(arch, remat="full"), params, inputs)
     for other in (with_remat, as_scan):
         assert tiny.largest_difference(other, unrolled) < 1e-5
     assert float(unrolled[0]) != 0 and min(float(jnp.abs(g).max()) for g in jax.tree.leaves(unrolled[1])) > 0
@@ -217,13 +217,15 @@ def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
 def test_remat_recomputes_and_few_layers_are_unrolled():
     tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
 
-    def jaxpr_of(arch, remat=False):
+    def jaxpr_of(arch, remat="none"):
         params = jax.eval_shape(lambda: transformer.init_params(arch, jax.random.key(0)))
         model = ModelDef(arch, remat=remat)
         return str(jax.make_jaxpr(jax.grad(lambda p: model.bind(p)(tokens, mask)[0].sum()))(params))
 
     few = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED)
-    assert "remat" in jaxpr_of(few, remat=True) and "remat" not in jaxpr_of(few)
+    assert "remat" in jaxpr_of(few, remat="full") and "remat" not in jaxpr_of(few)
+    num_products = [jaxpr_of(few, remat=name).count("dot_general") for name in ("none", "dots", "full")]
+    assert num_products[0] <= num_products[1] < num_products[2]  # dots: products of activations are all that comes again
     assert set(re.findall(r"unroll=(\d+)", jaxpr_of(few))) == {str(transformer.MAX_UNROLLED)}
     assert set(re.findall(r"unroll=(\d+)", jaxpr_of(DEEP))) == {"1"}
 

@@ -78,9 +78,9 @@ def state_of(params, optimizer, ref_params=None, step=0, pending=None):
     return TrainState(jnp.int32(step), params, optimizer.init(params), None, ref_params, jnp.int32(0), pending)
 
 
-def mesh_of(num_devices):
+def mesh_of(num_devices, fsdp=1):
     """A mesh over the first devices, with the axes that the package uses."""
-    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices, 1, 1)
+    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices // fsdp, fsdp, 1)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

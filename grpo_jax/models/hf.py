@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
@@ -95,11 +95,13 @@ def slots_of(architecture: Architecture) -> tuple[list[Slot], Any]:
     return slots, treedef
 
 
-def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any, sharding: Sharding) -> Params:
-    """The weights of `path` (a folder or hub id) as the decoder's parameters, in `dtype`, placed as `sharding` says.
+def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any, places: Any) -> Params:
+    """The weights of `path` (a folder or hub id) as the decoder's parameters, in `dtype`.
 
     Reads model.safetensors or the files of model.safetensors.index.json (float32, float16, bfloat16). Names and shapes
     are checked before anything is read. The host holds one tensor at a time: each goes straight to its place on the mesh.
+
+    places: the sharding of each parameter, as a tree or a prefix of one (one for all).
 
     Returns: nested dict of jax arrays, the tree of `transformer.init_params`.
     Raises: UserError naming the tensor that is missing, unexpected, misshapen or of an odd dtype, or the broken file.
@@ -109,8 +111,9 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _check_tensors(folder, architecture, slots, tensors)
-        load = functools.partial(_load, tensors=tensors, dtype=jnp.dtype(dtype), sharding=sharding)
-        return jax.tree.unflatten(treedef, [load(slot) for slot in with_progress(slots, "loading weights")])
+        each = jax.tree.leaves(jax.tree.broadcast(places, jax.tree.unflatten(treedef, slots)))
+        work = with_progress(list(zip(slots, each, strict=True)), "loading weights")
+        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), place) for slot, place in work])
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
@@ -125,12 +128,19 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """A leaf, born in its place; a stacked one is filled layer by layer."""
     if not slot.is_stacked:
-        return _cast(tensors[slot.names[0]].read(), dtype, sharding)
+        return _cast(jax.device_put(tensors[slot.names[0]].read(), sharding), dtype, sharding)
     stacked = jnp.zeros((len(slot.names), *slot.shape), dtype, device=sharding)
     for i, name in enumerate(slot.names):
-        stacked = _write(stacked, tensors[name].read(), i, sharding)
+        stacked = _write(stacked, jax.device_put(tensors[name].read(), _of_layer(sharding)), i, sharding)
         jax.block_until_ready(stacked)  # or tensors still under way would pile up on the host
     return stacked
+
+
+def _of_layer(sharding: Sharding) -> Sharding:
+    """The place of one layer's tensor, from that of all of them stacked; the layers' axis is not cut."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

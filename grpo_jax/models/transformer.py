@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from grpo_jax.linear import project
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import KVCache, Prefix, View, attend, choose, make_views, rotate
+from grpo_jax.models.fsdp import cut_axis, rematerialised, whole
 from grpo_jax.models.lora import LoRA, attach
 from grpo_jax.types import Params
 
@@ -119,8 +121,9 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.logprobs`)."""
 
-    def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
         self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
+        self.gather: Callable[[Any], Any] | None = None  # filled by `ModelDef.bind`: a layer's weights, whole
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
         self.layers = nnx.vmap(lambda r: Block(arch, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
@@ -165,14 +168,16 @@ class Decoder(nnx.Module):
 
         def layer(x_BTD, weights_prefix_and_kind):
             weights, prefix_cache, is_local = weights_prefix_and_kind
+            weights = weights if self.gather is None else self.gather(weights)
             x_BTD, kv = nnx.merge(graphdef, weights)(x_BTD, choose(views, is_local), prefix_cache)
             return x_BTD, kv if return_cache else None
 
-        layer = jax.checkpoint(layer, prevent_cse=False) if self.remat else layer
         L, local = self.arch.num_layers, self.arch.local_layers
+        is_unrolled = L <= MAX_UNROLLED
+        layer = rematerialised(layer, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
         is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local)) if 0 < len(local) < L else None
         xs = (stacked, None if prefix is None else prefix.cache, is_local_L)
-        hidden_BTD, cache = jax.lax.scan(layer, self.embedded(tokens_BT), xs, unroll=L if L <= MAX_UNROLLED else 1)
+        hidden_BTD, cache = jax.lax.scan(layer, self.embedded(tokens_BT), xs, unroll=L if is_unrolled else 1)
         return self.final_norm(hidden_BTD), cache
 
     def encode_prompts(self, tokens_PS, mask_PS):
@@ -223,12 +228,24 @@ class ModelDef:
 
     arch: Architecture
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     lora: LoRA | None = None
 
     def bind(self, params: Params) -> Decoder:
-        """The decoder with these parameters (cheap: call it inside the traced function)."""
-        return nnx.merge(nnx.graphdef(self._abstract()), nnx.State(params))
+        """The decoder with these parameters (cheap: call it inside the traced function).
+
+        Where fsdp has cut them, those of the layers are gathered layer by layer, the others here.
+        """
+        abstract = self._abstract()
+        shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
+        layer_shapes = shapes.pop("layers")
+        params = {**whole({name: params[name] for name in shapes}, shapes, self.dtype), "layers": params["layers"]}
+        decoder = nnx.merge(nnx.graphdef(abstract), nnx.State(params))
+        axes = jax.tree.map(cut_axis, params["layers"], layer_shapes)
+        if jax.tree.leaves(axes):  # None is no leaf
+            of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer_shapes)
+            decoder.gather = lambda weights: nnx.State(whole(nnx.to_pure_dict(weights), of_one, self.dtype))
+        return decoder
 
     def param_shapes(self) -> Params:
         """The tree that `bind` takes, adapters included, as shapes."""

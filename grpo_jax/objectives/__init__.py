@@ -18,6 +18,7 @@ from grpo_jax.objectives.advantages import Arrays, advantages
 from grpo_jax.objectives.aggregation import token_weights
 from grpo_jax.objectives.ratios import RATIOS, SEQUENCE_RATIOS, clipped_surrogate, kl_k3, log_ratio
 from grpo_jax.objectives.spec import VARIANTS, Objective, describe, get
+from grpo_jax.spmd import AxisName
 
 __all__ = ["VARIANTS", "Objective", "advantages", "describe", "get", "loss", "loss_metrics", "token_loss", "weights"]
 
@@ -55,7 +56,7 @@ def token_loss(
 
 
 def weights(
-    obj: Objective, mask_BT: Shaped[Arrays, "B T"], *, max_completion_length: int, axis_name: str | None = None
+    obj: Objective, mask_BT: Shaped[Arrays, "B T"], *, max_completion_length: int, axis_name: AxisName | None = None
 ) -> tuple[Float[jax.Array, "B T"], Float[jax.Array, ""]]:
     """-> (weight_BT, denom) with loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio always averages rows."""
     aggregation = "sequence_mean" if obj.ratio in SEQUENCE_RATIOS else obj.aggregation
@@ -82,7 +83,7 @@ def loss(
     mask_BT: Shaped[Arrays, "B T"],
     *,
     max_completion_length: int,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, Mean]]:
     """The scalar to minimise and its metrics; inside `shard_map` with `axis_name` both are global.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Real, Shaped
 
 from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
+from grpo_jax.spmd import AxisName
 
 if TYPE_CHECKING:
     from grpo_jax.objectives.spec import Objective
@@ -31,7 +32,7 @@ class Groups(NamedTuple):
     mask_PGT: Any
     entropy_PGT: Any
     has_tokens_PG: Any
-    axis_name: str | None
+    axis_name: AxisName | None
 
 
 def advantages(
@@ -42,7 +43,7 @@ def advantages(
     *,
     group_size: int,
     task_rewards_B: Real[Arrays, " B"] | None = None,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "B T"]:
     """How much better each token was than its group made one expect.
 

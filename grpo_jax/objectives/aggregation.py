@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.spmd import AxisName
+
 
 def sequence_mean(mask_BT, max_completion_length: int):
     """Every row counts the same: (1/N) sum_i (1/|o_i|) sum_t."""
@@ -37,7 +39,7 @@ AGGREGATIONS: Mapping[str, Callable[[Any, int], tuple[Any, Any]]] = MappingProxy
 )
 
 
-def token_weights(aggregation: str, mask_BT, *, max_completion_length: int, axis_name: str | None = None):
+def token_weights(aggregation: str, mask_BT, *, max_completion_length: int, axis_name: AxisName | None = None):
     """-> (weight_BT, denom): loss = sum(loss_BT * weight_BT) / denom, summed over devices; denom >= 1 is global."""
     weight_BT, denom = AGGREGATIONS[aggregation](jnp.asarray(mask_BT, jnp.float32), max_completion_length)
     denom = jnp.asarray(denom, jnp.float32)

@@ -1,0 +1,216 @@
+"""Eight devices as data x fsdp x tensor: the numbers of one device, and in the compiled programs only the expected traffic."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives
+from grpo_jax.build import update_spec
+from grpo_jax.checkpoint import Checkpointer
+from grpo_jax.iteration import make_rollout, make_sampler_weights
+from grpo_jax.models.fsdp import gather
+from grpo_jax.models.lora import LoRA, split
+from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.optimizer import make_optimizer
+from grpo_jax.rollout import RolloutSpec
+from grpo_jax.run import initial_state, make_run, restored_state
+from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import make_mesh, param_spec, placed, places_of
+from grpo_jax.train_step import make_train_step
+from grpo_jax.types import join
+from tests import tiny
+
+# Layers enough for a loop, so that each collective of a layer stands in the program once; every size is another one.
+ARCH = dataclasses.replace(
+    tiny.LLAMA, dim=16, num_layers=MAX_UNROLLED + 1, vocab_size=28, head_dim=6, ffn_dim=40, qk_norm=True, qkv_bias=True
+)
+MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}
+OPS = ("stablehlo.all_gather", "stablehlo.reduce_scatter")
+COLLECTIVE = re.compile(r"= (\S+?)\[([\d,]*)\]\S* (all-gather|reduce-scatter)\(.*?replica_groups=(\S+?), (?:dim|use)")
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)
+
+
+def config_of(sizes, changes=None):
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    return tiny.config_of("grpo", {"mesh.fsdp_min_elements": 65, "optimizer.warmup_steps": 0, **axes, **(changes or {})})
+
+
+def collectives(program, kind):
+    """Of a compiled program: {size of the result: how many of them are written in it}."""
+    found = [(m[3], m[2]) for m in COLLECTIVE.finditer(program.as_text())]
+    assert found, "no collective was recognised: does the pattern still fit?"
+    return collections.Counter(tuple(map(int, dims.split(","))) for name, dims in found if name == kind)
+
+
+# ----------------------------------------------------------------------------------------------------------- the update
+
+
+@functools.cache
+def updated(sizes, num_microbatches):
+    """Three updates of the decoder, with statistics over the batch; -> (compiled program, parameters, metrics)."""
+    config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
+    spec = dataclasses.replace(update_spec(config), objective=objectives.get("gtpo"))
+    model, mesh = ModelDef(ARCH), make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    state = tiny.state_of(tiny.random_params(ARCH), optimizer)
+    places = places_of(placed(state, mesh, config.mesh.fsdp_min_elements))
+    state = jax.device_put(state, places)
+    step = jax.jit(make_train_step(model, optimizer, spec, mesh), out_shardings=(places, None))
+    program, metrics = step.lower(state, batch_of(0)).compile(), []
+    for seed in range(3):
+        state, each = program(state, batch_of(seed))
+        metrics.append(metrics_lib.to_floats(each))
+    return program, jax.device_get(state.params), metrics
+
+
+def batch_of(seed):
+    return tiny.random_batch(8, 4, 5, vocab=ARCH.vocab_size, seed=seed)
+
+
+def test_three_updates_are_those_of_one_device():
+    """Other meshes, variants and a KL penalty: rows in test_train_step.py."""
+    _, params, metrics = updated(EIGHT, 2)
+    _, expected, expected_metrics = updated(ONE, 1)
+    before = tiny.random_params(ARCH)
+    for leaf, one, start in zip(*map(jax.tree.leaves, (params, expected, before)), strict=True):
+        assert np.abs(leaf - one).max() < 1e-5 * np.abs(one).max()
+        assert np.abs(one - start).max() > 1e-4 * np.abs(one).max(), "nothing was learnt"
+    for each, one in zip(metrics, expected_metrics, strict=True):
+        assert each["loss/total"] == pytest.approx(one["loss/total"], rel=1e-5)
+        assert each["grad/norm"] == pytest.approx(one["grad/norm"], rel=1e-4)
+
+
+def test_the_update_gathers_each_layer_once_a_pass_and_scatters_its_gradient():
+    """Passes: prompts and completions, forward and backward. Of a device's half along tensor; nothing stacked travels."""
+    program = updated(EIGHT, 2)[0]
+    V, D = ARCH.vocab_size // 2, ARCH.dim
+    gathers, scatters = collections.Counter({(V, D): 2}), collections.Counter({(V, D // 2): 2})  # embedding and head
+    for name in MATRICES:
+        gathers[half_of(name)] += 4
+        num_out, num_in = half_of(name)
+        scatters[(num_out // 2, num_in) if name in ("o", "down") else (num_out, num_in // 2)] += 2
+    assert (collectives(program, "all-gather"), collectives(program, "reduce-scatter")) == (gathers, scatters)
+    received = sum(math.prod(size) * num for size, num in gathers.items() if size != (V, D)) // 4
+    assert received == sum(map(math.prod, MATRICES.values())) // 2  # numbers a layer and pass, all for use
+
+
+def half_of(name):
+    """The shape of a layer's matrix, cut in two along tensor."""
+    num_out, num_in = MATRICES[name]
+    return (num_out, num_in // 2) if name in ("o", "down") else (num_out // 2, num_in)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_float32(axis):
+    mesh, parts = make_mesh(config_of((1, 8, 1)).mesh), PartitionSpec(*("fsdp" if i == axis else None for i in range(2)))
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)
+    slope_8 = jnp.asarray([1, *[2.0**-8] * 7], jnp.float32)  # in bfloat16 1 + 2^-8 is 1
+
+    def product(part, slope_1):
+        return (gather(part, axis, PartitionSpec(), jnp.bfloat16) * slope_1[0].astype(jnp.bfloat16)).sum()[None]
+
+    def total(weight, slope_8):
+        rows = PartitionSpec("fsdp")
+        return jax.shard_map(product, mesh=mesh, in_specs=(parts, rows), out_specs=rows)(weight, slope_8).sum()
+
+    grads = jax.jit(jax.value_and_grad(total), in_shardings=(NamedSharding(mesh, parts), None)).lower(weight, slope_8)
+    (gathered,), (scattered,) = (re.findall(rf"{name}.*?-> tensor<\w+x(\w+)>", grads.as_text(), re.S) for name in OPS)
+    assert (gathered, scattered) == ("bf16", "f32")
+    np.testing.assert_array_equal(grads.compile()(weight, slope_8)[1], np.full((16, 24), 1 + 7 * 2.0**-8))
+
+
+# ---------------------------------------------------------------------------------------------------------- the rollout
+
+
+@functools.cache
+def sampled(sizes):
+    """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
+    config = config_of(sizes)
+    model, mesh = ModelDef(ARCH, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh)
+    adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split(model.param_shapes())[1])
+    policy = join(tiny.random_params(ARCH), adapters)
+    policy = jax.device_put(policy, places_of(placed(policy, mesh, config.mesh.fsdp_min_elements)))
+    weights, run = make_sampler_weights(config, mesh), make_rollout(model, RolloutSpec(4, 6, Sampling(), (3, 18), 0), mesh)
+    program = jax.jit(lambda policy, prompts, key: run(weights(policy), prompts, key))
+    arguments = policy, tiny.random_prompts(8, 4, ARCH.vocab_size), jax.random.key(0)
+    program = program.lower(*arguments).compile()
+    return program, jax.device_get(program(*arguments))
+
+
+def test_a_mesh_samples_the_same_tokens():
+    rolled, expected = (sampled(sizes)[1] for sizes in (EIGHT, ONE))
+    np.testing.assert_array_equal(rolled.tokens_PGT, expected.tokens_PGT)
+    np.testing.assert_allclose(rolled.sampler_logp_PGT, expected.sampler_logp_PGT, atol=1e-5)
+    assert len(np.unique(expected.tokens_PGT)) > 10 and 0 < expected.is_truncated_PG.mean() < 1
+
+
+def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads():
+    program, _ = sampled(EIGHT)
+    loops, main = program.as_text().split("\nENTRY ")
+    gathered = {dims for _, dims, kind, _ in COLLECTIVE.findall(main) if kind == "all-gather"}
+    L = ARCH.num_layers
+    for name in MATRICES:
+        assert ",".join(map(str, (L, *half_of(name)))) in gathered, name
+    inside = [math.prod(map(int, dims.split(","))) for _, dims, kind, _ in COLLECTIVE.findall(loops) if kind == "all-gather"]
+    assert inside and max(inside) < min(map(math.prod, MATRICES.values())) // 2  # some numbers a row, no weights
+    B, K, U, H = 8, 1, 5, ARCH.head_dim  # of one device: a quarter of the rows, one of two heads
+    assert f"f32[{B},{K},{U},{H}]" in loops and f"f32[{B},{2 * K},{U},{H}]" not in loops
+
+
+def test_weights_travel_to_the_rollout_in_the_compute_dtype():
+    config = config_of((2, 4, 1), {"model.dtype": "bfloat16"})
+    shapes = placed(tiny.random_params(ARCH), make_mesh(config.mesh), config.mesh.fsdp_min_elements)
+    text = jax.jit(make_sampler_weights(config, make_mesh(config.mesh))).lower(shapes).as_text()
+    dtypes = re.findall(r"sharding_constraint.*tensor<[\dx]+x(\w+)>", text)
+    assert len(dtypes) == 2 * (len(MATRICES) + 2) and set(dtypes) == {"bf16"}
+
+
+# ------------------------------------------------------------------------------------------------------- what lies where
+
+
+def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
+    """A parameter that the table of `sharding` does not know would lie whole on every device."""
+    mesh = make_mesh(config_of((1, 2, 2)).mesh)
+    shapes = ModelDef(ARCH, lora=LoRA(2, 1.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
+    leaves = flatten_dict(shapes.param_shapes())
+    for path, leaf in leaves.items():
+        is_matrix = leaf.ndim - ("layers" in path) == 2
+        cut = [axis for axis in param_spec(path, leaf.shape, mesh, 0) if axis]
+        wanted = {"lora_a": 1, "lora_b": 1, "bias": 1}.get(path[-1], 2) if is_matrix or path[-1] == "bias" else 0
+        assert len(cut) == wanted, path
+    assert param_spec(("layers", "mlp", "up", "weight"), (5, 40, 16), mesh, 641) == PartitionSpec(None, "tensor")
+
+
+def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_path):
+    small = {"model.num_kv_heads": 2, "dynamic_sampling.enabled": True, "objective.kl_coef": 0.0}
+
+    def run_on(*sizes):
+        return make_run(config_of(sizes, small))
+
+    there = run_on(*EIGHT)
+    state = initial_state(there)
+    up = [tree["layers"]["mlp"]["up"]["weight"] for tree in (state.params, state.opt_state[1][0].mu, state.opt_state[1][0].nu)]
+    assert {leaf.addressable_shards[0].data.shape for leaf in up} == {(1, 12, 8)} and up[0].shape == (1, 24, 16)
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state), step=state.step + 7)
+
+    for number, sizes in enumerate([(1, 4, 1), ONE, EIGHT]):
+        here = run_on(*sizes)
+        checkpointer = Checkpointer(tmp_path / str(number), here.config.checkpoint)
+        try:
+            checkpointer.save(7, state, here.config.to_dict())
+            after = restored_state(here, checkpointer, 7)
+        finally:
+            checkpointer.close()
+        assert places_of(after) == places_of(here.like)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
+        state = after
