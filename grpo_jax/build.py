@@ -118,6 +118,7 @@ def update_spec(config: Config) -> UpdateSpec:
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
         widths=widths(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
         old_logp=config.learner.old_logp,
+        importance_cap=config.learner.importance_cap,
         filter_truncated=config.overlong.filter,
         seed=config.seed,
     )

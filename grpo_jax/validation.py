@@ -56,12 +56,25 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _require_importance(config)
     _require_adapters(config)
     _require_whole_calls(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
+        )
+
+
+def _require_importance(config: Config) -> None:
+    """Truncated importance sampling corrects what the sampler's numerics did: it needs the learner's word beside it."""
+    cap, old_logp = config.learner.importance_cap, config.learner.old_logp
+    if 0 < cap < 1:
+        raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
+    if cap and old_logp != "learner":
+        raise UserError(
+            f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
+            "set that to 'learner'"
         )
 
 
@@ -167,6 +180,7 @@ AT_LEAST = {
     "learner.num_microbatches": 1,
     "learner.bucket_tokens": 0,
     "learner.logprob_chunk_tokens": 1,
+    "learner.importance_cap": 0,
     "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,

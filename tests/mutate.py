@@ -17,7 +17,7 @@ OBJECTIVES = "grpo_jax/objectives"
 BUGS = [
     (
         "clip's sign flipped",
-        f"{OBJECTIVES}/ratios.py",
+        f"{OBJECTIVES}/surrogates.py",
         "jnp.minimum(ratio_BT * adv_BT",
         "jnp.maximum(ratio_BT * adv_BT",
         "tests/test_objectives.py -k golden",
@@ -39,8 +39,8 @@ BUGS = [
     (
         "zeros left out of R+ and R-",
         f"{OBJECTIVES}/advantages.py",
-        "standardise(x, everyone, axis",
-        "standardise(x, x != 0, axis",
+        "pools = (everyone, everyone)",
+        "pools = (success, failure)",
         "tests/test_objectives.py -k correct_answers",
     ),
     (

@@ -34,6 +34,7 @@ SPEC = UpdateSpec(
     logprob_chunk_tokens=32,
     widths=(BUDGET,),
     old_logp="sampler",
+    importance_cap=0.0,
     filter_truncated=False,
     seed=0,
 )
@@ -226,7 +227,7 @@ def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():
     spec = spec_of("dapo", num_epochs=3, num_minibatches=4)
     number_PGT = jnp.broadcast_to(jnp.arange(P)[:, None, None], (P, G, T))
     batch = tiny.with_rollout(batch_of(), tokens_PGT=number_PGT)
-    target = train_step.Target(batch.rollout, jnp.ones((P, G), bool), number_PGT, number_PGT, None)
+    target = train_step.Target(batch.rollout, jnp.ones((P, G), bool), number_PGT, number_PGT, None, None)
 
     def orders(step, spec=spec):
         cut = train_step.split_minibatches(target, jnp.int32(step), spec)
