@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,11 +46,9 @@ def token_clip(obj: Objective, terms: Terms) -> Surrogate:
     With ratio = "sequence_geometric" GMPO (Zhao et al., arXiv 2507.20673, eq. 4); with "token" it is `ppo_clip`.
     """
     log_ratio_BT, adv_BT = terms.log_ratio_BT, terms.adv_BT
-    low = math.log(1.0 - obj.clip_low) if obj.clip_low < 1.0 else -math.inf
-    clipped_BT = jnp.clip(log_ratio_BT, low, math.log1p(obj.clip_high))
-    pessimistic_BT = jnp.where(
-        adv_BT >= 0, jnp.minimum(log_ratio_BT, clipped_BT), jnp.maximum(log_ratio_BT, clipped_BT)
-    )
+    low = jnp.log(jnp.maximum(1.0 - obj.clip_low, 0.0))
+    clipped_BT = jnp.clip(log_ratio_BT, low, jnp.log1p(obj.clip_high))
+    pessimistic_BT = jnp.where(adv_BT >= 0, jnp.minimum(log_ratio_BT, clipped_BT), jnp.maximum(log_ratio_BT, clipped_BT))
     value_BT = RATIOS[obj.ratio](pessimistic_BT, terms.mask_BT) * adv_BT
     return Surrogate(value_BT, *_held(obj, token_ratio(log_ratio_BT, terms.mask_BT), adv_BT))
 
