@@ -160,6 +160,12 @@ def objective_of(variant: str) -> Any:
     return objective
 
 
+def changes_to(variant: str) -> dict[str, Any]:
+    """The fields that make GRPO's objective into the variant's, as a set of a sweep has them."""
+    wanted, grpo = (dataclasses.asdict(objectives.get(name)) for name in (variant, "grpo"))
+    return {f"objective.{field}": value for field, value in wanted.items() if value != grpo[field]}
+
+
 def tiny(config: Any) -> None:
     """The settings above."""
 

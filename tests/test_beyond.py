@@ -1,6 +1,8 @@
 """What came after the five: closed forms of each new choice on an axis."""
 
 import dataclasses
+import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from configs import preset
+from experiments.sweep import plan
+from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config
-from tests import oracle
+from grpo_jax.run import initial_state, make_run
+from tests import oracle, tiny
 from tests.test_objectives import (
     ENTROPY_NAMES,
     G,
@@ -226,3 +231,63 @@ def test_framework_constants_alone_change_the_advantage():
     assert first("grpo", std_ddof=0) / first("grpo") == pytest.approx(np.sqrt(4 / 3), rel=1e-5)
     assert first("trl_default") == pytest.approx(0.5 / (np.sqrt(1 / 3) + 1e-4), rel=1e-6)
     assert first("deepseekmath") == pytest.approx(0.5 / np.sqrt(1 / 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gspo", "rloo", "reinforce_pp", "cispo", "gmpo"])
+def test_every_config_trains(name):
+    """Two iterations of its own file at the smallest scale, two updates each, the second of them off-policy."""
+    raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
+    raw.update_from_flattened_dict(
+        {"warm_start.num_steps": 0, "mesh.data": 1, "rollout.num_prompts": 4, "learner.num_minibatches": 2, "model.dim": 16}
+    )
+    run = make_run(Config.from_config_dict(raw))
+    state = initial_state(run)
+    before = jax.device_get(state.params)
+    for _ in range(2):
+        state, batch, _ = run.collect(state)
+        graded = batch.replace(task_reward_PG=jnp.eye(4, 8), reward_PG=jnp.eye(4, 8))  # random weights solve nothing
+        state, metrics = run.update(state, graded)
+    values = metrics_lib.to_floats(metrics)
+    assert int(state.step) == 2 and np.isfinite(list(values.values())).all() and values["grad/norm"] > 0
+    assert abs(values["policy/ratio"] - 1) > 1e-6
+    assert tiny.largest_difference(state.params, before) > 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def expanded(name):
+    module = importlib.import_module(f"configs.sweeps.{name}")
+    sweep = plan.Sweep.from_config_dict(module.get_config("runlocal"))
+    return {spec.name: spec.config for spec in plan.expand(dataclasses.replace(sweep, seeds=(0,)), {})}
+
+
+def test_the_parts_add_up_to_their_variants():
+    for name, last, variant in [
+        ("dapo_parts", "grpo-+overlong", "dapo"),
+        ("dr_grpo_parts", "grpo-no_std-no_length", "dr_grpo_paper"),
+    ]:
+        runs = expanded(name)
+        assert runs[last].objective == objectives.get(variant)
+        assert len({(run.objective, run.dynamic_sampling, run.overlong) for run in runs.values()}) == len(runs)
+    runs = list(expanded("dapo_parts").values())
+    dapo = Config.from_config_dict(importlib.import_module("configs.dapo").get_config("runlocal"))
+    assert (runs[-1].dynamic_sampling, runs[-1].overlong) == (dapo.dynamic_sampling, dapo.overlong)
+    for before, after in itertools.pairwise(runs):  # one part at a time
+        fields = dataclasses.asdict(before).items()
+        assert sum(value != dataclasses.asdict(after)[field] for field, value in fields) == 1
+    assert all(run.learner.num_minibatches == 4 for run in runs)
+
+
+def test_ablations_are_over_what_they_say():
+    frameworks = expanded("frameworks")
+    assert {
+        name.removeprefix("grpo-"): run.objective for name, run in frameworks.items() if "=" not in name and "-" in name
+    } == dict(objectives.PRESETS)
+    entropy = expanded("entropy_weight")
+    assert entropy["grpo-gtpo-entropy_weight=0.1,stat_scope=batch"].objective == objectives.get("gtpo")
+    assert entropy["grpo-grpo_s-entropy_weight=0.1,stat_scope=group"].objective == objectives.get("grpo_s")
+    assert entropy["grpo-dapo"].objective == objectives.get("dapo") and entropy["grpo-dapo"].dynamic_sampling.enabled
+    assert sum(run.objective.shaped_zeros == "left_out" for run in entropy.values()) == 4
+    kl = [(run.objective.kl_estimator, run.objective.kl_coef) for run in expanded("kl_estimators").values()]
+    assert set(itertools.product(("k1", "k2", "k3"), (0.04, 0.4))) < set(kl) and ("k3", 0.0) in kl
