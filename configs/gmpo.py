@@ -1,6 +1,8 @@
-"""GMPO: geometric mean of a completion's token ratios, each clipped by itself (Zhao et al., arXiv 2507.20673, eq. 4).
+"""GMPO: geometric mean of a completion's token ratios, each clipped by itself (Zhao et al., arXiv 2507.20673).
 
-python -m experiments.train --config=configs/gmpo.py:tiny --workdir=runs/gmpo
+Differs from GRPO only with several updates a batch: --config.learner.num_minibatches=4.
+
+    python -m experiments.train --config=configs/gmpo.py:tiny --workdir=runs/gmpo
 """
 
 from configs import base

@@ -1,6 +1,8 @@
 """GSPO: importance ratio of whole completions, clipped narrowly (Zheng et al., arXiv 2507.18071).
 
-python -m experiments.train --config=configs/gspo.py:tiny --workdir=runs/gspo
+Differs from GRPO only with several updates a batch: --config.learner.num_minibatches=4.
+
+    python -m experiments.train --config=configs/gspo.py:tiny --workdir=runs/gspo
 """
 
 from configs import base

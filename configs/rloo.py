@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE with the mean of the other completions' rewards as baseline (Ahmadian et al., arXiv 2402.14740, eq. 7).
+"""RLOO: REINFORCE with the mean of the other completions' rewards as baseline (Ahmadian et al., arXiv 2402.14740).
 
 python -m experiments.train --config=configs/rloo.py:tiny --workdir=runs/rloo
 """

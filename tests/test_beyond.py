@@ -11,11 +11,10 @@ import pytest
 
 from configs import preset
 from experiments.sweep import plan
-from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.run import initial_state, make_run
-from tests import oracle, tiny
+from tests import oracle
 from tests.test_objectives import (
     ENTROPY_NAMES,
     G,
@@ -234,23 +233,15 @@ def test_framework_constants_alone_change_the_advantage():
 
 
 @pytest.mark.parametrize("name", ["gspo", "rloo", "reinforce_pp", "cispo", "gmpo"])
-def test_every_config_trains(name):
-    """Two iterations of its own file at the smallest scale, two updates each, the second of them off-policy."""
+def test_every_config_fits_together(name):
+    """Its own file at the smallest scale, traced through rollout and update; tests/test_learning.py trains one of them."""
     raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
-    raw.update_from_flattened_dict(
-        {"warm_start.num_steps": 0, "mesh.data": 1, "rollout.num_prompts": 4, "learner.num_minibatches": 2, "model.dim": 16}
-    )
+    raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "learner.num_minibatches": 2})
     run = make_run(Config.from_config_dict(raw))
-    state = initial_state(run)
-    before = jax.device_get(state.params)
-    for _ in range(2):
-        state, batch, _ = run.collect(state)
-        graded = batch.replace(task_reward_PG=jnp.eye(4, 8), reward_PG=jnp.eye(4, 8))  # random weights solve nothing
-        state, metrics = run.update(state, graded)
-    values = metrics_lib.to_floats(metrics)
-    assert int(state.step) == 2 and np.isfinite(list(values.values())).all() and values["grad/norm"] > 0
-    assert abs(values["policy/ratio"] - 1) > 1e-6
-    assert tiny.largest_difference(state.params, before) > 1e-4
+    state = jax.eval_shape(lambda: initial_state(run))
+    after, _, metrics = jax.eval_shape(run.iterate, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state) and state.ref_params is None
+    assert {"loss/total", "policy/ratio", "policy/clip_fraction_low"} < set(metrics)
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps

@@ -98,7 +98,7 @@ def group_center(obj: Objective, groups: Groups):
 
 
 def leave_one_out(obj: Objective, groups: Groups):
-    """A_i = r_i - mean of the others' rewards = G / (G - 1) (r_i - mean_g) (RLOO, arXiv 2402.14740, eq. 7).
+    """A_i = r_i - mean of the others' rewards = G / (G - 1) (r_i - mean_g) (RLOO, arXiv 2402.14740).
 
     G counts the group's rows with tokens; a row that has no others gets 0.
     """

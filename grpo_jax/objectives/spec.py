@@ -131,14 +131,14 @@ VARIANTS: Mapping[str, Objective] = MappingProxyType(
         "grpo_s": Objective(advantage="sequence_entropy", ratio="sequence", **_DECOUPLED, kl_coef=0.0, stat_scope="group"),
         # Zheng et al., arXiv 2507.18071: the proof that the axes compose.
         "gspo": Objective(ratio="sequence_geometric", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0),
-        # Ahmadian et al., arXiv 2402.14740, eq. 7. Differs from source: its KL is part of the reward, here there is none.
+        # Ahmadian et al., arXiv 2402.14740. Differs from source: its KL is part of the reward, here there is none.
         "rloo": Objective(advantage="leave_one_out", surrogate="reinforce", aggregation="sequence_sum", kl_coef=0.0),
         # Hu et al., arXiv 2501.03262. Differs from source: its KL is part of the reward, here there is none.
         "reinforce_pp": _REINFORCE_PP,
         # MiniMax-M1, arXiv 2506.13585, eqs. 4-5, without lower bound; the paper keeps its upper one to itself: a weight of
         # at most 5 is ScaleRL's (arXiv 2510.13786).
         "cispo": Objective(surrogate="clipped_weight", clip_low=1.0, clip_high=4.0, aggregation="token_mean", kl_coef=0.0),
-        # Zhao et al., arXiv 2507.20673, eq. 4: token ratios within (e^-0.4, e^0.4).
+        # Zhao et al., arXiv 2507.20673: token ratios within (e^-0.4, e^0.4).
         "gmpo": Objective(
             ratio="sequence_geometric",
             surrogate="token_clip",

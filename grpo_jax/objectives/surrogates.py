@@ -43,7 +43,7 @@ def ppo_clip(obj: Objective, terms: Terms) -> Surrogate:
 def token_clip(obj: Objective, terms: Terms) -> Surrogate:
     """Each token's ratio is clipped by itself, as pessimistically, before `ratio` combines a row's tokens: w' A.
 
-    With ratio = "sequence_geometric" GMPO (Zhao et al., arXiv 2507.20673, eq. 4); with "token" it is `ppo_clip`.
+    With ratio = "sequence_geometric" GMPO (Zhao et al., arXiv 2507.20673); with "token" it is `ppo_clip`.
     """
     log_ratio_BT, adv_BT = terms.log_ratio_BT, terms.adv_BT
     low = jnp.log(jnp.maximum(1.0 - obj.clip_low, 0.0))
@@ -61,14 +61,14 @@ def clipped_weight(obj: Objective, terms: Terms) -> Surrogate:
 
 
 def reinforce(obj: Objective, terms: Terms) -> Surrogate:
-    """A logp, whatever policy sampled: meant for one update a batch (Williams 1992; RLOO, arXiv 2402.14740, eq. 7)."""
+    """A logp, whatever policy sampled: meant for one update a batch (Williams 1992; RLOO, arXiv 2402.14740)."""
     del obj
     nowhere_BT = jnp.zeros_like(terms.adv_BT, bool)
     return Surrogate(terms.adv_BT * terms.logp_BT, nowhere_BT, nowhere_BT)
 
 
 def dual_clipped(value_BT, adv_BT, bound: float):
-    """max(value, bound A) where A < 0: a bad token that became far likelier cannot dominate (arXiv 1912.09729, eq. 5)."""
+    """max(value, bound A) where A < 0: a bad token that became far likelier cannot dominate (Ye et al., arXiv 1912.09729)."""
     return jnp.where(adv_BT < 0, jnp.maximum(value_BT, bound * adv_BT), value_BT)
 
 
