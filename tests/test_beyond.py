@@ -234,7 +234,7 @@ def test_framework_constants_alone_change_the_advantage():
 
 @pytest.mark.parametrize("name", ["gspo", "rloo", "reinforce_pp", "cispo", "gmpo"])
 def test_every_config_fits_together(name):
-    """Its own file at the smallest scale, traced through rollout and update; tests/test_learning.py trains one of them."""
+    """Its own file at the smallest scale, traced through rollout and update."""
     raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
     raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "learner.num_minibatches": 2})
     run = make_run(Config.from_config_dict(raw))

@@ -1,4 +1,4 @@
-"""All five variants and RLOO learn, and with rewards handed to the wrong rows none does.
+"""All five variants learn, and with rewards handed to the wrong rows none does.
 
 The task is to repeat the prompt's only token: learnt from nothing in seconds, and impossible to learn by accident.
 """
@@ -77,7 +77,7 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     return np.concatenate(curve), run, state
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "rloo"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_learns(monkeypatch, variant):
     curve, run, state = success_by_step(monkeypatch, variant)
     assert curve[0] < 0.35
