@@ -37,7 +37,7 @@ def token_loss(
     Returns: loss_BT (0 where masked; sequence-level ratios repeat the row's value over its tokens), and
       {"ratio", "is_clipped_low", "is_clipped_high", "kl_ref"} as [B, T] arrays (kl_ref only where kl_coef > 0).
     """
-    if ref_logp_BT is None and obj.kl_coef > 0:
+    if ref_logp_BT is None and obj.has_kl:
         raise ValueError(f"objective.kl_coef = {obj.kl_coef} needs the reference's log-probabilities, got ref_logp_BT = None")
     adv_BT = jax.lax.stop_gradient(jnp.where(mask_BT > 0, adv_BT, 0.0))
     old_logp_BT = jax.lax.stop_gradient(old_logp_BT)
@@ -48,7 +48,7 @@ def token_loss(
         "is_clipped_low": (ratio_BT < 1.0 - obj.clip_low) & (adv_BT < 0),
         "is_clipped_high": (ratio_BT > 1.0 + obj.clip_high) & (adv_BT > 0),
     }
-    if ref_logp_BT is not None and obj.kl_coef > 0:
+    if ref_logp_BT is not None and obj.has_kl:
         aux["kl_ref"] = kl_k3(logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT)
         loss_BT = loss_BT + obj.kl_coef * aux["kl_ref"]
     return jnp.where(mask_BT > 0, loss_BT, 0.0), aux

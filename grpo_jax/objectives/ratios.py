@@ -36,7 +36,7 @@ def sequence_ratio_geometric(log_ratio_BT, mask_BT):
     return jnp.broadcast_to(jnp.exp(masked_mean(log_ratio_BT, mask_BT, -1, keepdims=True)), mask_BT.shape)
 
 
-def clipped_surrogate(ratio_BT, adv_BT, clip_low: float, clip_high: float):
+def clipped_surrogate(ratio_BT, adv_BT, clip_low, clip_high):
     """min(w A, clip(w, 1 - clip_low, 1 + clip_high) A): pessimistic for either sign of A (PPO, arXiv 1707.06347, eq. 7)."""
     clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
     return jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT)
