@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -41,11 +43,23 @@ class Job:
 
 
 def serve(connection: Connection, num_threads: int) -> None:
-    """Jobs in, what went wrong with each (one line, or "") out, until None comes. num_threads: for XLA on a CPU."""
+    """Jobs in, what went wrong with each (one line, or "") out, until the other end is closed. num_threads: for XLA."""
     os.environ["NPROC"] = str(num_threads)  # read when JAX makes its devices, which has not happened yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the sweep's process decides
-    for job in iter(connection.recv, None):
-        connection.send(attempt(job))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    while True:
+        try:
+            connection.send(attempt(connection.recv()))
+        except (EOFError, BrokenPipeError):
+            return
+
+
+def end_with_parent() -> None:
+    """A run must not go on behind the back of a sweep that was killed: the next one resumes it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def attempt(job: Job) -> str:
