@@ -66,7 +66,7 @@ def make_program(configs: Sequence[Config], *, is_vmapped: bool = False) -> Prog
     def with_numbers(part: Callable[[Parts], Callable[..., Any]]) -> Callable[..., Any]:
         def call(numbers: Mapping[str, Any], *args: Any) -> Any:
             config = replaced(first, numbers)
-            task = copy.copy(like.task)
+            task: Any = copy.copy(like.task)
             task.seed = config.seed
             return part(make_parts(config, like.mesh, task, like.model))(*args)
 
@@ -112,8 +112,9 @@ def value_of(config: Any, dotted: str) -> Any:
 
 
 def replaced(config: Any, values: Mapping[str, Any]) -> Any:
-    """The config with these fields, by their dotted names, replaced."""
+    """The config with these fields, by their dotted names, replaced. Nothing is validated: the values may be traced."""
     for dotted, value in values.items():
         first, _, rest = dotted.partition(".")
-        config = dataclasses.replace(config, **{first: replaced(getattr(config, first), {rest: value}) if rest else value})
+        config, outer = copy.copy(config), config
+        object.__setattr__(config, first, replaced(getattr(outer, first), {rest: value}) if rest else value)
     return config

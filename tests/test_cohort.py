@@ -46,15 +46,14 @@ def test_runs_of_one_program_are_the_single_runs(tmp_path, alone, is_vmapped):
     runs = [cohort.run_of(program, config) for config in configs]
     if is_vmapped:
         train_together(program, runs, folders)
-    else:
-        for run, folder in zip(runs, folders, strict=True):
-            trainer.train_run(run, folder)
-    records = [programs.records(folder) for folder in folders]
-    assert len({json.dumps(each) for each in records}) == 4, "a number does nothing"
+        assert len({json.dumps(programs.records(folder)) for folder in folders}) == 4, "a number does nothing"
+    else:  # its numbers are not those that the program's first run has
+        trainer.train_run(runs[-1], folders[-1])
     ours = folders[-1]
     assert sampled(ours) == sampled(alone)
-    assert [record["step"] for record in records[-1]] == [0, 1, 2, 3]
-    for expected, found in zip(programs.records(alone), records[-1], strict=True):
+    records = programs.records(ours)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    for expected, found in zip(programs.records(alone), records, strict=True):
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             np.testing.assert_allclose(found[key], value, rtol=2e-4, atol=2e-5, err_msg=key)

@@ -13,12 +13,11 @@ failing run is reported and stops no other; then the exit status is 1.
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -27,9 +26,8 @@ from experiments import cli
 from experiments.sweep import plan, pool
 from experiments.sweep.board import Board
 from experiments.sweep.plan import RunSpec, Sweep
-from experiments.sweep.worker import Job
-from grpo_jax.checkpoint import require_same_config, saved_steps
-from grpo_jax.cohort import shape_of
+from experiments.sweep.worker import jobs_of
+from grpo_jax.checkpoint import require_same_config
 from grpo_jax.errors import UserError
 from grpo_jax.trainer import StopSignal
 
@@ -85,27 +83,6 @@ def submitit_settings() -> dict[str, Any]:
         return dict(json.loads(SUBMITIT.value))
     except (ValueError, TypeError):
         raise UserError(f"--submitit={SUBMITIT.value}: expected a JSON object") from None
-
-
-def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int, workdir: pathlib.Path) -> list[Job]:
-    """What is to do, runs that share a program one after another; those that one call advances stand at the same step."""
-    shapes = list(dict.fromkeys(shape_of(spec.config) for spec in specs))
-    alike = {shape: tuple(spec.config for spec in specs if shape_of(spec.config) == shape) for shape in shapes}
-
-    def place(spec: RunSpec) -> tuple[int, int]:
-        step = 0 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=0)
-        return shapes.index(shape_of(spec.config)), step
-
-    jobs = []
-    for (shape, _), group in itertools.groupby(sorted(to_do, key=place), key=place):
-        members = list(group)
-        jobs += [Job(runs, alike[shapes[shape]], workdir) for runs in batched(members, cohort_size or len(members))]
-    return jobs
-
-
-def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]]:
-    """(A, B, C), 2 -> (A, B), (C,)."""
-    return (tuple(specs[i : i + size]) for i in range(0, len(specs), size))
 
 
 def closing_words(board: Board, secs: float) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,12 +15,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from experiments.sweep.plan import RunSpec
 from grpo_jax import build, cohort, trainer
+from grpo_jax.checkpoint import saved_steps
 from grpo_jax.config import Config
 from grpo_jax.lockstep import train_together
 from grpo_jax.run import Run
@@ -40,6 +42,27 @@ class Job:
     def output(self) -> pathlib.Path:
         """What the runs print."""
         return self.workdir / self.runs[0].folder / "output.txt"
+
+
+def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int, workdir: pathlib.Path) -> list[Job]:
+    """What is to do, runs that share a program one after another; those that one call advances stand at the same step."""
+    shapes = list(dict.fromkeys(cohort.shape_of(spec.config) for spec in specs))
+    alike = {shape: tuple(spec.config for spec in specs if cohort.shape_of(spec.config) == shape) for shape in shapes}
+
+    def place(spec: RunSpec) -> tuple[int, int]:
+        step = 0 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=0)
+        return shapes.index(cohort.shape_of(spec.config)), step
+
+    jobs = []
+    for (shape, _), group in itertools.groupby(sorted(to_do, key=place), key=place):
+        members = list(group)
+        jobs += [Job(runs, alike[shapes[shape]], workdir) for runs in batched(members, cohort_size or len(members))]
+    return jobs
+
+
+def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]]:
+    """(A, B, C), 2 -> (A, B), (C,)."""
+    return (tuple(specs[i : i + size]) for i in range(0, len(specs), size))
 
 
 def serve(connection: Connection, num_threads: int) -> None:
@@ -95,7 +118,7 @@ def keep_compiled(folder: pathlib.Path) -> None:
     """Programs that one process compiled need not be compiled by the others."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 

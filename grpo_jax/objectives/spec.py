@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
-
 from grpo_jax.objectives.advantages import ADVANTAGES
 from grpo_jax.objectives.aggregation import AGGREGATIONS
 from grpo_jax.objectives.ratios import RATIOS
@@ -23,9 +21,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sequence_mean_kind": ("arithmetic", "geometric"),
     }
 )
-
-
-Number = float | jax.Array  # an array only while runs that share a program are traced: see `grpo_jax.cohort`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +38,17 @@ class Objective:
 
     advantage: str = "group_norm"
     ratio: str = "token"
-    clip_low: Number = 0.2
-    clip_high: Number = 0.2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     aggregation: str = "sequence_mean"
-    kl_coef: Number = 0.04
+    kl_coef: float = 0.04
     std_ddof: int = 1
     adv_eps: float = 1e-6
     success_threshold: float = 0.5
     entropy_floor: float = 1e-4
     entropy_clip: tuple[float, ...] | None = None
     base_weight: float = 1.0
-    entropy_weight: Number = 0.1
+    entropy_weight: float = 0.1
     stat_scope: str = "batch"
     sequence_mean_kind: str = "arithmetic"
 
@@ -64,7 +59,7 @@ class Objective:
         at_least = {"clip_low": 0, "clip_high": 0, "kl_coef": 0, "std_ddof": 0, "adv_eps": 0, "entropy_weight": 0}
         for field, low in at_least.items():
             value = getattr(self, field)
-            if not isinstance(value, jax.core.Tracer) and not (value >= low and math.isfinite(value)):
+            if not (value >= low and math.isfinite(value)):
                 raise ValueError(f"objective.{field} = {value!r}: must be a finite number >= {low}")
         if self.entropy_floor <= 0:
             raise ValueError(f"objective.entropy_floor = {self.entropy_floor!r}: must be > 0 nats (1/H is taken)")
@@ -76,8 +71,8 @@ class Objective:
 
     @property
     def has_kl(self) -> bool:
-        """Whether there is a KL term, and so a reference. A traced coefficient is one: 0 is never traced."""
-        return isinstance(self.kl_coef, jax.core.Tracer) or self.kl_coef > 0
+        """Whether there is a KL term, and so a reference. A traced coefficient (`cohort`) is one: 0 is never traced."""
+        return not isinstance(self.kl_coef, int | float) or self.kl_coef > 0
 
     @property
     def needs_entropy(self) -> bool:
