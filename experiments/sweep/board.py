@@ -114,7 +114,10 @@ class Board:
 
     def what_bounds_it(self, secs: float) -> str:
         """Where the time of the last `secs` seconds went."""
-        share = (self.secs_in_steps() - self._secs_before) / (secs * self.num_at_once)
+        in_steps = self.secs_in_steps() - self._secs_before
+        if not in_steps:
+            return "Nothing was left to train."
+        share = in_steps / (secs * self.num_at_once)
         return f"{share:.0%} of the time was training steps; the rest went into starting, compiling, warm starts and evaluation"
 
     def secs_in_steps(self) -> float:
