@@ -21,7 +21,7 @@ from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.train_step import UpdateSpec
 from grpo_jax.types import Params
-from grpo_jax.warm_start import warm_start
+from grpo_jax.warm_start import make_warm_start
 
 # Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
 SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
@@ -76,9 +76,8 @@ def initial_params(config: Config, model: ModelDef, task: Task, sharding: Shardi
     params = init_params(model.arch, key_for(config.seed, "init"))
     if not config.warm_start.num_steps:
         return params
-    chunk = config.learner.logprob_chunk_tokens
     whole = dataclasses.replace(model, lora=None)
-    return warm_start(whole, params, task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
+    return make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)(params, config.seed)
 
 
 def initial_adapters(config: Config, model: ModelDef) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
     num = len(prompts.tokens_PS)
     width = -(-min(config.eval.batch_size, num) // mesh.size) * mesh.size
     n = config.eval.num_samples
-    greedy = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh))
-    sampled = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh))
+    greedy = compiled_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh)
+    sampled = compiled_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh)
 
     def answer(rollout: Any, params: Params) -> Answers:
         batches = []
@@ -73,6 +74,12 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Any]:
+    """`make_rollout`, compiled once for all runs of one process."""
+    return jax.jit(make_rollout(model, spec, mesh))
 
 
 def ks(num_samples: int) -> list[int]:

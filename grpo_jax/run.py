@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from grpo_jax import build
+from grpo_jax import build, credit
 from grpo_jax.checkpoint import Checkpointer, restore_params
 from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
-from grpo_jax.iteration import Collect, make_collect, make_iterations, make_rollout
+from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations, make_rollout
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.sharding import REPLICATED, make_mesh
 from grpo_jax.tasks import Task
-from grpo_jax.train_step import make_train_step
+from grpo_jax.train_step import TrainStep, make_train_step
 from grpo_jax.types import Batch, Params, TrainState, join
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state."""
+    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
+
+    credit: `credit.recorded_advantages` of a batch. weights: loads or warm-starts what the run begins with, without adapters.
+    """
 
     config: Config
     mesh: Mesh
@@ -39,7 +44,19 @@ class Run:
     collect: Collect
     update: Any
     iterate: Any
+    credit: Any
     evaluate: Evaluate
+    weights: Callable[[], Params]
+
+
+class Parts(NamedTuple):
+    """The functions of a run, not compiled yet. With a traceable task they are pure."""
+
+    optimizer: optax.GradientTransformation
+    collect: Collect
+    update: TrainStep
+    iterate: Iteration
+    credit: Callable[[Batch], tuple[Any, Any]]
 
 
 def make_run(config: Config) -> Run:
@@ -56,23 +73,31 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
-    spec = build.rollout_spec(config, task)
-    collect = make_collect(config, task, make_rollout(model, spec, mesh), mesh)
-    train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
-    iterate = make_iterations(collect, train_step, max(config.steps_per_call, 1))
-    everywhere = NamedSharding(mesh, REPLICATED)
+    parts, everywhere = make_parts(config, mesh, task, model), NamedSharding(mesh, REPLICATED)
+    sampled = (everywhere, None, None)  # where the state goes, and the batch and metrics beside it
     return Run(
         config=config,
         mesh=mesh,
         task=task,
         model=model,
-        optimizer=optimizer,
-        collect=jax.jit(collect, donate_argnums=0, out_shardings=(everywhere, None, None)) if task.is_traceable else collect,
-        update=jax.jit(train_step, donate_argnums=0, out_shardings=(everywhere, None)),
-        iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(everywhere, None, None)),
-        evaluate=make_evaluate(config, task, model, spec, mesh),
+        optimizer=parts.optimizer,
+        collect=jax.jit(parts.collect, donate_argnums=0, out_shardings=sampled) if task.is_traceable else parts.collect,
+        update=jax.jit(parts.update, donate_argnums=0, out_shardings=(everywhere, None)),
+        iterate=jax.jit(parts.iterate, donate_argnums=0, out_shardings=sampled),
+        credit=jax.jit(parts.credit),
+        evaluate=make_evaluate(config, task, model, build.rollout_spec(config, task), mesh),
+        weights=lambda: build.initial_params(config, model, task, everywhere),
     )
+
+
+def make_parts(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Parts:
+    """The functions that a run is made of."""
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    collect = make_collect(config, task, make_rollout(model, build.rollout_spec(config, task), mesh), mesh)
+    update = make_train_step(model, optimizer, build.update_spec(config), mesh)
+    iterate = make_iterations(collect, update, max(config.steps_per_call, 1))
+    credited = functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter)
+    return Parts(optimizer, collect, update, iterate, credited)
 
 
 def require_divisible(config: Config, mesh: Mesh) -> None:
@@ -101,8 +126,7 @@ def initial_state(run: Run) -> TrainState:
 
 def initial_weights(run: Run) -> Params:
     """All weights at step 0 but adapters, on every device."""
-    everywhere = NamedSharding(run.mesh, REPLICATED)
-    return jax.device_put(build.initial_params(run.config, run.model, run.task, everywhere), everywhere)
+    return jax.device_put(run.weights(), NamedSharding(run.mesh, REPLICATED))
 
 
 def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
@@ -138,7 +162,7 @@ def state_around(run: Run, weights: Params, adapters: Params | None) -> TrainSta
     """Step 0 with these weights; with adapters, it is the adapters that will be trained."""
     config = run.config
     base, trained = (None, weights) if adapters is None else (weights, adapters)
-    has_copy = config.objective.kl_coef > 0 and adapters is None
+    has_copy = config.objective.has_kl and adapters is None
     return TrainState(
         step=jnp.int32(0),
         params=trained,

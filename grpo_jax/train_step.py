@@ -120,7 +120,7 @@ def prepare_target(model: ModelDef, state: TrainState, batch: Batch, spec: Updat
         old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
     adv_PGT = credit.advantages(obj, batch, rollout.mask_PGT, entropy_PGT, axis_name)
     ref_logp_PGT = None
-    if obj.kl_coef > 0:
+    if obj.has_kl:
         ref_logp_PGT, _ = score_in_microbatches(*reference(model, state), rollout, spec)
     importance_PGT = None
     if spec.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer

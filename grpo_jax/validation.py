@@ -152,6 +152,7 @@ def _require_choices(config: Config) -> None:
 
 # Lowest allowed values, inclusive; "> 0" fields are listed apart because they are real numbers.
 AT_LEAST = {
+    "seed": 0,
     "num_steps": 0,
     "eval_every": 0,
     "steps_per_call": 0,
@@ -211,6 +212,8 @@ def _require_ranges(config: Config) -> None:
         value = _field(config, name)
         if not value > 0:
             raise UserError(f"config.{name} = {value!r}: must be above 0")
+    if config.seed >= 2**31:
+        raise UserError(f"config.seed = {config.seed}: must be below 2**31, for it travels as an int32")
     if config.rollout.top_p > 1:
         raise UserError(f"config.rollout.top_p = {config.rollout.top_p!r}: a probability, at most 1 (1 keeps every token)")
     if config.task.arithmetic.max_operand <= config.task.arithmetic.min_operand:

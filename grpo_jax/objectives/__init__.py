@@ -51,7 +51,7 @@ def token_loss(
       {"ratio", "is_clipped_low", "is_clipped_high", "is_clipped_dual", "kl_ref"} as [B, T] arrays: is_clipped_dual only
       with dual_clip, kl_ref only where kl_coef > 0 (and always k3, so that runs with other estimators compare).
     """
-    if ref_logp_BT is None and obj.kl_coef > 0:
+    if ref_logp_BT is None and obj.has_kl:
         raise ValueError(f"objective.kl_coef = {obj.kl_coef} needs the reference's log-probabilities, got ref_logp_BT = None")
     kept_BT = mask_BT > 0
     adv_BT = jax.lax.stop_gradient(jnp.where(kept_BT, adv_BT, 0.0))
@@ -64,7 +64,7 @@ def token_loss(
         aux["is_clipped_dual"] = (adv_BT < 0) & (value_BT < obj.dual_clip * adv_BT)
         value_BT = dual_clipped(value_BT, adv_BT, obj.dual_clip)
     loss_BT = -value_BT
-    if ref_logp_BT is not None and obj.kl_coef > 0:
+    if ref_logp_BT is not None and obj.has_kl:
         logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
         aux["kl_ref"] = kl_k3(*logps)
         loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)

@@ -87,6 +87,11 @@ class Objective:
             object.__setattr__(self, "entropy_clip", clip)  # a list would not be hashable
 
     @property
+    def has_kl(self) -> bool:
+        """Whether there is a KL term, and so a reference. A traced coefficient (`cohort`) is one: 0 is never traced."""
+        return not isinstance(self.kl_coef, int | float) or self.kl_coef > 0
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the advantage reads the sampling policy's entropy."""
         return self.advantage in ("token_entropy", "sequence_entropy")
