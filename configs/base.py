@@ -25,9 +25,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
-    config.objective = ConfigDict(dataclasses.asdict(objectives.get(variant)))  # fields: grpo_jax/objectives/spec.py
-    if config.objective.entropy_clip is None:  # a bare None could not be set from the command line
-        config.objective.entropy_clip = placeholder(tuple)
+    config.objective = objective_of(variant)
 
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
@@ -116,6 +114,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     )
     config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time
     config.learner.old_logp = "sampler"  # "learner": one more forward pass, for a sampler of other numerics (bfloat16)
+    config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 6e-4
@@ -151,6 +150,21 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
         raise ValueError(f"unknown scale {scale!r} after the colon; known: {', '.join(scales)}")
     scales[scale](config)
     return config
+
+
+def objective_of(variant: str) -> Any:
+    """The fields of a variant's objective; what they mean: grpo_jax/objectives/spec.py."""
+    objective: Any = ConfigDict(dataclasses.asdict(objectives.get(variant)))
+    for field, kind in {"entropy_clip": tuple, "dual_clip": float}.items():
+        if objective[field] is None:  # a bare None could not be set from the command line
+            objective[field] = placeholder(kind)
+    return objective
+
+
+def changes_to(variant: str) -> dict[str, Any]:
+    """The fields that make GRPO's objective into the variant's, as a set of a sweep has them."""
+    wanted, grpo = (dataclasses.asdict(objectives.get(name)) for name in (variant, "grpo"))
+    return {f"objective.{field}": value for field, value in wanted.items() if value != grpo[field]}
 
 
 def tiny(config: Any) -> None:

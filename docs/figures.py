@@ -27,7 +27,8 @@ ENTROPY_BT = np.array(
     np.float32,
 )  # nats
 ROWS = ("right", "right", "wrong", "wrong")
-TITLES = {"grpo": "GRPO", "dapo": "DAPO", "dr_grpo": "Dr. GRPO", "gtpo": "GTPO", "grpo_s": "GRPO-S", "gspo": "GSPO"}
+DRAWN = {"grpo": "GRPO", "dapo": "DAPO", "dr_grpo": "Dr. GRPO", "gtpo": "GTPO", "grpo_s": "GRPO-S", "gspo": "GSPO"}
+TITLES = {**DRAWN, "rloo": "RLOO", "reinforce_pp": "REINFORCE++", "cispo": "CISPO", "gmpo": "GMPO"}  # sections of the guide
 EXPLANATION = """Left: the advantage of each token.
 Right: what multiplies the gradient of its
 log-probability on the first update,
@@ -54,12 +55,12 @@ def draw(path: pathlib.Path) -> None:
     credit_colours = LinearSegmentedColormap.from_list("credit", ["#b35900", "#ffffff", "#0060b0"])
     entropy_colours = LinearSegmentedColormap.from_list("entropy", ["#ffffff", "#6b6b6b"])
     figure = Figure(figsize=(9.2, 11.2), layout="constrained")
-    axes = figure.subplots(len(TITLES) + 1, 2)
+    axes = figure.subplots(len(DRAWN) + 1, 2)
     heat(axes[0, 0], ENTROPY_BT, "{:.2g}", entropy_colours, 0, 2.0)
     axes[0, 0].set_title("Given: entropy of the sampling policy, nats", loc="left", fontsize=11)
     axes[0, 1].set_axis_off()
     axes[0, 1].text(0, 0.5, EXPLANATION, va="center", fontsize=10)
-    for (variant, title), (left, right) in zip(TITLES.items(), axes[1:], strict=True):
+    for (variant, title), (left, right) in zip(DRAWN.items(), axes[1:], strict=True):
         adv_BT, coefficient_BT = credit(variant)
         heat(left, adv_BT, "{:+.2f}", credit_colours, -1.6, 1.6)
         heat(right, 100 * coefficient_BT, "{:+.1f}", credit_colours, -10, 10)

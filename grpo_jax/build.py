@@ -23,7 +23,7 @@ from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.train_step import UpdateSpec
 from grpo_jax.types import Params
-from grpo_jax.warm_start import warm_start
+from grpo_jax.warm_start import make_warm_start
 
 # Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
 SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
@@ -81,10 +81,9 @@ def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> 
     key = key_for(config.seed, "init")
     if not config.warm_start.num_steps:
         return jax.jit(init, out_shardings=places)(key)
-    chunk = config.learner.logprob_chunk_tokens
     whole = dataclasses.replace(model, lora=None)
-    params = warm_start(whole, init(key), task, config.warm_start, seed=config.seed, chunk_tokens=chunk)
-    return jax.device_put(params, places)
+    warm_start = make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)
+    return jax.device_put(warm_start(init(key), config.seed), places)
 
 
 def initial_adapters(config: Config, model: ModelDef) -> Params:
@@ -124,6 +123,7 @@ def update_spec(config: Config) -> UpdateSpec:
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
         widths=widths(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
         old_logp=config.learner.old_logp,
+        importance_cap=config.learner.importance_cap,
         filter_truncated=config.overlong.filter,
         seed=config.seed,
         fsdp_min_elements=config.mesh.fsdp_min_elements,

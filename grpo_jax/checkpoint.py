@@ -92,20 +92,26 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config
 
     Raises: UserError naming the first fields that differ, or that the folder cannot be written.
     """
-    path = workdir / "config.json"
-    now = json.loads(json.dumps(config))
-    if path.exists() and not allow_config_change:
-        differences = list(_differences(json.loads(path.read_text()), now, "config"))
-        if differences:
-            raise UserError(
-                f"{path}: written by another config: {'; '.join(differences[:3])}; "
-                "use another --workdir, or --allow_config_change to go on with the new settings"
-            )
+    if not allow_config_change:
+        require_same_config(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(now, indent=2) + "\n")
+        write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def require_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises UserError naming the first fields that differ, if the workdir is that of a run with another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    differences = list(_differences(json.loads(path.read_text()), json.loads(json.dumps(config)), "config"))
+    if differences:
+        raise UserError(
+            f"{path}: written by another config: {'; '.join(differences[:3])}; "
+            "use another --workdir, or --allow_config_change to go on with the new settings"
+        )
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -175,6 +175,7 @@ class LearnerConfig:
     bucket_tokens: int
     logprob_chunk_tokens: int
     old_logp: str
+    importance_cap: float
 
 
 @dataclasses.dataclass(frozen=True)

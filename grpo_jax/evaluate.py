@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
     width = -(-min(config.eval.batch_size, num) // shards) * shards
     n = config.eval.num_samples
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
-    greedy = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh))
-    sampled = jax.jit(make_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh))
+    greedy = compiled_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh)
+    sampled = compiled_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh)
 
     def answer(rollout: Any, params: Params) -> Answers:
         batches = []
@@ -77,6 +78,12 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Any]:
+    """`make_rollout`, compiled once for all runs of one process."""
+    return jax.jit(make_rollout(model, spec, mesh))
 
 
 def ks(num_samples: int) -> list[int]:

@@ -9,6 +9,6 @@ import jax
 PURPOSES = ("init", "prompts", "rollout", "shuffle", "minibatches", "warm_start", "evaluate", "adapters")
 
 
-def key_for(seed: int, purpose: str, step: Any = 0):
-    """The key for one purpose at one step (step may be traced)."""
+def key_for(seed: Any, purpose: str, step: Any = 0):
+    """The key for one purpose at one step (seed and step may be traced)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step)

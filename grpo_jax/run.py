@@ -6,26 +6,26 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import build
+from grpo_jax import build, credit
 from grpo_jax.checkpoint import Checkpointer, restore_params
 from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
-from grpo_jax.iteration import Collect, make_collect, make_iterations, make_rollout
+from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations, make_rollout
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.sharding import make_mesh, num_row_shards, placed, places_of, require_fits
 from grpo_jax.tasks import Task
-from grpo_jax.train_step import make_train_step
+from grpo_jax.train_step import TrainStep, make_train_step
 from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 
 
@@ -34,6 +34,7 @@ class Run:
     """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
 
     like: shapes and places of the state. start: (weights, adapters or None) -> the state at step 0; donates them.
+    credit: `credit.recorded_advantages` of a batch. weights: loads or warm-starts what the run begins with, without adapters.
     """
 
     config: Config
@@ -45,7 +46,19 @@ class Run:
     collect: Collect
     update: Any
     iterate: Any
+    credit: Any
     evaluate: Evaluate
+    weights: Callable[[], Params]
+
+
+class Parts(NamedTuple):
+    """The functions of a run, not compiled yet. With a traceable task they are pure."""
+
+    start: Callable[[Params, Params | None], TrainState]
+    collect: Collect
+    update: TrainStep
+    iterate: Iteration
+    credit: Callable[[Batch], tuple[Any, Any]]
 
 
 def make_run(config: Config) -> Run:
@@ -63,28 +76,45 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
     require_fits(model.arch, mesh)
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
-    spec = build.rollout_spec(config, task)
-    run_rollout = make_rollout(model, spec, mesh)
-    collect = make_collect(config, task, run_rollout, mesh)
-    train_step = make_train_step(model, optimizer, build.update_spec(config), mesh)
-    iterate = make_iterations(collect, train_step, max(config.steps_per_call, 1))
-    start = functools.partial(state_around, config, optimizer, functools.partial(example_batch, config, task, run_rollout))
+    parts = make_parts(config, mesh, task, model)
     base, adapters = split(model.param_shapes())
-    like = placed(jax.eval_shape(start, base, adapters or None), mesh, config.mesh.fsdp_min_elements)
+    like = placed(jax.eval_shape(parts.start, base, adapters or None), mesh, config.mesh.fsdp_min_elements)
     places = places_of(like)
+    sampled = (places, None, None)  # where the state goes, and the batch and metrics beside it
     return Run(
         config=config,
         mesh=mesh,
         task=task,
         model=model,
         like=like,
-        start=jax.jit(start, donate_argnums=(0, 1), out_shardings=places),
-        collect=jax.jit(collect, donate_argnums=0, out_shardings=(places, None, None)) if task.is_traceable else collect,
-        update=jax.jit(train_step, donate_argnums=0, out_shardings=(places, None)),
-        iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(places, None, None)),
-        evaluate=make_evaluate(config, task, model, spec, mesh),
+        start=jax.jit(parts.start, donate_argnums=(0, 1), out_shardings=places),
+        collect=jax.jit(parts.collect, donate_argnums=0, out_shardings=sampled) if task.is_traceable else parts.collect,
+        update=jax.jit(parts.update, donate_argnums=0, out_shardings=(places, None)),
+        iterate=jax.jit(parts.iterate, donate_argnums=0, out_shardings=sampled),
+        credit=jax.jit(parts.credit),
+        evaluate=make_evaluate(config, task, model, build.rollout_spec(config, task), mesh),
+        weights=lambda: build.initial_params(config, model, task, places_of(base_of(like))),
     )
+
+
+def make_parts(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Parts:
+    """The functions that a run is made of."""
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    run_rollout = make_rollout(model, build.rollout_spec(config, task), mesh)
+    collect = make_collect(config, task, run_rollout, mesh)
+    update = make_train_step(model, optimizer, build.update_spec(config), mesh)
+    return Parts(
+        start=functools.partial(state_around, config, optimizer, functools.partial(example_batch, config, task, run_rollout)),
+        collect=collect,
+        update=update,
+        iterate=make_iterations(collect, update, max(config.steps_per_call, 1)),
+        credit=functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter),
+    )
+
+
+def base_of(state: TrainState) -> Params:
+    """All of the policy's weights but adapters."""
+    return state.params if state.base is None else state.base
 
 
 def require_divisible(config: Config, mesh: Mesh) -> None:
@@ -116,8 +146,7 @@ def initial_state(run: Run) -> TrainState:
 
 def initial_weights(run: Run) -> Params:
     """All weights at step 0 but adapters, each where it belongs."""
-    places = places_of(run.like.params if run.model.lora is None else run.like.base)
-    return build.initial_params(run.config, run.model, run.task, places)
+    return jax.device_put(run.weights(), places_of(base_of(run.like)))
 
 
 def restored_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
@@ -144,7 +173,7 @@ def state_around(
 ) -> TrainState:
     """Step 0 with these weights; with adapters, it is the adapters that will be trained. example: `example_batch`."""
     base, trained = (None, weights) if adapters is None else (weights, adapters)
-    has_copy = config.objective.kl_coef > 0 and adapters is None
+    has_copy = config.objective.has_kl and adapters is None
     return TrainState(
         step=jnp.int32(0),
         params=trained,

@@ -39,7 +39,8 @@ class UpdateSpec:
     """The static half of an update.
 
     widths: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
-    old_logp: "sampler" (what was recorded) or "learner" (one more forward pass).
+    old_logp: "sampler" (what was recorded) or "learner" (one more forward pass). importance_cap: of truncated importance
+    sampling, 0: none.
     fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`).
     """
 
@@ -52,6 +53,7 @@ class UpdateSpec:
     logprob_chunk_tokens: int
     widths: tuple[int, ...]
     old_logp: str
+    importance_cap: float
     filter_truncated: bool
     seed: int
     fsdp_min_elements: int
@@ -62,6 +64,7 @@ class Target:
     """What the loss needs beside the policy; fixed for the whole update.
 
     is_fresh_PG: sampled by the very policy that the update starts from (not taken from dynamic sampling's buffer).
+    importance_PGT: probability by the learner over that by the sampler, not yet truncated; None with importance_cap 0.
     """
 
     rollout: Rollout
@@ -69,6 +72,7 @@ class Target:
     advantage_PGT: Any
     old_logp_PGT: Any
     ref_logp_PGT: Any
+    importance_PGT: Any
 
 
 def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, spec: UpdateSpec, mesh: Mesh) -> TrainStep:
@@ -121,9 +125,12 @@ def prepare_target(
         old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
     adv_PGT = credit.advantages(obj, batch, rollout.mask_PGT, entropy_PGT, axis_name)
     ref_logp_PGT = None
-    if obj.kl_coef > 0:
+    if obj.has_kl:
         ref_logp_PGT, _ = score_in_microbatches(*reference(model, state), rollout, spec)
-    return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT)
+    importance_PGT = None
+    if spec.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
+        importance_PGT = jnp.exp(objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, rollout.mask_PGT))
+    return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT, importance_PGT)
 
 
 def reference(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
@@ -222,22 +229,41 @@ def weighted_loss(model: ModelDef, params: Params, target: Target, weight_PGT, s
         return None if x is None else x.reshape(-1, T)
 
     mask_BT = rows(rollout.mask_PGT)
+    adv_PGT, importance_metrics = corrected_advantages(target, spec.importance_cap)
     loss_BT, aux = objectives.token_loss(
         spec.objective,
         rows(logp_PGT),
         rows(target.old_logp_PGT),
         rows(target.ref_logp_PGT),
-        rows(target.advantage_PGT),
+        rows(adv_PGT),
         mask_BT,
     )
     gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
     is_fresh_PGT = target.is_fresh_PG[..., None] & (rollout.mask_PGT > 0)
     metrics: dict[str, Metric] = {
         **objectives.loss_metrics(aux, mask_BT),
+        **importance_metrics,
         "policy/learner_entropy": Mean.of(entropy_PGT, rollout.mask_PGT),
         "policy/sampler_logp_gap": Max(jnp.where(is_fresh_PGT, gap_PGT, 0.0).max()),
     }
     return (loss_BT * rows(weight_PGT)).sum(), metrics
+
+
+def corrected_advantages(target: Target, cap: float) -> tuple[Any, dict[str, Metric]]:
+    """Truncated importance sampling: each token's policy loss weighs min(learner's / sampler's probability, cap).
+
+    For a sampler of other numerics than the learner's (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training"). The weight goes onto the advantage, in a positive factor of which every surrogate is linear.
+    -> (advantage_PGT, metrics), as they are with cap 0.
+    """
+    if target.importance_PGT is None:
+        return target.advantage_PGT, {}
+    weight_PGT, mask_PGT = jnp.minimum(target.importance_PGT, cap), target.rollout.mask_PGT
+    metrics: dict[str, Metric] = {
+        "policy/importance_weight": Mean.of(weight_PGT, mask_PGT),
+        "policy/importance_capped": Mean.of(target.importance_PGT > cap, mask_PGT),
+    }
+    return target.advantage_PGT * weight_PGT, metrics
 
 
 def split_minibatches(target: Target, step, spec: UpdateSpec) -> Target:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from grpo_jax import credit, objectives
 from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
@@ -23,7 +23,7 @@ from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
 from grpo_jax.run import Run, initial_state, make_run, restored_state
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
-from grpo_jax.types import TrainState
+from grpo_jax.types import Batch, TrainState
 
 
 def train(
@@ -36,28 +36,43 @@ def train(
     """
     run = make_run(config)
     try:
-        # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
-        state = None if (workdir / "checkpoints").is_dir() else announced_initial_state(run)
-        claim_workdir(workdir, config.to_dict(), allow_config_change=allow_config_change)
-        checkpointer = Checkpointer(workdir, config.checkpoint)
-        resumed = checkpointer.latest_step()
-        if resumed is not None:
-            state = restored_state(run, checkpointer, resumed)
-        elif state is None:  # killed before its first checkpoint
-            state = announced_initial_state(run)
-        start = resumed or 0
-        log, progress = RunLog(workdir, start if resumed is not None else -1), ProgressLine(start, config.num_steps)
-        try:
-            with StopSignal() as stop:
-                profiler = Profiler(workdir / "profile", profiled)
-                Loop(run, log, progress, checkpointer, stop, profiler).go(state, start, is_fresh=resumed is None)
-        finally:
-            progress.close()
-            log.close()
-            checkpointer.close()
+        return train_run(run, workdir, allow_config_change=allow_config_change, profiled=profiled)
     finally:
         run.task.close()
-    return summarise(config, workdir)
+
+
+def train_run(
+    run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+) -> dict[str, float]:
+    """`train` for a run that is built already."""
+    profiler = Profiler(workdir / "profile", profiled)
+    with opened(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
+        loop.go(state, resumed)
+    return summarise(run.config, workdir)
+
+
+@contextlib.contextmanager
+def opened(
+    run: Run, workdir: pathlib.Path, profiler: Profiler, *, allow_config_change: bool
+) -> Iterator[tuple[Loop, TrainState, int | None]]:
+    """-> (the run's loop over its open files, its state, the step of the checkpoint that it goes on from or None)."""
+    # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+    state = None if (workdir / "checkpoints").is_dir() else announced_initial_state(run)
+    claim_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
+    checkpointer = Checkpointer(workdir, run.config.checkpoint)
+    resumed = checkpointer.latest_step()
+    if resumed is not None:
+        state = restored_state(run, checkpointer, resumed)
+    elif state is None:  # killed before its first checkpoint
+        state = announced_initial_state(run)
+    log = RunLog(workdir, -1 if resumed is None else resumed)
+    progress = ProgressLine(resumed or 0, run.config.num_steps)
+    try:
+        yield Loop(run, log, progress, checkpointer, StopSignal(), profiler), state, resumed
+    finally:
+        progress.close()
+        log.close()
+        checkpointer.close()
 
 
 def announced_initial_state(run: Run) -> TrainState:
@@ -69,10 +84,11 @@ def announced_initial_state(run: Run) -> TrainState:
 
 
 class StopSignal:
-    """SIGTERM asks the loop to save and end; the handler itself only takes note."""
+    """While it is entered, SIGTERM asks the loop to save and end; the handler itself only takes note."""
+
+    is_set = False
 
     def __enter__(self) -> StopSignal:
-        self.is_set = False
         self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "is_set", True))
         return self
 
@@ -113,32 +129,48 @@ class Loop:
     stop: StopSignal
     profiler: Profiler
 
-    def go(self, state: TrainState, start: int, *, is_fresh: bool) -> None:
-        """From step `start` to the end, or to a SIGTERM. The record of a step is written while the next one computes."""
-        config = self.run.config
-        recorded_advantages = jax.jit(
-            functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter)
-        )
-        if is_fresh:
-            self.write(0, as_metrics(self.run.evaluate(state.policy)))
+    def go(self, state: TrainState, resumed: int | None) -> None:
+        """From step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
+        self.begin(state, resumed)
         unwritten: Unwritten | None = None
-        num_steps = max(config.steps_per_call, 1)
-        for step in range(start + num_steps, config.num_steps + 1, num_steps):
+        for step in self.calls(resumed):
             if self.stop.is_set:
                 break
             with self.profiler(step):
                 state, batch, unwritten = self.iterate(state, step, unwritten)
-            if config.log.completions_every and step % config.log.completions_every == 0:
-                adv_PGT, grpo_PG = recorded_advantages(batch)
-                rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
-                self.log.completions(step, rows)
-            is_last = step == config.num_steps
-            if is_last or (config.eval_every and step % config.eval_every == 0):
-                unwritten.evaluated = as_metrics(self.run.evaluate(state.policy))
-            if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
-                self.write_out(unwritten)
-                unwritten = None
-                self.save(state)
+            unwritten = self.after(state, batch, unwritten)
+        self.end(state, unwritten)
+
+    def calls(self, resumed: int | None) -> range:
+        """The last step of each call."""
+        num = max(self.run.config.steps_per_call, 1)
+        return range((resumed or 0) + num, self.run.config.num_steps + 1, num)
+
+    def begin(self, state: TrainState, resumed: int | None) -> None:
+        """A fresh run is evaluated before its first step."""
+        if resumed is None:
+            self.write(0, as_metrics(self.run.evaluate(state.policy)))
+
+    def after(self, state: TrainState, batch: Batch, unwritten: Unwritten) -> Unwritten | None:
+        """What is due after a call: completions, evaluation, saving. -> its records, if they are left to be written.
+
+        The record of a step is written while the next one computes.
+        """
+        config, step = self.run.config, unwritten.last_step
+        if config.log.completions_every and step % config.log.completions_every == 0:
+            adv_PGT, grpo_PG = self.run.credit(batch)
+            rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
+            self.log.completions(step, rows)
+        is_last = step == config.num_steps
+        if is_last or (config.eval_every and step % config.eval_every == 0):
+            unwritten.evaluated = as_metrics(self.run.evaluate(state.policy))
+        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
+            self.end(state, unwritten)
+            return None
+        return unwritten
+
+    def end(self, state: TrainState, unwritten: Unwritten | None) -> None:
+        """Everything is on disk."""
         self.write_out(unwritten)
         self.save(state)
 

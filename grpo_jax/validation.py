@@ -57,6 +57,7 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _require_importance(config)
     _require_adapters(config)
     _require_whole_calls(config)
     _require_mesh(config)
@@ -64,6 +65,18 @@ def validate(config: Config) -> None:
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
+        )
+
+
+def _require_importance(config: Config) -> None:
+    """Truncated importance sampling corrects what the sampler's numerics did: it needs the learner's word beside it."""
+    cap, old_logp = config.learner.importance_cap, config.learner.old_logp
+    if 0 < cap < 1:
+        raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
+    if cap and old_logp != "learner":
+        raise UserError(
+            f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
+            "set that to 'learner'"
         )
 
 
@@ -152,6 +165,7 @@ def _require_choices(config: Config) -> None:
 
 # Lowest allowed values, inclusive; "> 0" fields are listed apart because they are real numbers.
 AT_LEAST = {
+    "seed": 0,
     "num_steps": 0,
     "eval_every": 0,
     "steps_per_call": 0,
@@ -180,6 +194,7 @@ AT_LEAST = {
     "learner.num_microbatches": 1,
     "learner.bucket_tokens": 0,
     "learner.logprob_chunk_tokens": 1,
+    "learner.importance_cap": 0,
     "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
@@ -211,6 +226,8 @@ def _require_ranges(config: Config) -> None:
         value = _field(config, name)
         if not value > 0:
             raise UserError(f"config.{name} = {value!r}: must be above 0")
+    if config.seed >= 2**31:
+        raise UserError(f"config.seed = {config.seed}: must be below 2**31, for it travels as an int32")
     if config.rollout.top_p > 1:
         raise UserError(f"config.rollout.top_p = {config.rollout.top_p!r}: a probability, at most 1 (1 keeps every token)")
     if config.task.arithmetic.max_operand <= config.task.arithmetic.min_operand:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +18,12 @@ from grpo_jax.score import score
 from grpo_jax.types import Params, Rollout
 
 
-def warm_start(model: ModelDef, params: Params, task: Any, config: WarmStartConfig, *, seed: int, chunk_tokens: int) -> Params:
-    """Minimise the mean negative log-probability of the answers for `num_steps` Adam steps, in one compiled call.
+@functools.lru_cache(maxsize=4)
+def make_warm_start(model: ModelDef, task: Any, config: WarmStartConfig, chunk_tokens: int) -> Callable[[Params, Any], Params]:
+    """-> warm_start(params, seed): minimise the mean negative log-probability of the answers for `num_steps` Adam steps.
 
-    task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate rises for a tenth of the steps, then
-    falls to zero.
+    One compiled call for all seeds. task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate
+    rises for a tenth of the steps, then falls to zero.
     """
     rise = max(config.num_steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, rise, max(config.num_steps, rise + 1))
@@ -33,14 +36,14 @@ def warm_start(model: ModelDef, params: Params, task: Any, config: WarmStartConf
         logp_P1A, _ = score(model, params, examples, Sampling(), chunk_tokens)
         return -(logp_P1A * mask_P1A).sum() / mask_P1A.sum()
 
-    def step(carry, number):
-        params, opt_state = carry
-        grads = jax.grad(nll)(params, key_for(seed, "warm_start", number))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
-
     @jax.jit
-    def run(params: Params) -> Params:
+    def warm_start(params: Params, seed: Any) -> Params:
+        def step(carry, number):
+            params, opt_state = carry
+            grads = jax.grad(nll)(params, key_for(seed, "warm_start", number))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
         return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(config.num_steps))[0][0]
 
-    return run(params)
+    return warm_start

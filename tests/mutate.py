@@ -17,7 +17,7 @@ OBJECTIVES = "grpo_jax/objectives"
 BUGS = [
     (
         "clip's sign flipped",
-        f"{OBJECTIVES}/ratios.py",
+        f"{OBJECTIVES}/surrogates.py",
         "jnp.minimum(ratio_BT * adv_BT",
         "jnp.maximum(ratio_BT * adv_BT",
         "tests/test_objectives.py -k golden",
@@ -39,9 +39,37 @@ BUGS = [
     (
         "zeros left out of R+ and R-",
         f"{OBJECTIVES}/advantages.py",
-        "standardise(x, everyone, axis",
-        "standardise(x, x != 0, axis",
+        "pools = (everyone, everyone)",
+        "pools = (success, failure)",
         "tests/test_objectives.py -k correct_answers",
+    ),
+    (
+        "CISPO without stop-gradient",
+        f"{OBJECTIVES}/surrogates.py",
+        "jax.lax.stop_gradient(jnp.clip(terms.ratio_BT, low, high))",
+        "jnp.clip(terms.ratio_BT, low, high)",
+        "tests/test_beyond.py -k cispo",
+    ),
+    (
+        "k1 paid for as if it were k2",
+        f"{OBJECTIVES}/ratios.py",
+        '{"k1": kl_k1, "k2": kl_k2',
+        '{"k1": kl_k2, "k2": kl_k1',
+        "tests/test_beyond.py -k kl_estimator",
+    ),
+    (
+        "dual clip for good tokens too",
+        f"{OBJECTIVES}/surrogates.py",
+        "jnp.where(adv_BT < 0, jnp.maximum(value_BT, bound * adv_BT), value_BT)",
+        "jnp.minimum(value_BT, -bound * adv_BT)",
+        "tests/test_beyond.py -k dual_clip",
+    ),
+    (
+        "importance of the sampler not truncated",
+        "grpo_jax/train_step.py",
+        "jnp.minimum(target.importance_PGT, cap), target",
+        "target.importance_PGT, target",
+        "tests/test_train_step.py -k truncated_importance",
     ),
     (
         "stop token not trained",

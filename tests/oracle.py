@@ -25,6 +25,11 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
         return _group_norm(obj, rewards_B, is_active_BT, groups)
     if obj.advantage == "group_center":
         return _group_center(rewards_B, is_active_BT, groups)
+    if obj.advantage == "leave_one_out":
+        return _leave_one_out(rewards_B, is_active_BT, groups)
+    if obj.advantage in ("batch_norm", "group_center_batch_norm"):
+        centred_BT = _group_center(rewards_B, is_active_BT, groups)
+        return _batch_norm(obj, centred_BT if "center" in obj.advantage else rewards_B[:, None] * is_active_BT, is_active_BT)
     if obj.advantage == "token_entropy":
         return _token_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
     if obj.advantage == "sequence_entropy":
@@ -61,6 +66,25 @@ def _group_center(rewards_B, is_active_BT, groups):
     return adv_BT
 
 
+def _leave_one_out(rewards_B, is_active_BT, groups):
+    """Each reward minus the mean of the others'."""
+    adv_BT = np.zeros(is_active_BT.shape)
+    for rows in groups:
+        for i in rows:
+            others = [rewards_B[k] for k in rows if k != i]
+            adv_BT[i, is_active_BT[i]] = rewards_B[i] - math.fsum(others) / len(others) if others else 0.0
+    return adv_BT
+
+
+def _batch_norm(obj, x_BT, is_active_BT):
+    """Standardised over every token of the batch."""
+    adv_BT = np.zeros(is_active_BT.shape)
+    pool = list(x_BT[is_active_BT])
+    for i, t in zip(*np.nonzero(is_active_BT), strict=True):
+        adv_BT[i, t] = _standardise(x_BT[i, t], pool, obj)
+    return adv_BT
+
+
 def _entropies(obj, entropy_BT, is_active_BT):
     """H on active tokens: clipped first (if asked for), then floored."""
     H_BT = np.zeros(is_active_BT.shape)
@@ -92,8 +116,9 @@ def _token_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
     for rows in groups:
         pool_rows = rows if obj.stat_scope == "group" else [k for other in groups for k in other]
         pool = [(k, t) for k in pool_rows for t in range(T) if is_active_BT[k, t]]
-        R_plus = [shaped_plus_BT[k, t] for k, t in pool]
-        R_minus = [shaped_minus_BT[k, t] for k, t in pool]
+        keeps = obj.shaped_zeros == "kept"
+        R_plus = [shaped_plus_BT[k, t] for k, t in pool if keeps or k in plus]
+        R_minus = [shaped_minus_BT[k, t] for k, t in pool if keeps or k not in plus]
         if obj.stat_scope == "group" and len({i in plus for i in rows}) < 2:
             continue  # wholly in O+ or wholly in O-
         for i in rows:
@@ -132,7 +157,8 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
             continue
         for i in rows:
             shaped_B = shaped_plus_B if i in plus else shaped_minus_B
-            adv_BT[i, is_active_BT[i]] = _standardise(shaped_B[i], [shaped_B[k] for k in pool_rows], obj)
+            pool = [shaped_B[k] for k in pool_rows if obj.shaped_zeros == "kept" or (k in plus) == (i in plus)]
+            adv_BT[i, is_active_BT[i]] = _standardise(shaped_B[i], pool, obj)
     return adv_BT
 
 
@@ -146,14 +172,16 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
         tokens = np.flatnonzero(is_active_BT[i])
         n = len(tokens)
         logp_n, old_n, adv_n = (np.asarray(x[i], np.float64)[tokens] for x in (logp, old_logp, adv))
-        if obj.ratio == "token":
+        if obj.surrogate in ("clipped_weight", "reinforce"):
+            objective_n, slope_n = _weighted_logp(obj, logp_n, old_n, adv_n)
+        elif obj.ratio == "token":
             objective_n, slope_n = _token_surrogate(obj, logp_n, old_n, adv_n)
         else:
             objective, slope_n = _sequence_surrogate(obj, logp_n, old_n, adv_n)
             # One value a row, written as n equal shares: the row's mean of them is that value again.
             objective_n, slope_n = np.full(n, objective), n * slope_n
         if obj.kl_coef != 0:
-            kl_n, kl_slope_n = _k3(logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
+            kl_n, kl_slope_n = _kl(obj.kl_estimator, logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
             objective_n = objective_n - obj.kl_coef * kl_n
             slope_n = slope_n - obj.kl_coef * kl_slope_n
 
@@ -163,6 +191,8 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
             weight = 1 / num_tokens
         elif obj.aggregation == "constant":
             weight = 1 / (N * max_completion_length)
+        elif obj.aggregation == "sequence_sum":
+            weight = 1 / N
         else:
             raise NotImplementedError(obj.aggregation)
         loss -= weight * objective_n.sum()
@@ -172,10 +202,25 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
 
 def _min_of_clipped(obj, w, A):
     """min(w A, clip(w) A) and its derivative in w, which is 0 exactly where the clipped branch is the smaller one."""
+    if obj.dual_clip is not None and A < 0 and w > obj.dual_clip:
+        return obj.dual_clip * A, 0.0
     clipped_w = min(max(w, 1 - obj.clip_low), 1 + obj.clip_high)
     if clipped_w * A < w * A:
         return clipped_w * A, 0.0
     return w * A, A
+
+
+def _weighted_logp(obj, logp_n, old_n, adv_n):
+    """weight A logp of each token, and its derivative in logp: the weight is a number, not a function."""
+    if obj.surrogate == "reinforce":
+        return adv_n * logp_n, adv_n
+    w_n = np.exp(np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    if obj.ratio == "sequence":
+        w_n = np.full(len(w_n), w_n.mean())
+    elif obj.ratio == "sequence_geometric":
+        w_n = np.full(len(w_n), np.exp((logp_n - old_n).mean()))
+    weight_n = np.clip(w_n, 1 - obj.clip_low, 1 + obj.clip_high)
+    return weight_n * adv_n * logp_n, weight_n * adv_n
 
 
 def _token_surrogate(obj, logp_n, old_n, adv_n):
@@ -192,6 +237,8 @@ def _sequence_surrogate(obj, logp_n, old_n, adv_n):
     n = len(logp_n)
     assert np.ptp(adv_n) == 0, "a sequence ratio needs one advantage a row"
     log_ratio_n = logp_n - old_n
+    if obj.surrogate == "token_clip":
+        return _product_of_clipped(obj, log_ratio_n, adv_n[0])
     if obj.ratio == "sequence":
         w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
         w = w_n.mean()
@@ -204,6 +251,30 @@ def _sequence_surrogate(obj, logp_n, old_n, adv_n):
         raise NotImplementedError(obj.ratio)
     objective, dw = _min_of_clipped(obj, w, adv_n[0])
     return objective, dw * dw_n
+
+
+def _product_of_clipped(obj, log_ratio_n, A):
+    """GMPO: |o|-th root of the product of token ratios, each the smaller of w and clip(w) for A > 0, the larger for A < 0."""
+    assert obj.ratio == "sequence_geometric"
+    product, is_free_n = 1.0, np.zeros(len(log_ratio_n), bool)
+    for t, log_ratio in enumerate(log_ratio_n):
+        w = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+        clipped_w = min(max(w, 1 - obj.clip_low), 1 + obj.clip_high)
+        used = min(w, clipped_w) if A >= 0 else max(w, clipped_w)
+        is_free_n[t] = used == w and abs(log_ratio) <= MAX_LOG_RATIO
+        product *= used ** (1 / len(log_ratio_n))
+    if obj.dual_clip is not None and A < 0 and product > obj.dual_clip:
+        return obj.dual_clip * A, np.zeros(len(log_ratio_n))
+    return product * A, is_free_n * product * A / len(log_ratio_n)
+
+
+def _kl(estimator, logp_n, ref_n):
+    """The penalty and its derivative in logp."""
+    if estimator == "k1":
+        return logp_n - ref_n, np.ones(len(logp_n))
+    if estimator == "k2":
+        return (logp_n - ref_n) ** 2 / 2, logp_n - ref_n
+    return _k3(logp_n, ref_n)
 
 
 def _k3(logp_n, ref_n):

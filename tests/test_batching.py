@@ -28,7 +28,7 @@ def update(spec, batch, params, num_devices=1):
 
 def spec_of(name, **changes):
     fields = dict(num_epochs=1, num_minibatches=1, num_microbatches=1, logprob_chunk_tokens=16, widths=(T,), old_logp="learner")
-    fields |= {"filter_truncated": False, "seed": 0, "fsdp_min_elements": 0, **changes}
+    fields |= {"importance_cap": 0.0, "filter_truncated": False, "seed": 0, "fsdp_min_elements": 0, **changes}
     return UpdateSpec(objective=objectives.get(name), sampling=Sampling(0.7), max_completion_tokens=T, **fields)
 
 

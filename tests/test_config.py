@@ -15,7 +15,7 @@ from grpo_jax.run import make_run, require_divisible
 from grpo_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
-VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
+VARIANTS = tuple(name for name in objectives.VARIANTS if name not in objectives.PRESETS)
 SCALES = ("tiny", "smollm2", "runlocal")
 
 
@@ -97,6 +97,9 @@ def broken(changes):
         ({"rollout": 3}, r"config\.rollout: expected a group of fields"),
         ({"objective.advantage": "vibes"}, r"config\.objective\.advantage = 'vibes': unknown; known: group_norm"),
         ({"objective.clip_low": -0.1}, r"config\.objective\.clip_low = -0\.1"),
+        ({"objective.dual_clip": 0.5}, r"config\.objective\.dual_clip = 0\.5: must be None or a finite number > 1"),
+        ({"learner.importance_cap": 2.0}, r"config\.learner\.importance_cap = 2\.0: .* set that to 'learner'"),
+        ({"learner.importance_cap": 0.5}, r"config\.learner\.importance_cap = 0\.5: at least 1"),
         ({"objective.ratio": "sequence"}, r"config\.objective\.aggregation = 'token_mean': .* use 'sequence_mean'"),
         ({"learner.num_minibatches": 3}, r"config\.learner\.num_minibatches = 3: must divide config\.rollout\.num_prompts"),
         ({"overlong.cache_tokens": 99}, r"config\.overlong\.cache_tokens = 99: must be at most"),

@@ -86,9 +86,12 @@ def test_after_every_formula_comes_its_code(text):
 
 @pages
 def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
-    parts = [[title for title, _ in sections(section_of(variant, text), 3)] for variant in objectives.VARIANTS]
-    assert len(parts[0]) == 8 and all(each == parts[0] for each in parts)
-    for variant in objectives.VARIANTS:
+    parts = {variant: [title for title, _ in sections(section_of(variant, text), 3)] for variant in figures.TITLES}
+    whole = parts["grpo"]
+    short = [whole[i] for i in (0, 2, 3, 4, 6, 7)]
+    assert len(whole) == 8 and set(figures.TITLES) == set(objectives.VARIANTS) - set(objectives.PRESETS)
+    for variant in figures.TITLES:
+        assert parts[variant] == (whole if variant in figures.DRAWN else short), variant
         code = "\n".join(blocks(section_of(variant, text), "python"))
         assert f'"{variant}"' in code, variant
 
@@ -99,13 +102,26 @@ def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
 @pages
 def test_the_overview_is_the_table_of_variants(text):
     (overview,) = [table for table in tables(text) if "`group_norm`" in table[0]]
-    rows = {re.match(r"\[(.+)\]", row[0])[1]: row[1:6] for row in overview}
-    assert list(rows) == [figures.TITLES[variant] for variant in objectives.VARIANTS]
-    for variant, obj in objectives.VARIANTS.items():
-        advantage, ratio, clip, aggregation, kl = (cell.strip("`") for cell in rows[figures.TITLES[variant]])
-        assert (advantage, ratio, aggregation) == (obj.advantage, obj.ratio, obj.aggregation), variant
-        assert [float(bound) for bound in clip.split("/")] == [obj.clip_low, obj.clip_high], variant
+    rows = {re.match(r"\[(.+)\]", row[0])[1]: row[1:7] for row in overview}
+    assert list(rows) == list(figures.TITLES.values())
+    for variant, title in figures.TITLES.items():
+        obj = objectives.get(variant)
+        advantage, ratio, surrogate, clip, aggregation, kl = (cell.strip("`") for cell in rows[title])
+        expected = obj.advantage, obj.ratio, obj.surrogate, obj.aggregation
+        assert (advantage, ratio, surrogate, aggregation) == expected, variant
+        assert [float(bound) for bound in clip.split("/")] == pytest.approx([obj.clip_low, obj.clip_high], rel=2e-4), variant
         assert float(kl) == obj.kl_coef, variant
+
+
+@pages
+def test_the_table_of_constants_is_the_presets(text):
+    (table,) = [table for table in tables(text) if "`trl_default`" in [row[0] for row in table]]
+    assert [row[0].strip("`") for row in table] == list(objectives.PRESETS)
+    for name, _, ddof, eps, kl, aggregation, clip, _ in table:
+        obj = objectives.get(name.strip("`"))
+        assert (int(ddof), float(eps), aggregation.strip("`")) == (obj.std_ddof, obj.adv_eps, obj.aggregation), name
+        assert [float(bound) for bound in clip.split("/")] == [obj.clip_low, obj.clip_high], name
+        assert kl == (f"{obj.kl_coef} {obj.kl_estimator}" if obj.kl_coef else "0"), name
 
 
 @pages
@@ -169,12 +185,13 @@ def literal(value):
 
 def test_the_commands_train_the_variant_of_their_section():
     seen = 0
-    for variant in objectives.VARIANTS:
+    for variant in figures.TITLES:
         (block,) = blocks(section_of(variant, ENGLISH), "bash")
         for command in re.sub(r"\\\n\s*", "", block).splitlines():
-            assert objectives.describe(config_of_command(command).objective).split(" + ")[0] == variant, command
+            described = objectives.describe(config_of_command(command).objective).split(" + ")[0]
+            assert described in (variant, f"{variant}_paper", f"{variant}_baseline"), command
             seen += 1
-    assert seen > 8
+    assert seen > 12
     (gspo,) = blocks(section_of("gspo", ENGLISH), "bash")
     assert config_of_command(gspo).objective == objectives.get("gspo")
 

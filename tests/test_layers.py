@@ -17,8 +17,9 @@ LAYERS = (
     ("warm_start", "train_step"),
     ("build", "iteration"),
     ("evaluate", "checkpoint", "completions", "runlog", "plots"),
-    ("run",),
+    ("run", "cohort"),
     ("trainer",),
+    ("lockstep",),
 )
 PURE = (
     "objectives",

@@ -66,7 +66,7 @@ def test_one_step_is_the_chain_rule_through_merged_weights():
     """Against training all weights from the merged ones, with the base as reference: W' = W + s B A."""
     objective = objectives.get("grpo")
     assert objective.kl_coef > 0
-    spec = UpdateSpec(objective, Sampling(0.7), 5, 1, 1, 2, 32, (2, 5), "learner", False, 0, 0)
+    spec = UpdateSpec(objective, Sampling(0.7), 5, 1, 1, 2, 32, (2, 5), "learner", 0.0, False, 0, 0)
     batch, sgd = tiny.random_batch(), optax.sgd(1.0)
     base, adapters = tiny.random_params(tiny.LLAMA), random_adapters(MODEL)
     whole = merged(base, adapters, LORA)

@@ -15,14 +15,16 @@ from jax.sharding import Mesh, PartitionSpec
 from grpo_jax import objectives
 from tests import oracle
 
-NAMES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s", "gspo")
+NAMES = tuple(name for name in objectives.VARIANTS if name not in objectives.PRESETS)
 ENTROPY_NAMES = ("gtpo", "grpo_s")
+CLIPPED_NAMES = tuple(name for name in NAMES if objectives.get(name).surrogate in ("ppo_clip", "token_clip"))
 P, G, T = 8, 4, 6
 B = P * G
 BUDGET = 10  # max_completion_length, on purpose not T
 SUCCESS_GROUP, FAILURE_GROUP, HOLED_GROUP, DROPPED_GROUP = 1, 2, 3, 5  # groups of `make_batch` that are special
 HOLED_ROW = HOLED_GROUP * G + 1
 every_variant = pytest.mark.parametrize("name", NAMES)
+every_clipped_variant = pytest.mark.parametrize("name", CLIPPED_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -154,6 +156,8 @@ SCOPED = [  # only the entropy variants have a scope to choose
     *itertools.chain.from_iterable(grid(name, stat_scope=("batch", "group")) for name in ENTROPY_NAMES),
 ]
 every_scope = pytest.mark.parametrize("name, fields", SCOPED)
+# One variant for each way to compute advantages, for tests that look at nothing else.
+ESTIMATORS = {objectives.get(name).advantage: name for name in reversed(NAMES)}.values()
 
 
 # ------------------------------------------------------------------------------------------------------- the oracle
@@ -171,9 +175,11 @@ def test_oracle_gradient_is_the_finite_difference(name, kl_coef):
     for i, t in np.ndindex(*grad_BT.shape):
         sides = []
         for step in (h, -h):
-            logp_BT = few.logp_BT.copy()
-            logp_BT[i, t] += step
-            sides.append(oracle_loss_and_grad(obj, replaced(few, logp_BT=logp_BT), adv_BT)[0])
+            moved = replaced(few, logp_BT=few.logp_BT.copy(), old_BT=few.old_BT.copy())
+            moved.logp_BT[i, t] += step
+            if obj.surrogate == "clipped_weight":  # the weight is a number: it has to stay where it is
+                moved.old_BT[i, t] += step
+            sides.append(oracle_loss_and_grad(obj, moved, adv_BT)[0])
         numeric_BT[i, t] = (sides[0] - sides[1]) / (2 * h)
     assert np.abs(grad_BT).max() > 0.01
     np.testing.assert_allclose(grad_BT, numeric_BT, rtol=1e-6, atol=1e-9)
@@ -200,6 +206,8 @@ ADVANTAGE_CASES = [
     *grid("dapo", std_ddof=(0, 1)),
     *grid("gspo", std_ddof=(0, 1)),
     case("dr_grpo"),
+    case("rloo"),
+    *grid("reinforce_pp", advantage=("batch_norm", "group_center_batch_norm"), std_ddof=(0, 1)),
     *grid("gtpo", stat_scope=("batch", "group"), entropy_clip=(None, (0.2, 1.5)), std_ddof=(0, 1)),
     *grid("gtpo", stat_scope=("batch", "group"), entropy_floor=(0.3,), entropy_clip=(None, (0.0, 1.5))),
     *grid("gtpo", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),
@@ -234,6 +242,10 @@ LOSS_CASES = [
         aggregation=("sequence_mean", "token_mean", "constant"),
         kl_coef=(0.0, 0.04),
     ),
+    *grid("grpo", aggregation=("sequence_sum",), kl_estimator=("k1", "k2")),
+    *grid("gmpo", ratio=("token", "sequence_geometric"), clip_low=(0.1,), clip_high=(0.1,), dual_clip=(None, 1.3)),
+    *grid("grpo", ratio=("token", "sequence", "sequence_geometric"), dual_clip=(1.3,)),
+    *grid("cispo", ratio=("sequence", "sequence_geometric"), clip_low=(0.1,), clip_high=(0.1,)),
 ]
 
 
@@ -250,7 +262,7 @@ def test_loss_and_gradient_match_oracle(name, fields):
 
 
 @pytest.mark.parametrize("rewards", ["binary", "graded", "shaped"])
-@every_variant
+@pytest.mark.parametrize("name", objectives.VARIANTS)
 def test_presets_match_oracle_end_to_end(name, rewards):
     obj = objectives.get(name)
     batch = make_batch(seed=4, rewards=rewards)
@@ -347,7 +359,7 @@ def test_golden_sequence_entropy(kind, Hs):
         (-1.0, 0.5, -0.8, 0.0),  # already pushed down enough
     ],
 )
-@every_variant
+@every_clipped_variant
 def test_golden_clip(name, A, w, objective, slope):
     obj = objectives.get(name, kl_coef=0.0, clip_low=0.2, clip_high=0.28, aggregation="sequence_mean")
     loss, grad_BT, _ = hand_loss(obj, [[math.log(w) - 1.0]], [[-1.0]], [[A]])
@@ -389,10 +401,12 @@ def test_golden_aggregation(aggregation, loss, weights_B):
 def test_golden_kl():
     # pi = 1/4, ref = 1/2: d = ln 2, k3 = 2 - ln 2 - 1 = 1 - ln 2, slope in logp 1 - 2 = -1.
     logp, ref = np.log([[0.25, 0.25]]), np.log([[0.5, 0.25]])
-    for name in NAMES:  # two tokens, the second has no KL: every aggregation averages them (budget = 2)
-        loss, grad_BT, _ = hand_loss(objectives.get(name, kl_coef=0.1), logp, logp, np.zeros((1, 2)), ref=ref, budget=2)
-        assert_close(loss, 0.1 * (1 - math.log(2)) / 2)
-        assert_close(grad_BT, [[-0.1 / 2, 0.0]])
+    for name in NAMES:  # two tokens, the second has no KL: every aggregation but one averages them (budget = 2)
+        obj = objectives.get(name, kl_coef=0.1)
+        share = 1.0 if obj.aggregation == "sequence_sum" else 0.5
+        loss, grad_BT, _ = hand_loss(obj, logp, logp, np.zeros((1, 2)), ref=ref, budget=2)
+        assert_close(loss, 0.1 * (1 - math.log(2)) * share)
+        assert_close(grad_BT, [[-0.1 * share, 0.0]])
 
 
 def test_golden_clip_fractions_and_kl_metric():
@@ -411,7 +425,7 @@ def test_golden_clip_fractions_and_kl_metric():
 # -------------------------------------------------------------------------------- invariant 1: devices, microbatches
 
 INVARIANCE_CASES = [
-    *(case(name, kl_coef=0.04) for name in NAMES),
+    *(case(name, kl_coef=0.04, **({"clip_high": 0.3} if name == "cispo" else {})) for name in NAMES),
     case("gtpo", stat_scope="group"),
     case("grpo_s", stat_scope="batch"),
 ]
@@ -479,8 +493,10 @@ def test_any_number_of_devices_gives_the_one_device_numbers(name, fields, num_de
         out_specs=(rows, everywhere, everywhere, rows, rows, everywhere),
     )
     actual = jax.jit(sharded)(jnp.zeros(T), _inputs(MESH_BATCH))
+    *_, clip_fractions = _alone(obj)
+    assert np.asarray(clip_fractions).any() == (obj.surrogate != "reinforce")
     for ours, alone in zip(actual, _alone(obj), strict=True):
-        assert np.abs(np.asarray(alone)).max() > 1e-4
+        assert alone is clip_fractions or np.abs(np.asarray(alone)).max() > 1e-4
         assert_close(ours, alone)
 
 
@@ -539,11 +555,13 @@ def test_invariant_2_on_policy(name, kl_coef):
         "sequence_mean": mask_BT / np.maximum(lengths_B1, 1) / num_rows,
         "token_mean": mask_BT / mask_BT.sum(),
         "constant": mask_BT / (num_rows * BUDGET),
+        "sequence_sum": mask_BT / num_rows,
     }["sequence_mean" if obj.ratio != "token" else obj.aggregation].astype(np.float64)
     d_BT = batch.ref_BT.astype(np.float64) - batch.logp_BT
     kl_BT = np.exp(d_BT) - d_BT - 1
-    scale = np.abs(weight_BT * adv_BT).sum()  # GRPO's advantages sum to zero
-    assert_close(loss, (weight_BT * (kl_coef * kl_BT - adv_BT)).sum(), scale=scale)
+    value_BT = adv_BT if name in CLIPPED_NAMES else adv_BT * batch.logp_BT  # the others' weight stands before logp
+    scale = np.abs(weight_BT * value_BT).sum()  # GRPO's advantages sum to zero
+    assert_close(loss, (weight_BT * (kl_coef * kl_BT - value_BT)).sum(), scale=scale)
     assert_close(grad_BT, weight_BT * (kl_coef * (1 - np.exp(d_BT)) - adv_BT), rtol=2e-5)
     assert float(metrics["policy/clip_fraction_low"].value()) == 0
     assert float(metrics["policy/clip_fraction_high"].value()) == 0
@@ -621,7 +639,7 @@ def test_invariant_5_grpo_s_without_entropy_is_grpo(ddof):
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1.0, -123.456])
-@every_variant
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reinforce_pp"])  # which has no baseline for a prompt
 def test_invariant_6_equal_rewards_have_no_policy_gradient(name, value):
     fields = {"stat_scope": "group"} if name in ENTROPY_NAMES else {}
     batch = make_batch(seed=11)
@@ -639,7 +657,7 @@ def test_invariant_6_equal_rewards_have_no_policy_gradient(name, value):
     assert_close(np.asarray(kl_grad_BT)[flat], only_kl_grad_BT[flat])
 
 
-@every_variant
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_repeated_rewards_are_exactly_zero_at_any_group_size(name):
     """A float32 mean of n equal numbers is rarely that number; the advantage is 0 all the same."""
     obj, batch = objectives.get(name, **({"stat_scope": "group"} if name in ENTROPY_NAMES else {})), make_batch()
@@ -671,7 +689,7 @@ def test_invariant_7_sign_is_success(name, scope):
 
 
 @pytest.mark.parametrize("junk", [1e6, -1e6, np.nan])
-@every_scope
+@pytest.mark.parametrize("name, fields", [case for case in SCOPED if case.values[0] in ESTIMATORS])
 def test_dropped_rows_contribute_nothing(name, fields, junk):
     """The reward of a row without tokens is not in any statistic: not in means, not in counts, whatever it is."""
     obj = objectives.get(name, **fields)
@@ -705,7 +723,7 @@ def test_one_token_and_odd_groups(name, fields, num_tokens, group_size):
     expected_BT = oracle_advantages(obj, cut, group_size)
     adv_BT = advantages(obj, cut, group_size)
     assert_close(adv_BT, expected_BT)
-    if group_size == 1 and fields != {"stat_scope": "batch"}:
+    if group_size == 1 and fields != {"stat_scope": "batch"} and name != "reinforce_pp":
         assert not np.asarray(adv_BT).any()
     else:
         assert expected_BT.any()
@@ -715,9 +733,13 @@ def test_one_token_and_odd_groups(name, fields, num_tokens, group_size):
     assert_close(grad_BT, expected_grad_BT, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name, fields", [case for case in SCOPED if case.id != "dr_grpo"])  # which has no std
+@every_scope
 def test_too_few_entries_for_a_std_give_no_advantage(name, fields):
     """Fewer than ddof + 1 entries: the std does not exist, and the advantage is 0, not a deviation over adv_eps."""
+    loose, strict = (advantages(objectives.get(name, std_ddof=ddof, **fields), make_batch()) for ddof in (0, 2))
+    if np.array_equal(loose, strict):
+        assert objectives.get(name).advantage not in ("group_norm", "batch_norm", "token_entropy", "sequence_entropy")
+        return  # no std in it
     obj, batch = objectives.get(name, std_ddof=2, **fields), make_batch()
     batch.mask_BT[:] = 0
     batch.mask_BT[:2, 0] = 1
@@ -802,7 +824,7 @@ def test_extreme_log_ratios_stay_finite(name, gap):
 # ------------------------------------------------------------------------------------------- bugs of public trainers
 
 
-@every_variant
+@every_clipped_variant
 def test_clip_is_not_inverted_for_negative_advantages(name):
     """With A < 0 a ratio that grew keeps its whole gradient (max over the losses, not min)."""
     obj = objectives.get(name, kl_coef=0.0)
@@ -866,7 +888,7 @@ def test_kl_is_k3_and_not_k1(name):
     assert float(agreed) == 0 and not np.asarray(agreed_grad_BT).any()
 
 
-@every_variant
+@every_clipped_variant
 def test_ratio_is_not_always_one(name):
     """In later inner epochs logp has left old_logp: value and gradient scale with the ratio."""
     obj = objectives.get(name, kl_coef=0.0, clip_low=0.2, clip_high=0.2)
@@ -884,22 +906,28 @@ PRESETS = {
     "dr_grpo": ("group_center", "token", 0.2, 0.2, "constant", 0.04),
     "gtpo": ("token_entropy", "token", 0.2, 0.28, "token_mean", 0.0),
     "grpo_s": ("sequence_entropy", "sequence", 0.2, 0.28, "sequence_mean", 0.0),
+    "gspo": ("group_norm", "sequence_geometric", 3e-4, 4e-4, "sequence_mean", 0.0),
+    "rloo": ("leave_one_out", "token", 0.2, 0.2, "sequence_sum", 0.0),
+    "reinforce_pp": ("batch_norm", "token", 0.2, 0.2, "token_mean", 0.0),
+    "cispo": ("group_norm", "token", 1.0, 4.0, "token_mean", 0.0),
+    "gmpo": ("group_norm", "sequence_geometric", 1 - math.exp(-0.4), math.exp(0.4) - 1, "sequence_mean", 0.0),
 }
 
 
 def test_presets_are_the_table():
-    assert set(NAMES) <= set(objectives.VARIANTS)
+    assert set(NAMES) == set(PRESETS)
     for name, expected in PRESETS.items():
         obj = objectives.get(name)
         actual = obj.advantage, obj.ratio, obj.clip_low, obj.clip_high, obj.aggregation, obj.kl_coef
         assert actual == expected and obj == objectives.VARIANTS[name]
-    gspo = objectives.get("gspo")
-    assert (gspo.advantage, gspo.ratio, gspo.aggregation) == ("group_norm", "sequence_geometric", "sequence_mean")
+    surrogates = {name: objectives.get(name).surrogate for name in NAMES if objectives.get(name).surrogate != "ppo_clip"}
+    assert surrogates == {"rloo": "reinforce", "cispo": "clipped_weight", "gmpo": "token_clip"}
     for name in NAMES:
         obj = objectives.get(name)
         assert (obj.std_ddof, obj.adv_eps, obj.success_threshold) == (1, 1e-6, 0.5)
         assert (obj.entropy_floor, obj.entropy_clip, obj.base_weight, obj.entropy_weight) == (1e-4, None, 1.0, 0.1)
-        assert obj.sequence_mean_kind == "arithmetic"
+        assert (obj.sequence_mean_kind, obj.kl_estimator, obj.shaped_zeros) == ("arithmetic", "k3", "kept")
+        assert obj.dual_clip is None
     assert objectives.get("gtpo").stat_scope == "batch" and objectives.get("grpo_s").stat_scope == "group"
 
 
@@ -930,11 +958,14 @@ def test_unknown_field_lists_the_known_ones(name):
 @pytest.mark.parametrize(
     "field, known",
     [
-        ("advantage", ("group_norm", "group_center", "token_entropy", "sequence_entropy")),
+        ("advantage", ("group_norm", "group_center", "leave_one_out", "batch_norm", "token_entropy", "sequence_entropy")),
         ("ratio", ("token", "sequence", "sequence_geometric")),
-        ("aggregation", ("sequence_mean", "token_mean", "constant")),
+        ("aggregation", ("sequence_mean", "token_mean", "constant", "sequence_sum")),
         ("stat_scope", ("batch", "group")),
         ("sequence_mean_kind", ("arithmetic", "geometric")),
+        ("surrogate", ("ppo_clip", "token_clip", "clipped_weight", "reinforce")),
+        ("kl_estimator", ("k1", "k2", "k3")),
+        ("shaped_zeros", ("kept", "left_out")),
     ],
 )
 def test_unknown_choice_lists_the_known_ones(field, known):

@@ -8,7 +8,7 @@ from tests import programs
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config=configs/ppo.py:tiny"], "no file configs/ppo.py; known here: configs/dapo.py, configs/dr_grpo.py"),
+        (["--config=configs/ppo.py:tiny"], "no file configs/ppo.py; known here: configs/cispo.py, configs/dapo.py"),
         (["--config=configs/dapo.py:galactic"], "unknown scale 'galactic' after the colon; known: tiny, smollm2, runlocal"),
         (["--config=configs/dapo.py", "--config.rollout.num_promts=3"], "--config.rollout.num_promts: unknown field; did you"),
         (["--config=configs/dapo.py", "--config.seed=one"], "--config.seed=one"),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import batching, objectives, train_step
+from grpo_jax import batching, credit, objectives, train_step
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import learning_rate, make_optimizer
@@ -34,6 +34,7 @@ SPEC = UpdateSpec(
     logprob_chunk_tokens=32,
     widths=(BUDGET,),
     old_logp="sampler",
+    importance_cap=0.0,
     filter_truncated=False,
     seed=0,
     fsdp_min_elements=2**20,  # rows are spread over fsdp, weights are not; see test_mesh.py
@@ -227,7 +228,7 @@ def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():
     spec = spec_of("dapo", num_epochs=3, num_minibatches=4)
     number_PGT = jnp.broadcast_to(jnp.arange(P)[:, None, None], (P, G, T))
     batch = tiny.with_rollout(batch_of(), tokens_PGT=number_PGT)
-    target = train_step.Target(batch.rollout, jnp.ones((P, G), bool), number_PGT, number_PGT, None)
+    target = train_step.Target(batch.rollout, jnp.ones((P, G), bool), number_PGT, number_PGT, None, None)
 
     def orders(step, spec=spec):
         cut = train_step.split_minibatches(target, jnp.int32(step), spec)
@@ -373,6 +374,40 @@ def test_the_learners_old_logp_is_the_samplers_when_on_policy():
     jax.tree.map(np.testing.assert_array_equal, noisy_after.params, after.params)
     np.testing.assert_allclose(floats(metrics)["policy/ratio"], 1.0, atol=1e-5)
     np.testing.assert_allclose(floats(metrics)["policy/sampler_logp_gap"], 0.3, atol=1e-4)
+
+
+def test_truncated_importance_weighs_each_token_by_learner_over_sampler():
+    """The gradient is the policy gradient under min(learner's / sampler's probability, cap), token by token."""
+    cap, spec = 1.5, spec_of("gtpo", old_logp="learner")
+    corrected = dataclasses.replace(spec, importance_cap=cap)
+    state = start(spec)
+    batch = on_policy(batch_of(), state.params)
+    rollout = batch.rollout
+    log_weight_PGT = jnp.asarray(np.random.default_rng(0).normal(size=(P, G, T)), jnp.float32)
+    skewed = tiny.with_rollout(batch, sampler_logp_PGT=rollout.sampler_logp_PGT - log_weight_PGT)
+    weight_BT = np.minimum(np.exp(log_weight_PGT), cap).reshape(-1, T)
+    mask_BT = rollout.mask_PGT.reshape(-1, T)
+    adv_PGT = jax.jit(credit.advantages, static_argnums=0)(spec.objective, batch, rollout.mask_PGT, rollout.entropy_PGT)
+
+    def loss(params):
+        logp_BT = bigram_logp(params, rollout, SAMPLING.temperature)
+        return -(mask_BT * adv_PGT.reshape(-1, T) * weight_BT * logp_BT).sum() / mask_BT.sum()
+
+    after, metrics = step_of(corrected)(state, skewed)
+    assert (
+        tiny.largest_difference(moved(state, after), jax.tree.map(jnp.negative, jax.jit(jax.grad(loss))(state.params))) < 1e-5
+    )
+    values, is_capped_BT = floats(metrics), np.exp(log_weight_PGT).reshape(-1, T) > cap
+    assert values["policy/importance_weight"] == pytest.approx(float((mask_BT * weight_BT).sum() / mask_BT.sum()), rel=1e-5)
+    assert values["policy/importance_capped"] == pytest.approx(float((mask_BT * is_capped_BT).sum() / mask_BT.sum()))
+    assert 0.2 < values["policy/importance_capped"] < 0.5
+
+    # Where the two agree the weight is exactly 1: so it is on groups that waited, whose old_logp is the sampler's word.
+    waited = skewed.replace(sampled_at_P=jnp.full(P, -1))
+    after, metrics = step_of(corrected)(state, waited)
+    plain_after, plain_metrics = step_of(spec)(state, waited)
+    jax.tree.map(np.testing.assert_array_equal, after.params, plain_after.params)
+    assert floats(metrics) == {**floats(plain_metrics), "policy/importance_weight": 1.0, "policy/importance_capped": 0.0}
 
 
 def test_sampler_gap_is_over_fresh_groups_only():

@@ -1,4 +1,4 @@
-"""The objectives: five published variants (and GSPO) as points on five axes.
+"""The objectives: published variants as points on a few independent axes.
 
     obj = objectives.get("gtpo")
     adv_BT = objectives.advantages(obj, rewards_B, mask_BT, entropy_BT, group_size=G)
@@ -16,11 +16,24 @@ from jaxtyping import Float, Shaped
 from grpo_jax.metrics import Mean
 from grpo_jax.objectives.advantages import Arrays, advantages
 from grpo_jax.objectives.aggregation import token_weights
-from grpo_jax.objectives.ratios import RATIOS, SEQUENCE_RATIOS, clipped_surrogate, kl_k3, log_ratio
-from grpo_jax.objectives.spec import VARIANTS, Objective, describe, get
+from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, kl_k3, log_ratio
+from grpo_jax.objectives.spec import PRESETS, VARIANTS, Objective, describe, get
+from grpo_jax.objectives.surrogates import SURROGATES, Terms, dual_clipped
 from grpo_jax.spmd import AxisName
 
-__all__ = ["VARIANTS", "Objective", "advantages", "describe", "get", "loss", "loss_metrics", "token_loss", "weights"]
+__all__ = [
+    "PRESETS",
+    "VARIANTS",
+    "Objective",
+    "advantages",
+    "describe",
+    "get",
+    "log_ratio",
+    "loss",
+    "loss_metrics",
+    "token_loss",
+    "weights",
+]
 
 
 def token_loss(
@@ -36,23 +49,27 @@ def token_loss(
     Args: log-probabilities in nats, float32[B, T]; gradient flows through logp_BT only. ref_logp_BT may be None, and is
         ignored, where kl_coef = 0.
     Returns: loss_BT (0 where masked; sequence-level ratios repeat the row's value over its tokens), and
-      {"ratio", "is_clipped_low", "is_clipped_high", "kl_ref"} as [B, T] arrays (kl_ref only where kl_coef > 0).
+      {"ratio", "is_clipped_low", "is_clipped_high", "is_clipped_dual", "kl_ref"} as [B, T] arrays: is_clipped_dual only
+      with dual_clip, kl_ref only where kl_coef > 0 (and always k3, so that runs with other estimators compare).
     """
-    if ref_logp_BT is None and obj.kl_coef > 0:
+    if ref_logp_BT is None and obj.has_kl:
         raise ValueError(f"objective.kl_coef = {obj.kl_coef} needs the reference's log-probabilities, got ref_logp_BT = None")
-    adv_BT = jax.lax.stop_gradient(jnp.where(mask_BT > 0, adv_BT, 0.0))
-    old_logp_BT = jax.lax.stop_gradient(old_logp_BT)
-    ratio_BT = RATIOS[obj.ratio](log_ratio(logp_BT, old_logp_BT, mask_BT), mask_BT)
-    loss_BT = -clipped_surrogate(ratio_BT, adv_BT, obj.clip_low, obj.clip_high)
-    aux = {
-        "ratio": ratio_BT,
-        "is_clipped_low": (ratio_BT < 1.0 - obj.clip_low) & (adv_BT < 0),
-        "is_clipped_high": (ratio_BT > 1.0 + obj.clip_high) & (adv_BT > 0),
-    }
-    if ref_logp_BT is not None and obj.kl_coef > 0:
-        aux["kl_ref"] = kl_k3(logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT)
-        loss_BT = loss_BT + obj.kl_coef * aux["kl_ref"]
-    return jnp.where(mask_BT > 0, loss_BT, 0.0), aux
+    kept_BT = mask_BT > 0
+    adv_BT = jax.lax.stop_gradient(jnp.where(kept_BT, adv_BT, 0.0))
+    log_ratio_BT = log_ratio(logp_BT, jax.lax.stop_gradient(old_logp_BT), mask_BT)
+    ratio_BT = RATIOS[obj.ratio](log_ratio_BT, mask_BT)
+    terms = Terms(jnp.where(kept_BT, logp_BT, 0.0), log_ratio_BT, ratio_BT, adv_BT, mask_BT)
+    value_BT, is_low_BT, is_high_BT = SURROGATES[obj.surrogate](obj, terms)
+    aux = {"ratio": ratio_BT, "is_clipped_low": is_low_BT, "is_clipped_high": is_high_BT}
+    if obj.dual_clip is not None:
+        aux["is_clipped_dual"] = (adv_BT < 0) & (value_BT < obj.dual_clip * adv_BT)
+        value_BT = dual_clipped(value_BT, adv_BT, obj.dual_clip)
+    loss_BT = -value_BT
+    if ref_logp_BT is not None and obj.has_kl:
+        logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
+        aux["kl_ref"] = kl_k3(*logps)
+        loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)
+    return jnp.where(kept_BT, loss_BT, 0.0), aux
 
 
 def weights(
@@ -68,6 +85,7 @@ def loss_metrics(aux, mask_BT) -> dict[str, Mean]:
     names = {
         "policy/clip_fraction_low": "is_clipped_low",
         "policy/clip_fraction_high": "is_clipped_high",
+        "policy/clip_fraction_dual": "is_clipped_dual",
         "policy/ratio": "ratio",
         "policy/kl_ref": "kl_ref",
     }

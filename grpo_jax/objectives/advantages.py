@@ -1,6 +1,6 @@
 """Rewards -> per-token advantages [B, T]. Group statistics need whole groups: call this before any microbatch split.
 
-All four share one signature: `Shaped` inputs in, advantage out, 0 on masked tokens; no gradient flows through any input.
+All share one signature: `Shaped` inputs in, advantage out, 0 on masked tokens; no gradient flows through any input.
 """
 
 from __future__ import annotations
@@ -98,6 +98,31 @@ def group_center(obj: Objective, groups: Groups):
     return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
 
 
+def leave_one_out(obj: Objective, groups: Groups):
+    """A_i = r_i - mean of the others' rewards = G / (G - 1) (r_i - mean_g) (RLOO, arXiv 2402.14740).
+
+    G counts the group's rows with tokens; a row that has no others gets 0.
+    """
+    size_P11 = groups.has_tokens_PG.sum(1)[:, None, None]
+    return group_center(obj, groups) * size_P11 / jnp.maximum(size_P11 - 1, 1)
+
+
+def batch_norm(obj: Objective, groups: Groups):
+    """A_i = (r_i - mean) / (std + eps) over all tokens of the batch (REINFORCE++, arXiv 2501.03262)."""
+    reward_PGT = jnp.broadcast_to(groups.reward_PG[..., None], groups.mask_PGT.shape)
+    return _over_batch(obj, groups, reward_PGT)
+
+
+def group_center_batch_norm(obj: Objective, groups: Groups):
+    """The same of r_i - mean_g: a baseline of each prompt, one scale for the batch (arXiv 2501.03262, with baseline)."""
+    return _over_batch(obj, groups, group_center(obj, groups))
+
+
+def _over_batch(obj: Objective, groups: Groups, x_PGT):
+    """Standardised over the tokens of the global batch, as advantages of tokens are elsewhere (verl, OpenRLHF)."""
+    return standardise(x_PGT, groups.mask_PGT, None, groups.axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
+
+
 def token_entropy(obj: Objective, groups: Groups):
     """GTPO (arXiv 2508.04349, eqs. 2-4): among successes an uncertain token earns more, among failures it loses less.
 
@@ -137,14 +162,18 @@ def _relative(x, members, axis: int):
 def _normalised(obj: Objective, groups: Groups, up, down, success, failure, group_axes: tuple[int, ...]):
     """Eq. 4: (r+ - mean R+) / (std R+ + eps) on O+, likewise on O-.
 
-    R+ holds an entry for *every* member of the scope, 0 on those in O-: left out, successes would average to advantage 0
-    and the signal of correctness would be gone.
+    R+ holds an entry for *every* member of the scope, 0 on those in O-. With shaped_zeros = "left_out" it does not: then
+    successes average to advantage 0 and the signal of correctness is gone. That reading is a mistake, there to be measured.
     """
     is_batch = obj.stat_scope == "batch"
     axis, axis_name = (None, groups.axis_name) if is_batch else (group_axes, None)
     everyone = success + failure
     up, down = jnp.where(success > 0, up, 0.0), jnp.where(failure > 0, down, 0.0)
-    up, down = (standardise(x, everyone, axis, axis_name, ddof=obj.std_ddof, eps=obj.adv_eps) for x in (up, down))
+    pools = (everyone, everyone) if obj.shaped_zeros == "kept" else (success, failure)
+    up, down = (
+        standardise(x, pool, axis, axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
+        for x, pool in zip((up, down), pools, strict=True)
+    )
     adv = jnp.where(success > 0, up, down)
     if is_batch:
         return adv
@@ -156,6 +185,9 @@ ADVANTAGES: Mapping[str, Callable[[Any, Groups], Any]] = MappingProxyType(
     {
         "group_norm": group_norm,
         "group_center": group_center,
+        "leave_one_out": leave_one_out,
+        "batch_norm": batch_norm,
+        "group_center_batch_norm": group_center_batch_norm,
         "token_entropy": token_entropy,
         "sequence_entropy": sequence_entropy,
     }

@@ -34,8 +34,14 @@ def constant(mask_BT, max_completion_length: int):
     return mask_BT, mask_BT.any(-1).sum() * max_completion_length
 
 
+def sequence_sum(mask_BT, max_completion_length: int):
+    """Rows count by their number of tokens: (1/N) sum_i sum_t, the log-probability of whole rows (RLOO, arXiv 2402.14740)."""
+    del max_completion_length
+    return mask_BT, mask_BT.any(-1).sum()
+
+
 AGGREGATIONS: Mapping[str, Callable[[Any, int], tuple[Any, Any]]] = MappingProxyType(
-    {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant}
+    {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant, "sequence_sum": sequence_sum}
 )
 
 

@@ -1,4 +1,4 @@
-"""Importance ratios, the clipped surrogate and the KL penalty: all per token, [B, T], nothing reduced over the batch."""
+"""Importance ratios and KL estimators: all per token, [B, T], nothing reduced over the batch."""
 
 from __future__ import annotations
 
@@ -36,14 +36,21 @@ def sequence_ratio_geometric(log_ratio_BT, mask_BT):
     return jnp.broadcast_to(jnp.exp(masked_mean(log_ratio_BT, mask_BT, -1, keepdims=True)), mask_BT.shape)
 
 
-def clipped_surrogate(ratio_BT, adv_BT, clip_low: float, clip_high: float):
-    """min(w A, clip(w, 1 - clip_low, 1 + clip_high) A): pessimistic for either sign of A (PPO, arXiv 1707.06347, eq. 7)."""
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    return jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT)
+def kl_k1(logp_BT, ref_logp_BT, mask_BT):
+    """logp - ref, in nats: unbiased for KL(policy || reference) as a number, but its gradient is 0 in expectation."""
+    return log_ratio(logp_BT, ref_logp_BT, mask_BT)
+
+
+def kl_k2(logp_BT, ref_logp_BT, mask_BT):
+    """(logp - ref)^2 / 2 >= 0, in nats: biased as a number; on samples of the policy its gradient is that of the KL."""
+    return 0.5 * jnp.square(log_ratio(logp_BT, ref_logp_BT, mask_BT))
 
 
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
-    """exp(ref - logp) - (ref - logp) - 1 >= 0, in nats: unbiased for KL(policy || reference), with a usable gradient."""
+    """exp(ref - logp) - (ref - logp) - 1 >= 0, in nats: unbiased for KL(policy || reference), with a usable gradient.
+
+    On samples of the policy that gradient is the one of KL(reference || policy): the same where the two agree.
+    """
     log_BT = log_ratio(ref_logp_BT, logp_BT, mask_BT)
     return jnp.expm1(log_BT) - log_BT
 
@@ -52,3 +59,4 @@ RATIOS: Mapping[str, Callable[[Any, Any], Any]] = MappingProxyType(
     {"token": token_ratio, "sequence": sequence_ratio, "sequence_geometric": sequence_ratio_geometric}
 )
 SEQUENCE_RATIOS = ("sequence", "sequence_geometric")
+KL_ESTIMATORS: Mapping[str, Callable[[Any, Any, Any], Any]] = MappingProxyType({"k1": kl_k1, "k2": kl_k2, "k3": kl_k3})

@@ -1,0 +1,89 @@
+"""Runs that share a program are the runs they would be alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from grpo_jax import cohort, trainer
+from grpo_jax.lockstep import train_together
+from grpo_jax.run import initial_state, make_run
+from grpo_jax.runlog import read_completions
+from tests import programs, tiny
+
+CHANGES = {
+    "steps_per_call": 3,
+    "eval_every": 0,
+    "checkpoint.every": 0,
+    "log.completions_every": 3,
+    "eval.num_samples": 0,
+    "warm_start.num_steps": 5,
+    "optimizer.learning_rate": 3e-2,
+    "optimizer.warmup_steps": 0,
+    "overlong.cache_tokens": 6,  # rewards differ, though hardly an answer is right
+}
+RUNS = [(0, 0.04), (0, 1.0), (1, 0.04), (1, 1.0)]  # seed, kl_coef
+
+
+def config_of(seed, kl_coef, **changes):
+    return tiny.config_of("grpo", CHANGES | {"seed": seed, "objective.kl_coef": kl_coef} | changes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The last of the runs, as experiments.train makes it."""
+    folder = tmp_path_factory.mktemp("alone")
+    trainer.train(config_of(*RUNS[-1]), folder)
+    return folder
+
+
+@pytest.mark.parametrize("is_vmapped", [False, True], ids=["in turn", "vmapped"])
+def test_runs_of_one_program_are_the_single_runs(tmp_path, alone, is_vmapped):
+    configs = [config_of(*run) for run in RUNS]
+    program = cohort.make_program(configs, is_vmapped=is_vmapped)
+    assert program.names == ("seed", "objective.kl_coef")
+    folders = [tmp_path / str(i) for i in range(len(RUNS))]
+    runs = [cohort.run_of(program, config) for config in configs]
+    if is_vmapped:
+        train_together(program, runs, folders)
+        assert len({json.dumps(programs.records(folder)) for folder in folders}) == 4, "a number does nothing"
+    else:  # its numbers are not those that the program's first run has
+        trainer.train_run(runs[-1], folders[-1])
+    ours = folders[-1]
+    assert sampled(ours) == sampled(alone)
+    records = programs.records(ours)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    for expected, found in zip(programs.records(alone), records, strict=True):
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=2e-4, atol=2e-5, err_msg=key)
+    for name in ("summary.json", "learning_curve.png", "tensorboard", "checkpoints/3"):
+        assert (ours / name).exists(), name
+    assert (ours / "config.json").read_text() == (alone / "config.json").read_text()
+
+
+def sampled(folder):
+    """What was sampled at the last step."""
+    rows = read_completions(folder)
+    assert len(rows) == 16
+    return [(row["prompt"], row["completion"]) for row in rows]
+
+
+def test_what_may_share_a_program():
+    first = cohort.shape_of(config_of(0, 0.04))
+    for changes in ({"seed": 7}, {"objective.kl_coef": 0.5}, {"objective.clip_high": 0.3, "optimizer.learning_rate": 1e-5}):
+        assert cohort.shape_of(tiny.config_of("grpo", CHANGES | changes)) == first
+    for changes in ({"objective.kl_coef": 0.0}, {"rollout.group_size": 4}, {"shuffle_rewards": True}, {"num_steps": 6}):
+        assert cohort.shape_of(tiny.config_of("grpo", CHANGES | changes)) != first
+
+
+def test_settings_are_paired_by_seed():
+    """At one seed all settings begin with the same weights and draw the same prompts."""
+
+    def start(variant, seed):
+        run = make_run(tiny.config_of(variant, CHANGES | {"seed": seed}))
+        return initial_state(run).params, run.task.train_prompts(0, 32).tokens_PS
+
+    grpo, gtpo, other = start("grpo", 0), start("gtpo", 0), start("grpo", 1)
+    assert tiny.largest_difference(grpo, gtpo) == 0
+    assert all(tiny.largest_difference(x, y) > 0 for x, y in zip(grpo, other, strict=True))

@@ -1,0 +1,193 @@
+"""Sweeps: what a config expands to, and that runs of a sweep are the runs that experiments.train would make."""
+
+import importlib
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs.sweeps import base
+from experiments.sweep import plan, worker
+from experiments.sweep.board import Board
+from grpo_jax.errors import UserError
+from tests import programs, tiny
+
+SWEEPS = pathlib.Path(__file__).parent.parent / "configs" / "sweeps"
+
+
+def sweep_of(**fields):
+    config = base.get_config("runlocal")
+    config.update({"configs": ("configs/grpo.py", "configs/dapo.py"), "seeds": (0, 3), **fields})
+    return plan.Sweep.from_config_dict(config)
+
+
+def test_every_config_set_and_seed_is_a_run():
+    sets = base.crossed({"": {}, "wide": {"objective.clip_high": 0.4}}, base.grid({"optimizer.learning_rate": (1e-3, 1e-2)}))
+    specs = plan.expand(sweep_of(sets=sets), {"num_steps": 2})
+    assert [spec.name for spec in specs[::2]] == [
+        f"{variant}-{prefix}learning_rate={rate}"
+        for variant in ("grpo", "dapo")
+        for prefix in ("", "wide-")
+        for rate in (0.001, 0.01)
+    ]
+    last = specs[-1]
+    assert (last.variant, last.seed, last.folder) == ("dapo", 3, "runs/dapo-wide-learning_rate=0.01-seed3")
+    assert last.settings == {"objective.clip_high": 0.4, "optimizer.learning_rate": 0.01}
+    assert last.config.objective.clip_high == 0.4 and last.config.optimizer.learning_rate == 0.01
+    assert last.config.seed == 3 and last.config.num_steps == 2 and last.config.dynamic_sampling.enabled
+
+
+def test_lists_and_grids_are_named_by_their_values():
+    assert base.grid({"objective.clip_low": (0.1, 0.2), "seed": (1,)}) == {
+        "clip_low=0.1,seed=1": {"objective.clip_low": 0.1, "seed": 1},
+        "clip_low=0.2,seed=1": {"objective.clip_low": 0.2, "seed": 1},
+    }
+    assert list(base.each([{"a.b": 1}, {"a.b": 2, "c": "x"}])) == ["b=1", "b=2,c=x"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"sets": {"x": {"objective.kl_coeff": 0.1}}}, r"configs/grpo.py, set 'x': 'objective.kl_coeff' is no field"),
+        ({"sets": {"x": {"kl_coef": 0.1}}}, r"'kl_coef' is no field; configs/base.py lists"),
+        ({"sets": {"x": {"objective.kl_coef.y": 0.1}}}, r"'objective.kl_coef.y' is no field"),
+        ({"sets": {"x": {"objective.kl_coef": "much"}}}, r"set 'x': config.objective.kl_coef = 'much': expected float"),
+        ({"sets": {"x": {"objective.kl_coef": -1.0}}}, r"set 'x': config.objective.kl_coef = -1.0: must be"),
+        ({"sets": {"x": {"seed": 1}}}, r"'seed' cannot be changed by a set; use config.seeds"),
+        ({"sets": {}}, r"config.sets is empty"),
+        ({"sets": {"a b": {}, "a_b": {}}}, r"two runs would have the folder 'runs/grpo-a_b-seed0'"),
+        ({"seeds": (0, 0)}, r"two runs would have the folder"),
+        ({"configs": ("configs/ppo.py",)}, r"config.configs: no file configs/ppo.py"),
+        ({"scale": "huge"}, r"configs/grpo.py: unknown scale 'huge'"),
+        ({"num_processes": -1}, r"config.num_processes = -1: must be at least 0"),
+    ],
+)
+def test_bad_sweeps_end_in_one_line(fields, says):
+    with pytest.raises(UserError, match=says) as caught:
+        plan.expand(sweep_of(**fields), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_assignments_on_the_command_line():
+    assert plan.parsed(["num_steps=3", "objective.ratio=token", "model.path='a=b'"]) == {
+        "num_steps": 3,
+        "objective.ratio": "token",
+        "model.path": "a=b",
+    }
+    with pytest.raises(UserError, match=r"--set=num_steps: expected <field>=<value>"):
+        plan.parsed(["num_steps"])
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(SWEEPS.glob("*.py")) if file.stem not in ("__init__", "base")])
+def test_every_sweep_file_expands(name):
+    module = importlib.import_module(f"configs.sweeps.{name}")
+    for scale in ("tiny", "runlocal"):
+        specs = plan.expand(plan.Sweep.from_config_dict(module.get_config(scale)), {})
+        assert len(specs) >= 8
+
+
+def folder_of(workdir, spec, *, steps):
+    """As if the run had been stopped or had finished after `steps`."""
+    folder = workdir / spec.folder
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "reward/mean": 0.25, "time/step_secs": 2.0}) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"steps": steps}))
+    return folder
+
+
+def test_finished_runs_are_kept_and_runs_of_one_program_follow_each_other(tmp_path):
+    sets = base.grid({"optimizer.learning_rate": (1e-3, 1e-2), "rollout.group_size": (4, 8)})
+    specs = plan.expand(sweep_of(configs=("configs/grpo.py",), sets=sets), {})
+    folder_of(tmp_path, specs[1], steps=3)
+    folder_of(tmp_path, specs[2], steps=2)  # stopped by a signal: it has a summary, but not of all its steps
+    board = Board(specs, tmp_path, 2)
+    assert [board.status[spec.folder] for spec in specs] == ["waiting", "finished", *["waiting"] * 6]
+    to_do = [spec for spec in specs if board.status[spec.folder] != "finished"]
+
+    jobs = worker.jobs_of(specs, to_do, 1, tmp_path)
+    assert [job.runs for job in jobs] == [(specs[i],) for i in (0, 4, 5, 2, 3, 6, 7)]
+    assert all(len(job.alike) == 4 and job.runs[0].config in job.alike for job in jobs)
+    together = worker.jobs_of(specs, to_do, 0, tmp_path)
+    assert [job.runs for job in together] == [tuple(specs[i] for i in places) for places in ((0, 4, 5), (2, 3, 6, 7))]
+    assert [len(job.runs) for job in worker.jobs_of(specs, to_do, 3, tmp_path)] == [3, 3, 1]
+
+
+def test_the_board_says_how_far_each_run_is(tmp_path):
+    specs = plan.expand(sweep_of(), {})
+    with Board(specs, tmp_path, 2) as board:
+        for spec in specs[:3]:
+            board.set(spec, "running")
+        folder_of(tmp_path, specs[0], steps=3)
+        folder_of(tmp_path, specs[1], steps=1)
+        board.ended(specs[0], "")
+        board.ended(specs[2], "ValueError: no")
+        board.set(specs[1], "running")
+        assert board.cells(specs[1]) == ("grpo-seed3", "1/3", "0.25", "", "4 s", "running")
+        assert board.summary().startswith("1 running, 1 failed, 1 waiting, 1 finished; 2 at a time; about ")
+        console = Console(width=100, file=io.StringIO())
+        console.print(board.table(height=6))
+        shown = console.file.getvalue().splitlines()
+        assert len(shown) == 4 and "grpo-seed3" in shown[1] and "dapo-seed0" in shown[2], "those that move come first"
+    runs = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert [run["status"] for run in runs] == ["finished", "waiting", "failed", "waiting"], "nothing runs any more"
+    assert runs[3] == {
+        "name": "dapo",
+        "variant": "dapo",
+        "settings": {},
+        "seed": 3,
+        "folder": "runs/dapo-seed3",
+        "status": "waiting",
+    }
+
+
+def test_a_warm_start_is_made_once_for_all_settings_of_a_seed(tmp_path):
+    def name(variant, seed, **changes):
+        return worker.start_of(tiny.config_of(variant, {"seed": seed} | changes))
+
+    assert name("grpo", 0) == name("gtpo", 0, **{"objective.clip_high": 0.5})
+    assert len({name("grpo", 0), name("grpo", 1), name("grpo", 0, **{"warm_start.num_steps": 2})}) == 3
+    made = []
+
+    def make():
+        made.append({"a": {"b": np.arange(3, dtype=np.float32)}, "c": np.ones((2, 2), np.float32)})
+        return made[-1]
+
+    for _ in range(2):
+        assert tiny.largest_difference(worker.kept(make, tmp_path / "weights" / "x")(), made[0]) == 0
+    assert len(made) == 1
+
+
+SHORT = ["--set=num_steps=0", "--set=warm_start.num_steps=0", "--set=eval.num_samples=0", "--config.num_processes=1"]
+
+
+def test_a_failing_run_stops_no_other(tmp_path):
+    """The whole program, with runs that are evaluated but not trained; the first has no model."""
+    (tmp_path / "sweep.py").write_text(
+        "from configs.sweeps import base\n"
+        "def get_config(scale='runlocal'):\n"
+        "    config = base.get_config(scale)\n"
+        "    config.configs, config.seeds = ('configs/grpo.py',), (3,)\n"
+        "    config.sets = {'broken': {'model.path': '/no/such/folder'}, '': {}}\n"
+        "    return config\n"
+    )
+    workdir = tmp_path / "out"
+    status, output = programs.run("experiments.sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *SHORT)
+    assert status == 1, output
+    runs = {run["folder"]: run["status"] for run in json.loads((workdir / "sweep.json").read_text())["runs"]}
+    assert runs == {"runs/grpo-broken-seed3": "failed", "runs/grpo-seed3": "finished"}
+    (line,) = [line for line in output.splitlines() if line.startswith("failed: runs/grpo-broken-seed3")]
+    assert "UserError: " in line and "/no/such/folder" in line and "runs/grpo-broken-seed3/output.txt" in line
+    assert "1 failed, 1 finished" in output
+    (record,) = programs.records(workdir / "runs" / "grpo-seed3")
+    assert record["step"] == 0 and "eval/success" in record
+
+
+def test_typos_end_in_one_line_before_anything_runs(tmp_path):
+    flags = ["--config=configs/sweeps/variants.py:runlocal", f"--workdir={tmp_path}/out"]
+    status, output = programs.run("experiments.sweep", *flags, "--set=num_step=3")
+    assert status == 2
+    assert output.strip() == "error: configs/grpo.py, set '': 'num_step' is no field; configs/base.py lists them all"
+    assert not (tmp_path / "out").exists()
