@@ -112,8 +112,11 @@ def sign_flip_p(diff_xN: Any) -> np.ndarray:
     """
     from scipy.stats import permutation_test
 
+    diff_xN = np.asarray(diff_xN, float)
+    if diff_xN.shape[-1] == 1:
+        return np.ones(diff_xN.shape[:-1])
     return permutation_test(
-        (np.asarray(diff_xN, float),),
+        (diff_xN,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
@@ -145,15 +148,15 @@ def hedges(num: int) -> float:
 def power(effect: Any, num: Any, alpha: float = ALPHA) -> np.ndarray:
     """Chance that the paired test on `num` seeds shows a true difference of `effect` standard deviations of differences.
 
-    By the noncentral t, at the level that the sign-flip test can reach: with few seeds it moves in steps of 2 / 2^N.
-    A difference shown the wrong way round does not count.
+    By the noncentral t, at the level that the sign-flip test can reach: with few seeds p moves in steps of 2 / 2^N. Where
+    one step is all that alpha leaves, the chance that every seed points the right way, which is exact for normal ones.
     """
-    from scipy.stats import nct, t
+    from scipy.stats import nct, norm, t
 
-    num = np.asarray(num)
-    level = np.floor(alpha / smallest_p(num)) * smallest_p(num)
-    limit, shift = t.isf(level / 2, num - 1), np.minimum(np.abs(effect), LARGEST_EFFECT) * np.sqrt(num)
-    return np.where(level > 0, nct.sf(limit, num - 1, shift), 0.0)
+    num, effect = np.asarray(num), np.minimum(np.abs(effect), LARGEST_EFFECT)
+    steps = np.floor(alpha / smallest_p(num))
+    by_t = nct.sf(t.isf(steps * smallest_p(num) / 2, num - 1), num - 1, effect * np.sqrt(num))
+    return np.select([steps > 1, steps == 1], [by_t, norm.cdf(effect) ** num], 0.0)
 
 
 def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:

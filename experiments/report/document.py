@@ -23,7 +23,7 @@ CAPTIONS = {
 
 def document(study: Study, pictures: Collection[str], command: str) -> str:
     """The whole report as Markdown. pictures: file names beside it."""
-    shown = [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in CAPTIONS if name in pictures]
+    shown = [f"![{name}]({name})\n\n{CAPTIONS[name]}" for name in CAPTIONS if name in pictures]
     parts = [
         f"# Which setting is better? {tables.plain(study.metric)}",
         "\n".join(f"- {tables.plain(sentence)}" for sentence in verdict(study)),
@@ -62,8 +62,8 @@ def reading(study: Study) -> str:
         "Effect: mean difference in standard deviations of the differences (Cohen's d_z, Hedges' correction). P(better): "
         "chance that a seed of the setting beats one of the baseline. Numbers of seeds are for a chance of 80 %, by the paired "
         "t test.",
-        "Tokens: completion tokens sampled, in millions. Seconds: in steps, without compilation, warm start and evaluation; "
-        "they compare only if the runs had the machine alike.",
+        "Tokens: completion tokens sampled. Seconds: in steps, compiling in the first of them included, warm start and "
+        "evaluation not; they compare only if the runs had the machine alike.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -21,7 +21,7 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")  # from the eighth setting on, when the colours begin again
 INKS = {"light": "#1b1f24", "dark": "#e7ebef"}
 PAPERS = {"light": "#ffffff", "dark": "#171c23"}
-NUM_SMOOTHED = 50  # a curve of training is a running mean over one part in so many of its steps
+NUM_SMOOTHED = 20  # a curve of training is a running mean over one part in so many of its steps
 DPI = 110
 PANELS = (
     ("policy/entropy", "entropy (nats)"),

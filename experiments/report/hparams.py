@@ -13,19 +13,19 @@ from experiments.report.runs import Run, differing_fields
 
 def write(study: Study, folder: pathlib.Path) -> None:
     """One session a run, with its seed and the settings that differ; what an earlier report left there is replaced."""
-    from tensorboard.plugins.hparams import api, summary_v2
+    from tensorboard.plugins.hparams import summary_v2 as plugin
 
     shutil.rmtree(folder, ignore_errors=True)
     runs = [run for setting in study.settings for run in setting.runs]
     fields = differing_fields(runs)
     names = ["setting", "seed", *fields]
     results = [f"{study.metric} at the end", f"{study.metric} area under curve", "tokens", "seconds"]
-    config = summary_v2.hparams_config_pb([api.HParam(name) for name in names], [api.Metric(name) for name in results])
+    config = plugin.hparams_config_pb([plugin.HParam(name) for name in names], [plugin.Metric(name) for name in results])
     write_events(folder, config, {})
     for setting in study.settings:
         for run, *values in zip(setting.runs, setting.final_N, setting.area_N, strict=True):
             values += run.cost[max(run.cost)]
-            session = summary_v2.hparams_pb(described(run, setting, fields), trial_id=f"{run.name}-seed{run.seed}")
+            session = plugin.hparams_pb(described(run, setting, fields), trial_id=f"{run.name}-seed{run.seed}")
             write_events(folder / f"{run.name}-seed{run.seed}", session, dict(zip(results, values, strict=True)))
 
 

@@ -76,7 +76,7 @@ def markdown(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
 
 def plain(text: str) -> str:
     """Text in which Markdown sees no signs of its own."""
-    return re.sub(r"([\\`*<>|\[\]&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*<>|&]|\](?=[(\[]))", r"\\\1", " ".join(text.split()))
 
 
 def latex(study: Study) -> str:

@@ -79,7 +79,7 @@ def too_few(comparison: Comparison, result: Paired, num_tests: int) -> str:
     return (
         f"{comparison.ours.name} against {comparison.theirs.name} is open: {seeds(result)} cannot show a difference of any "
         f"size, for the smallest p that the test can give{corrected} is {comparison.smallest_p:.2g}. Seen: "
-        f"{signed(result.difference.value)} ({interval(result.difference)}). At least {least} seeds are needed, and "
+        f"{signed(result.difference.value)} ({interval(result.difference)}). At least {least} seeds are needed; it would take "
         f"{wanted(comparison, result)}."
     )
 
@@ -99,16 +99,16 @@ def not_shown(comparison: Comparison, result: Paired, num_tests: int) -> str:
         finds = f"; {seeds(result)} find a true difference of {number(comparison.detectable)} four times out of five"
     return (
         f"No difference shown between {comparison.ours.name} and {comparison.theirs.name}: {signed(seen.value)}, "
-        f"{p_text(comparison.p)}; {allowed}. It takes {wanted(comparison, result)}{finds}."
+        f"{p_text(comparison.p)}; {allowed}. It would take {wanted(comparison, result)}{finds}."
     )
 
 
 def wanted(comparison: Comparison, result: Paired) -> str:
     """How many seeds the difference would take, were it truly as large as it looks."""
     if comparison.seeds_needed is None:
-        return f"more than {statistics.MAX_SEEDS} to show a difference of the size seen"
+        return f"more than {statistics.MAX_SEEDS} seeds to show a difference of the size seen"
     num = max(comparison.seeds_needed, result.num + 1)  # as many as there are have just failed to show it
-    return f"about {num} to show a difference of the size seen, if that is its true size"
+    return f"about {num} seeds to show a difference of the size seen, if that is its true size"
 
 
 def is_shown(comparison: Comparison, result: Paired) -> bool:
