@@ -32,9 +32,10 @@ def main() -> None:
     try:
         study = analyse(*load(args.folders, args.metric), args.metric, args.baseline)
         out = args.out or args.folders[0] / "report"
+        readme = brought_up_to_date(args.readme, study) if args.readme else None
         write(study, out, f"python -m experiments.report {shlex.join(sys.argv[1:])}")
-        if args.readme:
-            update(args.readme, document.main_table(study))
+        if readme:
+            write_atomically(args.readme, readme)
     except UserError as error:
         cli.fail(str(error))
     print("\n".join(verdict(study)))
@@ -42,7 +43,11 @@ def main() -> None:
 
 
 def write(study: Study, out: pathlib.Path, command: str) -> None:
-    """All of the report's files. Raises UserError if the folder cannot be written."""
+    """All of the report's files. Raises UserError if the folder cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
     light, dark = (figures.draw(study, theme) for theme in ("light", "dark"))
     text = document.document(study, light, command)
     texts = {
@@ -52,22 +57,18 @@ def write(study: Study, out: pathlib.Path, command: str) -> None:
         "runs.csv": tables.runs_csv(study),
         "results.tex": tables.latex(study),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, drawn in light.items():
-            (out / name).write_bytes(drawn)
-        for name, each in texts.items():
-            write_atomically(out / name, each)
-        hparams.write(study, out / "tensorboard")
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
+    for name, drawn in light.items():
+        (out / name).write_bytes(drawn)
+    for name, each in texts.items():
+        write_atomically(out / name, each)
+    hparams.write(study, out / "tensorboard")
 
 
-def update(readme: pathlib.Path, table: str) -> None:
-    """Replace the table in a file. Raises UserError if it has no place for one."""
+def brought_up_to_date(readme: pathlib.Path, study: Study) -> str:
+    """The file with the study's main table in it. Raises UserError if it has no place for one."""
     if not readme.is_file():
         raise UserError(f"--readme={readme}: no such file")
-    write_atomically(readme, document.with_table(readme.read_text(encoding="utf-8"), table, str(readme)))
+    return document.with_table(readme.read_text(encoding="utf-8"), document.main_table(study), str(readme))
 
 
 if __name__ == "__main__":
