@@ -115,7 +115,7 @@ def sign_flip_p(diff_xN: Any) -> np.ndarray:
     diff_xN = np.asarray(diff_xN, float)
     if diff_xN.shape[-1] == 1:
         return np.ones(diff_xN.shape[:-1])
-    return permutation_test(
+    found = permutation_test(
         (diff_xN,),
         np.mean,
         permutation_type="samples",
@@ -123,7 +123,8 @@ def sign_flip_p(diff_xN: Any) -> np.ndarray:
         n_resamples=MAX_FLIPS,
         axis=-1,
         rng=np.random.default_rng(0),
-    ).pvalue
+    )
+    return np.asarray(found.pvalue)
 
 
 def smallest_p(num: int) -> float:

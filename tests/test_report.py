@@ -94,6 +94,8 @@ def test_one_seed_says_nothing_of_others():
         "dapo against grpo is open: +0.100 on the one seed they share, which says nothing of others."
     )
     assert verdict(study)[0].startswith("No setting is shown to be the best: dapo has the highest mean, 0.900")
+    study = study_of({"grpo": GRPO, "dapo": np.array(GRPO) + 0.05, "gtpo": [0.7]})
+    assert study.num_tests == 1 and "p = 0.0078, 8 seeds" in said_of("dapo is", study), "no correction for what is no test"
 
 
 def test_settings_all_tied_at_one_are_not_told_apart():
@@ -119,6 +121,10 @@ def test_other_cases_in_words():
     assert said_of("dapo", study) == "dapo cannot be compared with grpo: they have no seed in common."
     (only,) = verdict(study_of({"dapo": GRPO}))
     assert only == "There is one setting only, dapo: nothing to compare it with."
+    runs = runs_of("grpo", GRPO) + runs_of("dapo", [*(np.array(GRPO) - 0.01), *[1.0] * 8])
+    study = analyse(runs, [], METRIC, None)
+    assert said_of("dapo is", study).startswith("dapo is worse than grpo by 0.010"), "on the seeds that both have"
+    assert verdict(study)[0].startswith("No setting is shown to be the best: dapo has the highest mean")
     left_out = [LeftOut("dapo", 8, "failed"), LeftOut("dapo", 9, "stopped at step 3 of 4"), LeftOut("gtpo", 1, "waiting")]
     broken = verdict(study_of({"grpo": GRPO, "dapo": GRPO}, left_out))[-1]
     assert "(2 of dapo)" in broken and "flatter" in broken

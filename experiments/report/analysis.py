@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -87,7 +88,8 @@ def analyse(runs: Sequence[Run], left_out: Sequence[LeftOut], metric: str, basel
     compared = compare(pairs)
     against_base = compared[: len(settings) - 1]
     top_two = next((each for each in compared if {each.ours.name, each.theirs.name} == {s.name for s in settings[:2]}), None)
-    return Study(metric, base, settings, against_base, top_two, len(compared), list(left_out), order)
+    num_tests = sum(is_tested(each.result) for each in compared)
+    return Study(metric, base, settings, against_base, top_two, num_tests, list(left_out), order)
 
 
 def setting_of(name: str, runs: Sequence[Run], metric: str) -> Setting:
@@ -127,19 +129,24 @@ def compare(pairs: Sequence[tuple[Setting, Setting]]) -> list[Comparison]:
     difference likelier, for the first two lie closer together than two that were chosen before (Gutmann and Maymin, 1987).
     """
     results = [paired_by_seed(*pair) for pair in pairs]
-    tested = [result for result in results if result is not None]
+    tested = [result for result in results if is_tested(result)]
     corrected = iter(statistics.holm([result.p for result in tested]))
     smallest = iter(statistics.holm([statistics.smallest_p(result.num) for result in tested]))
     alpha = statistics.ALPHA / max(len(tested), 1)  # what Holm asks of the first difference
     comparisons = []
     for (ours, theirs), result in zip(pairs, results, strict=True):
-        if result is None:
-            comparisons.append(Comparison(ours, theirs, None, np.nan, np.nan, None, np.nan))
-            continue
-        needed = statistics.seeds_needed(effect_seen(result), alpha) if result.num > 1 else None
-        detectable = statistics.detectable_effect(result.num, alpha) * result.std
-        comparisons.append(Comparison(ours, theirs, result, next(corrected), next(smallest), needed, detectable))
+        if is_tested(result):
+            needed = statistics.seeds_needed(effect_seen(result), alpha)
+            detectable = statistics.detectable_effect(result.num, alpha) * result.std
+            comparisons.append(Comparison(ours, theirs, result, next(corrected), next(smallest), needed, detectable))
+        else:
+            comparisons.append(Comparison(ours, theirs, result, 1.0, 1.0, None, math.nan))
     return comparisons
+
+
+def is_tested(result: statistics.Paired | None) -> TypeGuard[statistics.Paired]:
+    """One seed is no test, so the others need no correction for it."""
+    return result is not None and result.num > 1
 
 
 def effect_seen(result: statistics.Paired) -> float:

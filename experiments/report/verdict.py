@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from experiments.report.analysis import Comparison, Study
+from experiments.report.analysis import Comparison, Setting, Study
 from grpo_jax import statistics
 from grpo_jax.estimates import Estimate
 from grpo_jax.statistics import Paired
@@ -37,7 +37,7 @@ def best(study: Study) -> str:
     if first.mean.value == second.mean.value:
         shared = f"{first.name} and {second.name} share the highest mean, {number(first.mean.value)}"
         return f"No setting is shown to be the best: {shared}."
-    if comparison.result is not None and is_shown(comparison, comparison.result):
+    if comparison.result is not None and is_shown(comparison, comparison.result) and is_ahead(first, comparison):
         return (
             f"Best: {first.name}, with a mean of {number(first.mean.value)}. The evidence separates it from the second, "
             f"{second.name}: {size(comparison.result.difference)}, {p_text(comparison.p)}."
@@ -114,6 +114,12 @@ def wanted(comparison: Comparison, result: Paired) -> str:
 def is_shown(comparison: Comparison, result: Paired) -> bool:
     """Both the corrected test and the interval say that there is a difference."""
     return comparison.p <= statistics.ALPHA and leaves_out_zero(result.difference)
+
+
+def is_ahead(setting: Setting, comparison: Comparison) -> bool:
+    """Whether the setting is the better one on common seeds; its mean, over all of its seeds, may say otherwise."""
+    gap = comparison.result.difference.value if comparison.result else 0.0
+    return gap > 0 if setting is comparison.ours else gap < 0
 
 
 def leaves_out_zero(seen: Estimate) -> bool:
