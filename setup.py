@@ -16,7 +16,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
-    package_data={"experiments.show": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "experiments.show": ["page.html", "page.css", "page.js"],
+        "experiments.report": ["page.html", "page.css"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",
@@ -29,6 +32,7 @@ setup(
         "huggingface_hub>=0.30",
         "jaxtyping>=0.3",
         "jinja2>=3.1",
+        "markdown-it-py>=3",
         "matplotlib>=3.9",
         "numpy>=1.26",
         "rich>=13",

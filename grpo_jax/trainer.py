@@ -21,6 +21,7 @@ from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
 from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
+from grpo_jax.provenance import provenance
 from grpo_jax.run import Run, initial_state, make_run, restored_state
 from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
 from grpo_jax.types import Batch, TrainState
@@ -28,7 +29,7 @@ from grpo_jax.types import Batch, TrainState
 
 def train(
     config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Run `config` in `workdir` from where it left off; -> the summary that is also written to summary.json.
 
     profiled: steps whose calls jax.profiler traces into <workdir>/profile.
@@ -220,15 +221,16 @@ class Loop:
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
 
 
-def summarise(config: Config, workdir: pathlib.Path) -> dict[str, float]:
+def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Write summary.json and learning_curve.png from the run's records; -> the summary."""
     records = read_metrics(workdir)
     evaluated = [record for record in records if "eval/success" in record]
-    summary = {
+    summary: dict[str, Any] = {
         "steps": records[-1]["step"] if records else 0,
         "success_before": evaluated[0]["eval/success"],
         "success_after": evaluated[-1]["eval/success"],
         "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
+        **provenance(),
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     learning_curve(records, objectives.describe(config.objective), workdir / "learning_curve.png")

@@ -7,7 +7,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module may import what stands above it in this list, or its own siblings.
 LAYERS = (
-    ("errors", "types", "metrics", "estimates", "masking", "rng", "spmd", "linear"),
+    ("errors", "types", "metrics", "estimates", "statistics", "masking", "rng", "spmd", "linear"),
     ("objectives", "sampling"),
     ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
@@ -16,7 +16,7 @@ LAYERS = (
     ("tasks", "scorers"),
     ("warm_start", "train_step"),
     ("build", "iteration"),
-    ("evaluate", "checkpoint", "completions", "runlog", "plots"),
+    ("evaluate", "checkpoint", "completions", "runlog", "plots", "provenance"),
     ("run", "cohort"),
     ("trainer",),
     ("lockstep",),

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 
+import jax
 import pytest
 
 from tests import programs
@@ -80,6 +81,7 @@ def test_sigterm_saves_and_exits_zero_and_the_same_command_goes_on(tmp_path, cac
         assert (workdir / name).exists(), name
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["steps"] == NUM_STEPS
+    assert summary["devices"].startswith("1 x ") and summary["jax"] == jax.__version__
 
     status, output = programs.run("experiments.evaluate", f"--workdir={workdir}", cache=cache)
     assert status == 0, output

@@ -1,0 +1,47 @@
+"""Where results come from: date, commit, machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import platform
+import re
+import subprocess
+
+import jax
+
+
+def provenance() -> dict[str, str]:
+    """For the records of a run: date (UTC), commit (empty if unknown), version of jax, devices ("1 x NVIDIA H200")."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {device_kind()}",
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout that this package runs from, -dirty with changes; empty if it is no checkout of its own."""
+    folder = pathlib.Path(__file__).parent
+    tracked = _git(folder, "ls-files", pathlib.Path(__file__).name)  # an installed copy may lie in someone else's checkout
+    return _git(folder, "describe", "--always", "--dirty", "--exclude=*") if tracked else ""
+
+
+def device_kind() -> str:
+    """What jax computes on; a CPU by its model's name where Linux tells it."""
+    kind = jax.devices()[0].device_kind
+    cpu_info = pathlib.Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu":
+        return kind
+    found = re.search(r"^model name\s*:\s*(.+)$", cpu_info.read_text(), re.M) if cpu_info.exists() else None
+    return f"{kind} ({found[1] if found else platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _git(folder: pathlib.Path, *command: str) -> str:
+    try:
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
