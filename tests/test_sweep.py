@@ -126,6 +126,7 @@ def test_the_board_says_how_far_each_run_is(tmp_path):
         board.ended(specs[2], "ValueError: no")
         board.set(specs[1], "running")
         assert board.cells(specs[1]) == ("grpo-seed3", "1/3", "0.25", "", "4 s", "running")
+        assert board.what_bounds_it(secs=4.0).startswith("25% of the time was training steps")  # 2 s of 2 x 4 s
         assert board.summary().startswith("1 running, 1 failed, 1 waiting, 1 finished; 2 at a time; about ")
         console = Console(width=100, file=io.StringIO())
         console.print(board.table(height=6))

@@ -13,6 +13,7 @@ failing run is reported and stops no other; then the exit status is 1.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -65,8 +66,8 @@ def run(sweep: Sweep, specs: Sequence[RunSpec], workdir: pathlib.Path, stop: Sto
     if is_here:
         events = pool.in_processes(jobs, num_processes, stop)
     else:
-        events = pool.by_submitit(jobs, LAUNCHER.value, submitit_settings(), workdir)
-    with board:
+        events = pool.by_submitit(jobs, LAUNCHER.value, submitit_settings(), workdir, stop)
+    with board, contextlib.closing(events):
         for event in events:
             board.refresh()
             if event is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.sweep.plan import RunSpec
-from grpo_jax.checkpoint import write_atomically
+from grpo_jax.checkpoint import saved_steps, write_atomically
 from grpo_jax.runlog import read_metrics
 
 STATUSES = ("running", "failed", "waiting", "finished")  # in the order of the table
@@ -30,7 +31,8 @@ class Board:
         self.errors: dict[str, str] = {}
         self._records: dict[str, dict[str, float]] = {spec.folder: latest(workdir / spec.folder) for spec in specs}
         self._began, self._last_line = time.monotonic(), time.monotonic()
-        self._steps_before, self._secs_before = self.steps_done(), self.secs_in_steps()
+        self._steps_before = self.steps_done()
+        self._secs_in_steps, self._secs_before = 0.0, dict.fromkeys(self.status, 0.0)
         console = Console(file=sys.stderr)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
@@ -50,12 +52,16 @@ class Board:
 
     def ended(self, spec: RunSpec, error: str) -> None:
         """A run has failed (error: why, in one line), gone to its end, or was stopped and can go on."""
+        self._secs_in_steps += secs_in_steps(self.workdir / spec.folder) - self._secs_before[spec.folder]
         if error:
             self.errors[spec.folder] = error
         self.set(spec, "failed" if error else "finished" if is_finished(spec, self.workdir) else "waiting")
 
     def set(self, spec: RunSpec, status: str) -> None:
         """A run's status has changed."""
+        if status == "running":  # what lies behind its checkpoint will be done once more
+            resumed = max(saved_steps(self.workdir / spec.folder), default=-1)
+            self._secs_before[spec.folder] = secs_in_steps(self.workdir / spec.folder, up_to=resumed)
         self.status[spec.folder] = status
         self._records[spec.folder] = latest(self.workdir / spec.folder)
         self.save()
@@ -114,16 +120,10 @@ class Board:
 
     def what_bounds_it(self, secs: float) -> str:
         """Where the time of the last `secs` seconds went."""
-        in_steps = self.secs_in_steps() - self._secs_before
-        if not in_steps:
+        if not self._secs_in_steps:
             return "Nothing was left to train."
-        share = in_steps / (secs * self.num_at_once)
+        share = self._secs_in_steps / (secs * self.num_at_once)
         return f"{share:.0%} of the time was training steps; the rest went into starting, compiling, warm starts and evaluation"
-
-    def secs_in_steps(self) -> float:
-        """Of all runs, so far."""
-        records = (record for spec in self.specs for record in read_metrics(self.workdir / spec.folder))
-        return sum(record["time/step_secs"] for record in records if "time/step_secs" in record)
 
     def count(self, status: str) -> int:
         return list(self.status.values()).count(status)
@@ -137,6 +137,12 @@ def is_finished(spec: RunSpec, workdir: pathlib.Path) -> bool:
     """Whether the run went to its end; one that was stopped has a summary too, of fewer steps."""
     path = workdir / spec.folder / "summary.json"
     return path.exists() and json.loads(path.read_text())["steps"] == spec.config.num_steps
+
+
+def secs_in_steps(folder: pathlib.Path, up_to: float = math.inf) -> float:
+    """What the steps of a run have taken, up to one of them."""
+    records = read_metrics(folder)
+    return sum(record["time/step_secs"] for record in records if "time/step_secs" in record and record["step"] <= up_to)
 
 
 def latest(folder: pathlib.Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -44,6 +44,7 @@ class Worker:
     process: Any
     pipe: connection.Connection
     job: Job | None = None
+    is_told: bool = False  # to stop
 
     @classmethod
     def start(cls, num_threads: int) -> Worker:
@@ -54,48 +55,53 @@ class Worker:
         theirs.close()  # so that ours ends when the process does
         return cls(process, ours)
 
-    def outcome(self) -> str:
+    def begin(self, job: Job) -> Job:
+        self.job = job
+        self.pipe.send(job)
+        return job
+
+    def obey(self, stop: StopSignal) -> None:
+        """Pass a signal on, once: the run saves, or if it has not begun to train, its process ends."""
+        if stop.is_set and not self.is_told:
+            self.is_told = True
+            os.kill(self.process.pid, signal.SIGTERM)
+
+    def end(self) -> Event:
         """What the process says of its job, or what became of the process."""
+        job, self.job = self.job, None
+        assert job is not None
         try:
-            return self.pipe.recv()
+            return job, "ended", self.pipe.recv()
         except EOFError:
             self.process.join()
-            return f"the process ended with status {self.process.exitcode}"
+            return job, "ended", "" if self.is_told else f"the process ended with status {self.process.exitcode}"
 
 
-def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> Iterator[Event | None]:
+def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> Generator[Event | None, None, None]:
     """Do the jobs in order, so many at a time; yields what happens, and None at least every POLL_SECS.
 
     A process that dies fails its job and is replaced. When `stop` is set, every run saves and ends, and no other begins.
     """
     waiting, num_threads = deque(jobs), max(num_cores() // num_processes, 1)
     workers: list[Worker] = []
-    is_told = False
     try:
-        while True:
-            if stop.is_set and not is_told:
+        while waiting or any(each.job for each in workers):
+            if stop.is_set:
                 waiting.clear()
-                is_told = True
-                for each in workers:
-                    os.kill(each.process.pid, signal.SIGTERM)
-            while waiting and sum(each.job is not None for each in workers) < num_processes:
-                idle = next((each for each in workers if each.job is None), None)
-                if idle is None:
-                    workers.append(idle := Worker.start(num_threads))
-                idle.job = waiting.popleft()
-                idle.pipe.send(idle.job)
-                yield idle.job, "running", ""
-            busy = {each.pipe: each for each in workers if each.job is not None}
-            if not busy:
-                return
+            for each in workers:
+                each.obey(stop)
+            idle = [each for each in workers if each.job is None]
+            while waiting and (idle or len(workers) < num_processes):
+                if not idle:
+                    idle.append(Worker.start(num_threads))
+                    workers.append(idle[0])
+                yield idle.pop().begin(waiting.popleft()), "running", ""
+            busy = {each.pipe: each for each in workers if each.job}
             for pipe in connection.wait(list(busy), timeout=POLL_SECS):
                 each = busy[pipe]  # type: ignore[index]
-                error, job = each.outcome(), each.job
-                each.job = None
-                assert job is not None
+                yield each.end()
                 if not each.process.is_alive():
                     workers.remove(each)
-                yield job, "ended", "" if is_told and not each.process.is_alive() else error
             yield None
     finally:
         for each in workers:
@@ -105,12 +111,12 @@ def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> I
 
 
 def by_submitit(
-    jobs: Sequence[Job], cluster: str, settings: Mapping[str, Any], workdir: pathlib.Path
-) -> Iterator[Event | None]:
+    jobs: Sequence[Job], cluster: str, settings: Mapping[str, Any], workdir: pathlib.Path, stop: StopSignal
+) -> Generator[Event | None, None, None]:
     """Hand every job to submitit: cluster "slurm", or "local" or "debug" to try it. Yields as `in_processes` does.
 
-    settings: submitit's, {"slurm_partition": "gpu", "gpus_per_node": 1, "timeout_min": 60}.
-    Raises UserError if it is not installed or refuses the settings.
+    settings: submitit's, {"slurm_partition": "gpu", "gpus_per_node": 1, "timeout_min": 60}. When `stop` is set, the jobs are
+    cancelled: a later sweep would start them once more. Raises UserError if submitit is missing or refuses the settings.
     """
     if importlib.util.find_spec("submitit") is None:
         raise UserError(f"--launcher={cluster}: submitit is not installed; pip install -e .[slurm]")
@@ -123,14 +129,18 @@ def by_submitit(
     except (NameError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"--launcher={cluster}: {error}") from None
     running: set[Any] = set()
-    while handles:
-        for handle in list(handles):
-            if handle not in running and handle.state == "RUNNING":
-                running.add(handle)
-                yield handles[handle], "running", ""
-            if handle.done():
-                failure = handle.exception()
-                error = handle.result() if failure is None else f"{type(failure).__name__}: {handle.paths.stderr}"
-                yield handles.pop(handle), "ended", error
-        yield None
-        time.sleep(POLL_SECS)
+    try:
+        while handles and not stop.is_set:
+            for handle in list(handles):
+                if handle not in running and handle.state == "RUNNING":
+                    running.add(handle)
+                    yield handles[handle], "running", ""
+                if handle.done():
+                    failure = handle.exception()
+                    error = handle.result() if failure is None else f"{type(failure).__name__}: see {handle.paths.stderr}"
+                    yield handles.pop(handle), "ended", error
+            yield None
+            time.sleep(POLL_SECS)
+    finally:
+        for handle in handles:
+            handle.cancel()

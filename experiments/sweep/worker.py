@@ -50,7 +50,7 @@ def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int
     alike = {shape: tuple(spec.config for spec in specs if cohort.shape_of(spec.config) == shape) for shape in shapes}
 
     def place(spec: RunSpec) -> tuple[int, int]:
-        step = 0 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=0)
+        step = -1 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=-1)
         return shapes.index(cohort.shape_of(spec.config)), step
 
     jobs = []
