@@ -1,7 +1,7 @@
 """GTPO and GRPO-S over entropy_weight and stat_scope, beside GRPO and DAPO; and with the zeros left out of eq. 4.
 
 entropy_weight 0 is the variant without its idea. shaped_zeros "left_out" is the mistaken reading, under which being right
-counts for nothing on average: its runs should not learn.
+counts for nothing on average: its runs unlearn the task instead.
 
     python -m experiments.sweep --config=configs/sweeps/entropy_weight.py:tiny --workdir=runs/entropy_weight
 """
