@@ -125,6 +125,7 @@ def test_other_cases_in_words():
     study = analyse(runs, [], METRIC, None)
     assert said_of("dapo is", study).startswith("dapo is worse than grpo by 0.010"), "on the seeds that both have"
     assert verdict(study)[0].startswith("No setting is shown to be the best: dapo has the highest mean")
+    assert verdict(study)[0].endswith("and dapo is not ahead on the seeds they share).")
     left_out = [LeftOut("dapo", 8, "failed"), LeftOut("dapo", 9, "stopped at step 3 of 4"), LeftOut("gtpo", 1, "waiting")]
     broken = verdict(study_of({"grpo": GRPO, "dapo": GRPO}, left_out))[-1]
     assert "(2 of dapo)" in broken and "flatter" in broken

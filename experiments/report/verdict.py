@@ -46,6 +46,7 @@ def best(study: Study) -> str:
     if comparison.result is not None:
         is_hopeless = comparison.smallest_p > statistics.ALPHA
         why = f"{seeds(comparison.result)} cannot separate any two" if is_hopeless else p_text(comparison.p)
+        why += "" if is_ahead(first, comparison) else f", and {first.name} is not ahead on the seeds they share"
     return (
         f"No setting is shown to be the best: {first.name} has the highest mean, {number(first.mean.value)}, then "
         f"{second.name}, {number(second.mean.value)}, and the evidence does not separate the two ({why})."
