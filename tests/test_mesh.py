@@ -34,6 +34,7 @@ from tests import tiny
 ARCH = dataclasses.replace(
     tiny.LLAMA, dim=16, num_layers=MAX_UNROLLED + 1, vocab_size=28, head_dim=6, ffn_dim=40, qk_norm=True, qkv_bias=True
 )
+SHALLOW = dataclasses.replace(ARCH, num_layers=2)
 MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}
 OPS = ("stablehlo.all_gather", "stablehlo.reduce_scatter")
 COLLECTIVE = re.compile(r"= (\S+?)\[([\d,]*)\]\S* (all-gather|reduce-scatter)\(.*?replica_groups=(\S+?), (?:dim|use)")
@@ -136,9 +137,9 @@ def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_flo
 def sampled(sizes):
     """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
     config = config_of(sizes)
-    model, mesh = ModelDef(ARCH, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh)
+    model, mesh = ModelDef(SHALLOW, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh)
     adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split(model.param_shapes())[1])
-    policy = join(tiny.random_params(ARCH), adapters)
+    policy = join(tiny.random_params(SHALLOW), adapters)
     policy = jax.device_put(policy, places_of(placed(policy, mesh, config.mesh.fsdp_min_elements)))
     weights, run = make_sampler_weights(config, mesh), make_rollout(model, RolloutSpec(4, 6, Sampling(), (3, 18), 0), mesh)
     program = jax.jit(lambda policy, prompts, key: run(weights(policy), prompts, key))
@@ -158,7 +159,7 @@ def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads
     program, _ = sampled(EIGHT)
     loops, main = program.as_text().split("\nENTRY ")
     gathered = {dims for _, dims, kind, _ in COLLECTIVE.findall(main) if kind == "all-gather"}
-    L = ARCH.num_layers
+    L = SHALLOW.num_layers
     for name in MATRICES:
         assert ",".join(map(str, (L, *half_of(name)))) in gathered, name
     inside = [math.prod(map(int, dims.split(","))) for _, dims, kind, _ in COLLECTIVE.findall(loops) if kind == "all-gather"]
@@ -192,7 +193,7 @@ def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
 
 
 def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_path):
-    small = {"model.num_kv_heads": 2, "dynamic_sampling.enabled": True, "objective.kl_coef": 0.0}
+    small = {"model.num_kv_heads": 2, "objective.kl_coef": 0.0, "eval.num_samples": 0}
 
     def run_on(*sizes):
         return make_run(config_of(sizes, small))
