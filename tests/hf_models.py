@@ -1,5 +1,6 @@
 """Tiny random transformers models, one for every way in which the families differ, and their logits beside ours."""
 
+import copy
 import functools
 
 import jax
@@ -103,3 +104,11 @@ def torch_logits(model, tokens_BT, mask_BT):
     inputs = {"input_ids": tokens_BT, "attention_mask": mask_BT.astype(int), "position_ids": positions_BT}
     with torch.no_grad():
         return model(**{key: torch.from_numpy(np.asarray(value, np.int64)) for key, value in inputs.items()}).logits.numpy()
+
+
+def exact_logits(model, tokens_BT, mask_BT):
+    """In float64, each row alone and without its padding; [real tokens, V], rows one after another."""
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        rows = [model(torch.from_numpy(tokens[mask][None])).logits[0] for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
+    return torch.cat(rows).numpy()

@@ -11,7 +11,8 @@ TIMINGS = ("time/", "tokens/s")
 
 
 def start(module, *args, num_devices=1, cache=None):
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}")
+    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"  # as in conftest
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     if cache is not None:
         env.update(
             JAX_COMPILATION_CACHE_DIR=str(cache),

@@ -1,5 +1,6 @@
 """Small models, prompts, batches and configs that several test files share: seconds to compile, ragged everywhere."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -18,6 +19,22 @@ VOCAB = 23
 LLAMA = Architecture(
     vocab_size=VOCAB, dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, tie_embeddings=False
 )
+
+
+@contextlib.contextmanager
+def compilations():
+    """-> a list that gets an entry for each program that JAX compiles, or takes from its cache on disk, meanwhile."""
+    happened: list[str] = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            happened.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield happened
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.cache
