@@ -5,7 +5,17 @@ from setuptools import find_packages, setup
 # A plain install runs on the CPU and pins no accelerator: an existing jax (a TPU VM's, Colab's) is left alone.
 TASKS = ["math-verify>=0.8", "reasoning-gym>=0.1.23", "datasets>=3"]
 SMOLLM2 = ["gguf>=0.17"]
-TEST = ["pytest>=8", "beartype>=0.20", "torch>=2.6", "peft>=0.15", "markdown-it-py>=3", "submitit>=1.5", *TASKS, *SMOLLM2]
+TEST = [
+    "pytest>=8",
+    "beartype>=0.20",
+    "torch>=2.6",
+    "peft>=0.15",
+    "markdown-it-py>=3",
+    "submitit>=1.5",
+    "pytest-xdist>=3.6",
+    *TASKS,
+    *SMOLLM2,
+]
 
 setup(
     name="grpo_jax",
@@ -46,6 +56,6 @@ setup(
         "smollm2": SMOLLM2,
         "slurm": ["submitit>=1.5"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9", "pyright>=1.1.390", "pytest-xdist>=3.6"],
+        "dev": [*TEST, "ruff>=0.9", "pyright>=1.1.390"],
     },
 )
