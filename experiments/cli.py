@@ -16,6 +16,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 
 EXIT_BAD_INPUT = 2
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )

@@ -44,13 +44,16 @@ class Draw(NamedTuple):
 
 
 def normalise(logits_CV, keep_CV=None):
-    """float32 logits -> (log-partition, entropy), each [C] in nats, over the tokens kept."""
+    """float32 logits -> (log-partition, entropy), each [C] in nats, over the tokens kept. Two passes: maximum, then sums."""
     if keep_CV is not None:
         logits_CV = jnp.where(keep_CV, logits_CV, -jnp.inf)
-    log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-    finite_CV = logits_CV if keep_CV is None else jnp.where(keep_CV, logits_CV, 0.0)
-    return log_z_C, log_z_C - (p_CV * finite_CV).sum(-1)
+    top_C1 = logits_CV.max(-1, keepdims=True)
+    below_CV = logits_CV - top_C1
+    p_CV = jnp.exp(below_CV)
+    total_C = p_CV.sum(-1)
+    finite_CV = below_CV if keep_CV is None else jnp.where(keep_CV, below_CV, 0.0)
+    log_total_C = jnp.log(total_C)
+    return log_total_C + top_C1[:, 0], log_total_C - (p_CV * finite_CV).sum(-1) / total_C
 
 
 def support_threshold(logits_BV, top_k: int, top_p: float):

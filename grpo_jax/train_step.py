@@ -184,13 +184,13 @@ def gradients(
         (loss, metrics), grads = jax.value_and_grad(
             lambda trained: weighted_loss(model, join(base, trained), piece, weight_PGT, spec), has_aux=True
         )(params)
-        metrics["loss/total"] = Mean(loss / denom, jnp.zeros_like(loss))
+        metrics["loss/total"] = Mean(loss, jnp.zeros_like(loss))
         return grads, metrics
 
     def microbatch_gradients(piece_and_weight):
         return batching.at_own_width(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, spec.widths)
 
-    pieces = (target, weight_BT.reshape(mask_PGT.shape))
+    pieces = (target, (weight_BT / denom).reshape(mask_PGT.shape))
     if spec.num_microbatches == 1:
         grads, metrics = microbatch_gradients(pieces)
     else:
@@ -211,7 +211,7 @@ def gradients(
         grads = jax.tree.map(lambda grad, spec: jax.lax.psum(grad, uncut(spec)), grads, parts[0])
         metrics = metrics_lib.psum(metrics, ROW_AXES)
     metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
-    return jax.tree.map(lambda g: g / denom, grads), metrics
+    return grads, metrics
 
 
 def uncut(spec: PartitionSpec) -> tuple[str, ...]:
@@ -220,7 +220,7 @@ def uncut(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def weighted_loss(model: ModelDef, params: Params, target: Target, weight_PGT, spec: UpdateSpec):
-    """sum(loss * weight) of one microbatch, *not* divided by anything; and its metrics."""
+    """sum(loss * weight) of one microbatch, the weight being its share of the global loss; and its metrics."""
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]
     logp_PGT, entropy_PGT = score(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)

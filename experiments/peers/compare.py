@@ -18,6 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
+from experiments import cli
 from experiments.peers import workload
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
+    "GLIBC_TUNABLES": cli.HUGE_PAGES,
 }
 QUIET = 0.1  # share of the machine that others may have before the table says that it is not to be trusted
 

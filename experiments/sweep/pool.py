@@ -16,6 +16,7 @@ from collections.abc import Generator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from experiments import cli
 from experiments.sweep import worker
 from experiments.sweep.worker import Job
 from grpo_jax.errors import UserError
@@ -50,6 +51,7 @@ class Worker:
     def start(cls, num_threads: int) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
+        os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # only a new process reads it
         process = context.Process(target=worker.serve, args=(theirs, num_threads), daemon=True)
         process.start()
         theirs.close()  # so that ours ends when the process does
