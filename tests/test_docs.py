@@ -180,7 +180,7 @@ def config_of_command(command):
 def literal(value):
     try:
         return ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, SyntaxError):
         return value
 
 
