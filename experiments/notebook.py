@@ -34,9 +34,9 @@ class Answer:
     reward: float
 
 
-def greedy_answers(run: Run, policy: Params, num: int) -> list[Answer]:
-    """To the first `num` held-out questions, a multiple of the devices that rows are spread over."""
-    prompts = jax.tree.map(lambda x: x[:num], jax.device_get(run.task.eval_prompts()))
+def greedy_answers(run: Run, policy: Params) -> list[Answer]:
+    """To the first eval.batch_size held-out questions: the program is the one that evaluates."""
+    prompts = jax.tree.map(lambda x: x[: run.config.eval.batch_size], jax.device_get(run.task.eval_prompts()))
     spec = dataclasses.replace(build.rollout_spec(run.config, run.task), group_size=1, sampling=GREEDY)
     weights = jax.jit(make_sampler_weights(run.config, run.mesh))(policy)
     rolled = compiled_rollout(run.model, spec, run.mesh)(weights, prompts, key_for(run.config.seed, "evaluate"))

