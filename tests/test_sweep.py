@@ -49,6 +49,14 @@ def test_every_config_set_and_seed_is_a_run():
     assert last.config.seed == 3 and last.config.num_steps == 2 and last.config.dynamic_sampling.enabled
 
 
+def test_the_packages_configs_are_found_from_any_folder_and_those_at_hand_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "dapo.py").write_text("from configs.grpo import get_config")
+    assert not plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
+
+
 def test_lists_and_grids_are_named_by_their_values():
     assert base.grid({"objective.clip_low": (0.1, 0.2), "seed": (1,)}) == {
         "clip_low=0.1,seed=1": {"objective.clip_low": 0.1, "seed": 1},
