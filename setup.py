@@ -13,6 +13,8 @@ TEST = [
     "markdown-it-py>=3",
     "submitit>=1.5",
     "pytest-xdist>=3.6",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     *TASKS,
     *SMOLLM2,
 ]
@@ -24,6 +26,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/OWNER/grpo_jax",  # OWNER: still to be named; README.md and colab/ have the address too
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
     package_data={

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import pathlib
 import statistics
 import time
 from typing import Any
@@ -64,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     """The run to measure, and its state. Raises UserError."""
     if args.config:
-        run = make_run(with_flags(load_config(args.config), args))
+        run = make_run(with_flags(cli.load_config(args.config, "--config"), args))
         return run, initial_state(run)
     raw = base.get_config()
     raw.update_from_flattened_dict(
@@ -77,20 +75,6 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     task = RandomTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0))
     run = assemble(config, mesh, task, model)
     return run, initial_state(run)
-
-
-def load_config(name: str) -> Any:
-    """configs/dapo.py:tiny -> ConfigDict. Raises UserError."""
-    path, _, scale = name.partition(":")
-    spec = importlib.util.spec_from_file_location("benchmarked_config", path)
-    if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
-        raise UserError(f"--config={name}: no Python file {path}; give configs/<variant>.py[:scale]")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(*([scale] if scale else []))
-    except ValueError as error:
-        raise UserError(f"--config={name}: {error}") from None
 
 
 def with_flags(raw: Any, args: argparse.Namespace) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 import sys
@@ -17,6 +18,7 @@ from grpo_jax.errors import UserError
 
 EXIT_BAD_INPUT = 2
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
+INSTALLED = pathlib.Path(__file__).parent.parent  # where `configs` lies, in a clone and where pip puts it
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )
@@ -38,6 +40,29 @@ def config_from_flags() -> Config:
     if CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/dapo.py:tiny")
     return Config.from_config_dict(CONFIG.value)
+
+
+def load_config(name: str, field: str) -> Any:
+    """configs/dapo.py:tiny -> its ConfigDict, to be changed or to become a Config. Raises UserError if there is no such one.
+
+    field: where the name was given, for the message.
+    """
+    path, _, scale = name.partition(":")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, located(path))
+    if spec is None or spec.loader is None or not located(path).is_file():
+        raise UserError(f"{field}: no file {path}; give configs/<variant>.py[:scale]")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.get_config(*([scale] if scale else []))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def located(path: str) -> pathlib.Path:
+    """A config file, seen from the working directory or else from where the package is: configs/dapo.py is found anywhere."""
+    here, installed = pathlib.Path(path), INSTALLED / path
+    return installed if installed.is_file() and not here.is_file() else here
 
 
 def step_of(workdir: pathlib.Path, step: int | None) -> int:
@@ -65,9 +90,8 @@ def _guarded(main: Callable[[], Any]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Flags and the config file they name. What the flag libraries raise is turned into one line."""
-    _require_config_file(argv)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_config_file(argv))
     except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
@@ -87,11 +111,14 @@ def _unknown_field(text: str, argv: list[str]) -> str:
     return f"{flag}: unknown field; " + (f"did you mean {close[1]!r}?" if close else "configs/base.py lists them all")
 
 
-def _require_config_file(argv: list[str]) -> None:
+def _with_config_file(argv: list[str]) -> list[str]:
+    """The flags, with the config file where it lies."""
     chosen = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
     if chosen is None:
-        return
-    path = pathlib.Path(chosen.split(":")[0])
+        return argv
+    name, colon, scale = chosen.partition(":")
+    path = located(name)
     if not path.is_file():
         known = sorted(str(each) for each in path.parent.glob("*.py") if each.stem not in ("base", "__init__"))
         raise UserError(f"--config={chosen}: no file {path}; known here: {', '.join(known) or 'none'}")
+    return [f"--config={path}{colon}{scale}" if arg == f"--config={chosen}" else arg for arg in argv]

@@ -11,6 +11,7 @@ TIMINGS = ("time/", "tokens/s")
 
 
 def start(module, *args, num_devices=1, cache=None):
+    """The process; it leads a group of its own, so that it can be killed with all it has started."""
     flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"  # as in conftest
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     if cache is not None:
@@ -20,7 +21,8 @@ def start(module, *args, num_devices=1, cache=None):
             JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
         )
     command = [sys.executable, "-m", module, *args]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, process_group=0, **pipes)
 
 
 def run(module, *args, **kwargs):

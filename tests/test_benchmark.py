@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, synthetic
+from experiments import benchmark, cli, synthetic
 from experiments.peers import compare, workload
 from experiments.roofline import Sizes, decode_bytes, forward_flops, step_bytes
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
@@ -112,15 +112,15 @@ def test_a_call_that_compiles_is_not_timed(small):
 
 def test_a_config_keeps_its_own_settings_but_for_flags():
     args = benchmark.parse(["--config=configs/dapo.py:runlocal", "--what=update", "--prompts=4", "--microbatch=8"])
-    config = benchmark.with_flags(benchmark.load_config(args.config), args)
+    config = benchmark.with_flags(cli.load_config(args.config, "--config"), args)
     assert config.objective.clip_high == 0.28 and config.objective.kl_coef == 0
     assert (config.rollout.num_prompts, config.rollout.group_size, config.learner.num_microbatches) == (4, 8, 4)
     with pytest.raises(SystemExit):
         benchmark.parse(["--config=configs/dapo.py", "--what=update", "--model=smol"])
     with pytest.raises(benchmark.UserError, match="does not divide the 32 rows"):
-        benchmark.with_flags(benchmark.load_config(args.config), argparse.Namespace(**{**vars(args), "microbatch": 5}))
-    with pytest.raises(benchmark.UserError, match="no Python file"):
-        benchmark.load_config("configs/nothing.py")
+        benchmark.with_flags(cli.load_config(args.config, "--config"), argparse.Namespace(**{**vars(args), "microbatch": 5}))
+    with pytest.raises(benchmark.UserError, match=r"--config: no file configs/nothing\.py"):
+        cli.load_config("configs/nothing.py", "--config")
 
 
 def test_a_peer_that_fails_does_not_stop_the_rest(monkeypatch, tmp_path, capsys):

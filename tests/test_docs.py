@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from docs import figures
+from experiments.advantages import EXAMPLE, TITLES, credit
 from experiments.show.health import RULES
 from grpo_jax import objectives
 from grpo_jax.config import Config
@@ -48,7 +49,7 @@ def sections(text, level):
 
 
 def section_of(variant, text):
-    return dict(sections(text, 2))[figures.TITLES[variant]]
+    return dict(sections(text, 2))[TITLES[variant]]
 
 
 def tables(text):
@@ -68,9 +69,12 @@ def test_the_examples_compute_what_the_page_says():
     runner.run(test, out=said.append, clear_globs=False)
     assert runner.failures == 0 and runner.tries > 80, "".join(said)
     group = {name: test.globs[name] for name in ("rewards_B", "lengths_B", "mask_BT", "entropy_BT", "L")}
-    of_figure = (figures.REWARDS_B, figures.LENGTHS_B, figures.MASK_BT, figures.ENTROPY_BT, figures.BUDGET)
+    of_figure = (EXAMPLE.rewards_B, EXAMPLE.lengths_B, EXAMPLE.mask_BT, EXAMPLE.entropy_BT, EXAMPLE.budget)
     for (name, ours), theirs in zip(group.items(), of_figure, strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    for variant, name in {"grpo": "adv_BT", "dr_grpo": "centred_BT", "gtpo": "gtpo_BT", "grpo_s": "grpo_s_BT"}.items():
+        drawn_BT = np.where(EXAMPLE.mask_BT > 0, credit(EXAMPLE, variant)[0], 0)
+        np.testing.assert_array_equal(drawn_BT, test.globs[name] * EXAMPLE.mask_BT, err_msg=variant)
 
 
 @pages
@@ -86,11 +90,11 @@ def test_after_every_formula_comes_its_code(text):
 
 @pages
 def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
-    parts = {variant: [title for title, _ in sections(section_of(variant, text), 3)] for variant in figures.TITLES}
+    parts = {variant: [title for title, _ in sections(section_of(variant, text), 3)] for variant in TITLES}
     whole = parts["grpo"]
     short = [whole[i] for i in (0, 2, 3, 4, 6, 7)]
-    assert len(whole) == 8 and set(figures.TITLES) == set(objectives.VARIANTS) - set(objectives.PRESETS)
-    for variant in figures.TITLES:
+    assert len(whole) == 8 and set(TITLES) == set(objectives.VARIANTS) - set(objectives.PRESETS)
+    for variant in TITLES:
         assert parts[variant] == (whole if variant in figures.DRAWN else short), variant
         code = "\n".join(blocks(section_of(variant, text), "python"))
         assert f'"{variant}"' in code, variant
@@ -103,8 +107,8 @@ def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
 def test_the_overview_is_the_table_of_variants(text):
     (overview,) = [table for table in tables(text) if "`group_norm`" in table[0]]
     rows = {re.match(r"\[(.+)\]", row[0])[1]: row[1:7] for row in overview}
-    assert list(rows) == list(figures.TITLES.values())
-    for variant, title in figures.TITLES.items():
+    assert list(rows) == list(TITLES.values())
+    for variant, title in TITLES.items():
         obj = objectives.get(variant)
         advantage, ratio, surrogate, clip, aggregation, kl = (cell.strip("`") for cell in rows[title])
         expected = obj.advantage, obj.ratio, obj.surrogate, obj.aggregation
@@ -179,13 +183,13 @@ def config_of_command(command):
 def literal(value):
     try:
         return ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, SyntaxError):
         return value
 
 
 def test_the_commands_train_the_variant_of_their_section():
     seen = 0
-    for variant in figures.TITLES:
+    for variant in TITLES:
         (block,) = blocks(section_of(variant, ENGLISH), "bash")
         for command in re.sub(r"\\\n\s*", "", block).splitlines():
             described = objectives.describe(config_of_command(command).objective).split(" + ")[0]

@@ -1,15 +1,24 @@
 """Sweeps: what a config expands to, and that runs of a sweep are the runs that experiments.train would make."""
 
+import csv
 import importlib
 import io
+import itertools
 import json
+import os
 import pathlib
+import random
+import signal
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from configs.sweeps import base
+from experiments.report import tables
+from experiments.report.analysis import analyse
+from experiments.report.runs import load
 from experiments.sweep import plan, worker
 from experiments.sweep.board import Board
 from grpo_jax.errors import UserError
@@ -38,6 +47,14 @@ def test_every_config_set_and_seed_is_a_run():
     assert last.settings == {"objective.clip_high": 0.4, "optimizer.learning_rate": 0.01}
     assert last.config.objective.clip_high == 0.4 and last.config.optimizer.learning_rate == 0.01
     assert last.config.seed == 3 and last.config.num_steps == 2 and last.config.dynamic_sampling.enabled
+
+
+def test_the_packages_configs_are_found_from_any_folder_and_those_at_hand_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "dapo.py").write_text("from configs.grpo import get_config")
+    assert not plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
 
 
 def test_lists_and_grids_are_named_by_their_values():
@@ -192,3 +209,61 @@ def test_typos_end_in_one_line_before_anything_runs(tmp_path):
     assert status == 2
     assert output.strip() == "error: configs/grpo.py, set '': 'num_step' is no field; configs/base.py lists them all"
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- killed and resumed
+
+SETS = "{'': {}, 'fast': {'optimizer.learning_rate': 1e-2}}"  # of one program
+FIELDS = {"num_steps": 8, "checkpoint.every": 2, "eval_every": 0}
+FIELDS |= {"overlong.cache_tokens": 6, "warm_start.num_steps": 0}  # no answer is right, and rewards differ by length
+FIELDS |= {"objective.kl_coef": 0.0, "eval.num_samples": 0, "log.completions_every": 0}  # little to compile
+
+
+def sweep_command(file, workdir):
+    changes = [f"--set={field}={value}" for field, value in FIELDS.items()]
+    return ["experiments.sweep", f"--config={file}", f"--workdir={workdir}", "--config.num_processes=1", *changes]
+
+
+def killed_at(process, workdir, num_records):
+    """SIGKILL for the sweep and its processes as soon as its runs have so many records together."""
+    while sum(file.read_text().count("\n") for file in workdir.glob("runs/*/metrics.jsonl")) < num_records:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def reported(workdir):
+    """The report's tables without what a clock decides, and the records behind them."""
+    study = analyse(*load([workdir], "reward/mean"), "reward/mean", None)
+    assert not study.left_out
+    tables_ = [list(csv.DictReader(io.StringIO(text))) for text in (tables.results_csv(study), tables.runs_csv(study))]
+    for row in itertools.chain(*tables_):
+        assert float(row.pop("seconds")) > 0
+    return *tables_, {file.name: programs.records(file) for file in workdir.glob("runs/*")}
+
+
+def test_a_sweep_killed_twice_ends_with_the_report_of_an_unbroken_one(tmp_path):
+    sweep, whole, torn, cache = (tmp_path / name for name in ("sweep.py", "whole", "torn", "compiled"))
+    sweep.write_text(
+        "from configs.sweeps import base\n"
+        "def get_config(scale='runlocal'):\n"
+        "    config = base.get_config(scale)\n"
+        f"    config.configs, config.seeds, config.sets = ('configs/grpo.py',), (0, 1), {SETS}\n"
+        "    return config\n"
+    )
+    status, output = programs.run(*sweep_command(sweep, whole), cache=cache)
+    assert status == 0, output
+    results, runs, records = reported(whole)
+    total = sum(map(len, records.values()))
+    assert (len(results), len(runs), total) == (2, 4, 4 * (FIELDS["num_steps"] + 1))
+    assert len({row["area"] for row in runs}) > 2, "all runs are alike: nothing is tested"
+
+    for num_records in sorted(random.Random(0).sample(range(2, total - 2), 2)):
+        killed_at(programs.start(*sweep_command(sweep, torn), cache=cache), torn, num_records)
+        statuses = [run["status"] for run in json.loads((torn / "sweep.json").read_text())["runs"]]
+        assert "running" in statuses, "it was not killed in the middle"
+    status, output = programs.run(*sweep_command(sweep, torn), cache=cache)
+    assert status == 0, output
+    assert reported(torn) == (results, runs, records)

@@ -86,14 +86,16 @@ def learning_curves(study: Study) -> Figure:
     figure, axes = new_figure(1, 1, size=(7.5, 4.4))
     ax: Axes = axes[0, 0]
     lowest, highest = limits(study.metric)
+    opacity = min(0.15, 0.3 / len(study.settings))  # where many lie on each other, the curves are still to be seen
     for setting in in_order(study):
         steps_E, values_EN = common_curve(setting, study.metric)
         mean_E, low_E, high_E = statistics.mean_interval(values_EN)
         look = looks(study, setting)
         ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
-        ax.fill_between(
-            steps_E, np.maximum(low_E, lowest), np.minimum(high_E, highest), color=look["color"], alpha=0.15, linewidth=0
-        )
+        interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
+        ax.fill_between(steps_E, *interval, color=look["color"], alpha=opacity, linewidth=0)
+        for edge_E in interval:
+            ax.plot(steps_E, edge_E, color=look["color"], alpha=0.5, linewidth=0.6)
     ax.set(xlabel="step", ylabel=study.metric)
     ax.legend(frameon=False)
     return figure

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from experiments import cli
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.strict import build
@@ -61,7 +61,8 @@ def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
         for label, settings in sweep.sets.items():
             variant = pathlib.Path(file).stem
             name = "-".join(filter(None, (variant, re.sub(r"[^\w.,=+-]", "_", label))))
-            config = changed(load(file, sweep.scale), {**everywhere, **settings}, f"{file}, set {label!r}")
+            raw = cli.load_config(f"{file}:{sweep.scale}", "config.configs")
+            config = changed(raw.to_dict(), {**everywhere, **settings}, f"{file}, set {label!r}")
             for seed in sweep.seeds:
                 seeded = dataclasses.replace(config, seed=seed)
                 specs.append(RunSpec(name, variant, settings, seed, f"runs/{name}-seed{seed}", seeded))
@@ -70,20 +71,6 @@ def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
     if twice:
         raise UserError(f"config: two runs would have the folder {twice!r}; names of configs and sets and seeds must differ")
     return specs
-
-
-def load(file: str, scale: str) -> dict[str, Any]:
-    """The settings that a config file gives at a scale. Raises UserError if there is no such file or scale."""
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"config.configs: no file {file}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(scale).to_dict()
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
 
 
 def changed(settings: dict[str, Any], changes: Mapping[str, Any], where: str) -> Config:
