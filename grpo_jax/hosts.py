@@ -6,6 +6,7 @@ the same order; with one process they cost nothing.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     coordinator: host:port of process 0, where it will listen. Raises UserError if it cannot be reached, or if there is no
     cluster that JAX knows. From here on the death of a process ends all the others (SIGABRT, after JAX's message).
     """
+    faulthandler.disable()  # or the message about a dead process would drown in the stacks of all threads of this one
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; the training loop has its own way
     try:
         jax.distributed.initialize(

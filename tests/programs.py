@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -34,3 +35,15 @@ def records(workdir):
     """metrics.jsonl without what a clock decides."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def start_together(num_processes, num_devices, *args, cache=None):
+    """experiments.train as that many processes of so many devices each; -> the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joining = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
+    return [
+        start("experiments.train", *args, *joining, f"--process_id={i}", num_devices=num_devices, cache=cache)
+        for i in range(num_processes)
+    ]
