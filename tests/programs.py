@@ -37,13 +37,9 @@ def records(workdir):
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines]
 
 
-def start_together(num_processes, num_devices, *args, cache=None):
-    """experiments.train as that many processes of so many devices each; -> the processes."""
+def start_together(module, num_processes, args, num_devices, cache=None):
+    """Processes with so many devices each, that are to meet at a free port. args: (port, number of the process) -> arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    joining = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}")
-    return [
-        start("experiments.train", *args, *joining, f"--process_id={i}", num_devices=num_devices, cache=cache)
-        for i in range(num_processes)
-    ]
+    return [start(module, *args(port, i), num_devices=num_devices, cache=cache) for i in range(num_processes)]
