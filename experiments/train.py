@@ -23,9 +23,9 @@ ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "go on in a workdir that another config wrote (for example with more num_steps)"
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one of several processes; how many, which one and where: from the TPU pod, Slurm, Kubernetes or Open MPI"
+    "distributed", False, "one of several processes; how they meet is known from the TPU pod, Slurm, Kubernetes or Open MPI"
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "one of several processes, without such a cluster: host:port of process 0")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "one of several processes that meet here: host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator: how many there are", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", lower_bound=0)
 
@@ -61,7 +61,7 @@ def join_hosts() -> None:
     if DISTRIBUTED.value and len(missing) == len(named):
         hosts.start()
     elif DISTRIBUTED.value:
-        raise UserError("--distributed finds the processes by itself; leave out --coordinator, --num_processes and --process_id")
+        raise UserError(f"--distributed finds that out by itself; leave out {', '.join(named)}")
     elif not missing:
         hosts.start(*named.values())
     elif len(missing) < len(named):

@@ -43,7 +43,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     except (ValueError, RuntimeError) as error:
         where = f"--coordinator={coordinator}" if coordinator else "--distributed"
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: cannot join the other processes ({reason}); see docs/scale.md for how to start them") from error
+        raise UserError(f"{where}: cannot join the other processes ({reason}); docs/scale.md says how to start them") from error
 
 
 def is_first() -> bool:

@@ -38,7 +38,7 @@ def records(workdir):
 
 
 def start_together(module, num_processes, args, num_devices, cache=None):
-    """Processes with so many devices each, that are to meet at a free port. args: (port, number of the process) -> arguments."""
+    """Processes that are to meet at a free port, with so many devices each. args: (port, process) -> its arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -4,11 +4,12 @@ import os
 import random
 import signal
 
-import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
 from configs import dapo
+from experiments import train
 from grpo_jax import hosts, trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
@@ -59,9 +60,10 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
     one, whole, stopped, killed = (tmp_path / name for name in ("one", "whole", "stopped", "killed"))
 
     def start(*names):
-        return programs.start_together(
-            "tests.hosts_program", 2, lambda port, i: [str(port), "2", str(i), str(tmp_path), *names], num_devices=2, cache=tmp_path
-        )
+        def args(port, process):
+            return [str(port), "2", str(process), str(tmp_path), *names]
+
+        return programs.start_together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
 
     together = start("whole", "stopped", "stopped", "killed")
     wait_for_step(together[0], stopped, 4)
@@ -85,3 +87,31 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
         assert (folder / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
     trainer.train(hosts_program.config_of(tmp_path, 4), one)
     same_numbers(whole, one)
+
+
+def test_every_row_is_made_once_and_answered_for_once():
+    """Also where `tensor` copies rows; all that one process has to do in the two steps of a batch."""
+    mesh = make_mesh(tiny.config_of(changes={"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}).mesh)
+    asked = []
+
+    def read(first, num):
+        asked.append((first, num))
+        return {"a": np.arange(first, first + num), "b": np.arange(first, first + num)[:, None] * np.ones((1, 3), np.float32)}
+
+    tree = hosts.make_rows(read, 8, mesh)
+    assert asked == [(0, 2), (2, 2), (4, 2), (6, 2)]
+    rows, own = hosts.own_rows(tree)
+    assert rows.tolist() == list(range(8)) and own["a"].tolist() == rows.tolist() and own["b"][:, 2].tolist() == rows.tolist()
+    half = hosts.joined(rows[1::2], own["a"][1::2] + 10, 8)
+    assert half.tolist() == [0, 11, 0, 13, 0, 15, 0, 17]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--coordinator=127.0.0.1:1"], ["--distributed", "--process_id=0"], ["--num_processes=2", "--process_id=0"]],
+)
+def test_flags_that_say_half_of_it_are_refused(tmp_path, flags):
+    with flagsaver.flagsaver():
+        train.flags.FLAGS(["train", *flags])
+        with pytest.raises(UserError, match="--coordinator"):
+            train.join_hosts()

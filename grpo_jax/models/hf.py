@@ -108,7 +108,8 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
     """The weights of `path` (a folder or hub id) as the decoder's parameters, in `dtype`.
 
     Reads model.safetensors or the files of model.safetensors.index.json (float32, float16, bfloat16). Names and shapes
-    are checked before anything is read. The host holds one tensor at a time, of several hosts each its devices' part: it goes straight to its place on the mesh.
+    are checked before anything is read. The host holds one tensor at a time: each goes straight to its place on the mesh. Of
+    several hosts each reads the parts of its own devices.
 
     places: the sharding of each parameter, as a tree or a prefix of one (one for all).
 
