@@ -105,13 +105,13 @@ def make_rows(function: Callable[[int, int], Any], num_rows: int, mesh: Mesh) ->
     Each process makes the rows of its own devices only.
     """
     place = NamedSharding(mesh, ROWS)
-    spans = {bounds(index[0], num_rows) for index in place.addressable_devices_indices_map((num_rows,)).values()}
+    spans = {bounds(index, num_rows) for index in place.addressable_devices_indices_map((num_rows,)).values()}
     pieces = {(first, end): function(first, end - first) for first, end in sorted(spans)}
 
     def join(*leaves: Any) -> jax.Array:
         of_span = dict(zip(pieces, leaves, strict=True))
         shape = (num_rows, *leaves[0].shape[1:])
-        return jax.make_array_from_callback(shape, place, lambda index: of_span[bounds(index[0], num_rows)])
+        return jax.make_array_from_callback(shape, place, lambda index: of_span[bounds(index, num_rows)])
 
     return jax.tree.map(join, *pieces.values())
 
@@ -121,13 +121,13 @@ def own_rows(tree: Any) -> tuple[np.ndarray, Any]:
 
     def pieces(x: jax.Array) -> list[Any]:
         own = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-        return sorted(own, key=lambda shard: bounds(shard.index[0], len(x))[0])
+        return sorted(own, key=lambda shard: bounds(shard.index, len(x))[0])
 
     def rows(x: jax.Array) -> np.ndarray:
         return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(shard.data) for shard in pieces(x))])
 
     first = jax.tree.leaves(tree)[0]
-    numbers = [np.arange(*bounds(shard.index[0], len(first))) for shard in pieces(first)]
+    numbers = [np.arange(*bounds(shard.index, len(first))) for shard in pieces(first)]
     return np.concatenate([np.arange(0), *numbers]), jax.tree.map(rows, tree)
 
 
@@ -142,7 +142,7 @@ def joined(rows: np.ndarray, tree: Any, num_rows: int) -> Any:
     return jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), from_all(jax.tree.map(spread, tree)))
 
 
-def bounds(span: slice, num_rows: int) -> tuple[int, int]:
-    """-> (first, end) of a slice of rows."""
-    first, end, _ = span.indices(num_rows)
+def bounds(index: Any, num_rows: int) -> tuple[int, int]:
+    """-> (first, end) of the rows of a shard."""
+    first, end, _ = index[0].indices(num_rows)
     return first, end

@@ -80,7 +80,7 @@ class _Tensor:
         """The tensor in its place. A process reads the parts of its own devices, each of them once."""
         stored, parts = self.file.get_slice(self.name), {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             key = tuple(each.indices(size) for each, size in zip(index, self.shape, strict=True))
             if key not in parts:
                 parts[key] = stored[index]
