@@ -12,7 +12,7 @@ from grpo_jax import hosts, trainer
 from grpo_jax.config import Config
 from grpo_jax.run import make_run
 
-NUM_STEPS = 8
+NUM_STEPS = 6
 # The completions are noise of a random model; about half of the groups have both kinds.
 REWARD = """
 def early(completion, item):
@@ -40,7 +40,7 @@ def config_of(folder, num_devices):
     config.rollout.group_size = 2
     config.eval.num_prompts, config.eval.num_samples = 12, 0
     config.mesh.data, config.mesh.fsdp, config.mesh.fsdp_min_elements = 1, num_devices, 0
-    config.num_steps, config.eval_every, config.checkpoint.every = NUM_STEPS, 4, 3
+    config.num_steps, config.eval_every, config.checkpoint.every = NUM_STEPS, 3, 2
     return Config.from_config_dict(config)
 
 
@@ -49,6 +49,8 @@ def main(port, num_processes, process, folder, *names):
     run = make_run(config_of(pathlib.Path(folder), 4))
     for name in names:
         trainer.train_run(run, pathlib.Path(folder, name))
+        saved = max(int(path.name) for path in pathlib.Path(folder, name, "checkpoints").iterdir() if path.name.isdigit())
+        print(f"{name} ended at step {saved}", flush=True)
     run.task.close()
 
 

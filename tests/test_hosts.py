@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 
 import numpy as np
@@ -66,15 +67,16 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
         return programs.start_together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
 
     together = start("whole", "stopped", "stopped", "killed")
-    wait_for_step(together[0], stopped, 4)
+    wait_for_step(together[0], stopped, 2)
     together[1].send_signal(signal.SIGTERM)
-    wait_for_step(together[0], killed, random.Random(os.urandom(8)).choice([2, 3, 4, 5]))
+    wait_for_step(together[0], killed, random.Random(os.urandom(8)).choice([2, 3, 4]))
     together[0].kill()
     statuses, outputs = ended(together)
     assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
+    ends = [re.findall(r"(\w+) ended at step (\d)", output) for output in outputs]
+    assert ends[0] == ends[1] and [name for name, _ in ends[0]] == ["whole", "stopped", "stopped"]
+    assert [step for _, step in ends[0]] in (["6", "2", "6"], ["6", "3", "6"], ["6", "4", "6"])
     assert "Terminating process because the JAX distributed service detected fatal errors" in outputs[1]
-    stops = [int(folder.name) for folder in (stopped / "checkpoints").iterdir()]
-    assert stops
     statuses, outputs = ended(start("killed"))
     assert statuses == [0, 0], "\n".join(outputs)
 
