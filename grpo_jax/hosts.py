@@ -27,8 +27,8 @@ HEARTBEAT_TIMEOUT_SECS = 30  # a process that was not heard of for so long is de
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Join the other processes; before anything is computed. Without arguments the cluster's environment says who they are.
 
-    coordinator: host:port of process 0, where it will listen. Raises UserError if it cannot be reached, or if there is no
-    cluster that JAX knows. From here on the death of a process ends all the others (SIGABRT, after JAX's message).
+    coordinator: host:port of process 0, where it will listen. Raises UserError if there is no cluster that JAX knows. If the
+    others do not come within five minutes, or one of them dies later, JAX says so and ends this process (SIGABRT).
     """
     faulthandler.disable()  # or the message about a dead process would drown in the stacks of all threads of this one
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; the training loop has its own way
