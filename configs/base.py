@@ -79,7 +79,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.format = ConfigDict()
     config.reward.format.pattern = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of a whole completion
     config.reward.scoring = ConfigDict()
-    config.reward.scoring.num_workers = 2  # processes
+    config.reward.scoring.num_workers = 2  # processes, beside each process that trains
     config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none
 

@@ -6,12 +6,14 @@ import importlib.util
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from grpo_jax import hosts
 from grpo_jax.checkpoint import saved_steps
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
@@ -78,6 +80,8 @@ def step_of(workdir: pathlib.Path, step: int | None) -> int:
 def fail(message: str) -> None:
     """One line, then out."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if hosts.is_joined():
+        hosts.abandon(EXIT_BAD_INPUT)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -86,6 +90,11 @@ def _guarded(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         fail(str(error))
+    except BaseException:
+        if hosts.is_joined():
+            traceback.print_exc()
+            hosts.abandon(status=1)
+        raise
 
 
 def _parse(argv: list[str]) -> list[str]:

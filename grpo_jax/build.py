@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import hosts
 from grpo_jax.batching import widths
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import Architecture
@@ -83,16 +84,17 @@ def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> 
         return jax.jit(init, out_shardings=places)(key)
     whole = dataclasses.replace(model, lora=None)
     warm_start = make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)
-    return jax.device_put(warm_start(init(key), config.seed), places)
+    return hosts.placed(hosts.from_first(warm_start(init(key), config.seed)), places)
 
 
-def initial_adapters(config: Config, model: ModelDef) -> Params:
-    """Float32 adapters to start from: those of config.lora.path, or fresh ones that change nothing yet."""
+def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
+    """Float32 adapters to start from, each in its place: those of config.lora.path, or fresh ones that change nothing yet."""
     if config.lora.path:
         from grpo_jax.models.peft import load_adapters
 
-        return load_adapters(config.lora.path, model)
-    return init_adapters(model.param_shapes(), key_for(config.seed, "adapters"))
+        return hosts.placed(load_adapters(config.lora.path, model), places)
+    init = functools.partial(init_adapters, model.param_shapes())
+    return jax.jit(init, out_shardings=places)(key_for(config.seed, "adapters"))
 
 
 def sampling_of(config: Config) -> Sampling:

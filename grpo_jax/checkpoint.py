@@ -6,15 +6,20 @@ import dataclasses
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from grpo_jax import hosts
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import UserError
 from grpo_jax.types import Params, TrainState
+
+SEEN_WITHIN_SECS = 60.0  # a network's file system may show a file so late to the other hosts
 
 
 class Checkpointer:
@@ -94,11 +99,18 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config
     """
     if not allow_config_change:
         require_same_config(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
+    if hosts.is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
+    hosts.from_first(np.zeros(()))  # it is written
+    deadline = time.monotonic() + SEEN_WITHIN_SECS
+    while not (workdir / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"--workdir={workdir}: not the folder that the first host writes; take one that all hosts share")
+        time.sleep(1)
 
 
 def require_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.types import Batch
 
@@ -21,7 +22,7 @@ def completion_rows(batch: Batch, adv_PGT: Any, grpo_PG: Any, tokenizer: Tokeniz
     are the completion; a stop token's is empty, and so are all but the last of the tokens that share a character),
     `token_entropy` in nats, `token_advantage`. Numbers have four significant digits.
     """
-    few, adv_PGT, grpo_PG = jax.device_get(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
+    few, adv_PGT, grpo_PG = hosts.fetched(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
     rolled, rows = few.rollout, []
     for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
         num = int(rolled.mask_PGT[p, g].sum())

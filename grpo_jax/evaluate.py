@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from grpo_jax import hosts
 from grpo_jax.config import Config
 from grpo_jax.estimates import Estimate, estimate, majority, pass_at_k
 from grpo_jax.iteration import make_rollout, make_sampler_weights
@@ -18,20 +19,20 @@ from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
 from grpo_jax.sampling import GREEDY
-from grpo_jax.sharding import num_row_shards
+from grpo_jax.sharding import ROWS, num_row_shards
 from grpo_jax.tasks import Task
-from grpo_jax.types import Params, Prompts
+from grpo_jax.types import Params, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Completions of all held-out prompts. is_right_PG: bool; lengths_PG: tokens; answers_PG: final answers, for the vote."""
+    """Completions of all held-out prompts. is_right_PG: bool; lengths_PG: tokens; majority_P: `estimates.majority`."""
 
     is_right_PG: np.ndarray
     lengths_PG: np.ndarray
-    answers_PG: list[list[str]]
+    majority_P: np.ndarray
 
 
 def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Evaluate:
@@ -40,7 +41,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
     "success": the greedy answer is right. "length_mean": of the greedy answers, tokens.
     With n = eval.num_samples > 0, from n samples of each prompt at the training temperature: "mean@n", "pass@k" for
     k = 2, 4, ... n, and "maj@n".
-    Batches have one fixed shape; the last one is filled with repeats that are not counted.
+    Batches have one fixed shape; the last one is filled with repeats that are not counted. Of several hosts each judges the
+    rows of its own devices.
     """
     prompts = jax.device_get(task.eval_prompts())
     num = len(prompts.tokens_PS)
@@ -55,15 +57,17 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         batches = []
         for start in range(0, num, width):
             rows = np.minimum(np.arange(start, start + width), num - 1)
-            batch: Prompts = jax.tree.map(lambda x: x[rows], prompts)  # noqa: B023
+            batch = hosts.make_rows(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
-            tokens, mask = np.asarray(rolled.tokens_PGT), np.asarray(rolled.mask_PGT)
-            reward = np.asarray(task.reward(batch.answer, tokens, mask).task_PG)
-            kept = min(width, num - start)
-            is_right = reward[:kept] >= config.objective.success_threshold
-            batches.append((is_right, mask[:kept].sum(-1), task.final_answers(tokens[:kept], mask[:kept])))
-        is_right, lengths, answers = zip(*batches, strict=True)
-        return Answers(np.concatenate(is_right), np.concatenate(lengths), [row for rows in answers for row in rows])
+            batches.append(judged(rolled))
+        return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
+
+    def judged(rolled: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The fields of `Answers` for one batch."""
+        rows, (answer, tokens, mask) = hosts.own_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
+        is_right = np.asarray(task.reward(answer, tokens, mask).task_PG) >= config.objective.success_threshold
+        own = is_right, mask.sum(-1), majority(task.final_answers(tokens, mask), is_right)
+        return hosts.joined(rows, own, width)
 
     def evaluate(params: Params) -> dict[str, Estimate]:
         params = sampler_weights(params)
@@ -74,7 +78,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
             num_right_P = drawn.is_right_PG.sum(-1)
             values[f"mean@{n}"] = drawn.is_right_PG.mean(-1)
             values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
-            values[f"maj@{n}"] = majority(drawn.answers_PG, drawn.is_right_PG)
+            values[f"maj@{n}"] = drawn.majority_P
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
@@ -83,7 +87,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
 @functools.lru_cache(maxsize=16)
 def compiled_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Any]:
     """`make_rollout`, compiled once for all runs of one process."""
-    return jax.jit(make_rollout(model, spec, mesh))
+    return jax.jit(make_rollout(model, spec, mesh), out_shardings=NamedSharding(mesh, ROWS))
 
 
 def ks(num_samples: int) -> list[int]:

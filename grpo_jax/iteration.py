@@ -1,7 +1,8 @@
 """One iteration of training: prompts -> rollout -> reward -> (more rounds, if groups said nothing) -> update.
 
 With a traceable task the whole of it is pure and can be one compiled call with donated state. With a host reward the same
-functions run stage by stage: `while_loop` is then a Python loop, and only tokens and rewards pass through the host.
+functions run stage by stage: `while_loop` is then a Python loop, and only tokens and rewards pass through the host. Of
+several hosts each reads and judges its own rows; then all of them know all rewards, so that they decide alike.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from grpo_jax import dynamic_sampling, rewards
+from grpo_jax import dynamic_sampling, hosts, rewards
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.metrics import Max, Mean, Metric
@@ -137,7 +138,9 @@ def make_iterations(collect: Collect, train_step: TrainStep, num_steps: int) -> 
 def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh):
     """-> sample_round(state, sampler's weights, number of the round) -> (rewarded Batch, metrics of all sampled in it)."""
     P = config.rollout.num_prompts
-    run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout)
+    run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
+    train_prompts = task.train_prompts if task.is_traceable else functools.partial(own_prompts, task, mesh)
+    reward = task.reward if task.is_traceable else functools.partial(own_reward, task)
 
     def finish(rolled: Rollout, reward: Reward, key, step) -> tuple[Batch, dict[str, Metric]]:
         if config.shuffle_rewards:
@@ -155,17 +158,28 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
     finish = finish if task.is_traceable else jax.jit(finish)
 
     def sample_round(state: TrainState, weights: Params, number: Any) -> tuple[Batch, dict[str, Metric]]:
-        prompts = task.train_prompts(state.num_prompts_drawn + number * P, P)
+        prompts = train_prompts(state.num_prompts_drawn + number * P, P)
         key, shuffle_key = (
             jax.random.fold_in(key_for(config.seed, purpose, state.step), number) for purpose in ("rollout", "shuffle")
         )
         rolled = run_rollout(weights, prompts, key)
-        answer, tokens_PGT, mask_PGT = prompts.answer, rolled.tokens_PGT, rolled.mask_PGT
-        if not task.is_traceable:
-            answer, tokens_PGT, mask_PGT = jax.device_get((answer, tokens_PGT, mask_PGT))
-        return finish(rolled, task.reward(answer, tokens_PGT, mask_PGT), shuffle_key, state.step)
+        return finish(rolled, reward(prompts.answer, rolled.tokens_PGT, rolled.mask_PGT), shuffle_key, state.step)
 
     return sample_round
+
+
+def own_prompts(task: Task, mesh: Mesh, position: Any, num_prompts: int) -> Prompts:
+    """`task.train_prompts` of a task on the host: each process reads the prompts of its own devices."""
+    start = int(position)
+    return hosts.make_rows(lambda first, num: task.train_prompts(start + first, num), num_prompts, mesh)
+
+
+def own_reward(task: Task, answer_P: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+    """`task.reward` of a task on the host: each process judges its own rows, all of them get the whole."""
+    rows, own = hosts.own_rows((answer_P, tokens_PGT, mask_PGT))
+    reward = task.reward(*own)
+    task_PG, shaping_PG = hosts.joined(rows, (reward.task_PG, reward.shaping_PG), len(tokens_PGT))
+    return Reward(task_PG, shaping_PG, metrics_lib.reduce_stacked(hosts.from_all(reward.metrics)))
 
 
 def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:

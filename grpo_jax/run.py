@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax import build, credit
 from grpo_jax.checkpoint import Checkpointer, restore_params
@@ -23,7 +23,7 @@ from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.sharding import make_mesh, num_row_shards, placed, places_of, require_fits
+from grpo_jax.sharding import REPLICATED, ROWS, make_mesh, num_row_shards, placed, places_of, require_fits
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep, make_train_step
 from grpo_jax.types import Batch, Params, Rollout, TrainState, join
@@ -80,7 +80,8 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     base, adapters = split(model.param_shapes())
     like = placed(jax.eval_shape(parts.start, base, adapters or None), mesh, config.mesh.fsdp_min_elements)
     places = places_of(like)
-    sampled = (places, None, None)  # where the state goes, and the batch and metrics beside it
+    everywhere = NamedSharding(mesh, REPLICATED)
+    sampled = (places, NamedSharding(mesh, ROWS), everywhere)  # where the state goes, and the batch and metrics beside it
     return Run(
         config=config,
         mesh=mesh,
@@ -89,7 +90,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         like=like,
         start=jax.jit(parts.start, donate_argnums=(0, 1), out_shardings=places),
         collect=jax.jit(parts.collect, donate_argnums=0, out_shardings=sampled) if task.is_traceable else parts.collect,
-        update=jax.jit(parts.update, donate_argnums=0, out_shardings=(places, None)),
+        update=jax.jit(parts.update, donate_argnums=0, out_shardings=(places, everywhere)),
         iterate=jax.jit(parts.iterate, donate_argnums=0, out_shardings=sampled),
         credit=jax.jit(parts.credit),
         evaluate=make_evaluate(config, task, model, build.rollout_spec(config, task), mesh),
@@ -140,8 +141,7 @@ def initial_state(run: Run) -> TrainState:
     weights = initial_weights(run)
     if run.model.lora is None:
         return run.start(weights, None)
-    adapters = build.initial_adapters(run.config, run.model)
-    return run.start(weights, jax.device_put(adapters, places_of(run.like.params)))
+    return run.start(weights, build.initial_adapters(run.config, run.model, places_of(run.like.params)))
 
 
 def initial_weights(run: Run) -> Params:

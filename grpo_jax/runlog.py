@@ -25,9 +25,13 @@ _SUMMARIES: Any = summary_pb2
 
 
 class RunLog:
-    """Appends a run's records; on resuming at `step`, records beyond it are cut off, so that nothing appears twice."""
+    """Appends a run's records and shows how it goes. Records beyond `step` are cut off, so that none appears twice.
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    step: of the checkpoint that the run goes on from; -1: none. num_steps: of the whole run.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int):
+        self._progress = ProgressLine(max(step, 0), num_steps)
         self._metrics = _reopen(workdir / "metrics.jsonl", step)
         self._completions = _reopen(workdir / "completions.jsonl", step)
         self._events = EventFileWriter(str(workdir / "tensorboard"))
@@ -35,12 +39,16 @@ class RunLog:
         self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl and a point on each TensorBoard curve."""
+        """One line in metrics.jsonl, a point on each TensorBoard curve, the progress line."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         summary = _SUMMARIES.Summary(
             value=[_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         )
         self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=summary))
+        self._progress.update(step, values)
+        if values.get("groups/missing", 0) > 0:
+            missing = values["groups/missing"]
+            self._progress.note(f"step {step}: {missing:.0%} of the groups are missing: all sampling rounds spent")
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Sampled completions, a line each."""
@@ -55,6 +63,7 @@ class RunLog:
         self._events.flush()
 
     def close(self) -> None:
+        self._progress.close()
         self.flush()
         self._metrics.close()
         self._completions.close()

@@ -38,7 +38,10 @@ MATRICES = {
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh (data, fsdp, tensor) over all devices, or the first ones. Raises UserError if there are not enough."""
+    """Mesh (data, fsdp, tensor) over all devices, or the first ones. Raises UserError if there are not enough.
+
+    On several hosts all devices must be in it: one that had none would have nothing to do.
+    """
     num_devices = jax.device_count()
     sizes = {axis: getattr(config, axis) for axis in AXES}
     taken = math.prod(size for size in sizes.values() if size != -1)
@@ -48,6 +51,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if -1 in sizes.values() and num_devices % taken:
         raise UserError(f"config.mesh: {wanted}: {num_devices} devices do not divide by {taken}; say how many instead of -1")
     sizes = {axis: num_devices // taken if size == -1 else size for axis, size in sizes.items()}
+    if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
+        raise UserError(f"config.mesh: {wanted} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
     devices = jax.devices()[: math.prod(sizes.values())]
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

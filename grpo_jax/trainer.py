@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
+from grpo_jax import hosts, objectives
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
@@ -23,17 +24,18 @@ from grpo_jax.evaluate import as_metrics
 from grpo_jax.plots import learning_curve
 from grpo_jax.provenance import provenance
 from grpo_jax.run import Run, initial_state, make_run, restored_state
-from grpo_jax.runlog import ProgressLine, RunLog, read_metrics
+from grpo_jax.runlog import RunLog, read_metrics
 from grpo_jax.types import Batch, TrainState
 
 
 def train(
     config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run `config` in `workdir` from where it left off; -> the summary that is also written to summary.json.
 
     profiled: steps whose calls jax.profiler traces into <workdir>/profile.
     SIGTERM: saves after the iteration under way and returns. Raises: UserError on bad input, before anything is written.
+    On several hosts only the first writes, checkpoints apart, and has a summary; SIGTERM to any of them stops all.
     """
     run = make_run(config)
     try:
@@ -44,12 +46,12 @@ def train(
 
 def train_run(
     run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
-) -> dict[str, float]:
+) -> dict[str, Any] | None:
     """`train` for a run that is built already."""
-    profiler = Profiler(workdir / "profile", profiled)
+    profiler = Profiler(workdir / "profile", profiled if hosts.is_first() else None)
     with opened(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
         loop.go(state, resumed)
-    return summarise(run.config, workdir)
+    return summarise(run.config, workdir) if hosts.is_first() else None
 
 
 @contextlib.contextmanager
@@ -58,7 +60,8 @@ def opened(
 ) -> Iterator[tuple[Loop, TrainState, int | None]]:
     """-> (the run's loop over its open files, its state, the step of the checkpoint that it goes on from or None)."""
     # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
-    state = None if (workdir / "checkpoints").is_dir() else announced_initial_state(run)
+    is_begun = hosts.from_first(np.asarray((workdir / "checkpoints").is_dir()))
+    state = None if is_begun else announced_initial_state(run)
     claim_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
     resumed = checkpointer.latest_step()
@@ -66,13 +69,12 @@ def opened(
         state = restored_state(run, checkpointer, resumed)
     elif state is None:  # killed before its first checkpoint
         state = announced_initial_state(run)
-    log = RunLog(workdir, -1 if resumed is None else resumed)
-    progress = ProgressLine(resumed or 0, run.config.num_steps)
+    log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps) if hosts.is_first() else None
     try:
-        yield Loop(run, log, progress, checkpointer, StopSignal(), profiler), state, resumed
+        yield Loop(run, log, checkpointer, StopSignal(), profiler), state, resumed
     finally:
-        progress.close()
-        log.close()
+        if log:
+            log.close()
         checkpointer.close()
 
 
@@ -80,7 +82,9 @@ def announced_initial_state(run: Run) -> TrainState:
     """`initial_state`, with a line for those who wait for it."""
     config = run.config
     what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
-    print(f"{objectives.describe(config.objective)} on {run.mesh.size} device(s): {what}, then compiling", file=sys.stderr)
+    if hosts.is_first():
+        where = f"{run.mesh.size} device(s)" + (f" of {num} processes" if (num := jax.process_count()) > 1 else "")
+        print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
     return initial_state(run)
 
 
@@ -121,11 +125,10 @@ class Unwritten:
 
 @dataclasses.dataclass
 class Loop:
-    """Iterations, with evaluation, logging and saving between them."""
+    """Iterations, with evaluation, logging and saving between them. log: None on hosts that do not write."""
 
     run: Run
-    log: RunLog
-    progress: ProgressLine
+    log: RunLog | None
     checkpointer: Checkpointer
     stop: StopSignal
     profiler: Profiler
@@ -135,7 +138,7 @@ class Loop:
         self.begin(state, resumed)
         unwritten: Unwritten | None = None
         for step in self.calls(resumed):
-            if self.stop.is_set:
+            if hosts.any_of(self.stop.is_set):
                 break
             with self.profiler(step):
                 state, batch, unwritten = self.iterate(state, step, unwritten)
@@ -161,11 +164,12 @@ class Loop:
         if config.log.completions_every and step % config.log.completions_every == 0:
             adv_PGT, grpo_PG = self.run.credit(batch)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
-            self.log.completions(step, rows)
+            if self.log:
+                self.log.completions(step, rows)
         is_last = step == config.num_steps
         if is_last or (config.eval_every and step % config.eval_every == 0):
             unwritten.evaluated = as_metrics(self.run.evaluate(state.policy))
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0) or self.stop.is_set:
+        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.end(state, unwritten)
             return None
         return unwritten
@@ -208,16 +212,13 @@ class Loop:
             self.write(step, values | unwritten.evaluated if step == unwritten.last_step else values)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.log.metrics(step, values)
-        self.progress.update(step, values)
-        if values.get("groups/missing", 0) > 0:
-            self.progress.note(
-                f"step {step}: {values['groups/missing']:.0%} of the groups are missing: all sampling rounds spent"
-            )
+        if self.log:
+            self.log.metrics(step, values)
 
     def save(self, state: TrainState) -> None:
         """The log first, then the checkpoint: a resumed run then never lacks a record."""
-        self.log.flush()
+        if self.log:
+            self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
 
 

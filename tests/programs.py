@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -36,3 +37,11 @@ def records(workdir):
     """metrics.jsonl without what a clock decides."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def start_together(module, num_processes, args, num_devices, cache=None):
+    """Processes that are to meet at a free port, with so many devices each. args: (port, process) -> its arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(module, *args(port, i), num_devices=num_devices, cache=cache) for i in range(num_processes)]

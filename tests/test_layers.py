@@ -11,7 +11,7 @@ LAYERS = (
     ("objectives", "sampling"),
     ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
-    ("models", "sharding", "optimizer"),
+    ("models", "sharding", "hosts", "optimizer"),
     ("rollout", "score", "rewards", "dynamic_sampling", "batching", "credit"),
     ("tasks", "scorers"),
     ("warm_start", "train_step"),

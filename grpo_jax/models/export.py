@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from grpo_jax import hosts
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import text_config
@@ -58,7 +59,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
     shards = _cut({name: num_bytes for name, (_, _, num_bytes) in places.items()}, max_shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
-        tensors = {name: np.asarray(_tensor(*places[name][:2], dtype)) for name in names}
+        tensors = {name: hosts.fetched(_tensor(*places[name][:2], dtype)) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:

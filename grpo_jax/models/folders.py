@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from safetensors import SafetensorError
 
 from grpo_jax.errors import UserError
@@ -85,4 +86,5 @@ def with_progress(items: Sequence[Any], what: str) -> Iterable[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, what, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    is_shown = sys.stderr.isatty() and jax.process_index() == 0
+    return track(items, what, console=Console(stderr=True), transient=True, disable=not is_shown)

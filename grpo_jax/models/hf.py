@@ -76,8 +76,17 @@ class _Tensor:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
+    def read(self, sharding: Sharding) -> jax.Array:
+        """The tensor in its place. A process reads the parts of its own devices, each of them once."""
+        stored, parts = self.file.get_slice(self.name), {}
+
+        def part(index: Any) -> np.ndarray:
+            key = tuple(each.indices(size) for each, size in zip(index, self.shape, strict=True))
+            if key not in parts:
+                parts[key] = stored[index]
+            return parts[key]
+
+        return jax.make_array_from_callback(self.shape, sharding, part)
 
 
 def slots_of(architecture: Architecture) -> tuple[list[Slot], Any]:
@@ -99,7 +108,8 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
     """The weights of `path` (a folder or hub id) as the decoder's parameters, in `dtype`.
 
     Reads model.safetensors or the files of model.safetensors.index.json (float32, float16, bfloat16). Names and shapes
-    are checked before anything is read. The host holds one tensor at a time: each goes straight to its place on the mesh.
+    are checked before anything is read. The host holds one tensor at a time: each goes straight to its place on the mesh. Of
+    several hosts each reads the parts of its own devices.
 
     places: the sharding of each parameter, as a tree or a prefix of one (one for all).
 
@@ -128,10 +138,10 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """A leaf, born in its place; a stacked one is filled layer by layer."""
     if not slot.is_stacked:
-        return _cast(jax.device_put(tensors[slot.names[0]].read(), sharding), dtype, sharding)
+        return _cast(tensors[slot.names[0]].read(sharding), dtype, sharding)
     stacked = jnp.zeros((len(slot.names), *slot.shape), dtype, device=sharding)
     for i, name in enumerate(slot.names):
-        stacked = _write(stacked, jax.device_put(tensors[name].read(), _of_layer(sharding)), i, sharding)
+        stacked = _write(stacked, tensors[name].read(_of_layer(sharding)), i, sharding)
         jax.block_until_ready(stacked)  # or tensors still under way would pile up on the host
     return stacked
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax import hosts
 from grpo_jax.errors import UserError
 from grpo_jax.models.folders import resolve
 from grpo_jax.models.hf import NAMES
@@ -39,7 +39,7 @@ PLAIN = {
 
 def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, base_path: str) -> None:
     """Write adapters [L, ...] into `folder` (which exists), so that `peft` loads them onto the model at `base_path`."""
-    flat: dict[Any, Any] = flatten_dict(jax.device_get(adapters))
+    flat: dict[Any, Any] = flatten_dict(hosts.fetched(adapters))
     tensors = {
         name: layer for path, stacked in flat.items() for name, layer in zip(_names(path, len(stacked)), stacked, strict=True)
     }

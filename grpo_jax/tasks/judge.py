@@ -46,7 +46,9 @@ class Judge:
     def __call__(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], lengths_PG: Any) -> Reward:
         """Score the completions of each item. lengths_PG: tokens, stop token included."""
         judged = self._pool.score(items, completions_PG)
-        scores = {**judged.scores, "length": 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens}
+        shape = np.shape(lengths_PG)  # (0, G) on a host that has no rows of its own
+        scores = {name: each.reshape(shape) for name, each in judged.scores.items()}
+        scores["length"] = 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens
         metrics = {
             "reward/errors": _mean(judged.is_error_PG),
             "reward/timeouts": _mean(judged.is_timeout_PG),

@@ -1,0 +1,58 @@
+"""One of several processes that train a task on the host: python -m tests.hosts_program port processes process folder run...
+
+Runs are trained one after another by the same compiled calls, each from where it left off; `torn torn` is one run twice.
+"""
+
+import json
+import pathlib
+import sys
+
+from configs import dapo
+from grpo_jax import hosts, trainer
+from grpo_jax.config import Config
+from grpo_jax.run import make_run
+
+NUM_STEPS = 6
+# The completions are noise of a random model; about half of the groups have both kinds.
+REWARD = """
+def early(completion, item):
+    assert item["answer"] == str(2 * int(item["prompt"].split()[2]))
+    return float(completion < "P")
+"""
+
+
+def write_data(folder):
+    """The questions and the user's reward; the model is written by someone who has torch."""
+    rows = [{"prompt": f"Tom has {i} eggs and buys as many. How many has he?", "answer": 2 * i} for i in range(40)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARD)
+
+
+def config_of(folder, num_devices):
+    """A user's reward, dynamic sampling, and weights in parts over all devices."""
+    config = dapo.get_config("runlocal")
+    config.model.path = str(folder / "model")
+    config.task.name, config.task.jsonl.path = "jsonl", str(folder / "sums.jsonl")
+    config.task.use_chat_template = False
+    config.reward.task = "my_rewards:early"
+    config.reward.scoring.time_limit_secs, config.reward.scoring.num_workers = 60.0, 1
+    config.warm_start.num_steps = 0
+    config.rollout.group_size = 2
+    config.eval.num_prompts, config.eval.num_samples = 12, 0
+    config.mesh.data, config.mesh.fsdp, config.mesh.fsdp_min_elements = 1, num_devices, 0
+    config.num_steps, config.eval_every, config.checkpoint.every = NUM_STEPS, 3, 2
+    return Config.from_config_dict(config)
+
+
+def main(port, num_processes, process, folder, *names):
+    hosts.start(f"127.0.0.1:{port}", int(num_processes), int(process))
+    run = make_run(config_of(pathlib.Path(folder), 4))
+    for name in names:
+        trainer.train_run(run, pathlib.Path(folder, name))
+        saved = max(int(path.name) for path in pathlib.Path(folder, name, "checkpoints").iterdir() if path.name.isdigit())
+        print(f"{name} ended at step {saved}", flush=True)
+    run.task.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
