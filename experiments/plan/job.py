@@ -117,5 +117,3 @@ def allowed_meshes(job: Job) -> list[Job]:
 
 def divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
-
-
