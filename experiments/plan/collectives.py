@@ -16,7 +16,8 @@ ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=|replica_groups=\{\{([\d,]*)\}")
+# The three ways in which XLA writes them: [groups,size]<=..., {{0,1},{2,3}}, mesh['a'=2,'b'=4] {'b'}.
+GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,14 @@ def array_bytes(result: str) -> float:
 
 def group_size(rest: str) -> int:
     """How many devices exchange with each other; 2 for a permutation, which names pairs."""
-    match = GROUPS.search(rest)
-    if match is None:
+    if "source_target_pairs=" in rest:
         return 2
-    return int(match[2]) if match[2] else len(match[3].split(","))
+    match = GROUPS.search(rest)
+    assert match is not None, f"replica groups written in a new way: {rest[:200]}"
+    if match[1] or match[2]:
+        return int(match[1] or 0) or len(match[2].split(","))
+    sizes = dict(axis.split("=") for axis in match[3].split(","))
+    return math.prod(int(sizes[axis.strip()]) for axis in match[4].split(","))
 
 
 def sent_bytes(kind: str, result_bytes: float, size: int) -> float:

@@ -135,7 +135,9 @@ def saved_for_backward(job: Job, remat: str) -> list[Any]:
     """
     sizes = job.local_microbatch
     model = dataclasses.replace(job.model, arch=job.local_arch, remat=remat)
-    return residuals(model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, build.sampling_of(job.config))
+    return residuals(
+        model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, build.sampling_of(job.config)
+    )
 
 
 @functools.lru_cache
