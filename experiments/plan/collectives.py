@@ -16,8 +16,8 @@ ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# The three ways in which XLA writes them: [groups,size]<=..., {{0,1},{2,3}}, mesh['a'=2,'b'=4] {'b'}.
-GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
+# The ways in which XLA writes them: [groups,size]<=..., {{0,1},{2,3}}, mesh['a'=2,'b'=4] {'b'} (in an order of its own).
+GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
 
 @dataclasses.dataclass(frozen=True)
