@@ -119,7 +119,7 @@ PROGRAM = """HloModule m
   %r = f32[2]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
 }
 %busy (p: f32[2]) -> f32[2] {
-  %r = (f32[2]{0}, /*index=1*/f32[3]{0}) all-reduce(%p, %q), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}, to_apply=%add
+  %r = (f32[2]{0}, /*index=1*/f32[3]{0}) all-reduce(%p), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}
 }
 ENTRY %main (p: f32[2]) -> f32[2] {
   %w = (s32[], f32[8,4]{1,0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}

@@ -100,7 +100,7 @@ def iteration_secs(stages: list[Stage]) -> float:
 
 
 def sent_by(job: Job) -> list[Sent]:
-    """All traffic of an iteration, as it follows from the layout; what is below a per mille is left out."""
+    """All traffic of an iteration, as it follows from the layout. Metrics, log-probabilities and token ids are left out."""
     return [each for each in (*row_traffic(job), *tensor_traffic(job)) if each.num_bytes]
 
 
