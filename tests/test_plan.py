@@ -183,7 +183,9 @@ def test_bad_input_is_one_line():
     with pytest.raises(UserError, match="--shape=gpt: unknown; known: smollm2"):
         job.make_job(tiny.config_of(), "gpt", 16, 1)
     with pytest.raises(UserError, match="num_kv_heads = 3"):
-        job.make_job(tiny.config_of("grpo", {"mesh.tensor": 9}), "smollm2", 16, 9)
+        job.require_allowed(job.make_job(tiny.config_of("grpo", {"mesh.tensor": 9}), "smollm2", 16, 9))
+    with pytest.raises(UserError, match="no mesh of so many suits"):
+        job.allowed_meshes(job.make_job(tiny.config_of("grpo", {"mesh.data": 11}), "smollm2", 16, 11))
     with pytest.raises(UserError, match="--chip=b99: unknown"):
         chips.chip_named("b99")
     with pytest.raises(UserError, match="at most 256"):

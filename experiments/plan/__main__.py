@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments import cli
 from experiments.plan import collectives, compiled, memory, times
 from experiments.plan.chips import Chip, chip_named
-from experiments.plan.job import Job, allowed_meshes, make_job
+from experiments.plan.job import Job, allowed_meshes, make_job, require_allowed
 from grpo_jax.sharding import AXES
 
 CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, a100, h100 or h200 (experiments/plan/chips.py)")
@@ -36,6 +36,8 @@ def main() -> None:
     config = cli.config_from_flags()
     chip = chip_named(CHIP.value)
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, DEVICES.value)
+    if not SWEEP.value:
+        require_allowed(job)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if COMPILE.value:
         compiled.require_simulable(job.mesh.size)

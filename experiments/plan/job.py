@@ -76,9 +76,7 @@ def make_job(config: Config, shape: str, prompt_tokens: int, num_devices: int) -
     model = build.make_model(dataclasses.replace(config, model=without_path(config.model, shape)), CharTokenizer(ALPHABET))
     if shape:
         model = dataclasses.replace(model, arch=SHAPES[shape])
-    job = Job(config, model, mesh, prompt_tokens or config.task.max_prompt_tokens)
-    require_allowed(job)
-    return job
+    return Job(config, model, mesh, prompt_tokens or config.task.max_prompt_tokens)
 
 
 def without_path(model: Any, shape: str) -> Any:
@@ -102,7 +100,7 @@ def require_allowed(job: Job) -> None:
 
 
 def allowed_meshes(job: Job) -> list[Job]:
-    """The same job on every data x fsdp x tensor of as many devices that it can be cut by."""
+    """The same job on every data x fsdp x tensor of as many devices that it can be cut by. Raises UserError: on none."""
     num, found = job.mesh.size, []
     for tensor in divisors(num):
         for fsdp in divisors(num // tensor):
@@ -112,6 +110,10 @@ def allowed_meshes(job: Job) -> list[Job]:
             except UserError:
                 continue
             found.append(other)
+    if not found:
+        raise UserError(
+            f"--devices={num}: no mesh of so many suits the model and config.rollout.num_prompts; try another number"
+        )
     return found
 
 

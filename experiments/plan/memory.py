@@ -69,6 +69,8 @@ def state_like(job: Job) -> TrainState:
 def state_shapes(job: Job) -> TrainState:
     task = RandomTask(np.ones((job.config.rollout.num_prompts, job.prompt_tokens), np.int32))  # pyright: ignore[reportArgumentType]
     base, adapters = split(job.model.param_shapes())
+    if adapters:  # frozen weights are loaded in the compute dtype
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, job.model.dtype), base)
     return jax.eval_shape(make_parts(job.config, job.mesh, task, job.model).start, base, adapters or None)
 
 
