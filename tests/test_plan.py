@@ -73,6 +73,14 @@ def test_the_update_holds_what_was_planned():
     assert planned == pytest.approx(compiled.temporary_bytes(update_on_eight()), rel=0.2)
 
 
+def test_an_update_of_few_rows_holds_two_gradients():
+    """A wide decoder, everything recomputed: little else is there."""
+    few = {"model.remat": "full", "rollout.num_prompts": 2, "rollout.group_size": 2, "rollout.max_completion_tokens": 5}
+    planned = job_of(ONE, few, dataclasses.replace(ARCH, dim=128, head_dim=32, ffn_dim=512))
+    expected = memory.phase_bytes(memory.parts_of(planned), memory.UPDATE)
+    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_update(planned)), rel=0.2)
+
+
 def test_the_rollout_holds_what_was_planned():
     planned = job_of(ONE, arch=dataclasses.replace(ARCH, num_layers=2))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)

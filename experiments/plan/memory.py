@@ -69,8 +69,7 @@ def state_like(job: Job) -> TrainState:
 def state_shapes(job: Job) -> TrainState:
     task = RandomTask(np.ones((job.config.rollout.num_prompts, job.prompt_tokens), np.int32))  # pyright: ignore[reportArgumentType]
     base, adapters = split(job.model.param_shapes())
-    if adapters:  # frozen weights are loaded in the compute dtype
-        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, job.model.dtype), base)
+    base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
     return jax.eval_shape(make_parts(job.config, job.mesh, task, job.model).start, base, adapters or None)
 
 
@@ -146,8 +145,7 @@ def saved_for_backward(job: Job, remat: str) -> list[Any]:
 def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: bool, sampling: Any) -> list[Any]:
     base, adapters = split(model.param_shapes())
     frozen, trained = (base, adapters) if adapters else (None, base)
-    if is_gathered:
-        frozen, trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), (frozen, trained))
+    frozen, trained = in_compute_dtype(frozen, model), in_compute_dtype(trained, model) if is_gathered else trained
 
     def kept(frozen: Any, trained: Any, rollout: Rollout) -> list[Any]:
         def logp(trained: Any):
@@ -207,6 +205,10 @@ def whole_weights(job: Job) -> Any:
     """The policy's weights, cut along `tensor` only."""
     _, _, tensor = job.mesh.shape.values()
     return placed(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0)
+
+
+def in_compute_dtype(tree: Any, model: ModelDef) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), tree)
 
 
 def num_bytes(x: Any) -> float:
