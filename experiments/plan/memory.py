@@ -89,13 +89,18 @@ def held(what: str, tree: Any) -> Part:
     """The bytes of a tree of placed shapes on one device."""
     leaves = jax.tree.leaves(tree)
     total = sum(x.size for x in leaves)
-    here = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    here = sum(map(numbers_here, leaves))
     dtypes = " and ".join(sorted({str(x.dtype) for x in leaves}))
     return Part(STATE, what, f"{here:,} of {total:,} numbers, {dtypes}", local_bytes(tree))
 
 
 def local_bytes(tree: Any) -> float:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(numbers_here(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def numbers_here(x: Any) -> int:
+    """Of a placed shape, how many numbers lie on one device."""
+    return math.prod(x.sharding.shard_shape(x.shape))
 
 
 # ------------------------------------------------------------------------------------------------------------ the update
@@ -192,7 +197,7 @@ def gathered_parts(job: Job) -> list[Part]:
     leaves = flatten_dict(split(whole_weights(job))[0])
     tables, layers = [], []
     for path, leaf in leaves.items():
-        (layers if "layers" in path else tables).append(math.prod(leaf.sharding.shard_shape(leaf.shape)))
+        (layers if "layers" in path else tables).append(numbers_here(leaf))
     each = F32 + job.itemsize
     table, layer = sum(tables), sum(layers) // job.model.arch.num_layers
     return [
@@ -221,7 +226,7 @@ def num_bytes(x: Any) -> float:
 def rollout_parts(job: Job) -> list[Part]:
     """On top of the state while completions are sampled."""
     arch, sizes, weights = job.local_arch, job.local_batch, flatten_dict(whole_weights(job))
-    numbers = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) for path, leaf in weights.items()}
+    numbers = {path: numbers_here(leaf) for path, leaf in weights.items()}
     layers = sum(n for path, n in numbers.items() if "layers" in path)
     tables = sum(numbers.values()) - layers
     cut = sum(numbers.values()) if job.mesh.shape["fsdp"] > 1 else 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from experiments.plan.chips import Chip, axis_rate
 from experiments.plan.job import Job
-from experiments.plan.memory import F32, local_bytes, num_bytes, saved_for_backward, state_like
+from experiments.plan.memory import F32, local_bytes, num_bytes, numbers_here, saved_for_backward, state_like
 from experiments.roofline import Sizes, decode_bytes, forward_flops, layer_weights
 from grpo_jax.sharding import param_spec
 
@@ -149,9 +149,10 @@ def cut_numbers(job: Job, *, trained_only: bool) -> tuple[float, float, float]:
     """Numbers of the policy on one device of `tensor`: (of layers and of tables cut along fsdp, of all that is not cut)."""
     state = state_like(job)
     layers = tables = whole = 0.0
-    for path, leaf in flatten_dict(state.params if trained_only else state.policy).items():
+    leaves: dict[Any, Any] = flatten_dict(state.params if trained_only else state.policy)
+    for path, leaf in leaves.items():
         spec = param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
-        numbers = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        numbers = numbers_here(leaf)
         if "fsdp" not in spec:
             whole += numbers
         elif "layers" in path:
