@@ -43,6 +43,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
     On several hosts all devices must be in it: one that had none would have nothing to do.
     """
     num_devices = jax.device_count()
+    sizes = axis_sizes(config, num_devices)
+    if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
+        raise UserError(f"config.mesh: {sizes} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """How many devices lie along each axis. Raises UserError if there are not enough, or -1 leaves a remainder."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     taken = math.prod(size for size in sizes.values() if size != -1)
     wanted = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
@@ -50,11 +59,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
         raise UserError(f"config.mesh: {wanted} needs {taken} devices, there are {num_devices}; use smaller ones, or one -1")
     if -1 in sizes.values() and num_devices % taken:
         raise UserError(f"config.mesh: {wanted}: {num_devices} devices do not divide by {taken}; say how many instead of -1")
-    sizes = {axis: num_devices // taken if size == -1 else size for axis, size in sizes.items()}
-    if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
-        raise UserError(f"config.mesh: {wanted} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
-    devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return {axis: num_devices // taken if size == -1 else size for axis, size in sizes.items()}
 
 
 def num_row_shards(mesh: Mesh) -> int:

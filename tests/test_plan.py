@@ -1,0 +1,205 @@
+"""The planner: its bytes against real arrays and XLA's account, its traffic against compiled programs, its sums by hand."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.plan import __main__ as command
+from experiments.plan import chips, collectives, compiled, job, memory, times
+from grpo_jax.errors import UserError
+from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from tests import programs, tiny
+
+# Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.
+ARCH = job.Architecture(256, 64, MAX_UNROLLED + 1, 4, 2, 16, 192, tie_embeddings=False)
+PUBLISHED = {"smollm2": 134_515_008, "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "llama3-70b": 70_553_706_496}
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)
+
+
+def job_of(sizes, changes=None, arch=ARCH):
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    small = {"rollout.max_completion_tokens": 33, "mesh.fsdp_min_elements": 65, "objective.kl_coef": 0.0}
+    small |= {"model.dim": ARCH.dim, "model.num_heads": ARCH.num_heads, "model.num_kv_heads": ARCH.num_kv_heads}
+    config = tiny.config_of("grpo", {**small, **axes, **(changes or {})})
+    planned = job.make_job(config, "", 16, math.prod(sizes))
+    return dataclasses.replace(planned, model=dataclasses.replace(planned.model, arch=arch))
+
+
+@functools.cache
+def update_on_eight():
+    return compiled.compiled_update(job_of(EIGHT))
+
+
+# ------------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+    counted = {name: sum(x.size for x in jax.tree.leaves(ModelDef(arch).param_shapes())) for name, arch in job.SHAPES.items()}
+    assert counted == PUBLISHED
+
+
+def test_chips_are_plausible_and_have_sources():
+    for name, chip in chips.CHIPS.items():
+        assert 100 < chip.flops_per_s / chip.hbm_bytes_per_s < 600, name  # operations a byte
+        assert chip.host_bytes_per_s < chip.link_bytes_per_s < chip.hbm_bytes_per_s, name
+        assert 10e9 < chip.hbm_bytes < 200e9 and chip.source, name
+
+
+def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_network():
+    chip, mesh = chips.chip_named("H100"), job.mesh_of((4, 4, 2))
+    rates = {axis: chips.axis_rate(chip, mesh, axis) for axis in mesh.shape}
+    assert rates == {"data": chip.host_bytes_per_s, "fsdp": chip.link_bytes_per_s, "tensor": chip.link_bytes_per_s}
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}])
+def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
+    planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
+    like = compiled.run_of(planned).like
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
+    counters = 2 * 4  # step and num_prompts_drawn, int32
+    real = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) - counters
+    assert real == sum(part.num_bytes for part in memory.state_parts(planned)) > 1e5
+
+
+def test_the_update_holds_what_was_planned():
+    planned = memory.phase_bytes(memory.parts_of(job_of(EIGHT)), memory.UPDATE)
+    assert planned == pytest.approx(compiled.temporary_bytes(update_on_eight()), rel=0.2)
+
+
+def test_an_update_of_few_rows_holds_two_gradients():
+    """A wide decoder, everything recomputed: little else is there."""
+    few = {"model.remat": "full", "rollout.num_prompts": 2, "rollout.group_size": 2, "rollout.max_completion_tokens": 5}
+    planned = job_of(ONE, few, dataclasses.replace(ARCH, dim=128, head_dim=32, ffn_dim=512))
+    expected = memory.phase_bytes(memory.parts_of(planned), memory.UPDATE)
+    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_update(planned)), rel=0.2)
+
+
+def test_the_rollout_holds_what_was_planned():
+    planned = job_of(ONE, arch=dataclasses.replace(ARCH, num_layers=2))
+    expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)
+    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_rollout(planned)), rel=0.2)
+
+
+def test_what_is_saved_grows_with_rows_and_shrinks_with_remat():
+    def saved(remat, **changes):
+        kept = memory.saved_for_backward(job_of(ONE, {f"rollout.{name}": n for name, n in changes.items()}), remat)
+        return sum(map(memory.num_bytes, kept))
+
+    whole, twice = saved("none"), saved("none", num_prompts=8)
+    assert twice == pytest.approx(2 * whole, rel=0.02)
+    assert saved("full") < saved("dots") < whole
+
+
+# --------------------------------------------------------------------------------------------------------- what travels
+
+
+def test_collectives_of_the_update_are_those_of_its_layout():
+    """Each layer's seven matrices in four passes, their gradients in two; embedding and head once."""
+    planned, found = job_of(EIGHT), collectives.traffic(update_on_eight().as_text())
+    by_kind = {each.kind: each for each in found if each.kind in ("all-gather", "reduce-scatter")}
+    counts = {kind: each.count for kind, each in by_kind.items()}
+    assert counts == {"all-gather": 4 * 7 * ARCH.num_layers + 2, "reduce-scatter": 2 * 7 * ARCH.num_layers + 2}
+    sent = {each.what: each.num_bytes for each in times.sent_by(planned)}
+    assert by_kind["all-gather"].num_bytes == sent["weights gathered"]
+    assert by_kind["reduce-scatter"].num_bytes == sent["gradients scattered"]
+    summed = sum(each.num_bytes for each in found if each.kind == "all-reduce")
+    planned_sums = sum(
+        each.num_bytes for each in times.sent_by(planned) if each.phase == times.UPDATE and "summed" in each.what
+    )
+    assert planned_sums == pytest.approx(summed, rel=0.1)
+
+
+PROGRAM = """HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+}
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %g = bf16[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %y)
+}
+%quiet (p: f32[2]) -> f32[2] {
+  %r = f32[2]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+%busy (p: f32[2]) -> f32[2] {
+  %r = (f32[2]{0}, /*index=1*/f32[3]{0}) all-reduce(%p), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = (s32[], f32[8,4]{1,0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %c = f32[2]{0} conditional(%k, %p, %p), branch_computations={%quiet, %busy}
+  %s = f32[6]{0} reduce-scatter(%p), replica_groups={{0,1,2}}, dimensions={0}, to_apply=%add
+  %n = f32[6]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_of_branches_the_busiest():
+    assert collectives.traffic(PROGRAM) == [
+        collectives.Traffic("all-gather", 4, 5, 5 * 64 * 3 / 4),
+        collectives.Traffic("reduce-scatter", 3, 1, 6 * 4 * 2),
+        collectives.Traffic("all-reduce", 4, 1, 2 * 20 * 3 / 4),
+    ]
+
+
+def test_what_a_device_sends_over_data_does_not_grow_with_the_devices():
+    """Gradients of a fixed part, 2 (n - 1) / n of it: twice the part at most."""
+    parts = [
+        next(s for s in times.sent_by(job_of((n, 2, 1), {"rollout.num_prompts": 2 * n})) if s.axis == "data")
+        for n in (2, 8, 64)
+    ]
+    assert [part.num_bytes / parts[0].num_bytes for part in parts] == pytest.approx([1, 7 / 4, 63 / 32])
+
+
+# ------------------------------------------------------------------------------------------------------ times and sweeps
+
+
+def test_a_stage_is_bound_by_what_takes_longest_and_links_are_added():
+    stage = times.Stage(times.UPDATE, "", 3.0, 2.0, 0.5)
+    assert (stage.secs, stage.bound) == (3.5, "compute")
+    assert dataclasses.replace(stage, links=4.0).bound == "links"
+
+
+def test_devices_share_the_arithmetic():
+    chip, wide = chips.chip_named("v5e"), {"rollout.num_prompts": 8}
+    one, eight = (sum(s.compute for s in times.stages_of(job_of(sizes, wide), chip)) for sizes in (ONE, EIGHT))
+    assert one == pytest.approx(8 * eight)
+
+
+def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
+    planned = job_of(EIGHT, {"rollout.num_prompts": 8})
+    peaks = {other.mesh: memory.peak_bytes(memory.parts_of(other)) for other in job.allowed_meshes(planned)}
+    sizes = {tuple(mesh.shape.values()) for mesh in peaks}
+    assert all(math.prod(each) == 8 for each in sizes)
+    assert {t for _, _, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
+    chip = dataclasses.replace(chips.chip_named("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
+    ranked = command.ranked(planned, chip)
+    fits = [peak <= chip.hbm_bytes for peak, _, _ in ranked]
+    secs = [times.iteration_secs(stages) for _, stages, _ in ranked]
+    assert fits == sorted(fits, reverse=True) and 0 < sum(fits) < len(fits) == len(sizes)
+    assert secs[: sum(fits)] == sorted(secs[: sum(fits)])
+
+
+def test_bad_input_is_one_line():
+    config = tiny.config_of("grpo", {"mesh.data": 4, "mesh.fsdp": 4})
+    with pytest.raises(UserError, match="needs 16 devices, there are 8"):
+        job.make_job(config, "", 16, 8)
+    with pytest.raises(UserError, match="--shape=gpt: unknown; known: smollm2"):
+        job.make_job(tiny.config_of(), "gpt", 16, 1)
+    with pytest.raises(UserError, match="num_kv_heads = 3"):
+        job.require_allowed(job.make_job(tiny.config_of("grpo", {"mesh.tensor": 9}), "smollm2", 16, 9))
+    with pytest.raises(UserError, match="no mesh of so many suits"):
+        job.allowed_meshes(job.make_job(tiny.config_of("grpo", {"mesh.data": 11}), "smollm2", 16, 11))
+    with pytest.raises(UserError, match="--chip=b99: unknown"):
+        chips.chip_named("b99")
+    with pytest.raises(UserError, match="at most 256"):
+        compiled.require_simulable(512)
+
+
+def test_the_command_prints_arithmetic():
+    status, output = programs.run("experiments.plan", "--config=configs/dapo.py:runlocal", "--chip=v5e", "--devices=8")
+    assert status == 0 and "fits" in output and "optimizer state" in output and "bound by" in output, output
