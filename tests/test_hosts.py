@@ -32,7 +32,11 @@ def same_numbers(workdir, expected):
 
 def ended(together):
     """-> (exit statuses, outputs) of processes, waited for."""
-    outputs = [process.communicate(timeout=120)[0] for process in together]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in together]
+    finally:
+        for process in together:
+            process.kill()
     return [process.returncode for process in together], outputs
 
 
