@@ -1,5 +1,6 @@
 """Running the command-line programs as a user would: in a process of their own, with compiled programs kept between runs."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -39,9 +40,16 @@ def records(workdir):
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMINGS)} for line in lines]
 
 
-def start_together(module, num_processes, args, num_devices, cache=None):
-    """Processes that are to meet at a free port, with so many devices each. args: (port, process) -> its arguments."""
+@contextlib.contextmanager
+def together(module, num_processes, args, num_devices, cache=None):
+    """-> processes that meet at a free port, with so many devices each. args: (port, process) -> its arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(module, *args(port, i), num_devices=num_devices, cache=cache) for i in range(num_processes)]
+    processes = [start(module, *args(port, i), num_devices=num_devices, cache=cache) for i in range(num_processes)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -42,7 +42,8 @@ def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
         small = ("--config.warm_start.num_steps=100", "--config.eval.num_samples=0")
         return ["--config=configs/dapo.py:runlocal", f"--workdir={tmp_path / 'two'}", *small, *joining]
 
-    statuses, outputs = ended(programs.start_together("experiments.train", 2, flags, num_devices=2))
+    with programs.together("experiments.train", 2, flags, num_devices=2) as two:
+        statuses, outputs = ended(two)
     assert statuses == [0, 0], "\n".join(outputs)
     assert "step 3/3" in outputs[0] and not {"step", "curve", "dapo"} & set(outputs[1].split())
     config = dapo.get_config("runlocal")
@@ -64,20 +65,21 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
         def args(port, process):
             return [str(port), "2", str(process), str(tmp_path), *names]
 
-        return programs.start_together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
+        return programs.together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
 
-    together = start("whole", "stopped", "stopped", "killed")
-    wait_for_step(together[0], stopped, 2)
-    together[1].send_signal(signal.SIGTERM)
-    wait_for_step(together[0], killed, random.Random(os.urandom(8)).choice([2, 3, 4]))
-    together[0].kill()
-    statuses, outputs = ended(together)
+    with start("whole", "stopped", "stopped", "killed") as two:
+        wait_for_step(two[0], stopped, 2)
+        two[1].send_signal(signal.SIGTERM)
+        wait_for_step(two[0], killed, random.Random(os.urandom(8)).choice([2, 3, 4]))
+        two[0].kill()
+        statuses, outputs = ended(two)
     assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
     ends = [re.findall(r"(\w+) ended at step (\d)", output) for output in outputs]
     assert ends[0] == ends[1] and [name for name, _ in ends[0]] == ["whole", "stopped", "stopped"]
     assert [step for _, step in ends[0]] in (["6", "2", "6"], ["6", "3", "6"], ["6", "4", "6"])
     assert "Terminating process because the JAX distributed service detected fatal errors" in outputs[1]
-    statuses, outputs = ended(start("killed"))
+    with start("killed") as two:
+        statuses, outputs = ended(two)
     assert statuses == [0, 0], "\n".join(outputs)
 
     records = programs.records(whole)
