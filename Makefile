@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

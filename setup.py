@@ -12,7 +12,7 @@ TEST = [
     "peft>=0.15",
     "markdown-it-py>=3",
     "submitit>=1.5",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "nbclient>=0.10",
     "ipykernel>=6.29",
     *TASKS,
