@@ -9,11 +9,9 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
 from experiments.plan.job import Job
-from experiments.synthetic import RandomTask
 from grpo_jax import build
 from grpo_jax.errors import UserError
 from grpo_jax.iteration import make_rollout, make_sampler_weights
@@ -41,8 +39,7 @@ def run_of(job: Job) -> Run:
     learner = dataclasses.replace(job.config.learner, bucket_tokens=0)
     mesh = dataclasses.replace(job.config.mesh, **{axis: job.mesh.shape[axis] for axis in AXES})
     config = dataclasses.replace(job.config, learner=learner, mesh=mesh)
-    task = RandomTask(np.ones((config.rollout.num_prompts, job.prompt_tokens), np.int32))  # pyright: ignore[reportArgumentType]
-    return assemble(config, make_mesh(config.mesh), task, job.model)
+    return assemble(config, make_mesh(config.mesh), job.task, job.model)
 
 
 def compiled_update(job: Job) -> Any:

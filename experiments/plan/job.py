@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments.roofline import Sizes
+from experiments.synthetic import RandomTask, architecture
 from grpo_jax import build
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
@@ -21,7 +23,7 @@ from grpo_jax.tasks.tokenizers import CharTokenizer
 
 # Public architecture numbers, from each model's config.json.
 SHAPES = {
-    "smollm2": Architecture(49_152, 576, 30, 9, 3, 64, 1536, Rope(100_000.0), 1e-5),  # SmolLM2-135M
+    "smollm2": architecture("smol"),
     "qwen2.5-0.5b": Architecture(151_936, 896, 24, 14, 2, 64, 4864, Rope(1e6), qkv_bias=True),
     "qwen2.5-7b": Architecture(152_064, 3584, 28, 28, 4, 128, 18_944, Rope(1e6), tie_embeddings=False, qkv_bias=True),
     "llama3-70b": Architecture(128_256, 8192, 80, 64, 8, 128, 28_672, Rope(500_000.0), 1e-5, tie_embeddings=False),
@@ -41,6 +43,12 @@ class Job:
     def itemsize(self) -> int:
         """Bytes of a number in the compute dtype."""
         return jnp.dtype(self.model.dtype).itemsize
+
+    @property
+    def task(self) -> RandomTask:
+        """Prompts of the job's shape."""
+        ones_PS = np.ones((self.config.rollout.num_prompts, self.prompt_tokens), np.int32)
+        return RandomTask(ones_PS)  # pyright: ignore[reportArgumentType]
 
     @property
     def local_arch(self) -> Architecture:

@@ -14,12 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from experiments.plan.job import Job, mesh_of
 from experiments.roofline import Sizes
-from experiments.synthetic import RandomTask
 from grpo_jax import build
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
@@ -67,10 +65,9 @@ def state_like(job: Job) -> TrainState:
 
 @functools.lru_cache(maxsize=1)
 def state_shapes(job: Job) -> TrainState:
-    task = RandomTask(np.ones((job.config.rollout.num_prompts, job.prompt_tokens), np.int32))  # pyright: ignore[reportArgumentType]
     base, adapters = split(job.model.param_shapes())
     base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
-    return jax.eval_shape(make_parts(job.config, job.mesh, task, job.model).start, base, adapters or None)
+    return jax.eval_shape(make_parts(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
 
 
 def state_parts(job: Job) -> list[Part]:

@@ -9,11 +9,10 @@ from flax.traverse_util import flatten_dict
 
 from experiments.plan.chips import Chip, axis_rate
 from experiments.plan.job import Job
-from experiments.plan.memory import F32, local_bytes, num_bytes, numbers_here, saved_for_backward, state_like
+from experiments.plan.memory import F32, ROLLOUT, UPDATE, local_bytes, num_bytes, numbers_here, saved_for_backward, state_like
 from experiments.roofline import Sizes, decode_bytes, forward_flops, layer_weights
 from grpo_jax.sharding import param_spec
 
-ROLLOUT, UPDATE = "rollout", "update"
 # Sums over `tensor` of a layer's activations: after attention and MLP; backward, of what q, k, v, gate and up each give.
 SUMS_FORWARD, SUMS_BACKWARD = 2, 5
 
