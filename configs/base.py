@@ -125,6 +125,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.max_grad_norm = 1.0
+    config.optimizer.offload = False  # Adam's moments wait in the host's memory, and are on the device only for their update
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that rows are spread over; -1 (of one axis at most): all that the others leave

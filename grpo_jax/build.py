@@ -129,4 +129,5 @@ def update_spec(config: Config) -> UpdateSpec:
         filter_truncated=config.overlong.filter,
         seed=config.seed,
         fsdp_min_elements=config.mesh.fsdp_min_elements,
+        offload=config.optimizer.offload,
     )

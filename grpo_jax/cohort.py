@@ -63,7 +63,7 @@ def make_program(configs: Sequence[Config], *, is_vmapped: bool = False) -> Prog
     like = make_run(first)
     places = places_of(like.like)
     if is_vmapped:
-        places = jax.tree.map(lambda place: NamedSharding(like.mesh, PartitionSpec(None, *place.spec)), places)
+        places = jax.tree.map(lambda place: place.update(spec=PartitionSpec(None, *place.spec)), places)
 
     def with_numbers(part: Callable[[Parts], Callable[..., Any]]) -> Callable[..., Any]:
         def call(numbers: Mapping[str, Any], *args: Any) -> Any:

@@ -180,7 +180,7 @@ class LearnerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a schedule after it."""
+    """AdamW with linear warm-up and a schedule after it. offload: its state waits in the host's memory."""
 
     learning_rate: float
     schedule: str
@@ -190,6 +190,7 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     max_grad_norm: float
+    offload: bool
 
 
 @dataclasses.dataclass(frozen=True)

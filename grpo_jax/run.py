@@ -23,7 +23,7 @@ from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.sharding import REPLICATED, ROWS, make_mesh, num_row_shards, placed, places_of, require_fits
+from grpo_jax.sharding import REPLICATED, ROWS, make_mesh, num_row_shards, on_host, placed, places_of, require_fits
 from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep, make_train_step
 from grpo_jax.types import Batch, Params, Rollout, TrainState, join
@@ -78,7 +78,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     require_fits(model.arch, mesh)
     parts = make_parts(config, mesh, task, model)
     base, adapters = split(model.param_shapes())
-    like = placed(jax.eval_shape(parts.start, base, adapters or None), mesh, config.mesh.fsdp_min_elements)
+    like = state_like(config, mesh, jax.eval_shape(parts.start, base, adapters or None))
     places = places_of(like)
     everywhere = NamedSharding(mesh, REPLICATED)
     sampled = (places, NamedSharding(mesh, ROWS), everywhere)  # where the state goes, and the batch and metrics beside it
@@ -111,6 +111,12 @@ def make_parts(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Parts
         iterate=make_iterations(collect, update, max(config.steps_per_call, 1)),
         credit=functools.partial(credit.recorded_advantages, config.objective, filter_truncated=config.overlong.filter),
     )
+
+
+def state_like(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
+    """The shapes of a state with the places they belong to."""
+    like = placed(shapes, mesh, config.mesh.fsdp_min_elements)
+    return dataclasses.replace(like, opt_state=on_host(like.opt_state)) if config.optimizer.offload else like
 
 
 def base_of(state: TrainState) -> Params:

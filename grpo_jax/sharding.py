@@ -83,8 +83,18 @@ def require_fits(arch: Architecture, mesh: Mesh) -> None:
                 )
 
 
+def row_axes(mesh: Mesh) -> tuple[str, ...] | None:
+    """The axes that a sum over all rows goes over; None: there is one part of them."""
+    return ROW_AXES if num_row_shards(mesh) > 1 else None
+
+
 def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler."""
+    """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
+
+    With one part of rows all of it does: the axes of `row_axes` have no names in the function then.
+    """
+    if row_axes(mesh) is None:
+        return function
     by_hand = ROW_AXES if mesh.shape["tensor"] > 1 else AXES
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(by_hand))
 
@@ -139,6 +149,22 @@ def placed(tree: Any, mesh: Mesh, min_elements: int) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, specs_of(tree, mesh, min_elements))
+
+
+def on_host(like: Any) -> Any:
+    """What `placed` gives, with its arrays (numbers apart) in the page-locked memory of the device's host."""
+
+    def move(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
+        )
+
+    return jax.tree.map(move, like)
+
+
+def moved(tree: Any, space: jax.memory.Space) -> Any:
+    """The arrays (numbers apart) of a traced tree in the memory of the host or of the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 
 def places_of(like: Any) -> Any:

@@ -27,7 +27,7 @@ from grpo_jax.objectives import Objective
 from grpo_jax.rng import key_for
 from grpo_jax.sampling import Sampling
 from grpo_jax.score import score
-from grpo_jax.sharding import REPLICATED, ROW_AXES, ROWS, constrain, over_rows, specs_of, without
+from grpo_jax.sharding import REPLICATED, ROW_AXES, ROWS, constrain, moved, over_rows, row_axes, specs_of, without
 from grpo_jax.spmd import AxisName, vary_like
 from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 
@@ -41,7 +41,7 @@ class UpdateSpec:
     widths: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
     old_logp: "sampler" (what was recorded) or "learner" (one more forward pass). importance_cap: of truncated importance
     sampling, 0: none.
-    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`).
+    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`). offload: the optimizer's state is in the host's memory.
     """
 
     objective: Objective
@@ -57,6 +57,7 @@ class UpdateSpec:
     filter_truncated: bool
     seed: int
     fsdp_min_elements: int
+    offload: bool = False
 
 
 @flax.struct.dataclass
@@ -82,19 +83,24 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
         policies = dataclasses.replace(state, opt_state=None, pending=None)
         parts = without(specs_of(policies, mesh, spec.fsdp_min_elements), "tensor")
         prepare = over_rows(
-            lambda state, batch: prepare_target(model, state, batch, spec, axis_name=ROW_AXES), mesh, (parts, ROWS), ROWS
+            lambda state, batch: prepare_target(model, state, batch, spec, axis_name=row_axes(mesh)), mesh, (parts, ROWS), ROWS
         )
         target = prepare(policies, constrain(batch, mesh, ROWS))
+        cuts = (parts.params, parts.base) if row_axes(mesh) else None
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
             grads, metrics = sharded_gradients(params, state.base, constrain(minibatch, mesh, ROWS))
+            if spec.offload:
+                opt_state = moved(opt_state, jax.memory.Space.Device)
             updates, opt_state = optimizer.update(grads, opt_state, params)
+            if spec.offload:
+                opt_state = moved(opt_state, jax.memory.Space.Host)
             metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         sharded_gradients = over_rows(
-            lambda params, base, minibatch: gradients(model, params, base, minibatch, spec, (parts.params, parts.base)),
+            lambda params, base, minibatch: gradients(model, params, base, minibatch, spec, cuts),
             mesh,
             (parts.params, parts.base, ROWS),
             (parts.params, REPLICATED),
@@ -164,7 +170,7 @@ def gradients(
 ):
     """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches.
 
-    parts: inside `over_rows`, the specs of params and base. The gradient of a weight that fsdp has cut is summed over that
+    parts: inside `over_rows`, where rows are cut, the specs of params and base. The gradient of a weight that fsdp has cut is summed over that
     axis as it leaves its layer, in every microbatch.
     """
     axis_name = ROW_AXES if parts else None

@@ -57,10 +57,10 @@ def collectives(program, kind):
 
 
 @functools.cache
-def updated(sizes, num_microbatches):
-    """Three updates of the decoder, with statistics over the batch; -> (compiled program, parameters, metrics)."""
+def updated(sizes, num_microbatches, variant="gtpo"):
+    """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
-    spec = dataclasses.replace(update_spec(config), objective=objectives.get("gtpo"))
+    spec = dataclasses.replace(update_spec(config), objective=dataclasses.replace(objectives.get(variant), kl_coef=0.0))
     model, mesh = ModelDef(ARCH), make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     state = tiny.state_of(tiny.random_params(ARCH), optimizer)
@@ -78,9 +78,10 @@ def batch_of(seed):
     return tiny.random_batch(8, 4, 5, vocab=ARCH.vocab_size, seed=seed)
 
 
-def test_three_updates_are_those_of_one_device():
-    """Other meshes, variants and a KL penalty: rows in test_train_step.py."""
-    _, params, metrics = updated(EIGHT, 2)
+@pytest.mark.parametrize("sizes, num_microbatches", [(EIGHT, 2), ((1, 1, 2), 1)])
+def test_three_updates_are_those_of_one_device(sizes, num_microbatches):
+    """Other meshes, variants and a KL penalty: rows in test_train_step.py; all of them: `python -m tests.mesh_matrix`."""
+    _, params, metrics = updated(sizes, num_microbatches)
     _, expected, expected_metrics = updated(ONE, 1)
     before = tiny.random_params(ARCH)
     for leaf, one, start in zip(*map(jax.tree.leaves, (params, expected, before)), strict=True):
@@ -190,6 +191,29 @@ def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
         wanted = {"lora_a": 1, "lora_b": 1, "bias": 1}.get(path[-1], 2) if is_matrix or path[-1] == "bias" else 0
         assert len(cut) == wanted, path
     assert param_spec(("layers", "mlp", "up", "weight"), (5, 40, 16), mesh, 641) == PartitionSpec(None, "tensor")
+
+
+def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
+    changes = {"optimizer.offload": True, "eval.num_samples": 0, "learner.num_minibatches": 2}
+    away, here = (make_run(config_of((2, 1, 1), {**changes, "optimizer.offload": offload})) for offload in (True, False))
+
+    def kinds(state):
+        return {(x.ndim > 0, x.sharding.memory_kind) for x in jax.tree.leaves(state.opt_state)}
+
+    state, expected = initial_state(away), initial_state(here)
+    assert kinds(state) == kinds(away.like) == {(True, "pinned_host"), (False, "device")}
+    state, expected = (run.iterate(each)[0] for run, each in ((away, state), (here, expected)))
+    assert kinds(state) == {(True, "pinned_host"), (False, "device")}
+    checkpointer = Checkpointer(tmp_path, away.config.checkpoint)
+    try:
+        checkpointer.save(1, state, away.config.to_dict())
+        state = restored_state(away, checkpointer, 1)
+    finally:
+        checkpointer.close()
+    assert kinds(state) == {(True, "pinned_host"), (False, "device")}
+    state, expected = (run.iterate(each)[0] for run, each in ((away, state), (here, expected)))
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get((x.params, x.opt_state)) for x in (state, expected)))
+    assert int(state.step) == 2 and max(np.abs(x).max() for x in jax.tree.leaves(jax.device_get(state.opt_state[1][0].mu))) > 0
 
 
 def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_path):

@@ -18,10 +18,9 @@ from flax.traverse_util import flatten_dict
 
 from experiments.plan.job import Job, mesh_of
 from experiments.roofline import Sizes
-from grpo_jax import build
+from grpo_jax import build, run
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.run import make_parts
 from grpo_jax.score import score
 from grpo_jax.sharding import placed
 from grpo_jax.types import Prompts, Rollout, TrainState, join
@@ -60,14 +59,14 @@ def peak_bytes(parts: list[Part]) -> float:
 def state_like(job: Job) -> TrainState:
     """Shapes and places of the state, as `run.assemble` has them."""
     alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1)))
-    return placed(state_shapes(alone), job.mesh, job.config.mesh.fsdp_min_elements)
+    return run.state_like(job.config, job.mesh, state_shapes(alone))
 
 
 @functools.lru_cache(maxsize=1)
 def state_shapes(job: Job) -> TrainState:
     base, adapters = split(job.model.param_shapes())
     base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
-    return jax.eval_shape(make_parts(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
+    return jax.eval_shape(run.make_parts(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
 
 
 def state_parts(job: Job) -> list[Part]:
@@ -76,14 +75,14 @@ def state_parts(job: Job) -> list[Part]:
     return [
         held("parameters", state.params),
         held("frozen weights under adapters", state.base),
-        held("optimizer state", state.opt_state),
+        held("optimizer state", None if job.config.optimizer.offload else state.opt_state),
         held("reference policy", state.ref_params),
         held("groups waiting (dynamic sampling)", state.pending),
     ]
 
 
 def held(what: str, tree: Any) -> Part:
-    """The bytes of a tree of placed shapes on one device."""
+    """The bytes of a tree of placed shapes on one device; None: of nothing."""
     leaves = jax.tree.leaves(tree)
     total = sum(x.size for x in leaves)
     here = sum(map(numbers_here, leaves))
@@ -107,10 +106,12 @@ def update_parts(job: Job) -> list[Part]:
     """On top of the state while one microbatch is differentiated.
 
     A decoder's layers are run twice, for prompts and for completions, so at the end of the backward pass two gradients of
-    them wait to be added, three with microbatches.
+    them wait to be added, three with microbatches. Optimizer state that waits on the host comes when the pass has ended.
     """
     sizes, arch = job.local_microbatch, job.local_arch
     kept = saved_for_backward(job, job.model.remat)
+    saved = sum(map(num_bytes, kept))
+    offloaded = local_bytes(state_like(job).opt_state) if job.config.optimizer.offload else 0
     gradient = local_bytes(state_like(job).params)
     copies = 2 + (job.config.learner.num_microbatches > 1)
     chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
@@ -118,7 +119,7 @@ def update_parts(job: Job) -> list[Part]:
     rows = job.local_batch.P * job.local_batch.G
     return [
         Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
-        Part(UPDATE, "saved for the backward pass", described(kept, sizes), sum(map(num_bytes, kept))),
+        Part(UPDATE, "saved for the backward pass", described(kept, sizes), saved),
         recomputed(job),
         Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B (prompts' pass, completions')", copies * gradient),
         Part(
@@ -126,6 +127,12 @@ def update_parts(job: Job) -> list[Part]:
             "logits of a chunk, beyond a gradient",
             f"{F32} B x {arch.vocab_size:,} x (2 x {chunk} + {arch.dim}) - {gradient:,.0f} B",
             max(0.0, head - gradient),
+        ),
+        Part(
+            UPDATE,
+            "optimizer state from the host, beyond what was saved",
+            f"{offloaded:,.0f} B - {saved:,.0f} B",
+            max(0.0, offloaded - saved),
         ),
         *gathered_parts(job),
     ]

@@ -102,7 +102,7 @@ def main() -> None:
         for size in sizes:
             records[label].append({"size": size, **measure(Point(**{**fixed, field: size}))})
             print(label, json.dumps(records[label][-1]), flush=True)
-    (HERE / "scaling.json").write_text(json.dumps(records, indent=1) + "\n")
+        (HERE / "scaling.json").write_text(json.dumps(records, indent=1) + "\n")
     draw(records)
 
 

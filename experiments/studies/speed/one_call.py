@@ -1,0 +1,106 @@
+"""Iterations of `arithmetic` a second: k in one compiled call, one at a time, and stage by stage from Python.
+
+    python -m experiments.studies.speed.one_call            # prints a table; about two minutes
+
+Stage by stage: prompts, rollout, reward and update are calls of their own with tokens and rewards passing through the host, as a
+task that is scored on the host runs (`iteration`'s functions, the same ones). All three do the same work on the same prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs import base
+from experiments import roofline
+from experiments.benchmark import sizes_of
+from grpo_jax import build
+from grpo_jax.config import Config
+from grpo_jax.run import assemble, initial_state
+from grpo_jax.sharding import make_mesh
+from grpo_jax.tasks.arithmetic import ArithmeticTask
+from grpo_jax.types import Prompts, Reward
+
+STEPS_PER_CALL, NUM_STEPS, REPEATS = 20, 40, 7
+
+
+class Staged:
+    """The arithmetic task as one of the host: its functions take and give numpy arrays."""
+
+    is_traceable = False
+
+    def __init__(self, task: ArithmeticTask):
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    @functools.cached_property
+    def _calls(self) -> tuple[Any, Any]:
+        return jax.jit(self._task.train_prompts, static_argnums=1), jax.jit(self._task.reward)
+
+    def train_prompts(self, position: int, num_prompts: int) -> Prompts:
+        return jax.tree.map(np.asarray, self._calls[0](position, num_prompts))
+
+    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+        reward = jax.tree.map(np.asarray, self._calls[1](answer, tokens_PGT, mask_PGT))
+        return dataclasses.replace(reward, metrics={})
+
+
+def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float, float]:
+    """-> (seconds an iteration, medians over blocks of NUM_STEPS; floating-point operations that it needs)."""
+    raw: Any = base.get_config(scale)
+    raw.update_from_flattened_dict({"steps_per_call": steps_per_call, "warm_start.num_steps": 0, "mesh.data": 1})
+    for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
+        raw.update_from_flattened_dict({name: 100})
+    config = Config.from_config_dict(raw)
+    task: Any = build.make_task(config)
+    model = build.make_model(config, task.tokenizer)
+    run = assemble(config, make_mesh(config.mesh), Staged(task) if is_staged else task, model)
+    held: list[Any] = [initial_state(run)]
+
+    def block() -> None:
+        for _ in range(NUM_STEPS // max(steps_per_call, 1)):
+            if steps_per_call:
+                held[:] = run.iterate(held[0])
+            else:
+                state, batch, metrics = run.collect(held[0])
+                held[:] = [run.update(state, batch)[0], batch, metrics]
+        jax.block_until_ready(held)
+
+    block()
+    secs = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        block()
+        secs.append((time.perf_counter() - began) / NUM_STEPS)
+    return statistics.median(secs), 4 * roofline.forward_flops(run.model.arch, sizes_of(held[1].rollout))
+
+
+def main() -> None:
+    rate = roofline.measure_ceilings("float32", 1 << 20).flops_per_s
+    table = Table(title=f"arithmetic, matrix products at {rate / 1e9:.0f} GFLOP/s")
+    for name in ("scale", "how", "ms an iteration", "times as fast as staged", "share of the matrix rate"):
+        table.add_column(name, justify="left" if name in ("scale", "how") else "right")
+    for scale in ("tiny", "runlocal"):
+        ways = {
+            "stage by stage": measure(scale, 0, is_staged=True),
+            "rollout and update apart": measure(scale, 0, is_staged=False),
+            f"{STEPS_PER_CALL} in one call": measure(scale, STEPS_PER_CALL, is_staged=False),
+        }
+        staged = ways["stage by stage"][0]
+        for how, (secs, flops) in ways.items():
+            table.add_row(scale, how, f"{secs * 1e3:.2f}", f"{staged / secs:.2f}", f"{flops / secs / rate:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
