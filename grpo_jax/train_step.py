@@ -41,7 +41,8 @@ class UpdateSpec:
     widths: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
     old_logp: "sampler" (what was recorded) or "learner" (one more forward pass). importance_cap: of truncated importance
     sampling, 0: none.
-    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`). offload: the optimizer's state is in the host's memory.
+    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`).
+    offload: the optimizer's state waits in the host's memory.
     """
 
     objective: Objective
@@ -170,8 +171,8 @@ def gradients(
 ):
     """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches.
 
-    parts: inside `over_rows`, where rows are cut, the specs of params and base. The gradient of a weight that fsdp has cut is summed over that
-    axis as it leaves its layer, in every microbatch.
+    parts: inside `over_rows`, where rows are cut, the specs of params and base. The gradient of a weight that fsdp has cut is
+    summed over that axis as it leaves its layer, in every microbatch.
     """
     axis_name = ROW_AXES if parts else None
     mask_PGT = target.rollout.mask_PGT

@@ -75,19 +75,24 @@ def state_parts(job: Job) -> list[Part]:
     return [
         held("parameters", state.params),
         held("frozen weights under adapters", state.base),
-        held("optimizer state", None if job.config.optimizer.offload else state.opt_state),
+        held("optimizer state", state.opt_state),
         held("reference policy", state.ref_params),
         held("groups waiting (dynamic sampling)", state.pending),
     ]
 
 
 def held(what: str, tree: Any) -> Part:
-    """The bytes of a tree of placed shapes on one device; None: of nothing."""
-    leaves = jax.tree.leaves(tree)
+    """The bytes of a tree of placed shapes on one device; what waits on the host is left out."""
+    leaves = [x for x in jax.tree.leaves(tree) if not is_on_host(x)]
     total = sum(x.size for x in leaves)
     here = sum(map(numbers_here, leaves))
     dtypes = " and ".join(sorted({str(x.dtype) for x in leaves}))
-    return Part(STATE, what, f"{here:,} of {total:,} numbers, {dtypes}", local_bytes(tree))
+    return Part(STATE, what, f"{here:,} of {total:,} numbers, {dtypes}", local_bytes(leaves))
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether a placed shape is one of `optimizer.offload`."""
+    return x.sharding.memory_kind == "pinned_host"
 
 
 def local_bytes(tree: Any) -> float:
@@ -111,7 +116,7 @@ def update_parts(job: Job) -> list[Part]:
     sizes, arch = job.local_microbatch, job.local_arch
     kept = saved_for_backward(job, job.model.remat)
     saved = sum(map(num_bytes, kept))
-    offloaded = local_bytes(state_like(job).opt_state) if job.config.optimizer.offload else 0
+    offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     gradient = local_bytes(state_like(job).params)
     copies = 2 + (job.config.learner.num_microbatches > 1)
     chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))

@@ -2,8 +2,8 @@
 
     python -m experiments.studies.speed.one_call            # prints a table; about two minutes
 
-Stage by stage: prompts, rollout, reward and update are calls of their own with tokens and rewards passing through the host, as a
-task that is scored on the host runs (`iteration`'s functions, the same ones). All three do the same work on the same prompts.
+Stage by stage: prompts, rollout, reward and update are calls of their own with tokens and rewards passing through the host, as
+a task that is scored on the host runs (by the same functions of `iteration`). All three do the same work on the same prompts.
 """
 
 from __future__ import annotations
