@@ -23,6 +23,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.num_steps = 800  # optimisation steps (iterations of rollout and update)
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
     config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
+    config.async_steps = 0  # 1: tasks of the host judge the next batch while this one is trained on; it is a step old then
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
     config.objective = objective_of(variant)

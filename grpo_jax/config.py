@@ -236,6 +236,7 @@ class Config:
     num_steps: int
     eval_every: int
     steps_per_call: int
+    async_steps: int
     shuffle_rewards: bool
     objective: Objective
     model: ModelConfig

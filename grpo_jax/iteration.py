@@ -29,7 +29,7 @@ from grpo_jax.tasks import Task
 from grpo_jax.train_step import TrainStep
 from grpo_jax.types import Batch, GroupBuffer, Params, Prompts, Reward, Rollout, TrainState
 
-Collect = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
+Collect = Callable[..., tuple[TrainState, Batch, dict[str, Metric]]]
 Iteration = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
 
 
@@ -65,10 +65,15 @@ def make_sampler_weights(config: Config, mesh: Mesh) -> Callable[[Params], Param
     )
 
 
+def nothing() -> None:
+    """What there is to do meanwhile."""
+
+
 def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh) -> Collect:
     """-> collect(state) -> (state with its data position and buffer moved on, batch to train on, metrics of all sampled).
 
-    Traceable if the task is; else it runs on the host and jits its own parts.
+    Traceable if the task is; else it runs on the host, jits its own parts, and calls its second argument once the first
+    completions are under way: what that sends to the device runs while the host judges them.
     """
     sample_round = make_sample_round(config, task, run_rollout, mesh)
     sampler_weights = make_sampler_weights(config, mesh)
@@ -77,7 +82,7 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
     while_loop = jax.lax.while_loop if task.is_traceable else host_while_loop
     push, pop = jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
 
-    def gather(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+    def gather(state: TrainState, meanwhile: Callable[[], Any] = nothing) -> tuple[TrainState, Batch, dict[str, Metric]]:
         """Rounds until the buffer holds a full batch of informative groups, or the cap is spent."""
         assert state.pending is not None, "dynamic sampling without a buffer in the state"
         weights = sampler_weights(state.policy)
@@ -91,7 +96,7 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
             return (done.buffer.count < P) & (done.rounds < config.dynamic_sampling.max_sampling_rounds)
 
         # The first round stands before the loop: a full buffer from last time must not leave a step without samples.
-        batch, metrics = sample_round(state, weights, jnp.int32(0))
+        batch, metrics = sample_round(state, weights, jnp.int32(0), meanwhile)
         buffer = push(state.pending, batch, rewards.is_informative(batch.task_reward_PG))
         done = while_loop(is_short, add_round, Gathering(buffer, jnp.int32(1), metrics))
         batch, buffer = pop(done.buffer, P)
@@ -105,8 +110,8 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
         drawn = state.num_prompts_drawn + done.rounds * P
         return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), batch, metrics
 
-    def sample_once(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
-        batch, metrics = sample_round(state, sampler_weights(state.policy), jnp.int32(0))
+    def sample_once(state: TrainState, meanwhile: Callable[[], Any] = nothing) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        batch, metrics = sample_round(state, sampler_weights(state.policy), jnp.int32(0), meanwhile)
         return dataclasses.replace(state, num_prompts_drawn=state.num_prompts_drawn + P), batch, metrics
 
     return gather if config.dynamic_sampling.enabled else sample_once
@@ -135,8 +140,44 @@ def make_iterations(collect: Collect, train_step: TrainStep, num_steps: int) -> 
     return iterate
 
 
+def make_overlapped(collect: Collect, update: Callable[[TrainState], tuple[TrainState, dict[str, Metric]]]) -> Iteration:
+    """Collect and update side by side, for a task of the host: while the device trains on one batch, the next is judged.
+
+    The next batch is sampled with the weights that this update begins with, so it is one step old when its turn comes; its
+    old log-probs are its sampler's, and the ratio does the rest.
+
+    update: trains on `state.ahead` and donates the state. -> overlapped(state) -> (state, the batch sampled now, metrics).
+    """
+    snapshot = jax.jit(sampling_state)
+
+    def overlapped(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+        trained: list[Any] = []
+        seen, batch, sampled = collect(snapshot(state), lambda: trained.extend(update(state)))
+        state, updated = trained
+        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "ahead": batch}
+        return dataclasses.replace(state, **moved_on), batch, metrics_lib.merge(sampled, updated)
+
+    return overlapped
+
+
+def with_batch_ahead(collect: Collect, state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
+    """-> (the state at step 0 with its first batch, sampled with nothing beside it; metrics of all sampled)."""
+    before = dataclasses.replace(state, step=state.step - 1)  # the randomness of step 0 is the next batch's
+    after, batch, sampled = collect(before)
+    return dataclasses.replace(after, step=state.step, ahead=batch), sampled
+
+
+def sampling_state(state: TrainState) -> TrainState:
+    """A copy of what `collect` reads, which outlives the donated state."""
+    read = dataclasses.replace(state, params=state.policy, base=None, opt_state=None, ref_params=None, ahead=None)
+    return jax.tree.map(jnp.copy, read)
+
+
 def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rollout], mesh: Mesh):
-    """-> sample_round(state, sampler's weights, number of the round) -> (rewarded Batch, metrics of all sampled in it)."""
+    """-> sample_round(state, sampler's weights, number of the round, meanwhile) -> (rewarded Batch, metrics of all sampled).
+
+    meanwhile: called when the rollout is on its way and its rewards are not.
+    """
     P = config.rollout.num_prompts
     run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
     train_prompts = task.train_prompts if task.is_traceable else functools.partial(own_prompts, task, mesh)
@@ -157,12 +198,15 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
 
     finish = finish if task.is_traceable else jax.jit(finish)
 
-    def sample_round(state: TrainState, weights: Params, number: Any) -> tuple[Batch, dict[str, Metric]]:
+    def sample_round(
+        state: TrainState, weights: Params, number: Any, meanwhile: Callable[[], Any] = nothing
+    ) -> tuple[Batch, dict[str, Metric]]:
         prompts = train_prompts(state.num_prompts_drawn + number * P, P)
         key, shuffle_key = (
             jax.random.fold_in(key_for(config.seed, purpose, state.step), number) for purpose in ("rollout", "shuffle")
         )
         rolled = run_rollout(weights, prompts, key)
+        meanwhile()
         return finish(rolled, reward(prompts.answer, rolled.tokens_PGT, rolled.mask_PGT), shuffle_key, state.step)
 
     return sample_round

@@ -19,7 +19,7 @@ from grpo_jax.config import Config
 from grpo_jax.dynamic_sampling import empty_buffer
 from grpo_jax.errors import UserError
 from grpo_jax.evaluate import Evaluate, make_evaluate
-from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations, make_rollout
+from grpo_jax.iteration import Collect, Iteration, make_collect, make_iterations, make_overlapped, make_rollout
 from grpo_jax.models.lora import split
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.optimizer import make_optimizer
@@ -32,6 +32,8 @@ from grpo_jax.types import Batch, Params, Rollout, TrainState, join
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
+
+    overlapped: with async_steps, instead of collect and update.
 
     like: shapes and places of the state. start: (weights, adapters or None) -> the state at step 0; donates them.
     credit: `credit.recorded_advantages` of a batch. weights: loads or warm-starts what the run begins with, without adapters.
@@ -46,6 +48,7 @@ class Run:
     collect: Collect
     update: Any
     iterate: Any
+    overlapped: Iteration
     credit: Any
     evaluate: Evaluate
     weights: Callable[[], Params]
@@ -71,6 +74,11 @@ def make_run(config: Config) -> Run:
 
 def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     """Bind a config to a task and a model. Raises UserError if the task or the model cannot do what the config asks."""
+    if config.async_steps and task.is_traceable:
+        raise UserError(
+            f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "
+            "nothing to wait for; set it to 0"
+        )
     if config.steps_per_call and not task.is_traceable:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
@@ -92,6 +100,10 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         collect=jax.jit(parts.collect, donate_argnums=0, out_shardings=sampled) if task.is_traceable else parts.collect,
         update=jax.jit(parts.update, donate_argnums=0, out_shardings=(places, everywhere)),
         iterate=jax.jit(parts.iterate, donate_argnums=0, out_shardings=sampled),
+        overlapped=make_overlapped(
+            parts.collect,
+            jax.jit(lambda state: parts.update(state, state.ahead), donate_argnums=0, out_shardings=(places, everywhere)),
+        ),
         credit=jax.jit(parts.credit),
         evaluate=make_evaluate(config, task, model, build.rollout_spec(config, task), mesh),
         weights=lambda: build.initial_params(config, model, task, places_of(base_of(like))),
@@ -116,7 +128,12 @@ def make_parts(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Parts
 def state_like(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
     """The shapes of a state with the places they belong to."""
     like = placed(shapes, mesh, config.mesh.fsdp_min_elements)
-    return dataclasses.replace(like, opt_state=on_host(like.opt_state)) if config.optimizer.offload else like
+    rows = NamedSharding(mesh, ROWS)
+    return dataclasses.replace(
+        like,
+        opt_state=on_host(like.opt_state) if config.optimizer.offload else like.opt_state,
+        ahead=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), like.ahead),
+    )
 
 
 def base_of(state: TrainState) -> Params:
@@ -179,6 +196,7 @@ def state_around(
 ) -> TrainState:
     """Step 0 with these weights; with adapters, it is the adapters that will be trained. example: `example_batch`."""
     base, trained = (None, weights) if adapters is None else (weights, adapters)
+    batch = example(join(base, trained)) if config.dynamic_sampling.enabled or config.async_steps else None
     has_copy = config.objective.has_kl and adapters is None
     return TrainState(
         step=jnp.int32(0),
@@ -187,7 +205,8 @@ def state_around(
         base=base,
         ref_params=jax.tree.map(jnp.copy, weights) if has_copy else None,
         num_prompts_drawn=jnp.int32(0),
-        pending=empty_buffer(example(join(base, trained))) if config.dynamic_sampling.enabled else None,
+        pending=empty_buffer(batch) if batch and config.dynamic_sampling.enabled else None,
+        ahead=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch) if config.async_steps else None,
     )
 
 

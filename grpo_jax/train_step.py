@@ -81,7 +81,7 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
     """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
-        policies = dataclasses.replace(state, opt_state=None, pending=None)
+        policies = dataclasses.replace(state, opt_state=None, pending=None, ahead=None)
         parts = without(specs_of(policies, mesh, spec.fsdp_min_elements), "tensor")
         prepare = over_rows(
             lambda state, batch: prepare_target(model, state, batch, spec, axis_name=row_axes(mesh)), mesh, (parts, ROWS), ROWS

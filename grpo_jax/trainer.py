@@ -21,6 +21,7 @@ from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
 from grpo_jax.evaluate import as_metrics
+from grpo_jax.iteration import with_batch_ahead
 from grpo_jax.plots import learning_curve
 from grpo_jax.provenance import provenance
 from grpo_jax.run import Run, initial_state, make_run, restored_state
@@ -135,7 +136,7 @@ class Loop:
 
     def go(self, state: TrainState, resumed: int | None) -> None:
         """From step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
-        self.begin(state, resumed)
+        state = self.begin(state, resumed)
         unwritten: Unwritten | None = None
         for step in self.calls(resumed):
             if hosts.any_of(self.stop.is_set):
@@ -150,10 +151,16 @@ class Loop:
         num = max(self.run.config.steps_per_call, 1)
         return range((resumed or 0) + num, self.run.config.num_steps + 1, num)
 
-    def begin(self, state: TrainState, resumed: int | None) -> None:
-        """A fresh run is evaluated before its first step."""
-        if resumed is None:
-            self.write(0, as_metrics(self.run.evaluate(state.policy)))
+    def begin(self, state: TrainState, resumed: int | None) -> TrainState:
+        """A fresh run is evaluated before its first step; with async_steps its first batch is sampled, nothing beside it."""
+        if resumed is not None:
+            return state
+        values = as_metrics(self.run.evaluate(state.policy))
+        if self.run.config.async_steps:
+            state, sampled = with_batch_ahead(self.run.collect, state)
+            values |= metrics_lib.to_floats(sampled)
+        self.write(0, values)
+        return state
 
     def after(self, state: TrainState, batch: Batch, unwritten: Unwritten) -> Unwritten | None:
         """What is due after a call: completions, evaluation, saving. -> its records, if they are left to be written.
@@ -188,6 +195,11 @@ class Loop:
             self.write_out(unwritten)
             jax.block_until_ready(state.step)
             steps = metrics_lib.unstacked(jax.device_get(metrics), self.run.config.steps_per_call)
+        elif self.run.config.async_steps:
+            state, batch, metrics = self.run.overlapped(state)
+            self.write_out(unwritten)
+            jax.block_until_ready(state.step)
+            steps = [metrics]
         else:
             state, batch, sampled = self.run.collect(state)
             self.write_out(unwritten)

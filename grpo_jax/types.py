@@ -96,6 +96,7 @@ class TrainState:
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
     ref_params: the reference policy; None unless kl_coef > 0, and with LoRA, whose base it is.
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
+    ahead: the batch of the next update, sampled one step early; None without async_steps.
     `base` and `ref_params` never change and are left out of checkpoints.
     """
 
@@ -106,6 +107,7 @@ class TrainState:
     ref_params: Params | None
     num_prompts_drawn: jax.Array
     pending: GroupBuffer | None
+    ahead: Batch | None = None
 
     @property
     def policy(self) -> Params:

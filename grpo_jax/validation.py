@@ -60,6 +60,7 @@ def validate(config: Config) -> None:
     _require_importance(config)
     _require_adapters(config)
     _require_whole_calls(config)
+    _require_overlap(config)
     _require_mesh(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
@@ -86,6 +87,20 @@ def _require_whole_calls(config: Config) -> None:
         value = _field(config, name)
         if config.steps_per_call and value % config.steps_per_call:
             raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
+
+
+def _require_overlap(config: Config) -> None:
+    """A batch that is sampled ahead is one step old, and what the sampler said of it is all there is."""
+    if config.async_steps and config.steps_per_call:
+        raise UserError(
+            f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
+            "the host, the other for tasks of the device; set one of them to 0"
+        )
+    if config.async_steps and config.learner.old_logp != "sampler":
+        raise UserError(
+            f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} the learner "
+            "has moved on from the policy that sampled, set it to 'sampler'"
+        )
 
 
 def _require_mesh(config: Config) -> None:
@@ -150,7 +165,8 @@ def _require_generators(config: Config) -> None:
 
 
 def _require_choices(config: Config) -> None:
-    choices = {
+    choices: dict[str, tuple[Any, ...]] = {
+        "async_steps": (0, 1),
         "task.name": TASKS,
         "model.dtype": DTYPES,
         "model.remat": REMATS,
@@ -160,7 +176,7 @@ def _require_choices(config: Config) -> None:
     for name, known in choices.items():
         value = _field(config, name)
         if value not in known:
-            raise UserError(f"config.{name} = {value!r}: unknown; known: {', '.join(known)}")
+            raise UserError(f"config.{name} = {value!r}: unknown; known: {', '.join(map(str, known))}")
 
 
 # Lowest allowed values, inclusive; "> 0" fields are listed apart because they are real numbers.

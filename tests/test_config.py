@@ -110,6 +110,9 @@ def broken(changes):
         ({"task.arithmetic.operators": "*"}, r"config\.task\.arithmetic\.operators = '\*'"),
         ({"task.arithmetic.max_operand": 0}, r"config\.task\.arithmetic\.max_operand = 0"),
         ({"optimizer.schedule": "magic"}, r"config\.optimizer\.schedule = 'magic'"),
+        ({"async_steps": 2}, r"config\.async_steps = 2: unknown; known: 0, 1"),
+        ({"async_steps": 1, "steps_per_call": 1}, r"config\.steps_per_call = 1: .* set one of them to 0"),
+        ({"async_steps": 1, "learner.old_logp": "learner"}, r"config\.learner\.old_logp = 'learner': .* set it to 'sampler'"),
     ],
 )
 def test_bad_values_name_the_field_and_the_fix(changes, says):

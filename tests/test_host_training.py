@@ -3,6 +3,9 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base
@@ -10,7 +13,9 @@ from experiments.show.page import run_data
 from grpo_jax import trainer
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.iteration import make_overlapped
 from grpo_jax.models import families
+from grpo_jax.run import initial_state, make_run, restored_policy
 from grpo_jax.runlog import read_completions
 from tests import programs
 from tests.hf_models import torch_model
@@ -135,6 +140,45 @@ def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path,
         assert record["reward/success"] == pytest.approx(parts["my_rewards:late"], abs=1e-6)
         assert record["reward/mean"] == pytest.approx(parts["my_rewards:late"] + 0.5 * parts["length"], abs=1e-6)
         assert 0 < parts["my_rewards:late"] < 1 and record["reward/errors"] == parts["format"] == 0
+
+
+def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run_resumes(tmp_path, config, monkeypatch):
+    """Against the same steps one after another, which no donated buffer can spoil."""
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config.reward.task, config.async_steps = "my_rewards:late", 1
+    config.dynamic_sampling.enabled, config.optimizer.schedule = True, "constant"
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
+    whole = Config.from_config_dict(config)
+    trainer.train(whole, tmp_path / "whole")
+    trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
+    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
+    records, torn = (programs.records(tmp_path / name) for name in ("whole", "torn"))
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert [{k: v for k, v in t.items() if k in r} for t, r in zip(torn, records, strict=True)] == records
+    assert records[1]["policy/ratio"] == pytest.approx(1, abs=1e-6) and abs(records[2]["policy/ratio"] - 1) > 1e-4
+
+    run = make_run(whole)
+    events = []
+    judge = run.task.reward
+    monkeypatch.setattr(run.task, "reward", lambda *args: events.append("judged") or judge(*args))
+    state = initial_state(run)
+    held, batch, _ = run.collect(dataclasses.replace(state, step=state.step - 1))
+    state = dataclasses.replace(held, step=state.step)
+    try:
+        for step in range(4):
+            held, ahead, _ = run.collect(jax.tree.map(jnp.copy, state))
+            assert int(batch.sampled_at_P.max()) == step - 1
+            state, _ = run.update(state, batch)
+            state = dataclasses.replace(state, num_prompts_drawn=held.num_prompts_drawn, pending=held.pending)
+            batch = ahead
+        jax.tree.map(np.testing.assert_array_equal, state.params, restored_policy(run, tmp_path / "whole", 4))
+        del events[:]
+        update = make_overlapped(run.collect, lambda state: events.append("trained") or run.update(state, state.ahead))
+        update(dataclasses.replace(state, ahead=jax.tree.map(jnp.copy, batch)))
+        assert events[:2] == ["trained", "judged"]
+    finally:
+        run.task.close()
 
 
 def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_folder):

@@ -78,6 +78,8 @@ def state_parts(job: Job) -> list[Part]:
         held("optimizer state", state.opt_state),
         held("reference policy", state.ref_params),
         held("groups waiting (dynamic sampling)", state.pending),
+        held("the batch sampled ahead (async_steps)", state.ahead),
+        held("the weights that sample it", state.policy if job.config.async_steps else None),
     ]
 
 
