@@ -98,8 +98,8 @@ def _require_overlap(config: Config) -> None:
         )
     if config.async_steps and config.learner.old_logp != "sampler":
         raise UserError(
-            f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} the learner "
-            "has moved on from the policy that sampled, set it to 'sampler'"
+            f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
+            "the learner has moved on from the policy that sampled, set it to 'sampler'"
         )
 
 

@@ -174,8 +174,12 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
             batch = ahead
         jax.tree.map(np.testing.assert_array_equal, state.params, restored_policy(run, tmp_path / "whole", 4))
         del events[:]
-        update = make_overlapped(run.collect, lambda state: events.append("trained") or run.update(state, state.ahead))
-        update(dataclasses.replace(state, ahead=jax.tree.map(jnp.copy, batch)))
+
+        def update(state):
+            events.append("trained")
+            return run.update(state, jax.tree.map(jnp.copy, state.ahead))
+
+        make_overlapped(run.collect, update)(dataclasses.replace(state, ahead=batch))
         assert events[:2] == ["trained", "judged"]
     finally:
         run.task.close()
