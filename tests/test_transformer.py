@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models import transformer
+from grpo_jax.models import attention, transformer
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import KVCache, View, attend
 from grpo_jax.models.transformer import ModelDef
@@ -298,6 +298,31 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
     view = View(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
     out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, view, cache, H**-0.5)
     np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", [ARCHS["qwen3"], GEMMA], ids=["qwen3", "gemma"])
+def test_long_rows_in_blocks_are_the_same_and_hold_no_square_of_scores(arch, monkeypatch):
+    """Blocks that do not divide the rows, beside prompts and windows."""
+    params = tiny.random_params(arch)
+    tokens_PS, mask_PS, tokens_BT, mask_BT = make_inputs()
+
+    def summed(params):
+        last_PD, hidden_BTD = continued(ModelDef(arch), params, tokens_PS, mask_PS, tokens_BT, mask_BT)
+        return (last_PD * 0.3).sum() + (hidden_BTD**2 * mask_BT[..., None]).sum()
+
+    def run():
+        program = jax.jit(jax.value_and_grad(summed)).lower(params)
+        scores = {shape for shape in re.findall(r"tensor<([\dx]+)xf32>", program.as_text()) if f"x{T}x" in f"x{shape}x"}
+        return program.compile()(params), scores
+
+    (value, grads), whole = run()
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 4)
+    (blocked, blocked_grads), parts = run()
+    K, R = arch.num_kv_heads, arch.num_heads // arch.num_kv_heads
+    square = f"{B}x{K}x{T}x{R}x{T}"
+    assert square in whole and square not in parts and f"{B}x{K}x4x{R}x4" in parts
+    np.testing.assert_allclose(blocked, value, rtol=1e-6)
+    assert tiny.largest_difference(blocked_grads, grads) < 1e-5
 
 
 def test_prompts_are_not_copied_for_their_completions():

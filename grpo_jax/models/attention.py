@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from grpo_jax.models.architecture import Architecture, Rope
 
 NEVER = -1e30  # a masked attention score: finite, so that a row with nothing to attend to stays finite
+BLOCK_QUERIES = 128  # of a row, whose scores exist at a time
+MAX_BLOCKS = 16  # then they grow: each is compiled
 
 
 @flax.struct.dataclass
@@ -102,11 +105,38 @@ def choose(views: tuple[View, View], is_local) -> View:
 def attend(q_BTNH, own: KVCache, view: View, prefix: KVCache | None, scale: float):
     """Softmax attention over a row's own keys and its prompt's keys, as one softmax over both.
 
+    A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
+    backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
+
     Args:
-      q_BTNH: queries. own: one layer's, N a multiple of its K. scale: of the scores.
+      q_BTNH: queries; one, or causal ones, T of them over as many own keys. scale: of the scores.
+      own: one layer's, N a multiple of its K.
       prefix: one layer's, of the prompts; rows p*G .. p*G+G-1 see prompt p. The two score blocks share their maximum and
         their sum, so nothing is concatenated and no prompt is repeated.
     """
+    T = q_BTNH.shape[1]
+    size = max(BLOCK_QUERIES, -(-T // MAX_BLOCKS))
+    if size >= T:
+        return _attend(scale, q_BTNH, own, view, prefix)
+    block = jax.checkpoint(functools.partial(_attend, scale))
+    pieces = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        seen = KVCache(own.k[..., :end], own.v[:, :, :end])
+        pieces.append(block(q_BTNH[:, start:end], seen, _view_of(view, start, end), prefix))
+    return jnp.concatenate(pieces, 1)
+
+
+def _view_of(view: View, start: int, end: int) -> View:
+    """What the queries start .. end - 1 see, of their row's first `end` keys."""
+    mask_PGTS = view.mask_PGTS
+    if mask_PGTS is not None and mask_PGTS.shape[2] > 1:
+        mask_PGTS = mask_PGTS[:, :, start:end]
+    return View(None, view.mask_BTU[:, start:end, :end], mask_PGTS)
+
+
+def _attend(scale: float, q_BTNH, own: KVCache, view: View, prefix: KVCache | None):
+    """All queries at once."""
     B, T, N, H = q_BTNH.shape
     K, R = own.k.shape[1], N // own.k.shape[1]
     P, G = (1, B) if prefix is None else (len(prefix.k), B // len(prefix.k))
