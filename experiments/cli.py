@@ -19,10 +19,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 
 EXIT_BAD_INPUT = 2
-# As GLIBC_TUNABLES when a process starts. A compiled call would give its memory back and fault it in anew, in small pages.
-KEEP_MEMORY = ":".join(
-    f"glibc.malloc.{setting}" for setting in ("hugetlb=1", "arena_max=1", "mmap_max=0", "trim_threshold=1000000000000")
-)
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 INSTALLED = pathlib.Path(__file__).parent.parent  # where `configs` lies, in a clone and where pip puts it
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"

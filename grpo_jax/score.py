@@ -21,11 +21,15 @@ def score(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling,
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
-    last_PD, prefix = decoder.encode_prompts(rollout.prompts.tokens_PS, rollout.prompts.mask_PS)
-    hidden_BTD = jnp.repeat(last_PD, G, axis=0)[:, None]  # the prompt's last state predicts the first token
-    if T > 1:
-        inputs_BT, mask_BT = tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1]
-        hidden_BTD = jnp.concatenate([hidden_BTD, decoder(inputs_BT, mask_BT, prefix)[0]], axis=1)
+    prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
+    if T == 1:
+        last_PD, _ = decoder.encode_prompts(*prompts)
+        later = []
+    else:
+        last_PD, later_BTD = decoder.continued(*prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1])
+        later = [later_BTD]
+    # The prompt's last state predicts the first token.
+    hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
     logp_N, entropy_N = token_logprobs(
         hidden_BTD.reshape(P * G * T, -1),
         decoder.head_VD,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
+REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")

@@ -90,7 +90,7 @@ def left_padded():
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model: ModelDef, params, tokens_BT, mask_BT):
     decoder = model.bind(params)
-    hidden_BTD = decoder(tokens_BT, mask_BT)[0]
+    hidden_BTD = decoder(tokens_BT, mask_BT)
     logits_NV = head_logits(hidden_BTD.reshape(-1, model.arch.dim), decoder.head_VD, decoder.logit_cap)
     return logits_NV.reshape(*tokens_BT.shape, -1)
 

@@ -153,7 +153,7 @@ def test_peft_loads_what_we_save(tmp_path, folder):
     @jax.jit
     def forward(params):
         decoder = model.bind(params)
-        return jnp.einsum("btd,vd->btv", decoder(tokens_BT, mask_BT)[0], decoder.head_VD)
+        return jnp.einsum("btd,vd->btv", decoder(tokens_BT, mask_BT), decoder.head_VD)
 
     theirs = torch_logits(PeftModel.from_pretrained(torch_model("qwen3 tied"), tmp_path / "adapter"), tokens_BT, mask_BT)
     plain = jax_logits(folder, tokens_BT, mask_BT)

@@ -93,16 +93,16 @@ def test_three_updates_are_those_of_one_device(sizes, num_microbatches):
 
 
 def test_the_update_gathers_each_layer_once_a_pass_and_scatters_its_gradient():
-    """Passes: prompts and completions, forward and backward. Of a device's half along tensor; nothing stacked travels."""
+    """Passes: forward and backward, prompts with completions. Of a device's half along tensor; nothing stacked travels."""
     program = updated(EIGHT, 2)[0]
     V, D = ARCH.vocab_size // 2, ARCH.dim
     gathers, scatters = collections.Counter({(V, D): 2}), collections.Counter({(V, D // 2): 2})  # embedding and head
     for name in MATRICES:
-        gathers[half_of(name)] += 4
+        gathers[half_of(name)] += 2
         num_out, num_in = half_of(name)
-        scatters[(num_out // 2, num_in) if name in ("o", "down") else (num_out, num_in // 2)] += 2
+        scatters[(num_out // 2, num_in) if name in ("o", "down") else (num_out, num_in // 2)] += 1
     assert (collectives(program, "all-gather"), collectives(program, "reduce-scatter")) == (gathers, scatters)
-    received = sum(math.prod(size) * num for size, num in gathers.items() if size != (V, D)) // 4
+    received = sum(math.prod(size) * num for size, num in gathers.items() if size != (V, D)) // 2
     assert received == sum(map(math.prod, MATRICES.values())) // 2  # numbers a layer and pass, all for use
 
 

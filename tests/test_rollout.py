@@ -150,7 +150,7 @@ def test_greedy_is_the_chain_of_argmaxes():
     @jax.jit
     def best(params):
         decoder = MODEL.bind(params)
-        return (decoder(tokens_BX, mask_BX)[0] @ decoder.head_VD.T).argmax(-1)
+        return (decoder(tokens_BX, mask_BX) @ decoder.head_VD.T).argmax(-1)
 
     best_PGT = np.asarray(best(tiny.random_params(tiny.LLAMA)))[:, S - 1 : -1].reshape(P, G, T)
     active = got.mask_PGT > 0

@@ -248,7 +248,7 @@ def test_logits_equal_torch(prompts, ours, torch_logits):
     @jax.jit
     def forward(params, tokens_PS, mask_PS):
         decoder = model.bind(params)
-        return jnp.einsum("bsd,vd->bsv", decoder(tokens_PS, mask_PS)[0], decoder.head_VD)
+        return jnp.einsum("bsd,vd->bsv", decoder(tokens_PS, mask_PS), decoder.head_VD)
 
     theirs = torch_logits(tokens_PS, mask_PS)[mask_PS]
     assert np.abs(theirs).max() > 10

@@ -91,8 +91,7 @@ def dense_logp(hidden_BTD, head_VD, tokens_BT, temperature):
 def bigram_logp(params, rollout, temperature):
     decoder = BIGRAM.bind(params)
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(-1, T), rollout.mask_PGT.reshape(-1, T)
-    last_PD, prefix = decoder.encode_prompts(rollout.prompts.tokens_PS, rollout.prompts.mask_PS)
-    hidden_BTD, _ = decoder(tokens_BT, mask_BT, prefix)
+    last_PD, hidden_BTD = decoder.continued(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, 0)[:, None], hidden_BTD[:, :-1]], 1)
     return dense_logp(hidden_BTD, decoder.head_VD, tokens_BT, temperature)
 
@@ -102,7 +101,7 @@ def decoder_logp(model, params, rollout, temperature):
     decoder = model.bind(params)
     tokens_BX = jnp.concatenate([jnp.repeat(rollout.prompts.tokens_PS, G, 0), rollout.tokens_PGT.reshape(-1, T)], 1)
     mask_BX = jnp.concatenate([jnp.repeat(rollout.prompts.mask_PS, G, 0), rollout.mask_PGT.reshape(-1, T) > 0], 1)
-    hidden_BXD, _ = decoder(tokens_BX, mask_BX)
+    hidden_BXD = decoder(tokens_BX, mask_BX)
     return dense_logp(hidden_BXD[:, S - 1 : -1], decoder.head_VD, tokens_BX[:, S:], temperature)
 
 

@@ -61,14 +61,13 @@ def concatenated(tokens_PS, mask_PS, tokens_BT, mask_BT):
 
 @functools.cache
 def plain(model):
-    return jax.jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX)[0])
+    return jax.jit(lambda params, tokens_BX, mask_BX: model.bind(params)(tokens_BX, mask_BX))
 
 
 def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
     """Hidden states of the completions, computed on top of their prompts' cache."""
     decoder = model.bind(params)
-    last_PD, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-    return last_PD, decoder(tokens_BT, mask_BT, prefix)[0]
+    return decoder.continued(tokens_PS, mask_PS, tokens_BT, mask_BT)
 
 
 @functools.cache
@@ -220,7 +219,7 @@ def test_remat_recomputes_and_few_layers_are_unrolled():
     def jaxpr_of(arch, remat="none"):
         params = jax.eval_shape(lambda: transformer.init_params(arch, jax.random.key(0)))
         model = ModelDef(arch, remat=remat)
-        return str(jax.make_jaxpr(jax.grad(lambda p: model.bind(p)(tokens, mask)[0].sum()))(params))
+        return str(jax.make_jaxpr(jax.grad(lambda p: model.bind(p)(tokens, mask).sum()))(params))
 
     few = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED)
     assert "remat" in jaxpr_of(few, remat="full") and "remat" not in jaxpr_of(few)

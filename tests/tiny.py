@@ -143,10 +143,11 @@ class BigramDecoder:
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]
 
-    def __call__(self, tokens_BT, mask_BT, prefix_PD):
+    def continued(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
         del mask_BT
+        last_PD, prefix_PD = self.encode_prompts(tokens_PS, mask_PS)
         hidden_BTD = self.embed_VD[tokens_BT]
-        return jnp.tanh(hidden_BTD + jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)[:, None]), None
+        return last_PD, jnp.tanh(hidden_BTD + jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)[:, None])
 
     def encode_prompts(self, tokens_PS, mask_PS):
         sum_PD = (self.embed_VD[tokens_PS] * mask_PS[..., None]).sum(1)

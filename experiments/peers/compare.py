@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
-    "GLIBC_TUNABLES": cli.KEEP_MEMORY,
+    "GLIBC_TUNABLES": cli.HUGE_PAGES,
 }
 QUIET = 0.1  # share of the machine that others may have before the table says that it is not to be trusted
 

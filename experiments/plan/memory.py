@@ -112,15 +112,15 @@ def numbers_here(x: Any) -> int:
 def update_parts(job: Job) -> list[Part]:
     """On top of the state while one microbatch is differentiated.
 
-    A decoder's layers are run twice, for prompts and for completions, so at the end of the backward pass two gradients of
-    them wait to be added, three with microbatches. Optimizer state that waits on the host comes when the pass has ended.
+    With microbatches a gradient waits for the next one to be added. Optimizer state that waits on the host comes when the
+    backward pass has ended.
     """
     sizes, arch = job.local_microbatch, job.local_arch
     kept = saved_for_backward(job, job.model.remat)
     saved = sum(map(num_bytes, kept))
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     gradient = local_bytes(state_like(job).params)
-    copies = 2 + (job.config.learner.num_microbatches > 1)
+    copies = 1 + (job.config.learner.num_microbatches > 1)
     chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
     head = F32 * arch.vocab_size * (2 * chunk + arch.dim)
     rows = job.local_batch.P * job.local_batch.G
@@ -128,7 +128,7 @@ def update_parts(job: Job) -> list[Part]:
         Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
         Part(UPDATE, "saved for the backward pass", described(kept, sizes), saved),
         recomputed(job),
-        Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B (prompts' pass, completions')", copies * gradient),
+        Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B", copies * gradient),
         Part(
             UPDATE,
             "logits of a chunk, beyond a gradient",

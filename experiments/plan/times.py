@@ -111,9 +111,9 @@ def row_traffic(job: Job) -> list[Sent]:
     layers, tables, _ = cut_numbers(job, trained_only=False)
     grad_layers, grad_tables, whole = cut_numbers(job, trained_only=True)
     share = (fsdp - 1) / fsdp
-    # A layer is gathered for prompts and completions, forward and backward; a table once, what it gives is kept.
-    gathers = microbatches * (steps * (4 * layers + tables) + num_scored(job) * (2 * layers + tables))
-    scatters = microbatches * steps * (2 * grad_layers + grad_tables)
+    # A layer is gathered forward and backward; a table once, what it gives is kept.
+    gathers = microbatches * (steps * (2 * layers + tables) + num_scored(job) * (layers + tables))
+    scatters = microbatches * steps * (grad_layers + grad_tables)
     parts = (grad_layers + grad_tables) / fsdp
     n = data * fsdp
     outer = "data" if data > 1 else "fsdp"

@@ -51,7 +51,7 @@ class Worker:
     def start(cls, num_threads: int) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        os.environ.setdefault("GLIBC_TUNABLES", cli.KEEP_MEMORY)  # only a new process reads it
+        os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # only a new process reads it
         process = context.Process(target=worker.serve, args=(theirs, num_threads), daemon=True)
         process.start()
         theirs.close()  # so that ours ends when the process does

@@ -55,9 +55,14 @@ class KVCache:
 class Prefix:
     """A left-padded prompt as its completions see it: cache over [P, S], mask_PS (True on tokens), lengths_P in tokens."""
 
-    cache: KVCache
+    cache: Any
     mask_PS: Any
     lengths_P: Any
+
+    @classmethod
+    def of(cls, cache: KVCache | None, mask_PS) -> Prefix:
+        """cache: None: it is handed on layer by layer."""
+        return cls(cache, mask_PS.astype(bool), mask_PS.astype(jnp.int32).sum(-1))
 
 
 @flax.struct.dataclass

@@ -148,43 +148,72 @@ class Decoder(nnx.Module):
         x = self.embed[...].astype(self.dtype)[tokens]
         return x if self.arch.embed_scale == 1 else x * jnp.asarray(self.arch.embed_scale, self.dtype)
 
-    def __call__(self, tokens_BT, mask_BT, prefix: Prefix | None = None, *, return_cache: bool = False):
-        """Full causal forward.
+    def __call__(self, tokens_BT, mask_BT):
+        """Full causal forward of rows by themselves.
 
         Args:
-          tokens_BT: int. mask_BT: bool, False on padding (either side). prefix: the prompts of P = B / G rows each, if
-            these tokens continue prompts.
+          tokens_BT: int. mask_BT: bool, False on padding (either side).
         Returns:
-          hidden_BTD after the final norm (rubbish, but finite, on padding), and a KVCache of all layers or None.
+          hidden_BTD after the final norm (rubbish, but finite, on padding).
         """
-        mask_BT = mask_BT.astype(bool)
-        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
-        if prefix is not None:
-            positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(tokens_BT) // len(prefix.lengths_P))[:, None]
-        causal_TT = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
-        mask_BTU = causal_TT[None] & mask_BT[:, None, :]
-        views = make_views(self.arch, positions_BT, positions_BT, mask_BTU, prefix)
-        graphdef, stacked = nnx.split(self.layers)
+        views = self._views(mask_BT)
 
-        def layer(x_BTD, weights_prefix_and_kind):
-            weights, prefix_cache, is_local = weights_prefix_and_kind
-            weights = weights if self.gather is None else self.gather(weights)
-            x_BTD, kv = nnx.merge(graphdef, weights)(x_BTD, choose(views, is_local), prefix_cache)
-            return x_BTD, kv if return_cache else None
+        def layer(block: Block, x_BTD, is_local):
+            return block(x_BTD, choose(views, is_local))[0], None
 
-        L, local = self.arch.num_layers, self.arch.local_layers
-        is_unrolled = L <= MAX_UNROLLED
-        layer = rematerialised(layer, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
-        is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local)) if 0 < len(local) < L else None
-        xs = (stacked, None if prefix is None else prefix.cache, is_local_L)
-        hidden_BTD, cache = jax.lax.scan(layer, self.embedded(tokens_BT), xs, unroll=L if is_unrolled else 1)
-        return self.final_norm(hidden_BTD), cache
+        hidden_BTD, _ = self._through_layers(layer, self.embedded(tokens_BT))
+        return self.final_norm(hidden_BTD)
 
     def encode_prompts(self, tokens_PS, mask_PS):
         """Left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
-        hidden_PSD, cache = self(tokens_PS, mask_PS, return_cache=True)
-        assert cache is not None
-        return hidden_PSD[:, -1], Prefix(cache, mask_PS.astype(bool), mask_PS.astype(jnp.int32).sum(-1))
+        views = self._views(mask_PS)
+
+        def layer(block: Block, x_PSD, is_local):
+            return block(x_PSD, choose(views, is_local))
+
+        hidden_PSD, cache = self._through_layers(layer, self.embedded(tokens_PS))
+        return self.final_norm(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
+
+    def continued(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
+        """Left-padded prompts and the B = P * G completions on top of them, in one pass over the layers.
+
+        -> (hidden_PD at each prompt's last token, hidden_BTD). Each prompt is run once; a layer's weights are needed, and their
+        gradient is there, once.
+        """
+        prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
+
+        def layer(block: Block, x, is_local):
+            x_PSD, x_BTD = x
+            x_PSD, kv = block(x_PSD, choose(prompt_views, is_local))
+            x_BTD, _ = block(x_BTD, choose(views, is_local), kv)
+            return (x_PSD, x_BTD), None
+
+        (x_PSD, x_BTD), _ = self._through_layers(layer, (self.embedded(tokens_PS), self.embedded(tokens_BT)))
+        return self.final_norm(x_PSD[:, -1]), self.final_norm(x_BTD)
+
+    def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[View, View]:
+        """What causal rows see, where they continue prompts also of those."""
+        mask_BT = mask_BT.astype(bool)
+        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
+        if prefix is not None:
+            positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
+        causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
+        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
+
+    def _through_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
+        """layer(block, x, is_local as `choose` takes it) -> (x, what to keep), of one layer after the other."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def step(x, weights_and_kind):
+            weights, is_local = weights_and_kind
+            weights = weights if self.gather is None else self.gather(weights)
+            return layer(nnx.merge(graphdef, weights), x, is_local)
+
+        L, local = self.arch.num_layers, self.arch.local_layers
+        is_unrolled = L <= MAX_UNROLLED
+        step = rematerialised(step, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
+        is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local)) if 0 < len(local) < L else None
+        return jax.lax.scan(step, x, (stacked, is_local_L), unroll=L if is_unrolled else 1)
 
     def unstacked_layers(self) -> list[Any]:
         """The layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
@@ -215,6 +244,13 @@ class Decoder(nnx.Module):
 def _like(vector, x):
     """A vector with leading axes of size 1, for the same rank as x (implicit rank promotion is an error in our tests)."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def remat_of(config: str, arch: Architecture) -> str:
+    """What `model.remat` says. auto: few unrolled layers keep what they computed; a scan of many would stack it."""
+    if config != "auto":
+        return config
+    return "none" if arch.num_layers <= MAX_UNROLLED else "dots"
 
 
 def init_params(arch: Architecture, key) -> Params:
