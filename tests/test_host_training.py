@@ -150,12 +150,10 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
     config.dynamic_sampling.enabled, config.optimizer.schedule = True, "constant"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
     whole = Config.from_config_dict(config)
-    trainer.train(whole, tmp_path / "whole")
     trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
     trainer.train(whole, tmp_path / "torn", allow_config_change=True)
-    records, torn = (programs.records(tmp_path / name) for name in ("whole", "torn"))
+    records = programs.records(tmp_path / "torn")
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
-    assert [{k: v for k, v in t.items() if k in r} for t, r in zip(torn, records, strict=True)] == records
     assert records[1]["policy/ratio"] == pytest.approx(1, abs=1e-6) and abs(records[2]["policy/ratio"] - 1) > 1e-4
 
     run = make_run(whole)
@@ -172,7 +170,7 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
             state, _ = run.update(state, batch)
             state = dataclasses.replace(state, num_prompts_drawn=held.num_prompts_drawn, pending=held.pending)
             batch = ahead
-        jax.tree.map(np.testing.assert_array_equal, state.params, restored_policy(run, tmp_path / "whole", 4))
+        jax.tree.map(np.testing.assert_array_equal, state.params, restored_policy(run, tmp_path / "torn", 4))
         del events[:]
 
         def update(state):

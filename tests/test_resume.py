@@ -11,7 +11,7 @@ import pytest
 
 from tests import programs
 
-NUM_STEPS = 40
+NUM_STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def flags(workdir, variant="dapo"):
         f"--config=configs/{variant}.py:runlocal",
         f"--workdir={workdir}",
         f"--config.num_steps={NUM_STEPS}",
-        "--config.eval_every=20",
-        "--config.checkpoint.every=5",
+        "--config.eval_every=12",
+        "--config.checkpoint.every=4",
     ]
 
 
@@ -50,7 +50,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(tmp_path, cache, num_device
     assert [record["step"] for record in expected] == list(range(NUM_STEPS + 1))
     assert any(record.get("groups/pending", 0) > 0 for record in expected), "no groups were waiting: nothing is tested"
 
-    kill_after = random.Random(os.urandom(8)).choice([5, 10, 15, 20, 25, 30])
+    kill_after = random.Random(os.urandom(8)).choice([4, 8, 12, 16])
     process = programs.start("experiments.train", *flags(torn), *mesh, num_devices=num_devices, cache=cache)
     wait_for_step(process, torn, kill_after)
     process.kill()

@@ -198,12 +198,12 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
 
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
-    widths, forward = [], Decoder.__call__
+    widths, forward = [], Decoder._through_layers
 
-    def counted(self, tokens_BT, *args, **kwargs):
-        widths.append(tokens_BT.shape)
-        return forward(self, tokens_BT, *args, **kwargs)
+    def counted(self, layer, x_BTD):
+        widths.append(x_BTD.shape[:2])
+        return forward(self, layer, x_BTD)
 
-    monkeypatch.setattr(Decoder, "__call__", counted)
+    monkeypatch.setattr(Decoder, "_through_layers", counted)
     jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), SPEC))
     assert widths == [(P, S)]

@@ -112,8 +112,8 @@ def numbers_here(x: Any) -> int:
 def update_parts(job: Job) -> list[Part]:
     """On top of the state while one microbatch is differentiated.
 
-    With microbatches a gradient waits for the next one to be added. Optimizer state that waits on the host comes when the
-    backward pass has ended.
+    With microbatches a gradient waits for the next one to be added. When the backward pass has ended the optimizer holds the
+    gradient and its update of every weight, and its state if that waits on the host.
     """
     sizes, arch = job.local_microbatch, job.local_arch
     kept = saved_for_backward(job, job.model.remat)
@@ -137,9 +137,9 @@ def update_parts(job: Job) -> list[Part]:
         ),
         Part(
             UPDATE,
-            "optimizer state from the host, beyond what was saved",
-            f"{offloaded:,.0f} B - {saved:,.0f} B",
-            max(0.0, offloaded - saved),
+            "the optimizer's turn, beyond the backward pass",
+            f"2 x {gradient:,.0f} B + {offloaded:,.0f} B from the host - gradients and saved",
+            max(0.0, (2 - copies) * gradient + offloaded - saved),
         ),
         *gathered_parts(job),
     ]
