@@ -162,8 +162,8 @@ def on_host(like: Any) -> Any:
     return jax.tree.map(move, like)
 
 
-def moved(tree: Any, space: jax.memory.Space) -> Any:
-    """The arrays (numbers apart) of a traced tree in the memory of the host or of the device."""
+def moved(tree: Any, space: Any) -> Any:
+    """The arrays (numbers apart) of a traced tree in the memory of the host or of the device. space: `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 

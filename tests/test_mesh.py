@@ -60,10 +60,12 @@ def collectives(program, kind):
 def updated(sizes, num_microbatches, variant="gtpo"):
     """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
-    spec = dataclasses.replace(update_spec(config), objective=dataclasses.replace(objectives.get(variant), kl_coef=0.0))
+    spec = dataclasses.replace(update_spec(config), objective=objectives.get(variant))
     model, mesh = ModelDef(ARCH), make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
-    state = tiny.state_of(tiny.random_params(ARCH), optimizer)
+    params = tiny.random_params(ARCH)
+    ref_params = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.has_kl else None
+    state = tiny.state_of(params, optimizer, ref_params)
     places = places_of(placed(state, mesh, config.mesh.fsdp_min_elements))
     state = jax.device_put(state, places)
     step = jax.jit(make_train_step(model, optimizer, spec, mesh), out_shardings=(places, None))

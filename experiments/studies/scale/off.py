@@ -55,8 +55,8 @@ def main() -> None:
         print(row(f"smol, `remat={remat}`", smol({"model.remat": remat})), flush=True)
     print(row("smol, 2 microbatches", smol({"learner.num_microbatches": 2})), flush=True)
     for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
-        axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
-        print(row(f"small, {' x '.join(map(str, sizes))}", small(axes)), flush=True)
+        cut: dict[str, Any] = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+        print(row(f"small, {' x '.join(map(str, sizes))}", small(cut)), flush=True)
     axes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "learner.num_microbatches": 2, "model.remat": "full"}
     print(row("small, 2 x 2 x 2, `remat=full`, 2 microbatches", small(axes)), flush=True)
 

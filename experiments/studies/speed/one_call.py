@@ -64,7 +64,8 @@ def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float,
     config = Config.from_config_dict(raw)
     task: Any = build.make_task(config)
     model = build.make_model(config, task.tokenizer)
-    run = assemble(config, make_mesh(config.mesh), Staged(task) if is_staged else task, model)
+    task = Staged(task) if is_staged else task
+    run = assemble(config, make_mesh(config.mesh), task, model)
     held: list[Any] = [initial_state(run)]
 
     def block() -> None:
