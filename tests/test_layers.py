@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+from tests import mutate
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module may import what stands above it in this list, or its own siblings.
@@ -88,3 +90,8 @@ def test_the_pure_core_imports_arrays_and_nothing_else():
 def test_files_stay_readable():
     long = {str(file): n for _, file in modules() if (n := file.read_text().count("\n")) > 300}
     assert not long
+
+
+def test_the_list_of_seeded_bugs_fits_the_code():
+    """`make mutate` takes long and is run seldom: what it replaces must still be there."""
+    assert [name for name, file, old, *_ in mutate.BUGS if old not in (mutate.ROOT / file).read_text()] == []
