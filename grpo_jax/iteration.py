@@ -154,6 +154,7 @@ def make_overlapped(collect: Collect, update: Callable[[TrainState], tuple[Train
         trained: list[Any] = []
         seen, batch, sampled = collect(snapshot(state), lambda: trained.extend(update(state)))
         state, updated = trained
+        del updated["policy/sampler_logp_gap"]  # the learner has moved on since: there is nothing to compare
         moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "ahead": batch}
         return dataclasses.replace(state, **moved_on), batch, metrics_lib.merge(sampled, updated)
 

@@ -153,7 +153,9 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
     trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
     trainer.train(whole, tmp_path / "torn", allow_config_change=True)
     records = programs.records(tmp_path / "torn")
+    assert run_data(tmp_path / "torn")["checks"]
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert "policy/sampler_logp_gap" not in records[1]
     assert records[1]["policy/ratio"] == pytest.approx(1, abs=1e-6) and abs(records[2]["policy/ratio"] - 1) > 1e-4
 
     run = make_run(whole)
