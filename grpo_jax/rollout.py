@@ -15,6 +15,8 @@ from grpo_jax.sampling import Draw, Sampling, draw
 from grpo_jax.spmd import vary_like
 from grpo_jax.types import Params, Prompts, Rollout
 
+WHOLE_SLOTS = 64  # so many slots of a cache are not worth a loop of their own
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
@@ -42,6 +44,12 @@ def row_keys(key, num_prompts: int, group_size: int):
     """A key for each row, [P, G], from its number in the global batch: not from the device it happens to be on."""
     rows = jnp.arange(num_prompts * group_size)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows).reshape(num_prompts, group_size)
+
+
+def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
+    """Slots of the caches as a rollout goes on: half of them first, for attention costs what there is, not what is filled."""
+    num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
+    return (num_slots,) if num_slots <= WHOLE_SLOTS else (-(-num_slots // 2), num_slots)
 
 
 def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec: RolloutSpec) -> Rollout:
@@ -81,7 +89,8 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
 
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
     arch = decoder.arch
-    cache = KVCache.empty(P * G, max(T - 1, 1), arch, decoder.dtype)
+    sizes = cache_sizes(T)
+    cache = KVCache.empty(P * G, sizes[0], arch, decoder.dtype)
     carry = _Carry(
         t=jnp.int32(0),
         drawn=Draw(
@@ -104,7 +113,10 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         logits_BV = head_logits(hidden_BD, head_VD, decoder.logit_cap)
         return record(dataclasses.replace(carry, caches=caches), draw_at(carry.t, logits_BV))
 
-    carry = jax.lax.while_loop(lambda c: (c.t < T) & ~c.is_done_B.all(), step, carry)
+    for num_slots in sizes:
+        carry = dataclasses.replace(carry, caches=[cache.widened(num_slots) for cache in carry.caches])
+        end = min(num_slots + 1, T)
+        carry = jax.lax.while_loop(lambda c, end=end: (c.t < end) & ~c.is_done_B.all(), step, carry)
     by_group = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), (carry.drawn, carry.mask_BT, carry.is_done_B))
     drawn, mask_PGT, is_done_PG = by_group
     return Rollout(

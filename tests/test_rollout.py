@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo_jax.rollout as rollout_module
 from grpo_jax.iteration import make_rollout
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rng import key_for
-from grpo_jax.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout import RolloutSpec, cache_sizes, rollout, row_keys
 from grpo_jax.sampling import GREEDY, Sampling
 from grpo_jax.score import score
 from tests import tiny
@@ -21,6 +22,9 @@ P, G, S, T = 8, 3, 4, 7
 STOPS, PAD = (3, 11), 5  # on purpose not 0: a zero-filled buffer would pass for padding
 SPEC = RolloutSpec(G, T, Sampling(), STOPS, PAD)
 CUT = Sampling(temperature=0.7, top_k=20, top_p=0.9)
+
+
+ARGUMENTS = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S), key_for(0, "rollout", 0)
 
 
 @functools.cache
@@ -195,6 +199,19 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
     assert longest < 40 and not got.is_truncated_PG.any()
     assert len(steps) == longest - 1
     assert (longest > 1) == (stop_ids == STOPS)
+
+
+@pytest.mark.parametrize("stop_ids", [STOPS, (9999,)], ids=["some stop", "none"])
+def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
+    spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
+    monkeypatch.setattr(rollout_module, "WHOLE_SLOTS", 2)
+    sizes = cache_sizes(T)
+    assert sizes == (T // 2, T - 1) and cache_sizes(3) == (2,) and cache_sizes(1) == (1,)
+    text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
+    K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
+    assert all(f"f32[{P * G},{K},{num_slots},{H}]" in text for num_slots in sizes)
+    grown = jax.jit(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS)
+    assert_same(grown, sampled(spec))
 
 
 def test_each_prompt_is_prefilled_once(monkeypatch):

@@ -45,6 +45,11 @@ class KVCache:
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),
         )
 
+    def widened(self, num_slots: int) -> KVCache:
+        """One layer's, with empty slots behind its own."""
+        more = (0, num_slots - self.num_slots)
+        return KVCache(jnp.pad(self.k, ((0, 0),) * 3 + (more,)), jnp.pad(self.v, ((0, 0),) * 2 + (more, (0, 0))))
+
     @property
     def num_slots(self) -> int:
         """U."""
