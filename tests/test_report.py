@@ -305,9 +305,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 def test_the_readme_keeps_all_but_its_table(sweep, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- report:begin -->\nold\n<!-- report:end -->\nafter\n")
+    said = "The table stands between `<!-- report:begin -->` and `<!-- report:end -->`.\n"
+    readme.write_text(f"{said}<!-- report:begin -->\nold\n<!-- report:end -->\nafter\n")
     report(sweep, f"--readme={readme}")
     table = document.main_table(analyse(*load([sweep], METRIC), METRIC, None))
-    assert readme.read_text() == f"before\n<!-- report:begin -->\n{table}<!-- report:end -->\nafter\n"
+    assert readme.read_text() == f"{said}<!-- report:begin -->\n{table}<!-- report:end -->\nafter\n"
     assert table in (sweep / "report/report.md").read_text() + "\n"
     assert document.with_table(readme.read_text(), table, "") == readme.read_text()

@@ -108,8 +108,8 @@ def left_out_part(study: Study) -> list[str]:
 
 def with_table(text: str, table: str, name: str) -> str:
     """`text` with the table between its two markers. name: of the file, for the message. Raises UserError without them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = f"\n{text}".partition(f"\n{BEGIN}\n")
+    _, end, after = f"\n{rest}".partition(f"\n{END}\n")
     if not (begin and end):
         raise UserError(f"--readme={name}: no place for the table; write {BEGIN} and {END} on lines of their own")
-    return f"{before}{BEGIN}\n{table}{END}{after}"
+    return f"{before}{begin}{table}{END}\n{after}".removeprefix("\n")
