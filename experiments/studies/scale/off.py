@@ -53,6 +53,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for remat in ("none", "dots", "full"):
         print(row(f"smol, `remat={remat}`", smol({"model.remat": remat})), flush=True)
+    for remat in ("dots", "full"):
+        long = smol({"model.remat": remat, "rollout.max_completion_tokens": 512})
+        print(row(f"smol, completions of 512, `remat={remat}`", long), flush=True)
     print(row("smol, 2 microbatches", smol({"learner.num_microbatches": 2})), flush=True)
     for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
         cut: dict[str, Any] = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
