@@ -1,7 +1,5 @@
 """Several processes on loopback, each with its own simulated devices, do what one process does; kills and signals included."""
 
-import os
-import random
 import re
 import signal
 
@@ -59,7 +57,7 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
     hosts_program.write_data(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    one, whole, stopped, killed = (tmp_path / name for name in ("one", "whole", "stopped", "killed"))
+    one, whole, torn = (tmp_path / name for name in ("one", "whole", "torn"))
 
     def start(*names):
         def args(port, process):
@@ -67,18 +65,18 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
 
         return programs.together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
 
-    with start("whole", "stopped", "stopped", "killed") as two:
-        wait_for_step(two[0], stopped, 2)
+    with start("whole", "torn", "torn") as two:  # the second time it goes on
+        wait_for_step(two[0], torn, 2)
         two[1].send_signal(signal.SIGTERM)
-        wait_for_step(two[0], killed, random.Random(os.urandom(8)).choice([2, 3, 4]))
+        wait_for_step(two[0], torn, 5)
         two[0].kill()
         statuses, outputs = ended(two)
     assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
     ends = [re.findall(r"(\w+) ended at step (\d)", output) for output in outputs]
-    assert ends[0] == ends[1] and [name for name, _ in ends[0]] == ["whole", "stopped", "stopped"]
-    assert [step for _, step in ends[0]] in (["6", "2", "6"], ["6", "3", "6"], ["6", "4", "6"])
+    assert ends[0] == ends[1] and [name for name, _ in ends[0]] == ["whole", "torn"]
+    assert [step for _, step in ends[0]] in (["6", "2"], ["6", "3"], ["6", "4"])
     assert "Terminating process because the JAX distributed service detected fatal errors" in outputs[1]
-    with start("killed") as two:
+    with start("torn") as two:
         statuses, outputs = ended(two)
     assert statuses == [0, 0], "\n".join(outputs)
 
@@ -86,9 +84,8 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
     assert [record["step"] for record in records] == list(range(hosts_program.NUM_STEPS + 1))
     assert any(record.get("groups/pending", 0) > 0 for record in records), "no groups were waiting: nothing is tested"
     assert len({record.get("groups/rounds") for record in records}) > 2
-    for folder in (stopped, killed):
-        assert programs.records(folder) == records
-        assert (folder / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
+    assert programs.records(torn) == records
+    assert (torn / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
     trainer.train(hosts_program.config_of(tmp_path, 4), one)
     same_numbers(whole, one)
 
