@@ -31,9 +31,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # of activations and matrix products; parameters are float32 masters
-    config.model.remat = (
-        "auto"  # recomputed in the backward pass: none | dots (all but matrix products) | full | auto (by depth)
-    )
+    config.model.remat = "auto"  # recomputed going backward: none | dots (all but matrix products) | full | auto (by depth)
     config.model.dim = 64
     config.model.num_layers = 2
     config.model.num_heads = 4

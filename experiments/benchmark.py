@@ -29,7 +29,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.iteration import make_rollout
-from grpo_jax.models.transformer import ModelDef, remat_of
+from grpo_jax.models.transformer import ModelDef
 from grpo_jax.run import Run, assemble, initial_state, make_run, require_divisible
 from grpo_jax.sharding import make_mesh
 from grpo_jax.types import Rollout, TrainState
@@ -71,8 +71,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     config, shape = with_flags(raw, args), SHAPES[args.model]
     mesh = make_mesh(config.mesh)
     require_divisible(config, mesh)
-    arch = architecture(args.model)
-    model = ModelDef(arch, dtype=config.model.dtype, remat=remat_of(config.model.remat, arch))
+    model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
     task = RandomTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0))
     run = assemble(config, mesh, task, model)
     return run, initial_state(run)

@@ -14,7 +14,7 @@ from grpo_jax.batching import widths
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
-from grpo_jax.models.transformer import ModelDef, init_params, remat_of
+from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import RolloutSpec
 from grpo_jax.sampling import Sampling
@@ -63,7 +63,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
         )
     adapters = config.lora
     lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
-    return ModelDef(arch, dtype=size.dtype, remat=remat_of(size.remat, arch), lora=lora)
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> Params:

@@ -81,13 +81,14 @@ def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, sp
     """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        axis_name = row_axes(mesh)
         policies = dataclasses.replace(state, opt_state=None, pending=None, ahead=None)
         parts = without(specs_of(policies, mesh, spec.fsdp_min_elements), "tensor")
         prepare = over_rows(
-            lambda state, batch: prepare_target(model, state, batch, spec, axis_name=row_axes(mesh)), mesh, (parts, ROWS), ROWS
+            lambda state, batch: prepare_target(model, state, batch, spec, axis_name=axis_name), mesh, (parts, ROWS), ROWS
         )
         target = prepare(policies, constrain(batch, mesh, ROWS))
-        cuts = (parts.params, parts.base) if row_axes(mesh) else None
+        cuts = (parts.params, parts.base) if axis_name else None
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry

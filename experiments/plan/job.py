@@ -15,7 +15,7 @@ from grpo_jax import build
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.models.transformer import ModelDef, remat_of
+from grpo_jax.models.transformer import ModelDef
 from grpo_jax.run import require_divisible
 from grpo_jax.sharding import AXES, axis_sizes, num_row_shards, require_fits
 from grpo_jax.tasks.arithmetic import ALPHABET
@@ -83,7 +83,7 @@ def make_job(config: Config, shape: str, prompt_tokens: int, num_devices: int) -
     mesh = mesh_of(tuple(axis_sizes(config.mesh, num_devices).values()))
     model = build.make_model(dataclasses.replace(config, model=without_path(config.model, shape)), CharTokenizer(ALPHABET))
     if shape:
-        model = dataclasses.replace(model, arch=SHAPES[shape], remat=remat_of(config.model.remat, SHAPES[shape]))
+        model = dataclasses.replace(model, arch=SHAPES[shape])
     return Job(config, model, mesh, prompt_tokens or config.task.max_prompt_tokens)
 
 

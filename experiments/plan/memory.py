@@ -194,7 +194,7 @@ def described(kept: list[Any], sizes: Sizes) -> str:
 
 def recomputed(job: Job) -> Part:
     """With remat, what one layer keeps once it has been computed again."""
-    if job.model.remat == "none":
+    if job.model.remat_policy == "none":
         return Part(UPDATE, "a layer computed again", "", 0)
     everything = sum(map(num_bytes, saved_for_backward(job, "none")))
     layers = job.model.arch.num_layers

@@ -246,13 +246,6 @@ def _like(vector, x):
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def remat_of(config: str, arch: Architecture) -> str:
-    """What `model.remat` says. auto: few unrolled layers keep what they computed; a scan of many would stack it."""
-    if config != "auto":
-        return config
-    return "none" if arch.num_layers <= MAX_UNROLLED else "dots"
-
-
 def init_params(arch: Architecture, key) -> Params:
     """Fresh float32 parameters as a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(Decoder(arch, rngs=nnx.Rngs(key)), nnx.Param))
@@ -266,6 +259,13 @@ class ModelDef:
     dtype: str = "float32"
     remat: str = "none"
     lora: LoRA | None = None
+
+    @property
+    def remat_policy(self) -> str:
+        """`remat`, decided. auto: few unrolled layers keep what they computed; a scan of many would stack it."""
+        if self.remat != "auto":
+            return self.remat
+        return "none" if self.arch.num_layers <= MAX_UNROLLED else "dots"
 
     def bind(self, params: Params) -> Decoder:
         """The decoder with these parameters (cheap: call it inside the traced function).
@@ -289,7 +289,7 @@ class ModelDef:
 
     def _abstract(self) -> Decoder:
         def build() -> Decoder:
-            decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0))
+            decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat_policy, rngs=nnx.Rngs(0))
             if self.lora is not None:
                 attach(decoder, self.lora)
             return decoder

@@ -14,7 +14,6 @@ from experiments.plan import compiled, memory
 from experiments.plan.job import Job, make_job
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.transformer import remat_of
 
 SMALL = Architecture(2048, 256, 6, 8, 4, 32, 704)
 MB = 1e6
@@ -30,8 +29,7 @@ def job_of(changes: Mapping[str, Any], shape: str, prompt_tokens: int) -> Job:
 def small(changes: Mapping[str, Any]) -> Job:
     sizes = {"rollout.num_prompts": 8, "rollout.group_size": 4, "rollout.max_completion_tokens": 64}
     job = job_of({**sizes, **changes}, "", 32)
-    model = dataclasses.replace(job.model, arch=SMALL, remat=remat_of(job.config.model.remat, SMALL))
-    return dataclasses.replace(job, model=model)
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, arch=SMALL))
 
 
 def smol(changes: Mapping[str, Any]) -> Job:
