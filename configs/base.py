@@ -6,14 +6,13 @@
 """
 
 import dataclasses
-import os
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from grpo_jax import objectives, validation
+from grpo_jax.caches import cache_folder
 
 
 def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
@@ -97,6 +96,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0  # 0: all tokens
     config.rollout.top_p = 1.0  # 1: all tokens
+    config.rollout.live_rows = 0  # completions decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()
     config.dynamic_sampling.enabled = False  # refill the batch until every group's rewards differ
@@ -175,8 +175,7 @@ def tiny(config: Any) -> None:
 
 def smollm2(config: Any) -> None:
     """A real language model: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in five."""
-    cache = os.environ.get("GRPO_JAX_CACHE", str(pathlib.Path.home() / ".cache" / "grpo_jax"))
-    config.model.path = str(pathlib.Path(cache) / "SmolLM2-135M-Instruct")
+    config.model.path = str(cache_folder() / "SmolLM2-135M-Instruct")
     config.warm_start.num_steps = 0
     config.task.arithmetic.min_operand = 0
     config.task.arithmetic.max_operand = 50

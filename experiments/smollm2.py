@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.caches import cache_folder
 from grpo_jax.errors import UserError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -54,8 +55,7 @@ CONTROL_TOKEN = 3  # llama.cpp's token type of <|im_end|> and its like
 
 def model_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """Where the model lives: `cache`, else $GRPO_JAX_CACHE, else ~/.cache/grpo_jax; then its name."""
-    root = Path(cache or os.environ.get("GRPO_JAX_CACHE") or Path.home() / ".cache" / "grpo_jax")
-    return root.expanduser() / NAME
+    return (Path(cache).expanduser() if cache else cache_folder()) / NAME
 
 
 def prepare(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from experiments import cli
 from grpo_jax import hosts, objectives, trainer
+from grpo_jax.caches import keep_compiled_for_accelerators
 from grpo_jax.errors import UserError
 
 PROFILE = flags.DEFINE_string(
@@ -37,6 +38,7 @@ def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value)
     profiled = steps_of(PROFILE.value) if PROFILE.value else None
     join_hosts()
+    keep_compiled_for_accelerators()
     summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
     if summary is None:  # another host speaks
         return

@@ -110,6 +110,7 @@ def rollout_spec(config: Config, task: Task) -> RolloutSpec:
         sampling=sampling_of(config),
         stop_ids=task.stop_ids,
         pad_id=task.tokenizer.pad_id,
+        live_rows=config.rollout.live_rows,
     )
 
 

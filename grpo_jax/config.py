@@ -147,6 +147,7 @@ class RolloutConfig:
     temperature: float
     top_k: int
     top_p: float
+    live_rows: int
 
 
 @dataclasses.dataclass(frozen=True)

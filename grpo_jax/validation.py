@@ -203,6 +203,7 @@ AT_LEAST = {
     "rollout.num_prompts": 1,
     "rollout.max_completion_tokens": 1,
     "rollout.top_k": 0,
+    "rollout.live_rows": 0,
     "dynamic_sampling.max_sampling_rounds": 1,
     "overlong.cache_tokens": 0,
     "learner.num_epochs": 1,

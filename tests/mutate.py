@@ -73,9 +73,16 @@ BUGS = [
     ),
     (
         "stop token not trained",
-        "grpo_jax/rollout.py",
+        "grpo_jax/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~is_stop_B).astype(jnp.float32)",
+        "(live_B & ~job.ends(column.token_B)).astype(jnp.float32)",
+        "tests/test_rollout.py",
+    ),
+    (
+        "a refilled row keeps its first prompt",
+        "grpo_jax/decoding.py",
+        "prompt_R = of_R // G",
+        "prompt_R = jnp.arange(R) // G",
         "tests/test_rollout.py",
     ),
     ("log-probs shifted by one", "grpo_jax/score.py", "tokens_BT[:, :-1]", "tokens_BT[:, 1:]", "tests/test_rollout.py"),

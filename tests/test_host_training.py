@@ -39,7 +39,9 @@ def model_folder(tmp_path_factory):
     """A tiny random Llama with a byte-level tokenizer, as an ordinary Hugging Face folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_hf_tokenizer(folder, {}, eos_token="<eos>", pad_token="<pad>")
-    torch_model("llama tied", vocab_size=259).save_pretrained(folder)  # as many tokens as the tokenizer has
+    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(
+        folder
+    )  # as many tokens as the tokenizer has
     return folder
 
 

@@ -53,7 +53,7 @@ def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
 def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monkeypatch):
     """Rewards of a user, dynamic sampling, weights in parts over both. One process gets the signal, both obey it."""
     save_hf_tokenizer(tmp_path / "model", {}, eos_token="<eos>", pad_token="<pad>")
-    torch_model("llama tied", vocab_size=259).save_pretrained(tmp_path / "model")
+    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     hosts_program.write_data(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grpo_jax.rollout as rollout_module
+from grpo_jax import decoding
+from grpo_jax.decoding import cache_sizes
 from grpo_jax.iteration import make_rollout
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rng import key_for
-from grpo_jax.rollout import RolloutSpec, cache_sizes, rollout, row_keys
+from grpo_jax.rollout import RolloutSpec, rollout, row_keys
 from grpo_jax.sampling import GREEDY, Sampling
 from grpo_jax.score import score
 from tests import tiny
@@ -204,7 +205,7 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
 @pytest.mark.parametrize("stop_ids", [STOPS, (9999,)], ids=["some stop", "none"])
 def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
     spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
-    monkeypatch.setattr(rollout_module, "WHOLE_SLOTS", 2)
+    monkeypatch.setattr(decoding, "WHOLE_SLOTS", 2)
     sizes = cache_sizes(T)
     assert sizes == (T // 2, T - 1) and cache_sizes(3) == (2,) and cache_sizes(1) == (1,)
     text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
@@ -224,3 +225,57 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
     monkeypatch.setattr(Decoder, "_through_layers", counted)
     jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), SPEC))
     assert widths == [(P, S)]
+
+
+# ----------------------------------------------------------------------------------------------------------- refilling
+
+
+@pytest.mark.parametrize("live_rows", [1, 5, P * G - 1])
+@pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
+def test_rows_that_are_refilled_draw_the_same(live_rows, sampling):
+    spec = dataclasses.replace(SPEC, sampling=sampling)
+    got, side_by_side = sampled(dataclasses.replace(spec, live_rows=live_rows)), sampled(spec)
+    assert_same(got, side_by_side)
+    if sampling.is_cut:
+        np.testing.assert_array_equal(got.support_PGT, side_by_side.support_PGT)
+
+
+@pytest.mark.parametrize("stop_ids", [(9999,), tuple(range(tiny.VOCAB))], ids=["none stops", "all at once"])
+def test_refilled_rows_of_one_length(stop_ids):
+    spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
+    assert_same(sampled(dataclasses.replace(spec, live_rows=4)), sampled(spec))
+
+
+def test_refilled_rows_on_several_devices():
+    """live_rows are each device's: 3 of 2 prompts' 6 completions here, of 8 prompts' 24 on one."""
+    spec = dataclasses.replace(SPEC, live_rows=3)
+    assert_same(sampled(spec, num_devices=4), sampled(SPEC))
+    assert_same(sampled(dataclasses.replace(spec, live_rows=P * G)), sampled(SPEC))
+
+
+def test_a_long_completion_idles_its_own_row_only(monkeypatch):
+    """Decode steps with 4 rows: what 4 rows must do at the least for all tokens, plus what the longest adds and the wait for a refill."""
+    steps, decode_step = [], Decoder.decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode_step(*args)
+
+    monkeypatch.setattr(Decoder, "decode_step", counted)
+    spec = dataclasses.replace(SPEC, max_completion_tokens=40, live_rows=4)
+    params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
+    got = jax.jit(lambda *args: rollout(MODEL, *args, spec))(params, prompts, row_keys(jax.random.key(2), P, G))
+    jax.effects_barrier()
+    lengths = np.asarray(got.mask_PGT.sum(-1))
+    in_turns = sum(lengths.ravel()[i : i + 4].max() for i in range(0, P * G, 4))
+    least, longest = lengths.sum() / 4, lengths.max()
+    assert least <= len(steps) <= least + longest
+    assert len(steps) < 0.8 * in_turns
+
+
+def test_rows_take_less_memory_than_completions():
+    """The caches are those of the live rows: none is as large as all completions'."""
+    spec = dataclasses.replace(SPEC, live_rows=3)
+    text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
+    K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
+    assert f"f32[3,{K},{T - 1},{H}]" in text and f"f32[{P * G},{K},{T - 1},{H}]" not in text

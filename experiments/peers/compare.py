@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments import cli
 from experiments.peers import workload
+from grpo_jax.caches import cache_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = "grpo_jax"
@@ -58,7 +59,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--systems", nargs="+", choices=list(MODULES), default=list(MODULES))
     parser.add_argument("--rounds", type=int, default=3, help="processes of each system")
     parser.add_argument("--limit-secs", type=float, default=1800.0, help="for one process")
-    parser.add_argument("--venvs", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "grpo_jax" / "peers")
+    parser.add_argument("--venvs", type=pathlib.Path, default=cache_folder() / "peers")
     args, rest = parser.parse_known_args()
     workload.parse(rest)  # a mistake ends here, not in every process
     return args, rest

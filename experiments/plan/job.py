@@ -70,6 +70,12 @@ class Job:
         return Sizes(groups, rollout.group_size, self.prompt_tokens, rollout.max_completion_tokens)
 
     @property
+    def live_batch(self) -> Sizes:
+        """What one device decodes side by side: all of it, or `rollout.live_rows`, each with a copy of its prompt."""
+        batch, live_rows = self.local_batch, self.config.rollout.live_rows
+        return dataclasses.replace(batch, P=live_rows, G=1) if 0 < live_rows < batch.P * batch.G else batch
+
+    @property
     def local_microbatch(self) -> Sizes:
         """What one device differentiates at a time (`batching.split_microbatches`)."""
         batch, learner = self.local_batch, self.config.learner

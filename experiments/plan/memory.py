@@ -236,13 +236,14 @@ def num_bytes(x: Any) -> float:
 
 def rollout_parts(job: Job) -> list[Part]:
     """On top of the state while completions are sampled."""
-    arch, sizes, weights = job.local_arch, job.local_batch, flatten_dict(whole_weights(job))
+    arch, sizes, live, weights = job.local_arch, job.local_batch, job.live_batch, flatten_dict(whole_weights(job))
     numbers = {path: numbers_here(leaf) for path, leaf in weights.items()}
     layers = sum(n for path, n in numbers.items() if "layers" in path)
     tables = sum(numbers.values()) - layers
     cut = sum(numbers.values()) if job.mesh.shape["fsdp"] > 1 else 0
     cast = tables if job.itemsize < F32 and not cut else 0
-    rows, slots, item = sizes.P * sizes.G, max(sizes.T - 1, 1), job.itemsize
+    rows, slots, item = live.P * live.G, max(sizes.T - 1, 1), job.itemsize
+    copies = 0 if live == sizes else rows
     cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * item
     cached_how = f"2 x {arch.num_layers} layers x {arch.num_kv_heads} heads x {arch.head_dim} x {item} B"
     scores = sizes.P * arch.num_heads * sizes.S**2
@@ -251,6 +252,12 @@ def rollout_parts(job: Job) -> list[Part]:
         Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", layers * item),
         Part(ROLLOUT, "embedding and head, cast", f"{cast:,} numbers x {item} B", cast * item),
         Part(ROLLOUT, "prompts' keys and values", f"{cached_how} x {sizes.P:g} x {sizes.S:g}", cached * sizes.P * sizes.S),
+        Part(
+            ROLLOUT,
+            "live rows' copies of them",
+            f"{cached_how} x {copies:g} x {sizes.S:g}",
+            cached * copies * sizes.S,
+        ),
         Part(ROLLOUT, "completions' keys and values", f"{cached_how} x {rows:g} x {slots:g}", cached * rows * slots),
         Part(
             ROLLOUT,

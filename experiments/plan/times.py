@@ -51,7 +51,8 @@ class Stage:
 
 def stages_of(job: Job, chip: Chip) -> list[Stage]:
     """The stages of an iteration, all completions as long as the budget."""
-    arch, batch, learner = job.local_arch, job.local_batch, job.config.learner
+    arch, batch, live, learner = job.local_arch, job.local_batch, job.live_batch, job.config.learner
+    turns = batch.P * batch.G / (live.P * live.G)
     weights = (layer_weights(arch) + arch.vocab_size * arch.dim) * job.itemsize
     prompts = forward_flops(arch, Sizes(batch.P, 0, batch.S, 1))
     everything = forward_flops(arch, batch)
@@ -67,9 +68,9 @@ def stages_of(job: Job, chip: Chip) -> list[Stage]:
         Stage(ROLLOUT, "prompts", prompts / chip.flops_per_s, weights / chip.hbm_bytes_per_s, 0),
         Stage(
             ROLLOUT,
-            f"{batch.T - 1:g} tokens",
+            f"{turns * (batch.T - 1):g} tokens",
             (everything - prompts) / chip.flops_per_s,
-            decode_bytes(arch, batch, job.itemsize) / chip.hbm_bytes_per_s,
+            turns * decode_bytes(arch, live, job.itemsize) / chip.hbm_bytes_per_s,
             sent[ROLLOUT],
         ),
         Stage(

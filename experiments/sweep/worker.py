@@ -21,6 +21,7 @@ from typing import Any
 
 from experiments.sweep.plan import RunSpec
 from grpo_jax import build, cohort, trainer
+from grpo_jax.caches import keep_compiled
 from grpo_jax.checkpoint import saved_steps
 from grpo_jax.config import Config
 from grpo_jax.lockstep import train_together
@@ -112,14 +113,6 @@ def do(job: Job) -> None:
         train_together(program, runs, workdirs)
     else:
         trainer.train_run(runs[0], workdirs[0])
-
-
-def keep_compiled(folder: pathlib.Path) -> None:
-    """Programs that one process compiled need not be compiled by the others."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
 @functools.lru_cache(maxsize=1)

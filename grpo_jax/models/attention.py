@@ -39,7 +39,10 @@ class KVCache:
         return cls(jnp.zeros((B, K, H, U), dtype), jnp.zeros((B, K, U, H), dtype))
 
     def written(self, new: KVCache, slot: Any) -> KVCache:
-        """One layer's, with `new` from `slot` on."""
+        """One layer's, with `new` from `slot` on; slots [B] take one token a row, each its own."""
+        if jnp.ndim(slot):
+            rows = jnp.arange(len(slot))
+            return KVCache(self.k.at[rows, :, :, slot].set(new.k[..., 0]), self.v.at[rows, :, slot].set(new.v[:, :, 0]))
         return KVCache(
             jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)),
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),

@@ -221,15 +221,16 @@ class Decoder(nnx.Module):
         return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.arch.num_layers)]
 
     def decode_step(self, layers: list[Any], caches: list[KVCache], tokens_B, slot, prefix: Prefix):
-        """One token a row, written to cache slot `slot` (the same for all rows).
+        """One token a row, written to cache slot `slot` (one for all rows, or [B]).
 
         Args:
           layers: from `unstacked_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
         Returns: hidden_BD, and the caches with slot `slot` filled.
         """
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
-        slots_1U = jnp.arange(caches[0].num_slots)[None]
-        views = make_views(self.arch, lengths_B1 + slot, lengths_B1 + slots_1U, (slots_1U <= slot)[None], prefix)
+        slots_1U, slot_B1 = jnp.arange(caches[0].num_slots)[None], jnp.reshape(slot, (-1, 1))
+        mask_B1U = (slots_1U <= slot_B1)[:, None]
+        views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
         graphdef, _ = nnx.split(self.layers)
         x_B1D = self.embedded(tokens_B)[:, None]
         filled = []

@@ -1,0 +1,70 @@
+"""What refilling saves where completions differ in length: one rollout with all rows side by side, and with fewer rows.
+
+    python -m experiments.studies.speed.refill            # prints a table; some minutes
+
+The benchmark's `tiny` decoder with random weights; one token in so many is a stop token, so that lengths are geometric and a few
+completions reach the budget. The completions are the same in every row of the table.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs import base
+from experiments.peers import workload
+from experiments.synthetic import RandomTask, architecture
+from grpo_jax.config import Config
+from grpo_jax.iteration import make_rollout
+from grpo_jax.models.transformer import ModelDef, init_params
+from grpo_jax.rollout import RolloutSpec
+from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import make_mesh
+
+P, G, S, T = 32, 8, 64, 512
+MEAN_TOKENS = 64
+ROWS = (0, 128, 64, 32, 16)
+
+
+def measure(live_rows: int, repeats: int = 3) -> tuple[float, Any, float]:
+    """-> (median seconds of a rollout, int[P, G] lengths, MB that the compiled call works in)."""
+    arch = architecture("tiny")
+    raw: Any = base.get_config()
+    raw.mesh.data = 1
+    stop_ids = tuple(range(arch.vocab_size // MEAN_TOKENS))
+    spec = RolloutSpec(G, T, Sampling(), stop_ids, pad_id=0, live_rows=live_rows)
+    prompts = RandomTask(workload.random_ids(P, S, arch.vocab_size, seed=0)).train_prompts(0, P)
+    run = jax.jit(make_rollout(ModelDef(arch), spec, make_mesh(Config.from_config_dict(raw).mesh)))
+    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(0))
+    compiled = run.lower(params, prompts, jax.random.key(0)).compile()
+    lengths: list[Any] = []
+
+    def call(_: int) -> None:
+        rollout = jax.block_until_ready(compiled(params, prompts, jax.random.key(0)))
+        lengths[:] = [np.asarray(rollout.mask_PGT.sum(-1), int)]
+
+    timing = workload.timed(call, lambda _: 0.0, warmup=1, repeats=repeats)
+    return statistics.median(timing.secs), lengths[0], compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def main() -> None:
+    results = {rows: measure(rows) for rows in ROWS}
+    lengths = results[0][1]
+    assert all((lengths == other).all() for _, other, _ in results.values())
+    table = Table(
+        title=f"{lengths.size} completions of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} in the mean"
+    )
+    for name in ("live_rows", "seconds", "times as fast", "working memory, MB"):
+        table.add_column(name, justify="right")
+    for rows, (secs, _, megabytes) in results.items():
+        table.add_row(str(rows), f"{secs:.2f}", f"{results[0][0] / secs:.2f}", f"{megabytes:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What outlives a run, in $GRPO_JAX_CACHE or else ~/.cache/grpo_jax: a model, compiled programs, the peers' environments."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+
+def cache_folder() -> pathlib.Path:
+    """Where it lies. Nothing is made."""
+    return pathlib.Path(os.environ.get("GRPO_JAX_CACHE") or pathlib.Path.home() / ".cache" / "grpo_jax").expanduser()
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+    """Programs that one process compiles need not be compiled by the next. JAX_COMPILATION_CACHE_DIR, if set, is where."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+
+
+def keep_compiled_for_accelerators() -> None:
+    """`keep_compiled` in the cache folder; not on a CPU, whose programs may not suit the next machine of the same home folder."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        keep_compiled(cache_folder() / "compiled")
