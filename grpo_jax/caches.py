@@ -20,7 +20,7 @@ def keep_compiled(folder: pathlib.Path) -> None:
 
 
 def keep_compiled_for_accelerators() -> None:
-    """`keep_compiled` in the cache folder; not on a CPU, whose programs may not suit the next machine of the same home folder."""
+    """`keep_compiled` in the cache folder. Not on a CPU: its programs may not suit the next machine with the same home."""
     import jax
 
     if jax.default_backend() != "cpu":

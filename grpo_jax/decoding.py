@@ -1,4 +1,4 @@
-"""The loops that draw tokens until every completion has ended: all of them side by side, or few rows that take one after another.
+"""The loops that draw tokens until every completion has ended: all side by side, or few rows that take one after another.
 
 Token t of completion b is drawn with fold_in(its key, t) in both, so they draw the same tokens.
 """
@@ -138,7 +138,7 @@ class _Refilled:
 
 
 def decode_refilled(job: Decoding, num_rows: int) -> Completions:
-    """R = num_rows completions at a time, R < B; rows that end take the next ones that wait, so that a few long ones idle few rows.
+    """R = num_rows completions at a time, R < B. Rows that end take the next that wait, so that a long one idles its own row only.
 
     Caches are R rows instead of B. Rows of one prompt begin at different times and no longer stand together: each has a copy
     of its prompt's keys and values, made anew when rows are refilled.

@@ -254,7 +254,7 @@ def test_refilled_rows_on_several_devices():
 
 
 def test_a_long_completion_idles_its_own_row_only(monkeypatch):
-    """Decode steps with 4 rows: what 4 rows must do at the least for all tokens, plus what the longest adds and the wait for a refill."""
+    """Decode steps of 4 rows: what all tokens need at the least, and less than one longest completion more."""
     steps, decode_step = [], Decoder.decode_step
 
     def counted(*args):
