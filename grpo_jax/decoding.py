@@ -138,7 +138,7 @@ class _Refilled:
 
 
 def decode_refilled(job: Decoding, num_rows: int) -> Completions:
-    """R = num_rows completions at a time, R < B. Rows that end take the next that wait, so that a long one idles its own row only.
+    """R = num_rows completions at a time, R < B. Rows that end take the next that wait: a long one idles its own row only.
 
     Caches are R rows instead of B. Rows of one prompt begin at different times and no longer stand together: each has a copy
     of its prompt's keys and values, made anew when rows are refilled.

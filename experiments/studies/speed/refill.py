@@ -2,7 +2,8 @@
 
     python -m experiments.studies.speed.refill            # prints a table; some minutes
 
-The benchmark's `tiny` decoder with random weights; one token in so many is a stop token, so that lengths are geometric. The completions are the same in every row of the table.
+The benchmark's `tiny` decoder with random weights; one token in so many is a stop token, so that lengths are geometric. The
+completions are the same in every row of the table.
 """
 
 from __future__ import annotations
