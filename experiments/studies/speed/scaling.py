@@ -1,9 +1,11 @@
 """Does the update cost what its work costs? Seconds against completion length, group size, vocabulary and padding.
 
     python -m experiments.studies.speed.scaling          # writes scaling.json and scaling.png beside this file; some minutes
+    python -m experiments.studies.speed.scaling padded   # only this axis again
 
-The benchmark's `tiny` model and batch with one size changed at a time. A line of slope 1 goes through the largest size: small
-sizes lie above it by what every call costs. Padding: completions of 64 tokens in a batch that is ever wider.
+The benchmark's `tiny` model and batch with one size changed at a time. The dashed line is what the arithmetic would cost at the
+largest size's rate. Padding: completions of 64 tokens in a batch that is ever wider. The sizes of an axis take turns, call by
+call, for a machine drifts.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs import base
 from experiments import roofline
@@ -28,11 +33,12 @@ from grpo_jax.run import assemble, initial_state
 from grpo_jax.sharding import make_mesh
 
 HERE = pathlib.Path(__file__).parent
+NUM_PROMPTS, WARMUP, REPEATS = 4, 2, 9
 AXES = {
     "completion tokens": ("completion", (32, 64, 128, 256, 512)),
     "group size G": ("group_size", (2, 4, 8, 16, 32)),
     "vocabulary": ("vocab_size", (512, 2048, 8192, 16_384, 32_768)),
-    "padded completion slots, 64 of them real": ("padded", (64, 128, 256, 512)),
+    "completion slots, 64 of them real": ("padded", (64, 128, 256, 512)),
 }
 
 
@@ -46,8 +52,8 @@ class Point:
     padded: int | None = None
 
 
-def measure(point: Point, num_prompts: int = 4, repeats: int = 9) -> dict[str, float]:
-    """Median seconds of an update, and the arithmetic that it needs."""
+def prepared(point: Point) -> tuple[Callable[[], None], float]:
+    """-> (an update, to be called again and again; the floating-point operations that it needs)."""
     raw: Any = base.get_config()
     raw.update_from_flattened_dict(
         {
@@ -55,14 +61,14 @@ def measure(point: Point, num_prompts: int = 4, repeats: int = 9) -> dict[str, f
             "eval.num_samples": 0,
             "mesh.data": 1,
             "objective.kl_coef": 0.0,
-            "rollout.num_prompts": num_prompts,
+            "rollout.num_prompts": NUM_PROMPTS,
             "rollout.group_size": point.group_size,
             "rollout.max_completion_tokens": point.padded or point.completion,
         }
     )
     config = Config.from_config_dict(raw)
     arch = dataclasses.replace(architecture("tiny"), vocab_size=point.vocab_size)
-    task = RandomTask(workload.random_ids(num_prompts, 64, point.vocab_size, seed=0))
+    task = RandomTask(workload.random_ids(NUM_PROMPTS, 64, point.vocab_size, seed=0))
     run = assemble(config, make_mesh(config.mesh), task, ModelDef(arch))
     batch = random_batch(run)
     is_real_T = jnp.arange(batch.rollout.mask_PGT.shape[-1]) < point.completion
@@ -70,12 +76,25 @@ def measure(point: Point, num_prompts: int = 4, repeats: int = 9) -> dict[str, f
     batch = dataclasses.replace(batch, rollout=rollout)
     held: list[Any] = [initial_state(run)]
 
-    def call(_: int) -> None:
+    def call() -> None:
         held[:] = run.update(held[0], batch)
         jax.block_until_ready(held)
 
-    timing = workload.timed(call, lambda _: 0.0, warmup=2, repeats=repeats)
-    return {"secs": statistics.median(timing.secs), "gflops": 3 * roofline.forward_flops(arch, sizes_of(rollout)) / 1e9}
+    return call, 3 * roofline.forward_flops(arch, sizes_of(rollout))
+
+
+def measure(points: Sequence[Point]) -> list[dict[str, float]]:
+    """Of each: the median seconds of an update, the median of its ratio to the first one's, and its arithmetic."""
+    calls = [prepared(point) for point in points]
+    for call, _ in calls * WARMUP:
+        call()
+    clock = [time.perf_counter()]
+    for call, _ in calls * REPEATS:
+        call()
+        clock.append(time.perf_counter())
+    secs = np.diff(clock).reshape(REPEATS, len(calls))
+    medians, ratios = np.median(secs, 0).tolist(), np.median(secs / secs[:, :1], 0).tolist()
+    return [{"secs": medians[i], "of_first": ratios[i], "gflops": flops / 1e9} for i, (_, flops) in enumerate(calls)]
 
 
 def draw(records: dict[str, list[dict[str, float]]]) -> None:
@@ -88,21 +107,25 @@ def draw(records: dict[str, list[dict[str, float]]]) -> None:
         rate = points[-1]["secs"] / points[-1]["gflops"]
         axes.loglog(sizes, [point["secs"] for point in points], "o-", label="measured")
         axes.loglog(sizes, [rate * point["gflops"] for point in points], "--", color="grey", label="as its arithmetic")
-        axes.set(xlabel=label, ylabel="seconds an update", xticks=sizes, xticklabels=[f"{size:g}" for size in sizes])
+        axes.set(xlabel=label, xticks=sizes, xticklabels=[f"{size:g}" for size in sizes], ylim=(0.1, 10))
+        axes.tick_params(axis="x", labelsize=7)
         axes.minorticks_off()
-    axes.legend()
+    figure.axes[0].set_ylabel("seconds an update")
+    figure.axes[0].legend()
     figure.savefig(HERE / "scaling.png", dpi=110)
 
 
 def main() -> None:
-    records: dict[str, list[dict[str, float]]] = {}
+    file = HERE / "scaling.json"
+    records: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if sys.argv[1:] else {}
     for label, (field, sizes) in AXES.items():
+        if sys.argv[1:] and field not in sys.argv[1:]:
+            continue
         fixed = {"completion": 64} if field == "padded" else {}
-        records[label] = []
-        for size in sizes:
-            records[label].append({"size": size, **measure(Point(**{**fixed, field: size}))})
-            print(label, json.dumps(records[label][-1]), flush=True)
-        (HERE / "scaling.json").write_text(json.dumps(records, indent=1) + "\n")
+        measured = measure([Point(**{**fixed, field: size}) for size in sizes])
+        records[label] = [{"size": size, **each} for size, each in zip(sizes, measured, strict=True)]
+        print(label, *map(json.dumps, records[label]), sep="\n", flush=True)
+        file.write_text(json.dumps(records, indent=1) + "\n")
     draw(records)
 
 
