@@ -38,7 +38,7 @@ AXES = {
     "completion tokens": ("completion", (32, 64, 128, 256, 512)),
     "group size G": ("group_size", (2, 4, 8, 16, 32)),
     "vocabulary": ("vocab_size", (512, 2048, 8192, 16_384, 32_768)),
-    "completion slots, 64 of them real": ("padded", (64, 128, 256, 512)),
+    "completion slots, 64 real": ("padded", (64, 128, 256, 512)),
 }
 
 
@@ -102,16 +102,16 @@ def draw(records: dict[str, list[dict[str, float]]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, (label, points) in zip(figure.subplots(1, len(records)), records.items(), strict=True):
+    for axes, (label, points) in zip(figure.subplots(1, len(records), sharey=True), records.items(), strict=True):
         sizes = [point["size"] for point in points]
         rate = points[-1]["secs"] / points[-1]["gflops"]
         axes.loglog(sizes, [point["secs"] for point in points], "o-", label="measured")
         axes.loglog(sizes, [rate * point["gflops"] for point in points], "--", color="grey", label="as its arithmetic")
         axes.set(xlabel=label, xticks=sizes, xticklabels=[f"{size:g}" for size in sizes], ylim=(0.1, 10))
-        axes.tick_params(axis="x", labelsize=7)
+        axes.tick_params(axis="x", labelsize=7, rotation=30)
         axes.minorticks_off()
     figure.axes[0].set_ylabel("seconds an update")
-    figure.axes[0].legend()
+    figure.axes[0].legend(loc="upper left")
     figure.savefig(HERE / "scaling.png", dpi=110)
 
 
