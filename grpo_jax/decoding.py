@@ -39,9 +39,11 @@ class Completions:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What both loops work on: B = P * G completions of P encoded prompts. keys_B: a key of each."""
+    """What both loops work on: B = P * G completions of P encoded prompts. layers: unstacked. keys_B: a key of each."""
 
     decoder: Decoder
+    layers: list[Any]
+    head_VD: Any
     prefix: Prefix
     first_logits_PV: Any
     keys_B: Any
@@ -54,6 +56,11 @@ class Decoding:
         """Token t of each row (one t for all, or one each)."""
         t_B = jnp.broadcast_to(t, keys_B.shape)
         return draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, t_B), self.sampling)
+
+    def next_logits(self, caches: list[KVCache], last_B, slot, prefix: Prefix) -> tuple[Any, list[KVCache]]:
+        """After the token `last_B`, which goes to `slot` of the caches (`Decoder.decode_step`)."""
+        hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
+        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap), caches
 
     def ends(self, token_B):
         """bool: a stop token."""
@@ -89,7 +96,6 @@ def decode_together(job: Decoding) -> Completions:
     """Every completion has a row of its own; the loop ends with the longest."""
     B, T = len(job.keys_B), job.max_completion_tokens
     G = B // len(job.first_logits_PV)
-    layers, head_VD = job.decoder.unstacked_layers(), job.decoder.head_VD
 
     def record(carry: _Together, new: Draw) -> _Together:
         """Write column t; rows that ended before it stay blank."""
@@ -105,8 +111,7 @@ def decode_together(job: Decoding) -> Completions:
 
     def step(carry: _Together) -> _Together:
         last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
-        hidden_BD, caches = job.decoder.decode_step(layers, carry.caches, last_B, carry.t - 1, job.prefix)
-        logits_BV = head_logits(hidden_BD, head_VD, job.decoder.logit_cap)
+        logits_BV, caches = job.next_logits(carry.caches, last_B, carry.t - 1, job.prefix)
         return record(dataclasses.replace(carry, caches=caches), job.draw(logits_BV, job.keys_B, carry.t))
 
     sizes = cache_sizes(T)
@@ -145,7 +150,6 @@ def decode_refilled(job: Decoding, num_rows: int) -> Completions:
     """
     B, R, T = len(job.keys_B), num_rows, job.max_completion_tokens
     G = B // len(job.first_logits_PV)
-    layers, head_VD = job.decoder.unstacked_layers(), job.decoder.head_VD
 
     def refill(carry: _Refilled) -> _Refilled:
         """Free rows take what waits, in its order."""
@@ -162,8 +166,7 @@ def decode_refilled(job: Decoding, num_rows: int) -> Completions:
     def step(carry: _Refilled, prefix: Prefix, first_logits_RV, keys_R) -> _Refilled:
         """One token more in every row that is not free; a row's first comes of its prompt."""
         slot_R = jnp.maximum(carry.t_R - 1, 0)
-        hidden_RD, caches = job.decoder.decode_step(layers, carry.caches, carry.last_R, slot_R, prefix)
-        logits_RV = head_logits(hidden_RD, head_VD, job.decoder.logit_cap)
+        logits_RV, caches = job.next_logits(carry.caches, carry.last_R, slot_R, prefix)
         new = job.draw(jnp.where(carry.t_R[:, None] == 0, first_logits_RV, logits_RV), keys_R, carry.t_R)
         to_R = jnp.where(carry.is_free_R, B, carry.of_R)  # row B is none: it is dropped
         done, is_stop_R = carry.done, job.ends(new.token_B)

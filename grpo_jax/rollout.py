@@ -48,10 +48,13 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
     decoder = model.bind(jax.tree.map(lambda x: x.astype(model.dtype), params))  # cast once, not at every token
     P, G = len(prompts.tokens_PS), spec.group_size
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
+    head_VD = decoder.head_VD
     job = Decoding(
         decoder,
+        decoder.unstacked_layers(),
+        head_VD,
         prefix,
-        first_logits_PV=head_logits(hidden_PD, decoder.head_VD, decoder.logit_cap),
+        first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=spec.sampling,
         stop_ids=spec.stop_ids,

@@ -21,14 +21,10 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
     groups = [[i for i in range(start, start + group_size) if is_active_BT[i].any()] for start in starts]
     plus = {i for rows in groups for i in rows if task_rewards_B[i] >= threshold}
 
-    if obj.advantage == "group_norm":
-        return _group_norm(obj, rewards_B, is_active_BT, groups)
-    if obj.advantage == "group_center":
-        return _group_center(rewards_B, is_active_BT, groups)
-    if obj.advantage == "leave_one_out":
-        return _leave_one_out(rewards_B, is_active_BT, groups)
+    if obj.advantage in OF_A_GROUP:
+        return _by_group(OF_A_GROUP[obj.advantage], obj, rewards_B, is_active_BT, groups)
     if obj.advantage in ("batch_norm", "group_center_batch_norm"):
-        centred_BT = _group_center(rewards_B, is_active_BT, groups)
+        centred_BT = _by_group(_group_center, obj, rewards_B, is_active_BT, groups)
         return _batch_norm(obj, centred_BT if "center" in obj.advantage else rewards_B[:, None] * is_active_BT, is_active_BT)
     if obj.advantage == "token_entropy":
         return _token_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
@@ -47,33 +43,31 @@ def _standardise(x, pool, obj):
     return (x - mean) / (std + obj.adv_eps)
 
 
-def _group_norm(obj, rewards_B, is_active_BT, groups):
+def _by_group(advantage, obj, rewards_B, is_active_BT, groups):
+    """advantage(obj, a completion's reward, the rewards of its group), on all of the completion's tokens."""
     adv_BT = np.zeros(is_active_BT.shape)
     for rows in groups:
         pool = [rewards_B[k] for k in rows]
         for i in rows:
-            adv_BT[i, is_active_BT[i]] = _standardise(rewards_B[i], pool, obj)
+            adv_BT[i, is_active_BT[i]] = advantage(obj, rewards_B[i], pool)
     return adv_BT
 
 
-def _group_center(rewards_B, is_active_BT, groups):
-    adv_BT = np.zeros(is_active_BT.shape)
-    for rows in groups:
-        pool = [rewards_B[k] for k in rows]
-        for i in rows:
-            is_constant = max(pool) == min(pool)
-            adv_BT[i, is_active_BT[i]] = 0.0 if is_constant else rewards_B[i] - math.fsum(pool) / len(pool)
-    return adv_BT
+def _group_norm(obj, reward, pool):
+    return _standardise(reward, pool, obj)
 
 
-def _leave_one_out(rewards_B, is_active_BT, groups):
-    """Each reward minus the mean of the others'."""
-    adv_BT = np.zeros(is_active_BT.shape)
-    for rows in groups:
-        for i in rows:
-            others = [rewards_B[k] for k in rows if k != i]
-            adv_BT[i, is_active_BT[i]] = rewards_B[i] - math.fsum(others) / len(others) if others else 0.0
-    return adv_BT
+def _group_center(obj, reward, pool):
+    return 0.0 if max(pool) == min(pool) else reward - math.fsum(pool) / len(pool)
+
+
+def _leave_one_out(obj, reward, pool):
+    others = list(pool)
+    others.remove(reward)
+    return reward - math.fsum(others) / len(others) if others else 0.0
+
+
+OF_A_GROUP = {"group_norm": _group_norm, "group_center": _group_center, "leave_one_out": _leave_one_out}
 
 
 def _batch_norm(obj, x_BT, is_active_BT):
