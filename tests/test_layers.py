@@ -9,11 +9,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module may import what stands above it in this list, or its own siblings.
 LAYERS = (
-    ("errors", "types", "metrics", "estimates", "statistics", "masking", "rng", "spmd", "linear"),
+    ("errors", "caches", "types", "metrics", "estimates", "statistics", "masking", "rng", "spmd", "linear"),
     ("objectives", "sampling"),
     ("strict", "reward_parts", "validation"),
     ("logprobs", "config"),
     ("models", "sharding", "hosts", "optimizer"),
+    ("decoding",),
     ("rollout", "score", "rewards", "dynamic_sampling", "batching", "credit"),
     ("tasks", "scorers"),
     ("warm_start", "train_step"),
@@ -31,6 +32,7 @@ PURE = (
     "rewards",
     "dynamic_sampling",
     "score",
+    "decoding",
     "rollout",
     "credit",
     "spmd",
