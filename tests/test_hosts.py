@@ -30,7 +30,7 @@ def same_numbers(workdir, expected):
 
 def ended(together):
     """-> (exit statuses, outputs) of processes, waited for."""
-    outputs = [process.communicate(timeout=120)[0] for process in together]
+    outputs = [process.communicate(timeout=300)[0] for process in together]
     return [process.returncode for process in together], outputs
 
 
