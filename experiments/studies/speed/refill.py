@@ -18,6 +18,7 @@ from rich.table import Table
 
 from configs import base
 from experiments.peers import workload
+from experiments.plan.compiled import temporary_bytes
 from experiments.synthetic import RandomTask, architecture
 from grpo_jax.config import Config
 from grpo_jax.iteration import make_rollout
@@ -49,7 +50,7 @@ def measure(live_rows: int, repeats: int = 3) -> tuple[float, Any, float]:
         lengths[:] = [np.asarray(rollout.mask_PGT.sum(-1), int)]
 
     timing = workload.timed(call, lambda _: 0.0, warmup=1, repeats=repeats)
-    return statistics.median(timing.secs), lengths[0], compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return statistics.median(timing.secs), lengths[0], temporary_bytes(compiled) / 1e6
 
 
 def main() -> None:
