@@ -16,8 +16,10 @@ from jaxtyping import install_import_hook
 install_import_hook("grpo_jax.objectives", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Programs that several tests compile are compiled once.
-_compiled = tempfile.TemporaryDirectory(prefix="grpo_jax_compiled_")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Programs that several tests compile are compiled once, by whichever of pytest-xdist's processes comes first.
+if "GRPO_JAX_TESTS_COMPILED" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="grpo_jax_compiled_")
+    os.environ["GRPO_JAX_TESTS_COMPILED"] = _compiled.name  # the processes started from here see it
+jax.config.update("jax_compilation_cache_dir", os.environ["GRPO_JAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

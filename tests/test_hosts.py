@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from configs import dapo
+from configs import gtpo
 from experiments import train
 from grpo_jax import hosts, trainer
 from grpo_jax.config import Config
@@ -35,16 +35,18 @@ def ended(together):
 
 
 def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
+    """With GTPO, whose statistics are of the whole batch: rows of both processes."""
+
     def flags(port, process):
         joining = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
         small = ("--config.warm_start.num_steps=100", "--config.eval.num_samples=0")
-        return ["--config=configs/dapo.py:runlocal", f"--workdir={tmp_path / 'two'}", *small, *joining]
+        return ["--config=configs/gtpo.py:runlocal", f"--workdir={tmp_path / 'two'}", *small, *joining]
 
     with programs.together("experiments.train", 2, flags, num_devices=2) as two:
         statuses, outputs = ended(two)
     assert statuses == [0, 0], "\n".join(outputs)
-    assert "step 3/3" in outputs[0] and not {"step", "curve", "dapo"} & set(outputs[1].split())
-    config = dapo.get_config("runlocal")
+    assert "step 3/3" in outputs[0] and not {"step", "curve", "gtpo"} & set(outputs[1].split())
+    config = gtpo.get_config("runlocal")
     config.warm_start.num_steps, config.eval.num_samples, config.mesh.data = 100, 0, 4
     trainer.train(Config.from_config_dict(config), tmp_path / "one")
     same_numbers(tmp_path / "two", tmp_path / "one")

@@ -39,32 +39,45 @@ def wait_for_step(process, workdir, step):
     raise AssertionError(f"step {step} never came")
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-def test_killed_and_resumed_is_bitwise_uninterrupted(tmp_path, cache, num_devices):
-    """On 8 devices with weights, optimizer state and caches in parts."""
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.fsdp_min_elements=0"] if num_devices > 1 else []
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    status, output = programs.run("experiments.train", *flags(whole), *mesh, num_devices=num_devices, cache=cache)
+def unbroken(workdir, *args, **kwargs):
+    """-> the records of a run that nobody disturbs."""
+    status, output = programs.run("experiments.train", *flags(workdir), *args, **kwargs)
     assert status == 0, output
-    expected = programs.records(whole)
+    expected = programs.records(workdir)
     assert [record["step"] for record in expected] == list(range(NUM_STEPS + 1))
     assert any(record.get("groups/pending", 0) > 0 for record in expected), "no groups were waiting: nothing is tested"
+    return expected
 
-    kill_after = random.Random(os.urandom(8)).choice([4, 8, 12, 16])
-    process = programs.start("experiments.train", *flags(torn), *mesh, num_devices=num_devices, cache=cache)
-    wait_for_step(process, torn, kill_after)
+
+def killed(workdir, step, *args, **kwargs):
+    """Start the run, or go on with it, and kill it when it has come to `step`."""
+    process = programs.start("experiments.train", *flags(workdir), *args, **kwargs)
+    wait_for_step(process, workdir, step)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    status, output = programs.run("experiments.train", *flags(torn), *mesh, num_devices=num_devices, cache=cache)
-    assert status == 0, output
-    assert programs.records(torn) == expected, f"killed after step {kill_after}"
-    sampled = [(d / "completions.jsonl").read_text() for d in (whole, torn)]
+
+
+def assert_same_run(torn, whole, expected):
+    assert programs.records(torn) == expected
+    sampled = [(folder / "completions.jsonl").read_text() for folder in (whole, torn)]
     assert sampled[0] == sampled[1] and sampled[0].count("\n") > 100
 
 
-def test_sigterm_saves_and_exits_zero_and_the_same_command_goes_on(tmp_path, cache):
-    workdir = tmp_path / "run"
+def test_killed_and_resumed_is_bitwise_uninterrupted_in_parts(tmp_path, cache):
+    """On 8 devices with weights, optimizer state and caches in parts."""
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.fsdp_min_elements=0"]
+    whole, torn, on_eight = tmp_path / "whole", tmp_path / "torn", {"num_devices": 8, "cache": cache}
+    expected = unbroken(whole, *mesh, **on_eight)
+    killed(torn, random.Random(os.urandom(8)).choice([4, 8, 12, 16]), *mesh, **on_eight)
+    status, output = programs.run("experiments.train", *flags(torn), *mesh, **on_eight)
+    assert status == 0, output
+    assert_same_run(torn, whole, expected)
+
+
+def test_sigterm_then_a_kill_and_the_same_command_ends_bitwise_as_uninterrupted(tmp_path, cache):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    expected = unbroken(whole, cache=cache)
     process = programs.start("experiments.train", *flags(workdir), cache=cache)
     wait_for_step(process, workdir, 5)
     process.send_signal(signal.SIGTERM)
@@ -74,9 +87,10 @@ def test_sigterm_saves_and_exits_zero_and_the_same_command_goes_on(tmp_path, cac
     assert 5 <= stopped_at < NUM_STEPS
     assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
 
+    killed(workdir, min(stopped_at + random.Random(os.urandom(8)).randint(1, 10), 18), cache=cache)
     status, output = programs.run("experiments.train", *flags(workdir), cache=cache)
     assert status == 0, output
-    assert [record["step"] for record in programs.records(workdir)] == list(range(NUM_STEPS + 1))
+    assert_same_run(workdir, whole, expected)
     for name in ("learning_curve.png", "summary.json", "config.json", "completions.jsonl", "tensorboard"):
         assert (workdir / name).exists(), name
     summary = json.loads((workdir / "summary.json").read_text())
