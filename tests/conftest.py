@@ -3,10 +3,9 @@
 import os
 import tempfile
 
-# Optimised code would run faster and compile slower, and here compiling is most of the time.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests.programs import COMPILED_QUICKLY
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -3,8 +3,10 @@
 import os
 import sys
 
+from tests.programs import COMPILED_QUICKLY
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}"
 
 import jax
 import numpy as np

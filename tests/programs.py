@@ -11,10 +11,13 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 TIMINGS = ("time/", "tokens/s")
 
+# Compiling is most of the time here: code that is not optimised, and XLA's older emitters of fused loops, are quicker to make.
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 
 def start(module, *args, num_devices=1, cache=None):
     """The process; it leads a group of its own, so that it can be killed with all it has started."""
-    flags = f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0"  # as in conftest
+    flags = f"--xla_force_host_platform_device_count={num_devices} {COMPILED_QUICKLY}"
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     if cache is not None:
         env.update(

@@ -98,7 +98,7 @@ def executed(name, folder, monkeypatch, parameters):
     (place,) = [i for i, cell in enumerate(notebook.cells) if cell.metadata.get("tags") == ["parameters"]]
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in parameters.items())))
     monkeypatch.setenv("PYTHONPATH", str(programs.ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=1 {programs.COMPILED_QUICKLY}")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

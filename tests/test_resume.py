@@ -26,6 +26,7 @@ def flags(workdir, variant="dapo"):
         f"--config.num_steps={NUM_STEPS}",
         "--config.eval_every=12",
         "--config.checkpoint.every=4",
+        "--config.warm_start.num_steps=100",
     ]
 
 
