@@ -67,7 +67,11 @@ def _leave_one_out(obj, reward, pool):
     return reward - math.fsum(others) / len(others) if others else 0.0
 
 
-OF_A_GROUP = {"group_norm": _group_norm, "group_center": _group_center, "leave_one_out": _leave_one_out}
+OF_A_GROUP = {
+    "group_norm": _group_norm,
+    "group_center": _group_center,
+    "leave_one_out": _leave_one_out,
+}
 
 
 def _batch_norm(obj, x_BT, is_active_BT):

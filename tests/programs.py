@@ -1,6 +1,7 @@
 """Running the command-line programs as a user would: in a process of their own, with compiled programs kept between runs."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -11,8 +12,11 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 TIMINGS = ("time/", "tokens/s")
 
-# Compiling is most of the time here: code that is not optimised, and XLA's older emitters of fused loops, are quicker to make.
-COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Compiling is most of the time here, and code that is not optimised is quicker to make. So is that of XLA's older emitters of
+# fused loops, which went with jaxlib 0.11; XLA ends a process that sets a flag which it does not know.
+COMPILED_QUICKLY = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 
 
 def start(module, *args, num_devices=1, cache=None):

@@ -203,7 +203,7 @@ def test_batches_exercise_every_branch():
 # ------------------------------------------------------------------------------------------- parity with the oracle
 
 ADVANTAGE_CASES = [
-    *grid("grpo", advantage=CHOICES["advantage"], std_ddof=(0, 1), adv_eps=(1e-6, 1e-2)),
+    *grid("grpo", advantage=CHOICES["advantage"], std_ddof=(0, 1), adv_eps=(0.0, 1e-6, 1e-2)),
     *grid("gtpo", stat_scope=("batch", "group"), entropy_clip=(None, (0.2, 1.5)), std_ddof=(0, 1)),
     *grid("gtpo", stat_scope=("batch", "group"), entropy_floor=(0.3,), entropy_clip=(None, (0.0, 1.5))),
     *grid("gtpo", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),

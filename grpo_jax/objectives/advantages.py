@@ -1,6 +1,7 @@
 """Rewards -> per-token advantages [B, T]. Group statistics need whole groups: call this before any microbatch split.
 
-All share one signature: `Shaped` inputs in, advantage out, 0 on masked tokens; no gradient flows through any input.
+Estimators share one signature: (obj, groups) -> [P, G, T], or [P, G, 1] if all tokens of a row have the same advantage. What
+they give to masked tokens counts for nothing, and no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -84,18 +85,18 @@ def _bounded_entropy(obj: Objective, entropy_PGT, mask_PGT):
 
 
 def group_norm(obj: Objective, groups: Groups):
-    """A_i = (r_i - mean_g) / (std_g + eps), broadcast over tokens (arXiv 2402.03300, sec. 4.1.2)."""
+    """A_i = (r_i - mean_g) / (std_g + eps) (arXiv 2402.03300, sec. 4.1.2)."""
     adv_PG = standardise(groups.reward_PG, groups.has_tokens_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
-    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
+    return adv_PG[..., None]
 
 
 def group_center(obj: Objective, groups: Groups):
-    """A_i = r_i - mean_g, broadcast over tokens (Dr. GRPO, arXiv 2503.20783); exactly 0 if all rewards are equal."""
+    """A_i = r_i - mean_g (Dr. GRPO, arXiv 2503.20783); exactly 0 if all rewards are equal."""
     del obj
     rewards_PG, rows = groups.reward_PG, groups.has_tokens_PG
     centred_PG = rewards_PG - masked_mean(rewards_PG, rows, 1, keepdims=True)
     adv_PG = jnp.where(is_constant(rewards_PG, rows, 1), 0.0, centred_PG)  # not the rounding error of the mean
-    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
+    return adv_PG[..., None]
 
 
 def leave_one_out(obj: Objective, groups: Groups):
@@ -109,17 +110,17 @@ def leave_one_out(obj: Objective, groups: Groups):
 
 def batch_norm(obj: Objective, groups: Groups):
     """A_i = (r_i - mean) / (std + eps) over all tokens of the batch (REINFORCE++, arXiv 2501.03262)."""
-    reward_PGT = jnp.broadcast_to(groups.reward_PG[..., None], groups.mask_PGT.shape)
-    return _over_batch(obj, groups, reward_PGT)
+    return _over_batch(obj, groups, groups.reward_PG)
 
 
 def group_center_batch_norm(obj: Objective, groups: Groups):
     """The same of r_i - mean_g: a baseline of each prompt, one scale for the batch (arXiv 2501.03262, with baseline)."""
-    return _over_batch(obj, groups, group_center(obj, groups))
+    return _over_batch(obj, groups, group_center(obj, groups)[..., 0])
 
 
-def _over_batch(obj: Objective, groups: Groups, x_PGT):
+def _over_batch(obj: Objective, groups: Groups, x_PG):
     """Standardised over the tokens of the global batch, as advantages of tokens are elsewhere (verl, OpenRLHF)."""
+    x_PGT = jnp.broadcast_to(x_PG[..., None], groups.mask_PGT.shape)
     return standardise(x_PGT, groups.mask_PGT, None, groups.axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
 
 
@@ -149,7 +150,7 @@ def sequence_entropy(obj: Objective, groups: Groups):
     up_PG = obj.base_weight * groups.reward_PG + obj.entropy_weight * _relative(mean_PG, success_PG, axis=1)
     down_PG = -obj.base_weight - obj.entropy_weight * _relative(1.0 / mean_PG, failure_PG, axis=1)
     adv_PG = _normalised(obj, groups, up_PG, down_PG, success_PG, failure_PG, group_axes=(1,))
-    return jnp.broadcast_to(adv_PG[..., None], groups.mask_PGT.shape)
+    return adv_PG[..., None]
 
 
 def _relative(x, members, axis: int):
