@@ -37,7 +37,7 @@ ARCH = dataclasses.replace(
 SHALLOW = dataclasses.replace(ARCH, num_layers=2)
 MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}
 OPS = ("stablehlo.all_gather", "stablehlo.reduce_scatter")
-COLLECTIVE = re.compile(r"= (\S+?)\[([\d,]*)\]\S* (all-gather|reduce-scatter)\(.*?replica_groups=(\S+?), (?:dim|use)")
+COLLECTIVE = re.compile(r"= (\S+?)\[([\d,]*)\]\S* (all-gather|reduce-scatter)\(.*?replica_groups=(.+?), (?:dim|use)")
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
