@@ -130,7 +130,8 @@ class ProgressLine:
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[say]}"), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not self._is_live)
         self._bar = self._progress.add_task("", total=total, completed=start, say="compiling")
-        self._start, self._total, self._began, self._last_line = start, total, time.monotonic(), -PLAIN_LINE_EVERY_SECS
+        self._start, self._total, self._last_line = start, total, -PLAIN_LINE_EVERY_SECS
+        self._warm: tuple[int, float] | None = None  # the first step that was seen and when: compiling was before it
         self._seen: dict[str, float] = {}
         self._last_note = -PLAIN_LINE_EVERY_SECS
         self._progress.start()
@@ -141,10 +142,13 @@ class ProgressLine:
         say = "  ".join(f"{label} {form.format(self._seen[key])}" for label, key, form in self.FIELDS if key in self._seen)
         self._progress.update(self._bar, completed=step, say=say)
         now = time.monotonic()
+        if self._warm is None and step > self._start:
+            self._warm = step, now
         if not self._is_live and (now - self._last_line >= PLAIN_LINE_EVERY_SECS or step in (self._start, self._total)):
             self._last_line = now
-            done = step - self._start
-            left = f"  left {(now - self._began) / done * (self._total - step):.0f} s" if done > 0 else ""
+            left = ""
+            if self._warm is not None and step > self._warm[0]:
+                left = f"  left {(now - self._warm[1]) / (step - self._warm[0]) * (self._total - step):.0f} s"
             print(f"step {step}/{self._total}  {say}{left}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
