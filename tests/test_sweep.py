@@ -102,8 +102,9 @@ def test_assignments_on_the_command_line():
 def test_every_sweep_file_expands(name):
     module = importlib.import_module(f"configs.sweeps.{name}")
     for scale in ("tiny", "runlocal"):
-        specs = plan.expand(plan.Sweep.from_config_dict(module.get_config(scale)), {})
-        assert len(specs) >= 8
+        sweep = plan.Sweep.from_config_dict(module.get_config(scale))
+        assert len(plan.expand(sweep, {})) >= 8
+        assert plan.too_few_seeds(sweep) is None
 
 
 def folder_of(workdir, spec, *, steps):
@@ -201,6 +202,16 @@ def test_a_failing_run_stops_no_other(tmp_path):
     assert "1 failed, 1 finished" in output
     (record,) = programs.records(workdir / "runs" / "grpo-seed3")
     assert record["step"] == 0 and "eval/success" in record
+
+
+@pytest.mark.parametrize(
+    ("num_sets", "num_seeds", "least"),
+    [(2, 5, 6), (2, 6, None), (5, 7, 8), (5, 8, None), (1, 1, None)],  # 2 / 2^6 = 0.031; 4 * 2 / 2^8 = 0.031
+)
+def test_a_sweep_says_beforehand_that_it_has_too_few_seeds_to_show_anything(num_sets, num_seeds, least):
+    sets = {f"set{i}": {"optimizer.learning_rate": 1e-3 * (i + 1)} for i in range(num_sets)}
+    warning = plan.too_few_seeds(sweep_of(configs=("configs/grpo.py",), sets=sets, seeds=tuple(range(num_seeds))))
+    assert warning is None if least is None else f"holds {num_seeds}; with fewer than {least} no" in warning
 
 
 def test_typos_end_in_one_line_before_anything_runs(tmp_path):

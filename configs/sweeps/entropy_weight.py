@@ -15,6 +15,7 @@ WEIGHTS, SCOPES = (0.0, 0.1, 0.5), ("batch", "group")
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale)
     config.configs = ("configs/grpo.py",)
+    config.seeds = tuple(range(10))  # fewer could show nothing about 18 settings
     variants = {name: settings.changes_to(name) for name in ("gtpo", "grpo_s")}
     weights = base.grid({"objective.entropy_weight": WEIGHTS, "objective.stat_scope": SCOPES})
     mistaken = base.grid({"objective.shaped_zeros": ("left_out",), "objective.stat_scope": SCOPES})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments import cli
+from grpo_jax import statistics
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.strict import build
@@ -37,6 +39,20 @@ class Sweep:
             if getattr(sweep, field) < 0:
                 raise UserError(f"config.{field} = {getattr(sweep, field)}: must be at least 0")
         return sweep
+
+
+def too_few_seeds(sweep: Sweep) -> str | None:
+    """The sentence for a sweep of which no report could show a difference; None: there are seeds enough for one."""
+    num_settings = len(sweep.configs) * len(sweep.sets)
+    if num_settings < 2:
+        return None
+    least = statistics.seeds_needed(math.inf, statistics.ALPHA / (num_settings - 1))  # each against the baseline, at the least
+    if least is None or len(sweep.seeds) >= least:
+        return None
+    return (
+        f"config.seeds holds {len(sweep.seeds)}; with fewer than {least} no difference between {num_settings} settings can be "
+        "shown, however large, and small ones take more"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,9 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
     specs = plan.expand(sweep, changes)
     for spec in specs:
         require_same_config(workdir / spec.folder, spec.config.to_dict())
+    warning = plan.too_few_seeds(sweep)
+    if warning:
+        print(f"note: {warning}", file=sys.stderr)
     workdir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     num_processes = sweep.num_processes or (pool.default_num_processes() if cluster is None else len(specs))
