@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.report import document, tables
+from experiments.report import document, figures, tables
 from experiments.report.__main__ import main
 from experiments.report.analysis import analyse
 from experiments.report.runs import LeftOut, Run, load
@@ -209,7 +209,14 @@ def report(*args):
 def test_the_report_of_a_sweep(sweep, capsys):
     out = sweep / "report"
     text = (out / "report.md").read_text()
-    for fact in ("abc1234", "1 x abacus", "2026-11-22", "jax 0.10.2", f"`python -m experiments.report {sweep}`"):
+    for fact in (
+        "abc1234",
+        "1 x abacus",
+        "2026-11-22",
+        "jax 0.10.2",
+        "6 (0, 1, 2, 3, 4, 5) of every",
+        f"`python -m experiments.report {sweep}`",
+    ):
         assert fact in text
     assert "| objective.kl_coef | 0.0 | 0.04 | 0.0 |" in text and "| seed | 0" not in text
     for reason in ("| dapo | 6 | stopped at step 2 of 4 |", "| grpo | 7 | failed |", "| grpo | 7 | no records in "):
@@ -229,6 +236,22 @@ def test_the_report_of_a_sweep(sweep, capsys):
         assert float(rows[setting.name]["mean"]) == pytest.approx(np.mean(setting.final_N))
     assert float(rows["dapo"]["difference"]) == pytest.approx(0.05) and rows["grpo"]["difference"] == ""
     assert len((out / "runs.csv").read_text().splitlines()) == 1 + 18
+
+
+@pytest.mark.parametrize("draw", [figures.learning_curves, figures.cost, figures.training])
+@pytest.mark.parametrize("num_settings", [2, 18])
+def test_legends_lie_within_the_picture_and_cover_no_curve(draw, num_settings):
+    figure = draw(study_of({f"grpo-entropy_weight={i},stat_scope=batch,and_more": GRPO for i in range(num_settings)}))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == num_settings
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    assert all(ax.get_tightbbox().y1 <= box.y0 for ax in figure.axes)
+
+
+def test_unequal_seeds_are_listed_for_each_setting():
+    assert document.seeds_of(study_of({"grpo": GRPO[:3], "dapo": GRPO[:2]})) == "grpo: 3 (0, 1, 2); dapo: 2 (0, 1)"
 
 
 def test_the_page_is_one_file_that_needs_nothing_else(sweep):

@@ -15,7 +15,7 @@ BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
 UNKNOWN = "not recorded"
 CAPTIONS = {
     "final.png": "Every seed is a dot; above them the mean and its 95 % interval. Right: differences of equal seeds.",
-    "learning_curves.png": "Mean over seeds, with 95 % intervals at each step by itself.",
+    "learning_curves.png": "Mean over seeds; of up to seven settings with 95 % intervals, at each step by itself.",
     "cost.png": "The same curves over what they cost.",
     "training.png": "What training did: means over seeds, smoothed.",
 }
@@ -71,16 +71,23 @@ def reading(study: Study) -> str:
 def facts(study: Study, command: str) -> str:
     """Command, commit, machine, dates, seeds."""
     runs = [run for setting in study.settings for run in setting.runs]
-    seeds = "; ".join(f"{s.name}: {len(s.runs)} ({', '.join(str(run.seed) for run in s.runs)})" for s in study.settings)
     dates = sorted({str(run.summary.get("date", UNKNOWN)) for run in runs})
     lines = [
         f"Report: `{command}`",
         f"Commit of the runs: {distinct(runs, 'commit')}",
         f"Machine: {distinct(runs, 'devices')}; jax {distinct(runs, 'jax')}",
         f"Finished: {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else ""),
-        f"Seeds: {seeds}",
+        f"Seeds: {seeds_of(study)}",
     ]
     return "\n".join(f"- {line if line.startswith('Report') else tables.plain(line)}" for line in lines)
+
+
+def seeds_of(study: Study) -> str:
+    """Which seeds stand for each setting; said once if they are the same for all."""
+    listed = {s.name: f"{len(s.runs)} ({', '.join(str(run.seed) for run in s.runs)})" for s in study.settings}
+    if len(set(listed.values())) == 1:
+        return f"{next(iter(listed.values()))} of every setting"
+    return "; ".join(f"{name}: {seeds}" for name, seeds in listed.items())
 
 
 def distinct(runs: Sequence[Run], field: str) -> str:

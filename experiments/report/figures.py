@@ -14,6 +14,7 @@ from grpo_jax import statistics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 # Okabe and Ito's colours without yellow and black: told apart by colour-blind eyes, on white and on black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
@@ -23,6 +24,7 @@ INKS = {"light": "#1b1f24", "dark": "#e7ebef"}
 PAPERS = {"light": "#ffffff", "dark": "#171c23"}
 NUM_SMOOTHED = 20  # a curve of training is a running mean over one part in so many of its steps
 DPI = 110
+LEGEND_GAP = 0.2  # inches between columns
 PANELS = (
     ("policy/entropy", "entropy (nats)"),
     ("completion/length_mean", "completion length (tokens)"),
@@ -82,8 +84,8 @@ def common_curve(setting: Setting, metric: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def learning_curves(study: Study) -> Figure:
-    """Mean over seeds at each evaluation, with its interval."""
-    figure, axes = new_figure(1, 1, size=(7.5, 4.4))
+    """Mean over seeds at each evaluation, with its interval where there are not too many to be told apart."""
+    figure, axes = new_figure(1, 1, size=(9.5, 4.4))
     ax: Axes = axes[0, 0]
     lowest, highest = limits(study.metric)
     opacity = min(0.15, 0.3 / len(study.settings))  # where many lie on each other, the curves are still to be seen
@@ -92,12 +94,14 @@ def learning_curves(study: Study) -> Figure:
         mean_E, low_E, high_E = statistics.mean_interval(values_EN)
         look = looks(study, setting)
         ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
+        if len(study.settings) > len(COLOURS):
+            continue
         interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
         ax.fill_between(steps_E, *interval, color=look["color"], alpha=opacity, linewidth=0)
         for edge_E in interval:
             ax.plot(steps_E, edge_E, color=look["color"], alpha=0.5, linewidth=0.6)
     ax.set(xlabel="step", ylabel=study.metric)
-    ax.legend(frameon=False)
+    add_legend(figure)
     return figure
 
 
@@ -141,7 +145,7 @@ def cost(study: Study) -> Figure:
             scale = 1e-6 if which == 0 else 1.0
             ax.plot(scale * cost_EN.mean(-1), values_EN.mean(-1), **looks(study, setting), markersize=4, label=setting.name)
         ax.set(xlabel=label, ylabel=study.metric)
-    axes[0, 0].legend(frameon=False)
+    add_legend(figure)
     return figure
 
 
@@ -166,9 +170,23 @@ def training(study: Study) -> Figure | None:
             ax.plot(running_mean(steps_E, window), running_mean(values_EN.mean(-1), window), **look, label=setting.name)
         ax.set_title(label, fontsize=9, loc="left")
         ax.set_xlabel("step")
-    handles = {line.get_label(): line for ax in axes.flat for line in ax.lines}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    add_legend(figure)
     return figure
+
+
+def add_legend(figure: Figure) -> None:
+    """One for all panels, above them: as many columns as the width holds, and the figure grows by its height."""
+    named = {str(line.get_label()): line for ax in figure.axes for line in ax.lines}
+    named = {label: line for label, line in named.items() if not label.startswith("_")}  # matplotlib's own for the nameless
+
+    def above(num_columns: int) -> Legend:
+        return figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=num_columns, frameon=False)
+
+    single = above(1)
+    widest = single.get_window_extent().width + LEGEND_GAP * figure.dpi
+    single.remove()
+    legend = above(min(len(named), max(1, int(figure.bbox.width / widest))))
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
 
 
 def running_mean(values_E: np.ndarray, window: int) -> np.ndarray:
