@@ -30,8 +30,9 @@ class Board:
         self.status = {spec.folder: "finished" if is_finished(spec, workdir) else "waiting" for spec in specs}
         self.errors: dict[str, str] = {}
         self._records: dict[str, dict[str, float]] = {spec.folder: latest(workdir / spec.folder) for spec in specs}
-        self._began, self._last_line = time.monotonic(), time.monotonic()
+        self._last_line = time.monotonic()
         self._steps_before = self.steps_done()
+        self._pace_from: tuple[float, int] | None = None  # when the first steps were seen, and how many there were then
         self._secs_in_steps, self._secs_before = 0.0, dict.fromkeys(self.status, 0.0)
         console = Console(file=sys.stderr)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -78,6 +79,8 @@ class Board:
 
     def refresh(self) -> None:
         """Look how far the running ones are, and show it."""
+        if self._pace_from is None and self.steps_done() > self._steps_before:
+            self._pace_from = time.monotonic(), self.steps_done()
         if not self._live and time.monotonic() - self._last_line < PLAIN_LINE_EVERY_SECS:
             return
         for spec in self.specs:
@@ -111,12 +114,19 @@ class Board:
         return (spec.folder.removeprefix("runs/"), f"{step}/{spec.config.num_steps}", *shown, left, status)
 
     def summary(self) -> str:
-        """How many runs are at what, and how long the rest will take at the pace so far."""
+        """How many runs are at what, and how long the rest will take."""
         counts = ", ".join(f"{self.count(status)} {status}" for status in STATUSES if self.count(status))
-        done = self.steps_done() - self._steps_before
+        left = self.secs_left()
+        return f"{counts}; {self.num_at_once} at a time" + ("" if left is None else f"; about {left / 60:.0f} min left")
+
+    def secs_left(self) -> float | None:
+        """At the pace since the first steps were seen: what came before them was starting and compiling."""
+        since, first_steps = self._pace_from or (0.0, math.inf)
+        done = self.steps_done() - first_steps
+        if done <= 0:
+            return None
         to_do = sum(spec.config.num_steps for spec in self.specs if self.status[spec.folder] != "failed") - self.steps_done()
-        pace = (time.monotonic() - self._began) / done if done else 0.0
-        return f"{counts}; {self.num_at_once} at a time" + (f"; about {to_do * pace / 60:.0f} min left" if pace else "")
+        return to_do * (time.monotonic() - since) / done
 
     def what_bounds_it(self, secs: float) -> str:
         """Where the time of the last `secs` seconds went."""
