@@ -141,7 +141,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps; 0: only at the end and on SIGTERM
-    config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a run that has come to its end
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none

@@ -71,7 +71,9 @@ def step_of(workdir: pathlib.Path, step: int | None) -> int:
     """`step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none, or not that one."""
     steps = saved_steps(workdir)
     if not steps:
-        raise UserError(f"--workdir={workdir}: no finished checkpoint in it; train first")
+        raise UserError(
+            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
+        )
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
     return steps[-1] if step is None else step

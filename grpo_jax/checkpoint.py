@@ -29,7 +29,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max(config.keep, 1), create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def latest_step(self) -> int | None:

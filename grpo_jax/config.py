@@ -215,7 +215,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept in the run's folder."""
+    """What is kept in the run's folder. keep 0: one checkpoint to resume from, and none once the run has come to its end."""
 
     every: int
     keep: int

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.cohort import Program, numbers_of
 from grpo_jax.run import Run
-from grpo_jax.trainer import Profiler, StopSignal, Unwritten, opened, summarise
+from grpo_jax.trainer import Profiler, StopSignal, Unwritten, concluded, opened
 
 
 def train_together(program: Program, runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> None:
@@ -50,7 +50,7 @@ def train_together(program: Program, runs: Sequence[Run], workdirs: Sequence[pat
         for loop, each, left in zip(loops, unstacked(state, len(loops)), unwritten, strict=True):
             loop.end(each, left)
     for run, workdir in zip(runs, workdirs, strict=True):
-        summarise(run.config, workdir)
+        concluded(run.config, workdir)
 
 
 def advance(program: Program, numbers: Any, state: Any, step: int, num_runs: int) -> tuple[Any, Any, list[Unwritten]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax.checkpoint import Checkpointer, claim_workdir, write_atomically
 from grpo_jax.completions import completion_rows
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.evaluate import as_metrics
 from grpo_jax.iteration import with_batch_ahead
 from grpo_jax.plots import learning_curve
@@ -52,7 +54,7 @@ def train_run(
     profiler = Profiler(workdir / "profile", profiled if hosts.is_first() else None)
     with opened(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
         loop.go(state, resumed)
-    return summarise(run.config, workdir) if hosts.is_first() else None
+    return concluded(run.config, workdir) if hosts.is_first() else None
 
 
 @contextlib.contextmanager
@@ -61,7 +63,12 @@ def opened(
 ) -> Iterator[tuple[Loop, TrainState, int | None]]:
     """-> (the run's loop over its open files, its state, the step of the checkpoint that it goes on from or None)."""
     # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
-    is_begun = hosts.from_first(np.asarray((workdir / "checkpoints").is_dir()))
+    is_begun, is_ended = hosts.from_first(np.asarray([(workdir / name).exists() for name in ("checkpoints", "summary.json")]))
+    if is_ended and not is_begun:
+        raise UserError(
+            f"--workdir={workdir}: its run has ended and its checkpoints are gone (config.checkpoint.keep = 0 keeps none), so "
+            "there is nothing to go on from; use another folder"
+        )
     state = None if is_begun else announced_initial_state(run)
     claim_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
@@ -232,6 +239,14 @@ class Loop:
         if self.log:
             self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
+
+
+def concluded(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """What is left to do for a run whose files are closed: its summary; checkpoints only for as long as they are wanted."""
+    summary = summarise(config, workdir)
+    if not config.checkpoint.keep and summary["steps"] == config.num_steps:
+        shutil.rmtree(workdir / "checkpoints")
+    return summary
 
 
 def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

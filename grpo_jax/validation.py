@@ -220,7 +220,7 @@ AT_LEAST = {
     "eval.num_samples": 0,
     "eval.batch_size": 1,
     "checkpoint.every": 0,
-    "checkpoint.keep": 1,
+    "checkpoint.keep": 0,
     "log.completions_every": 0,
     "log.num_groups": 1,
 }

@@ -10,6 +10,7 @@ import pytest
 
 from configs import base
 from grpo_jax import build, trainer
+from grpo_jax.checkpoint import saved_steps
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
@@ -99,7 +100,12 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(tmp_path):
     changes = {"num_steps": 4, "eval_every": 2, "checkpoint.every": 2, "log.completions_every": 2, "overlong.cache_tokens": 6}
     changes |= {"optimizer.learning_rate": 1e-2, "optimizer.warmup_steps": 0, "eval.num_samples": 0}
     for num in (0, 2):
-        trainer.train(tiny.config_of("dr_grpo", changes | {"steps_per_call": num}), tmp_path / str(num))
+        config = tiny.config_of("dr_grpo", changes | {"steps_per_call": num, "checkpoint.keep": num})
+        trainer.train(config, tmp_path / str(num))
+        assert saved_steps(tmp_path / str(num)) == ([2, 4] if num else []), "with keep = 0 an ended run leaves none"
+        if not num:
+            with pytest.raises(UserError, match="nothing to go on from"):
+                trainer.train(config, tmp_path / str(num))
     one_by_one, together = (programs.records(tmp_path / name) for name in ("0", "2"))
     assert [record["step"] for record in together] == [0, 1, 2, 3, 4] and "eval/success" in together[2]
     for expected, found in zip(one_by_one, together, strict=True):

@@ -8,7 +8,8 @@ runs/sweep/runs/<name>-seed<seed>, each as experiments.train would leave it. run
 
 Runs that differ only in seed and scalar settings share their compiled programs, and all runs of a seed its warm start. The
 same command goes on where a sweep was left: finished runs are kept, others resume from their checkpoints. SIGTERM saves. A
-failing run is reported and stops no other; then the exit status is 1.
+failing run is reported and stops no other; then the exit status is 1. Each finished run leaves its last checkpoints, gigabytes
+for a real model; --set=checkpoint.keep=0 leaves none.
 """
 
 from __future__ import annotations
