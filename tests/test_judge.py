@@ -271,7 +271,7 @@ HARD = ["\\boxed{10^{10^6}}", "\\boxed{9^{9^{9^{9^9}}}}", "$" + "\\frac{" * 500 
 
 def test_hostile_answers_cost_themselves_only(judge: MakeJudge) -> None:
     good, bad = ["\\boxed{4}", "<answer>\\frac{8}{2}</answer>"], ["\\boxed{5}", "0"]
-    each = judge("math_verify", "0.5*exact", time_limit_secs=2.0, memory_limit_mb=1024)
+    each = judge("math_verify", "0.5*exact", time_limit_secs=6.0, memory_limit_mb=1024)
     for hard in (HARD, []):
         completions_PG = [[*good, *hard, *bad]]
         reward = each([{"answer": "4"}], completions_PG, lengths(completions_PG))
