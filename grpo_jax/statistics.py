@@ -167,6 +167,11 @@ def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
     return int(enough[0]) if len(enough) else None
 
 
+def fewest_seeds(num_tests: int) -> int | None:
+    """Fewer show nothing, however large, in so many comparisons corrected for one another; None: more than MAX_SEEDS."""
+    return seeds_needed(math.inf, ALPHA / num_tests)
+
+
 def detectable_effect(num: int, alpha: float = ALPHA) -> float:
     """The smallest effect that `num` seeds show with a chance of `POWER`; NaN: they cannot show any."""
     from scipy.optimize import brentq

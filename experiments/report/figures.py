@@ -176,8 +176,7 @@ def training(study: Study) -> Figure | None:
 
 def add_legend(figure: Figure) -> None:
     """One for all panels, above them: as many columns as the width holds, and the figure grows by its height."""
-    named = {str(line.get_label()): line for ax in figure.axes for line in ax.lines}
-    named = {label: line for label, line in named.items() if not label.startswith("_")}  # matplotlib's own for the nameless
+    named = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
 
     def above(num_columns: int) -> Legend:
         return figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=num_columns, frameon=False)

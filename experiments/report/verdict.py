@@ -75,7 +75,7 @@ def against(comparison: Comparison, num_tests: int) -> str:
 
 def too_few(comparison: Comparison, result: Paired, num_tests: int) -> str:
     """On so few seeds no result at all could have been significant."""
-    least = statistics.seeds_needed(math.inf, statistics.ALPHA / num_tests)
+    least = statistics.fewest_seeds(num_tests)
     corrected = f", corrected for {num_tests} comparisons," if num_tests > 1 else ""
     return (
         f"{comparison.ours.name} against {comparison.theirs.name} is open: {seeds(result)} cannot show a difference of any "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -46,7 +45,7 @@ def too_few_seeds(sweep: Sweep) -> str | None:
     num_settings = len(sweep.configs) * len(sweep.sets)
     if num_settings < 2:
         return None
-    least = statistics.seeds_needed(math.inf, statistics.ALPHA / (num_settings - 1))  # each against the baseline, at the least
+    least = statistics.fewest_seeds(num_settings - 1)  # each against the baseline, at the least
     if least is None or len(sweep.seeds) >= least:
         return None
     return (
