@@ -30,8 +30,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
     package_data={
-        "experiments.show": ["page.html", "page.css", "page.js"],
-        "experiments.report": ["page.html", "page.css"],
+        "grpo_jax.tools.show": ["page.html", "page.css", "page.js"],
+        "grpo_jax.tools.report": ["page.html", "page.css"],
     },
     install_requires=[
         "jax>=0.10.2",

@@ -11,8 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grpo_jax import objectives, validation
+from grpo_jax import objectives
 from grpo_jax.caches import cache_folder
+from grpo_jax.config import validation
 
 
 def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
@@ -155,7 +156,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
 
 
 def objective_of(variant: str) -> Any:
-    """The fields of a variant's objective; what they mean: grpo_jax/objectives/spec.py."""
+    """The fields of a variant's objective; what they mean: grpo_jax/objectives/variants.py."""
     objective: Any = ConfigDict(dataclasses.asdict(objectives.get(variant)))
     for field, kind in {"entropy_clip": tuple, "dual_clip": float}.items():
         if objective[field] is None:  # a bare None could not be set from the command line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from experiments.advantages import EXAMPLE, FIVE, draw
+from grpo_jax.tools.advantages import EXAMPLE, FIVE, draw
 
 DRAWN = (*FIVE, "gspo")  # the variants that the guide treats at length
 

@@ -20,18 +20,19 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from experiments import cli, roofline
 from experiments.peers import workload
 from experiments.peers.workload import SHAPES, Timing, Workload
-from experiments.synthetic import RandomTask, architecture, random_batch
-from grpo_jax import build
+from experiments.synthetic import architecture, random_batch
 from grpo_jax import metrics as metrics_lib
-from grpo_jax.config import Config
+from grpo_jax.config import Config, parse_config
 from grpo_jax.errors import UserError
-from grpo_jax.iteration import make_rollout
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.run import Run, assemble, initial_state, make_run, require_divisible
-from grpo_jax.sharding import make_mesh
+from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.tools import cli, roofline
+from grpo_jax.tools.plan.fixed_task import FixedTask
+from grpo_jax.training import build
+from grpo_jax.training.iteration import make_rollout
+from grpo_jax.training.run import Run, assemble, initial_state, make_run, require_divisible
 from grpo_jax.types import Rollout, TrainState
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -69,10 +70,10 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
         {"warm_start.num_steps": 0, "optimizer.learning_rate": workload.LEARNING_RATE, "eval.num_samples": 0, "mesh.data": 1}
     )
     config, shape = with_flags(raw, args), SHAPES[args.model]
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.sizes)
     require_divisible(config, mesh)
     model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
-    task = RandomTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0))
+    task = FixedTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0), workload.PAD)
     run = assemble(config, mesh, task, model)
     return run, initial_state(run)
 
@@ -88,7 +89,7 @@ def with_flags(raw: Any, args: argparse.Namespace) -> Config:
         if rows % args.microbatch:
             raise UserError(f"--microbatch={args.microbatch}: does not divide the {rows} rows of an optimizer step")
         raw.learner.num_microbatches = rows // args.microbatch
-    return Config.from_config_dict(raw)
+    return parse_config(raw)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
-from experiments import cli
-from grpo_jax.tasks.judge import Judge
+from grpo_jax.rewards.judge import Judge
+from grpo_jax.tools import cli
 
 NUM_PROMPTS, GROUP_SIZE = 250, 8
 FORMS = (

@@ -1,19 +1,16 @@
-"""The benchmark's workload in our own types: decoder, task, batch."""
+"""The benchmark's workload in our own types: decoder, batch."""
 
 from __future__ import annotations
-
-import types
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.peers import workload
-from experiments.peers.workload import PAD, SHAPES
-from grpo_jax import build
+from experiments.peers.workload import SHAPES
 from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.run import Run
-from grpo_jax.types import Batch, Prompts, Reward, Rollout
+from grpo_jax.training import build
+from grpo_jax.training.run import Run
+from grpo_jax.types import Batch, Rollout
 
 
 def architecture(name: str) -> Architecture:
@@ -21,37 +18,6 @@ def architecture(name: str) -> Architecture:
     shape = SHAPES[name]
     sizes = (shape.vocab_size, shape.dim, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.ffn_dim)
     return Architecture(*sizes, rope=Rope(shape.rope_theta), norm_eps=1e-5)
-
-
-class RandomTask:
-    """The workload's prompts, every time; nothing ends a completion, and rewards differ within a group."""
-
-    is_traceable, stop_ids = True, ()
-    tokenizer: Any = types.SimpleNamespace(pad_id=PAD)
-
-    def __init__(self, ids: list[list[int]]):
-        self.tokens_PS = np.asarray(ids, np.int32)
-        self.prompt_tokens = self.tokens_PS.shape[1]
-
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        del position
-        tokens_PS = jnp.asarray(self.tokens_PS)
-        assert len(tokens_PS) == num_prompts
-        return Prompts(tokens_PS, jnp.ones_like(tokens_PS, bool), jnp.zeros(num_prompts, jnp.int32))
-
-    def eval_prompts(self) -> Prompts:
-        return self.train_prompts(0, len(self.tokens_PS))
-
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
-        del answer, mask_PGT
-        reward_PG = (tokens_PGT.sum(-1) % 7).astype(jnp.float32)
-        return Reward(reward_PG, jnp.zeros_like(reward_PG), {})
-
-    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
-        raise NotImplementedError("nothing is evaluated here")
-
-    def close(self) -> None:
-        pass
 
 
 def random_batch(run: Run) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.spmd import AxisName
+from grpo_jax.types import AxisName
 
 Axis = int | tuple[int, ...] | None
 ROUNDING = 1e-6  # relative; a few units in the last place of float32

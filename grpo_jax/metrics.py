@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.spmd import AxisName
+from grpo_jax.types import AxisName
 
 ROUNDING = 1e-6  # relative; a few units in the last place of float32
 

@@ -17,6 +17,7 @@ import flax.struct
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+AxisName = str | tuple[str, ...]  # one or several axes of a mesh
 Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
 
 

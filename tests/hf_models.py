@@ -10,9 +10,9 @@ import torch
 from jax.sharding import SingleDeviceSharding
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_jax.logprobs import head_logits
 from grpo_jax.models import hf
 from grpo_jax.models.families import read_architecture
+from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 
 HERE = SingleDeviceSharding(jax.devices()[0])

@@ -8,9 +8,10 @@ import pathlib
 import sys
 
 from configs import dapo
-from grpo_jax import hosts, trainer
-from grpo_jax.config import Config
-from grpo_jax.run import make_run
+from grpo_jax.config import parse_config
+from grpo_jax.parallel import hosts
+from grpo_jax.training import trainer
+from grpo_jax.training.run import make_run
 
 NUM_STEPS = 6
 # The completions are noise of a random model; about half of the groups have both kinds.
@@ -41,7 +42,7 @@ def config_of(folder, num_devices):
     config.eval.num_prompts, config.eval.num_samples = 12, 0
     config.mesh.data, config.mesh.fsdp, config.mesh.fsdp_min_elements = 1, num_devices, 0
     config.num_steps, config.eval_every, config.checkpoint.every = NUM_STEPS, 3, 2
-    return Config.from_config_dict(config)
+    return parse_config(config)
 
 
 def main(port, num_processes, process, folder, *names):

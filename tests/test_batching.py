@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import batching, objectives
 from grpo_jax import metrics as metrics_lib
-from grpo_jax.sampling import Sampling
-from grpo_jax.train_step import UpdateSpec, make_train_step
+from grpo_jax import objectives
+from grpo_jax.learner import batching
+from grpo_jax.learner.train_step import UpdateSpec, make_train_step
+from grpo_jax.rollout.sampling import Sampling
 from tests import tiny
 
 SGD = optax.sgd(1.0)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark, cli, synthetic
+from experiments import benchmark, synthetic
 from experiments.peers import compare, workload
-from experiments.roofline import Sizes, decode_bytes, forward_flops, step_bytes
+from grpo_jax.learner.logprobs import score
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
-from grpo_jax.sampling import Sampling
-from grpo_jax.score import score
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.tools import cli
+from grpo_jax.tools.roofline import Sizes, decode_bytes, forward_flops, step_bytes
 from grpo_jax.types import Rollout
 from tests import tiny
 

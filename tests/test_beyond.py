@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import preset
-from experiments.advantages import FIVE
-from experiments.sweep import plan
 from grpo_jax import objectives
-from grpo_jax.config import Config
-from grpo_jax.run import initial_state, make_run
+from grpo_jax.config import parse_config
+from grpo_jax.tools.advantages import FIVE
+from grpo_jax.tools.sweep import plan
+from grpo_jax.training.run import initial_state, make_run
 from tests import oracle
 from tests.test_objectives import (
     ENTROPY_NAMES,
@@ -215,7 +215,7 @@ def test_the_recorded_kl_is_k3_whatever_is_paid_for():
 
 def test_presets_run_with_what_their_names_promise():
     for name in objectives.PRESETS:
-        config = Config.from_config_dict(preset.get_config(f"{name},runlocal"))
+        config = parse_config(preset.get_config(f"{name},runlocal"))
         assert config.objective == objectives.get(name) and config.num_steps == 3
         assert config.dynamic_sampling.enabled == (name == "dapo_paper")
     with pytest.raises(ValueError, match=r"unknown preset 'trl'.*trl_default"):
@@ -239,7 +239,7 @@ def test_every_config_fits_together(name):
     """Its own file at the smallest scale, traced through rollout and update."""
     raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
     raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "learner.num_minibatches": 2})
-    run = make_run(Config.from_config_dict(raw))
+    run = make_run(parse_config(raw))
     state = jax.eval_shape(lambda: initial_state(run))
     after, _, metrics = jax.eval_shape(run.iterate, state)
     assert jax.tree.structure(after) == jax.tree.structure(state) and state.ref_params is None
@@ -264,7 +264,7 @@ def test_the_parts_add_up_to_their_variants():
         assert runs[last].objective == objectives.get(variant)
         assert len({(run.objective, run.dynamic_sampling, run.overlong) for run in runs.values()}) == len(runs)
     runs = list(expanded("dapo_parts").values())
-    dapo = Config.from_config_dict(importlib.import_module("configs.dapo").get_config("runlocal"))
+    dapo = parse_config(importlib.import_module("configs.dapo").get_config("runlocal"))
     assert (runs[-1].dynamic_sampling, runs[-1].overlong) == (dapo.dynamic_sampling, dapo.overlong)
     for before, after in itertools.pairwise(runs):  # one part at a time
         fields = dataclasses.asdict(before).items()

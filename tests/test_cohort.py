@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from grpo_jax import cohort, trainer
-from grpo_jax.lockstep import train_together
-from grpo_jax.run import initial_state, make_run
-from grpo_jax.runlog import read_completions
+from grpo_jax.training import cohort, trainer
+from grpo_jax.training.lockstep import train_together
+from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.runlog import read_completions
 from tests import programs, tiny
 
 CHANGES = {

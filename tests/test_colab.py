@@ -9,12 +9,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from experiments.advantages import FIVE, TITLES
+from grpo_jax.config.validation import TARGETS
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.peft import load_adapters
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.validation import TARGETS
+from grpo_jax.tools.advantages import FIVE, TITLES
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_docs import DISPLAY, ENGLISH, blocks, config_of_command, prose, section_of, sections

@@ -7,10 +7,10 @@ import re
 import jax
 import pytest
 
-from grpo_jax.build import update_spec
+from grpo_jax.learner.optimizer import make_optimizer
+from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.optimizer import make_optimizer
-from grpo_jax.train_step import make_train_step
+from grpo_jax.training.build import update_spec
 from tests import tiny
 
 VOCAB, CHUNK = 4096, 16

@@ -5,9 +5,10 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 
-from grpo_jax import credit, objectives
-from grpo_jax.completions import completion_rows, text_pieces
+from grpo_jax import objectives
+from grpo_jax.learner import credit
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from grpo_jax.training.completions import completion_rows, text_pieces
 from tests import tiny
 from tests.test_tasks_host import save_hf_tokenizer
 

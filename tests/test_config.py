@@ -9,10 +9,10 @@ import pytest
 
 from configs import base
 from grpo_jax import objectives
-from grpo_jax.config import Config
+from grpo_jax.config import Config, parse_config
 from grpo_jax.errors import UserError
-from grpo_jax.run import make_run, require_divisible
-from grpo_jax.sharding import make_mesh
+from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.training.run import make_run, require_divisible
 
 ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS = tuple(name for name in objectives.VARIANTS if name not in objectives.PRESETS)
@@ -22,13 +22,13 @@ SCALES = ("tiny", "smollm2", "runlocal")
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_config_is_valid_and_is_the_variant_it_is_named_after(variant, scale):
-    config = Config.from_config_dict(importlib.import_module(f"configs.{variant}").get_config(scale))
+    config = parse_config(importlib.import_module(f"configs.{variant}").get_config(scale))
     assert config.objective == objectives.get(variant)
     assert objectives.describe(config.objective) == variant
 
 
 def test_only_dapo_turns_on_the_machinery_around_the_loss():
-    configs = {v: Config.from_config_dict(importlib.import_module(f"configs.{v}").get_config()) for v in VARIANTS}
+    configs = {v: parse_config(importlib.import_module(f"configs.{v}").get_config()) for v in VARIANTS}
     assert [v for v in VARIANTS if configs[v].dynamic_sampling.enabled] == ["dapo"]
     assert [v for v in VARIANTS if configs[v].overlong.cache_tokens] == ["dapo"]
 
@@ -38,8 +38,8 @@ def test_default_scale_is_tiny():
 
 
 def test_round_trip_through_plain_dicts():
-    config = Config.from_config_dict(base.get_config("tiny", "gtpo"))
-    assert Config.from_config_dict(config.to_dict()) == config
+    config = parse_config(base.get_config("tiny", "gtpo"))
+    assert parse_config(config.to_dict()) == config
 
 
 def test_config_files_stay_short():
@@ -117,7 +117,7 @@ def broken(changes):
 )
 def test_bad_values_name_the_field_and_the_fix(changes, says):
     with pytest.raises(UserError, match=says) as caught:
-        Config.from_config_dict(broken(changes))
+        parse_config(broken(changes))
     assert "\n" not in str(caught.value)
 
 
@@ -125,7 +125,7 @@ def test_a_missing_field_is_an_error():
     config = base.get_config().to_dict()
     del config["rollout"]["top_k"]
     with pytest.raises(UserError, match=r"config\.rollout\.top_k: missing"):
-        Config.from_config_dict(config)
+        parse_config(config)
 
 
 def test_unknown_scale_lists_the_known_ones():
@@ -149,12 +149,12 @@ def test_unknown_scale_lists_the_known_ones():
 )
 def test_what_does_not_fit_the_devices_or_the_task_is_named(changes, says):
     with pytest.raises(UserError, match=says):
-        make_run(Config.from_config_dict(broken(changes)))
+        make_run(parse_config(broken(changes)))
 
 
 @pytest.mark.parametrize(("num_microbatches", "num_prompts"), [(1, 8), (2, 16), (4, 8), (8, 8)])
 def test_microbatches_may_cut_groups_or_within_groups(num_microbatches, num_prompts):
     changes = {"learner.num_microbatches": num_microbatches, "rollout.num_prompts": num_prompts}
-    config = Config.from_config_dict(broken(changes))
-    require_divisible(config, make_mesh(config.mesh))
+    config = parse_config(broken(changes))
+    require_divisible(config, make_mesh(config.mesh.sizes))
     assert config.learner.num_microbatches == num_microbatches

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from grpo_jax import credit, objectives
 from grpo_jax import metrics as metrics_lib
-from grpo_jax.sharding import ROWS
+from grpo_jax import objectives
+from grpo_jax.learner import credit
+from grpo_jax.parallel.sharding import ROWS
 from tests import oracle, tiny
 
 P, G, T = 8, 4, 5

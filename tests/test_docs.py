@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from docs import figures
-from experiments.advantages import EXAMPLE, TITLES, credit
-from experiments.show.health import RULES
 from grpo_jax import objectives
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
+from grpo_jax.tools.advantages import EXAMPLE, TITLES, credit
+from grpo_jax.tools.show.health import RULES
 from tests.test_config import leaf_fields
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def config_of_command(command):
     raw = importlib.import_module(f"configs.{name}").get_config(scale)
     changes = re.findall(r'--config\.([\w.]+)=("[^"]*"|\S+)', command)
     raw.update_from_flattened_dict({field: literal(value.strip('"')) for field, value in changes})
-    return Config.from_config_dict(raw)
+    return parse_config(raw)
 
 
 def literal(value):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import dynamic_sampling, rewards
 from grpo_jax import metrics as metrics_lib
-from grpo_jax.iteration import make_collect
+from grpo_jax.rewards import shaping as rewards
+from grpo_jax.training import dynamic_sampling
+from grpo_jax.training.iteration import make_collect
 from grpo_jax.types import Prompts, Reward, Rollout, TrainState
 from tests import tiny
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.estimates import Estimate, estimate, majority, pass_at_k
-from grpo_jax.evaluate import as_metrics, ks
+from grpo_jax.analysis.estimates import Estimate, estimate, majority, pass_at_k
+from grpo_jax.training.evaluate import as_metrics, ks
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

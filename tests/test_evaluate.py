@@ -8,14 +8,14 @@ from flax.traverse_util import flatten_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs import base
-from grpo_jax.config import Config
-from grpo_jax.estimates import Estimate
+from grpo_jax.analysis.estimates import Estimate
+from grpo_jax.config import parse_config
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.run import initial_state, make_run
 from grpo_jax.tasks.tokenizers import HFTokenizer
+from grpo_jax.training.run import initial_state, make_run
 from tests import programs, tiny
 from tests.test_tasks_host import save_hf_tokenizer
 
@@ -63,7 +63,7 @@ def settings(folder, tmp_path, answer):
 def test_always_right_and_never_right(folder, tmp_path, answer, expected):
     raw = base.get_config("runlocal")
     raw.update_from_flattened_dict(settings(folder, tmp_path, answer))
-    run = make_run(Config.from_config_dict(raw))
+    run = make_run(parse_config(raw))
     try:
         params = initial_state(run).policy
         estimates = run.evaluate(params)

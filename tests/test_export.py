@@ -10,15 +10,15 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
-from experiments.export import export
-from grpo_jax.checkpoint import Checkpointer, claim_workdir
 from grpo_jax.errors import UserError
 from grpo_jax.models import export as export_lib
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import INDEX, SINGLE
 from grpo_jax.models.hf import stored_dtype
-from grpo_jax.run import initial_state, make_run
+from grpo_jax.tools.export import export
+from grpo_jax.training.checkpoint import Checkpointer, claim_workdir
+from grpo_jax.training.run import initial_state, make_run
 from tests import tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
 from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from grpo_jax.errors import UserError
+from grpo_jax.learner.logprobs import score
 from grpo_jax.models.architecture import Rope
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.sampling import Sampling
-from grpo_jax.score import score
+from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout.sampling import Sampling
 from tests import tiny
 from tests.hf_models import MODELS, SIZES, WINDOW, exact_logits, jax_logits, left_padded, load, torch_logits, torch_model
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments.show.page import run_data
-from grpo_jax import trainer
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
 from grpo_jax.errors import UserError
-from grpo_jax.iteration import make_overlapped
 from grpo_jax.models import families
-from grpo_jax.run import initial_state, make_run, restored_policy
-from grpo_jax.runlog import read_completions
+from grpo_jax.tools.show.page import run_data
+from grpo_jax.training import trainer
+from grpo_jax.training.iteration import make_overlapped
+from grpo_jax.training.run import initial_state, make_run, restored_policy
+from grpo_jax.training.runlog import read_completions
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -73,7 +73,7 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
     monkeypatch.syspath_prepend(str(tmp_path))
     config.reward.task = "bad_scorer:score"
     config.reward.scoring.time_limit_secs = 0.5
-    trainer.train(Config.from_config_dict(config), tmp_path / "run")
+    trainer.train(parse_config(config), tmp_path / "run")
     steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
     assert len(steps) == 4
     assert sum(record["reward/errors"] for record in steps) > 0
@@ -89,7 +89,7 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
 def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, config):
     """No completion is ever right: every round is spent, the step still ends, and 4 steps = 2 + 2."""
     config.dynamic_sampling.enabled, config.dynamic_sampling.max_sampling_rounds = True, 2
-    whole = Config.from_config_dict(config)
+    whole = parse_config(config)
     trainer.train(whole, tmp_path / "whole")
     trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
     trainer.train(whole, tmp_path / "torn", allow_config_change=True)
@@ -125,7 +125,7 @@ def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path,
     config.task.name, config.task.dataset.path = "dataset", str(tmp_path / "sums")
     config.reward.task, config.reward.shaping = "my_rewards:late", "0.5*length + format"
     config.log.completions_every, config.log.num_groups, config.num_steps = 1, 8, 6
-    whole = Config.from_config_dict(config)
+    whole = parse_config(config)
     trainer.train(whole, tmp_path / "whole")
     trainer.train(dataclasses.replace(whole, num_steps=3), tmp_path / "torn")
     trainer.train(whole, tmp_path / "torn", allow_config_change=True)
@@ -151,7 +151,7 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
     config.reward.task, config.async_steps = "my_rewards:late", 1
     config.dynamic_sampling.enabled, config.optimizer.schedule = True, "constant"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
-    whole = Config.from_config_dict(config)
+    whole = parse_config(config)
     trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
     trainer.train(whole, tmp_path / "torn", allow_config_change=True)
     records = programs.records(tmp_path / "torn")
@@ -193,11 +193,11 @@ def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_fold
     try:
         weights.write_bytes(good[: len(good) // 2])
         with pytest.raises(UserError, match=r"model\.safetensors"):
-            trainer.train(Config.from_config_dict(config), tmp_path / "run")
+            trainer.train(parse_config(config), tmp_path / "run")
     finally:
         weights.write_bytes(good)
     config.task.jsonl.path = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"none\.jsonl"):
-        trainer.train(Config.from_config_dict(config), tmp_path / "run")
+        trainer.train(parse_config(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert families.read_architecture(str(model_folder)).vocab_size == 259

@@ -8,12 +8,13 @@ import pytest
 from absl.testing import flagsaver
 
 from configs import gtpo
-from experiments import train
-from grpo_jax import hosts, trainer
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
 from grpo_jax.errors import UserError
-from grpo_jax.runlog import read_completions
-from grpo_jax.sharding import make_mesh
+from grpo_jax.parallel import hosts
+from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.tools import train
+from grpo_jax.training import trainer
+from grpo_jax.training.runlog import read_completions
 from tests import hosts_program, programs, tiny
 from tests.hf_models import torch_model
 from tests.test_resume import wait_for_step
@@ -48,7 +49,7 @@ def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
     assert "step 3/3" in outputs[0] and not {"step", "curve", "gtpo"} & set(outputs[1].split())
     config = gtpo.get_config("runlocal")
     config.warm_start.num_steps, config.eval.num_samples, config.mesh.data = 100, 0, 4
-    trainer.train(Config.from_config_dict(config), tmp_path / "one")
+    trainer.train(parse_config(config), tmp_path / "one")
     same_numbers(tmp_path / "two", tmp_path / "one")
 
 
@@ -94,7 +95,7 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
 
 def test_every_row_is_made_once_and_answered_for_once():
     """Also where `tensor` copies rows; all that one process has to do in the two steps of a batch."""
-    mesh = make_mesh(tiny.config_of(changes={"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}).mesh)
+    mesh = make_mesh(tiny.config_of(changes={"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}).mesh.sizes)
     asked = []
 
     def read(first, num):

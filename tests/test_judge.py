@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_jax import reward_parts
-from grpo_jax.config import Config
+from grpo_jax.config import Config, reward_parts
 from grpo_jax.errors import UserError
-from grpo_jax.scorers import answers
-from grpo_jax.scorers.answers import final_answer
-from grpo_jax.scorers.math_answer import math_verify_score
-from grpo_jax.scorers.text import exact_score, format_score, regex_score
-from grpo_jax.tasks.judge import Judge
+from grpo_jax.rewards.judge import Judge
+from grpo_jax.rewards.scorers import answers
+from grpo_jax.rewards.scorers.answers import final_answer
+from grpo_jax.rewards.scorers.math_answer import math_verify_score
+from grpo_jax.rewards.scorers.text import exact_score, format_score, regex_score
 from grpo_jax.types import Reward
 from tests import tiny
 from tests.test_scoring import is_alive

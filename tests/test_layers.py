@@ -1,97 +1,99 @@
-"""The package is layered: imports go down only, and the pure core knows neither files nor processes."""
+"""The package is a house of rooms on floors: imports go down only, without a circle, and the pure core knows arrays alone."""
 
 import ast
+import graphlib
 import pathlib
+import sys
 
 from tests import mutate
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
-# From the bottom up. A module may import what stands above it in this list, or its own siblings.
-LAYERS = (
-    ("errors", "caches", "types", "metrics", "estimates", "statistics", "masking", "rng", "spmd", "linear"),
-    ("objectives", "sampling"),
-    ("strict", "reward_parts", "validation"),
-    ("logprobs", "config"),
-    ("models", "sharding", "hosts", "optimizer"),
-    ("decoding",),
-    ("rollout", "score", "rewards", "dynamic_sampling", "batching", "credit"),
-    ("tasks", "scorers"),
-    ("warm_start", "train_step"),
-    ("build", "iteration"),
-    ("evaluate", "checkpoint", "completions", "runlog", "plots", "provenance"),
-    ("run", "cohort"),
-    ("trainer",),
-    ("lockstep",),
+# From the bottom up. A module imports from its own room and from rooms that stand above it in this list.
+GROUND = ("__init__", "errors", "types", "metrics", "masking", "rng", "caches")
+FLOORS = (
+    GROUND,
+    ("parallel", "objectives", "analysis"),
+    ("models",),
+    ("config",),
+    ("rollout",),
+    ("learner",),
+    ("rewards",),
+    ("tasks",),
+    ("training",),
+    ("tools",),
 )
-PURE = (
-    "objectives",
-    "masking",
-    "logprobs",
-    "sampling",
-    "rewards",
-    "dynamic_sampling",
-    "score",
-    "decoding",
-    "rollout",
-    "credit",
-    "spmd",
-    "rng",
-    "linear",
-)
+PURE = ("objectives", "rollout", "masking", "rng", "metrics", "learner/logprobs", "learner/credit", "learner/batching")
 PURE_MAY_IMPORT = {"jax", "numpy", "flax", "jaxtyping", "grpo_jax"}
 
 
 def modules():
-    for file in sorted(PACKAGE.glob("**/*.py")):
-        yield file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file
+    """Dotted name without the package -> file."""
+    files = sorted(PACKAGE.glob("**/*.py"))
+    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imports(file):
-    """Modules imported while running; those under TYPE_CHECKING do not count."""
-    tree = ast.parse(file.read_text())
-    skipped = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    hidden = {id(n) for block in skipped for n in ast.walk(block)}
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    """Modules that a file imports, wherever in it; of `from x import y` x.y if that is a module, else x."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "grpo_jax":
-                yield from (f"grpo_jax.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full.removeprefix("grpo_jax.") in modules() else node.module
+
+
+def own_imports(file):
+    """Those of the package's own modules, without the package's name."""
+    return [name.removeprefix("grpo_jax.") for name in imports(file) if name.startswith("grpo_jax.")]
+
+
+def room_of(module):
+    return module.split(".")[0]
 
 
 def test_imports_go_down_only():
-    height = {name: level for level, names in enumerate(LAYERS) for name in names}
+    height = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
     seen = 0
-    for name, file in modules():
-        if name == "__init__":
-            continue
-        assert name in height, f"{file}: give it a place in LAYERS"
-        for imported in imports(file):
-            if imported.startswith("grpo_jax."):
-                other = imported.split(".")[1]
-                seen += 1
-                assert other == name or height[other] <= height[name], f"{file} imports {imported} from above"
-    assert seen > 50
+    for module, file in modules().items():
+        assert room_of(module) in height, f"{file}: give its room a place in FLOORS"
+        for imported in own_imports(file):
+            here, there = room_of(module), room_of(imported)
+            seen += 1
+            is_down = here == there or height[there] < height[here] or (here in GROUND and there in GROUND)
+            assert is_down, f"{file} imports {imported}, which is not below it"
+    assert seen > 200
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: set(own_imports(file)) - {module} for module, file in modules().items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which shows the circle
+    assert len(order) >= len(graph)
 
 
 def test_the_pure_core_imports_arrays_and_nothing_else():
-    import sys
-
-    for name, file in modules():
-        if name in PURE:
+    seen = 0
+    for module, file in modules().items():
+        path = module.replace(".", "/")
+        if path in PURE or room_of(module) in PURE:
+            seen += 1
             for imported in imports(file):
                 top = imported.split(".")[0]
                 assert top in PURE_MAY_IMPORT or top in sys.stdlib_module_names, f"{file} imports {imported}"
+    assert seen > 10
 
 
-def test_files_stay_readable():
-    long = {str(file): n for _, file in modules() if (n := file.read_text().count("\n")) > 300}
+def test_few_files_lie_flat_and_none_is_long():
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+    long = {str(file): n for file in modules().values() if (n := file.read_text().count("\n")) > 500}
     assert not long
+
+
+def test_the_package_imports_nothing_of_the_clone_around_it():
+    for file in modules().values():
+        outside = [name for name in imports(file) if name.split(".")[0] in ("experiments", "configs", "tests")]
+        assert not outside, f"{file} imports {outside[0]}, which an installed package has not"
 
 
 def test_the_list_of_seeded_bugs_fits_the_code():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from configs import base
-from grpo_jax import build, trainer
-from grpo_jax.checkpoint import saved_steps
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
 from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
-from grpo_jax.run import initial_state, make_run
 from grpo_jax.tasks.tokenizers import CharTokenizer
+from grpo_jax.training import build, trainer
+from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.training.run import initial_state, make_run
 from grpo_jax.types import Prompts, Reward
 from tests import programs, tiny
 
@@ -68,7 +68,7 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "constant"
     config.mesh.data = 1
     monkeypatch.setattr(build, "make_task", lambda config: Repeat(config.seed))
-    run = make_run(Config.from_config_dict(config))
+    run = make_run(parse_config(config))
     state = initial_state(run)
     curve = []
     for _ in range(0, num_steps, config.steps_per_call):

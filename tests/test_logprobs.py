@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.logprobs import head_logits, token_logprobs
-from grpo_jax.sampling import Sampling, draw
+from grpo_jax.learner.logprobs import token_logprobs
+from grpo_jax.models.linear import head_logits
+from grpo_jax.rollout.sampling import Sampling, draw
 
 N, V, D = 37, 29, 8  # N is prime: no chunk but 1 and 37 divides it
 SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=0.7, top_k=9, top_p=0.8), Sampling(top_p=0.7)]

@@ -13,17 +13,19 @@ from flax.traverse_util import flatten_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives, trainer, validation
-from grpo_jax.checkpoint import Checkpointer
+from grpo_jax import objectives
+from grpo_jax.config import validation
 from grpo_jax.errors import UserError
+from grpo_jax.learner.train_step import UpdateSpec, make_train_step
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters, merged, split
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.run import initial_state, make_run, restored_policy, restored_state
-from grpo_jax.sampling import Sampling
-from grpo_jax.train_step import UpdateSpec, make_train_step
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.training import trainer
+from grpo_jax.training.checkpoint import Checkpointer
+from grpo_jax.training.run import initial_state, make_run, restored_policy, restored_state
 from grpo_jax.types import join
 from tests import programs, tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model

@@ -15,18 +15,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
-from grpo_jax.build import update_spec
-from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.iteration import make_rollout, make_sampler_weights
+from grpo_jax.learner.optimizer import make_optimizer
+from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.fsdp import gather
 from grpo_jax.models.lora import LoRA, split
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
-from grpo_jax.optimizer import make_optimizer
-from grpo_jax.rollout import RolloutSpec
-from grpo_jax.run import initial_state, make_run, restored_state
-from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import make_mesh, param_spec, placed, places_of
-from grpo_jax.train_step import make_train_step
+from grpo_jax.parallel.sharding import make_mesh, param_spec, placed, places_of
+from grpo_jax.rollout.rollout import RolloutSpec
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.training.build import update_spec
+from grpo_jax.training.checkpoint import Checkpointer
+from grpo_jax.training.iteration import make_rollout, make_sampler_weights
+from grpo_jax.training.run import initial_state, make_run, restored_state
 from grpo_jax.types import join
 from tests import tiny
 
@@ -61,7 +61,7 @@ def updated(sizes, num_microbatches, variant="gtpo"):
     """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
     spec = dataclasses.replace(update_spec(config), objective=objectives.get(variant))
-    model, mesh = ModelDef(ARCH), make_mesh(config.mesh)
+    model, mesh = ModelDef(ARCH), make_mesh(config.mesh.sizes)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     params = tiny.random_params(ARCH)
     ref_params = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.has_kl else None
@@ -116,7 +116,7 @@ def half_of(name):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_float32(axis):
-    mesh, parts = make_mesh(config_of((1, 8, 1)).mesh), PartitionSpec(*("fsdp" if i == axis else None for i in range(2)))
+    mesh, parts = make_mesh(config_of((1, 8, 1)).mesh.sizes), PartitionSpec(*("fsdp" if i == axis else None for i in range(2)))
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)
     slope_8 = jnp.asarray([1, *[2.0**-8] * 7], jnp.float32)  # in bfloat16 1 + 2^-8 is 1
 
@@ -140,7 +140,7 @@ def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_flo
 def sampled(sizes):
     """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
     config = config_of(sizes)
-    model, mesh = ModelDef(SHALLOW, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh)
+    model, mesh = ModelDef(SHALLOW, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh.sizes)
     adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split(model.param_shapes())[1])
     policy = join(tiny.random_params(SHALLOW), adapters)
     policy = jax.device_put(policy, places_of(placed(policy, mesh, config.mesh.fsdp_min_elements)))
@@ -173,8 +173,8 @@ def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads
 
 def test_weights_travel_to_the_rollout_in_the_compute_dtype():
     config = config_of((2, 4, 1), {"model.dtype": "bfloat16"})
-    shapes = placed(tiny.random_params(ARCH), make_mesh(config.mesh), config.mesh.fsdp_min_elements)
-    text = jax.jit(make_sampler_weights(config, make_mesh(config.mesh))).lower(shapes).as_text()
+    shapes = placed(tiny.random_params(ARCH), make_mesh(config.mesh.sizes), config.mesh.fsdp_min_elements)
+    text = jax.jit(make_sampler_weights(config, make_mesh(config.mesh.sizes))).lower(shapes).as_text()
     dtypes = re.findall(r"sharding_constraint.*tensor<[\dx]+x(\w+)>", text)
     assert len(dtypes) == 2 * (len(MATRICES) + 2) and set(dtypes) == {"bf16"}
 
@@ -184,7 +184,7 @@ def test_weights_travel_to_the_rollout_in_the_compute_dtype():
 
 def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
     """A parameter that the table of `sharding` does not know would lie whole on every device."""
-    mesh = make_mesh(config_of((1, 2, 2)).mesh)
+    mesh = make_mesh(config_of((1, 2, 2)).mesh.sizes)
     shapes = ModelDef(ARCH, lora=LoRA(2, 1.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
     leaves = flatten_dict(shapes.param_shapes())
     for path, leaf in leaves.items():

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.plan import __main__ as command
-from experiments.plan import chips, collectives, compiled, job, memory, times
 from grpo_jax.errors import UserError
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, times
+from grpo_jax.tools.plan import command as command
 from tests import programs, tiny
 
 # Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.

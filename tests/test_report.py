@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 
-from experiments.report import document, figures, tables
-from experiments.report.__main__ import main
-from experiments.report.analysis import analyse
-from experiments.report.runs import LeftOut, Run, load
-from experiments.report.verdict import p_text, verdict
-from grpo_jax import statistics
+from grpo_jax.analysis import statistics
 from grpo_jax.errors import UserError
+from grpo_jax.tools.report import document, figures, tables
+from grpo_jax.tools.report.analysis import analyse
+from grpo_jax.tools.report.command import main
+from grpo_jax.tools.report.runs import LeftOut, Run, load
+from grpo_jax.tools.report.verdict import p_text, verdict
 from tests import tiny
 
 METRIC = "eval/success"

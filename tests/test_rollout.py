@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import decoding
-from grpo_jax.decoding import cache_sizes
-from grpo_jax.iteration import make_rollout
+from grpo_jax.learner.logprobs import score
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rng import key_for
-from grpo_jax.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.sampling import GREEDY, Sampling
-from grpo_jax.score import score
+from grpo_jax.rollout import decoding
+from grpo_jax.rollout.decoding import cache_sizes
+from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout.sampling import GREEDY, Sampling
+from grpo_jax.training.iteration import make_rollout
 from tests import tiny
 
 MODEL = ModelDef(tiny.LLAMA)

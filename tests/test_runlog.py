@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_jax import runlog
+from grpo_jax.training import runlog
 
 
 def test_the_time_left_leaves_out_what_compiling_took(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.sampling import GREEDY, Sampling, draw, normalise, support_like, support_threshold
+from grpo_jax.rollout.sampling import GREEDY, Sampling, draw, normalise, support_like, support_threshold
 
 V = 12
 CUTS = [

@@ -19,7 +19,7 @@ import pytest
 
 from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.scoring import Scorer, ScoringPool
+from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 
 SCORERS = '''
 import os, sys, time

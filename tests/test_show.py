@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from experiments.show import page as page_lib
-from experiments.show.__main__ import main, show
-from experiments.show.health import LIGHTS, RULES, health
 from grpo_jax.errors import UserError
+from grpo_jax.tools.show import page as page_lib
+from grpo_jax.tools.show.command import main, show
+from grpo_jax.tools.show.health import LIGHTS, RULES, health
 from tests import programs, tiny
 
 HOSTILE = [

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from experiments import smollm2
 from grpo_jax.errors import UserError
 from grpo_jax.models import hf
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.sampling import GREEDY
+from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout.sampling import GREEDY
 from grpo_jax.tasks.tokenizers import HFTokenizer
+from grpo_jax.tools import smollm2
 from grpo_jax.types import Prompts
 
 FOLDER = smollm2.model_folder()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from grpo_jax import statistics
+from grpo_jax.analysis import statistics
 
 NUM_STUDIES = 2000  # simulated; a share of 0.95 of them is known to 0.005
 SEEDS = {  # how final success may be spread over seeds: scipy's distributions

@@ -17,12 +17,12 @@ import pytest
 from rich.console import Console
 
 from configs.sweeps import base
-from experiments.report import tables
-from experiments.report.analysis import analyse
-from experiments.report.runs import load
-from experiments.sweep import plan, worker
-from experiments.sweep.board import Board
 from grpo_jax.errors import UserError
+from grpo_jax.tools.report import tables
+from grpo_jax.tools.report.analysis import analyse
+from grpo_jax.tools.report.runs import load
+from grpo_jax.tools.sweep import plan, worker
+from grpo_jax.tools.sweep.board import Board
 from tests import programs, tiny
 
 SWEEPS = pathlib.Path(__file__).parent.parent / "configs" / "sweeps"

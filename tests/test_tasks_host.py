@@ -16,14 +16,14 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from grpo_jax.build import SOURCES, make_task
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
-from grpo_jax.scorers.gym import reasoning_gym_score
+from grpo_jax.rewards.scorers.gym import reasoning_gym_score
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.jsonl import read_questions
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from grpo_jax.training.build import SOURCES, make_task
 from tests import tiny
 
 CHARS = CharTokenizer(string.printable)

@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import batching, credit, objectives, train_step
 from grpo_jax import metrics as metrics_lib
+from grpo_jax import objectives
+from grpo_jax.learner import batching, credit, train_step
+from grpo_jax.learner.logprobs import score
+from grpo_jax.learner.optimizer import learning_rate, make_optimizer
+from grpo_jax.learner.train_step import UpdateSpec, make_train_step
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.optimizer import learning_rate, make_optimizer
-from grpo_jax.run import initial_state, make_run
-from grpo_jax.sampling import Sampling
-from grpo_jax.score import score
-from grpo_jax.train_step import UpdateSpec, make_train_step
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.training.run import initial_state, make_run
 from tests import tiny
 
 NAMES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")

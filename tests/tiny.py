@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from configs import base
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
 from grpo_jax.models.transformer import Architecture, init_params
-from grpo_jax.sharding import AXES
+from grpo_jax.parallel.sharding import AXES
 from grpo_jax.types import Batch, Prompts, Rollout, TrainState
 
 VOCAB = 23
@@ -117,7 +117,7 @@ def config_of(variant="grpo", changes=None):
             **(changes or {}),
         }
     )
-    return Config.from_config_dict(raw)
+    return parse_config(raw)
 
 
 def largest_difference(left, right):

@@ -18,9 +18,9 @@ import subprocess
 import sys
 from typing import Any
 
-from experiments import cli
 from experiments.peers import workload
 from grpo_jax.caches import cache_folder
+from grpo_jax.tools import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = "grpo_jax"

@@ -44,3 +44,11 @@ class Architecture:
     sliding_window: int | None = None  # tokens that a query of a local layer sees, itself included
     local_layers: tuple[int, ...] = ()  # numbers of the layers that have the window
     local_rope: Rope | None = None  # of those layers; None: `rope`
+
+    @property
+    def sharded_sizes(self) -> dict[str, dict[str, int]]:
+        """Mesh axis -> the sizes that it must divide. (A vocabulary that does not divide stays whole.)"""
+        return {
+            "tensor": {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "ffn_dim": self.ffn_dim},
+            "fsdp": {"dim": self.dim},
+        }

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from grpo_jax import hosts
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import text_config
 from grpo_jax.models.folders import HUB_FILES, INDEX, SINGLE, new_folder, resolve, with_progress
 from grpo_jax.models.hf import slots_of
+from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")

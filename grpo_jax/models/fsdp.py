@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from grpo_jax.sharding import RULES, meaning, names_of
+from grpo_jax.parallel.sharding import RULES, meaning, names_of
 
 # model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs.
 REMAT = {

@@ -13,12 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import hosts
 from grpo_jax.errors import UserError
 from grpo_jax.models.folders import resolve
 from grpo_jax.models.hf import NAMES
 from grpo_jax.models.lora import LoRA, split
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

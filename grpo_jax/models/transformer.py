@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grpo_jax.linear import project
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import KVCache, Prefix, View, attend, choose, make_views, rotate
 from grpo_jax.models.fsdp import cut_axis, rematerialised, whole
+from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, attach
 from grpo_jax.types import Params
 
@@ -119,7 +119,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.logprobs`)."""
+    """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.learner.logprobs`)."""
 
     def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
         self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
 
     @property
     def logit_cap(self) -> float | None:
-        """What the head's logits are capped at, softly (`grpo_jax.logprobs.head_logits`); None: not at all."""
+        """What the head's logits are capped at, softly (`models.linear.head_logits`); None: not at all."""
         return self.arch.logit_cap
 
     def embedded(self, tokens):

@@ -16,16 +16,18 @@ from jaxtyping import Float, Shaped
 from grpo_jax.metrics import Mean
 from grpo_jax.objectives.advantages import Arrays, advantages
 from grpo_jax.objectives.aggregation import token_weights
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, kl_k3, log_ratio
-from grpo_jax.objectives.spec import PRESETS, VARIANTS, Objective, describe, get
 from grpo_jax.objectives.surrogates import SURROGATES, Terms, dual_clipped
-from grpo_jax.spmd import AxisName
+from grpo_jax.objectives.variants import PRESETS, VARIANTS, check_choices, describe, get
+from grpo_jax.types import AxisName
 
 __all__ = [
     "PRESETS",
     "VARIANTS",
     "Objective",
     "advantages",
+    "check_choices",
     "describe",
     "get",
     "log_ratio",

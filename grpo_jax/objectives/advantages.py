@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,8 @@ import numpy as np
 from jaxtyping import Float, Real, Shaped
 
 from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
-from grpo_jax.spmd import AxisName
-
-if TYPE_CHECKING:
-    from grpo_jax.objectives.spec import Objective
-
+from grpo_jax.objectives.objective import Objective
+from grpo_jax.types import AxisName
 
 Arrays = jax.Array | np.ndarray
 

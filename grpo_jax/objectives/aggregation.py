@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.spmd import AxisName
+from grpo_jax.types import AxisName
 
 
 def sequence_mean(mask_BT, max_completion_length: int):

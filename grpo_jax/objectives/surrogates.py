@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.ratios import RATIOS, token_ratio
-
-if TYPE_CHECKING:
-    from grpo_jax.objectives.spec import Objective
 
 
 class Terms(NamedTuple):

@@ -11,9 +11,9 @@ import numpy as np
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
-from grpo_jax.scorers.answers import final_answer
+from grpo_jax.rewards.judge import Judge
+from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.tasks.judge import Judge
 from grpo_jax.tasks.prompting import Prompting
 from grpo_jax.tasks.questions import Question, Split, choose, without
 from grpo_jax.types import Prompts, Reward

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
-from grpo_jax.scorers.answers import marked_answer
+from grpo_jax.rewards.scorers.answers import marked_answer
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 

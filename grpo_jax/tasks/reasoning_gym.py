@@ -50,7 +50,7 @@ def shares(weights: tuple[float, ...], total: int) -> list[int]:
 
 
 def _generate(name: str, params: dict[str, Any], purpose: str, size: int) -> list[Question]:
-    """`size` questions of a generator, each with all that `grpo_jax.scorers.gym` needs."""
+    """`size` questions of a generator, each with all that `grpo_jax.rewards.scorers.gym` needs."""
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if name not in DATASETS:

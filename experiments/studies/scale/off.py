@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs import base
-from experiments.plan import compiled, memory
-from experiments.plan.job import Job, make_job
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.tools.plan import compiled, memory
+from grpo_jax.tools.plan.job import Job, make_job
 
 SMALL = Architecture(2048, 256, 6, 8, 4, 32, 704)
 MB = 1e6
@@ -23,7 +23,7 @@ def job_of(changes: Mapping[str, Any], shape: str, prompt_tokens: int) -> Job:
     """No reference and no warm start."""
     raw: Any = base.get_config()
     raw.update_from_flattened_dict({"warm_start.num_steps": 0, "objective.kl_coef": 0.0, "mesh.data": 1, **changes})
-    return make_job(Config.from_config_dict(raw), shape, prompt_tokens, 8)
+    return make_job(parse_config(raw), shape, prompt_tokens, 8)
 
 
 def small(changes: Mapping[str, Any]) -> Job:

@@ -7,9 +7,9 @@ XLA_FLAGS="--xla_force_host_platform_device_count=256 --xla_backend_optimization
 from __future__ import annotations
 
 from configs import base
-from experiments.plan import collectives, compiled, memory, times
-from experiments.plan.job import make_job
-from grpo_jax.config import Config
+from grpo_jax.config import parse_config
+from grpo_jax.tools.plan import collectives, compiled, memory, times
+from grpo_jax.tools.plan.job import make_job
 
 CHANGES = {
     "warm_start.num_steps": 0,
@@ -33,7 +33,7 @@ def main() -> None:
     for data, fsdp in FIXED_FSDP + GROWING_FSDP:
         raw = base.get_config()
         raw.update_from_flattened_dict({**CHANGES, "mesh.data": data, "mesh.fsdp": fsdp, "rollout.num_prompts": data * fsdp})
-        job = make_job(Config.from_config_dict(raw), "", 32, data * fsdp)
+        job = make_job(parse_config(raw), "", 32, data * fsdp)
         program = compiled.compiled_update(job)
         found = collectives.traffic(program.as_text())
         cells = []

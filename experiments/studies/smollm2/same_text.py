@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli
 from grpo_jax.errors import UserError
 from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
-from grpo_jax.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.run import make_run, restored_policy
-from grpo_jax.runlog import read_config
-from grpo_jax.sampling import GREEDY
+from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout.sampling import GREEDY
+from grpo_jax.tools import cli
+from grpo_jax.training.run import make_run, restored_policy
+from grpo_jax.training.runlog import read_config
 from grpo_jax.types import Prompts
 
 EXPORTED = flags.DEFINE_string("exported", None, "Hugging Face folder, or PEFT's with --adapter")

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import base
-from experiments import roofline
 from experiments.benchmark import sizes_of
-from grpo_jax import build
-from grpo_jax.config import Config
-from grpo_jax.run import assemble, initial_state
-from grpo_jax.sharding import make_mesh
+from grpo_jax.config import parse_config
+from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tasks.arithmetic import ArithmeticTask
+from grpo_jax.tools import roofline
+from grpo_jax.training import build
+from grpo_jax.training.run import assemble, initial_state
 from grpo_jax.types import Prompts, Reward
 
 STEPS_PER_CALL, NUM_STEPS, REPEATS = 20, 40, 7
@@ -61,11 +61,11 @@ def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float,
     raw.update_from_flattened_dict({"steps_per_call": steps_per_call, "warm_start.num_steps": 0, "mesh.data": 1})
     for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
         raw.update_from_flattened_dict({name: 100})
-    config = Config.from_config_dict(raw)
+    config = parse_config(raw)
     task: Any = build.make_task(config)
     model = build.make_model(config, task.tokenizer)
     task = Staged(task) if is_staged else task
-    run = assemble(config, make_mesh(config.mesh), task, model)
+    run = assemble(config, make_mesh(config.mesh.sizes), task, model)
     held: list[Any] = [initial_state(run)]
 
     def block() -> None:

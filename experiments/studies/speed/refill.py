@@ -18,14 +18,15 @@ from rich.table import Table
 
 from configs import base
 from experiments.peers import workload
-from experiments.plan.compiled import temporary_bytes
-from experiments.synthetic import RandomTask, architecture
-from grpo_jax.config import Config
-from grpo_jax.iteration import make_rollout
+from experiments.synthetic import architecture
+from grpo_jax.config import parse_config
 from grpo_jax.models.transformer import ModelDef, init_params
-from grpo_jax.rollout import RolloutSpec
-from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import make_mesh
+from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.rollout.rollout import RolloutSpec
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.tools.plan.compiled import temporary_bytes
+from grpo_jax.tools.plan.fixed_task import FixedTask
+from grpo_jax.training.iteration import make_rollout
 
 P, G, S, T = 32, 8, 64, 512
 MEAN_TOKENS = 64
@@ -39,8 +40,8 @@ def measure(live_rows: int, repeats: int = 3) -> tuple[float, Any, float]:
     raw.mesh.data = 1
     stop_ids = tuple(range(arch.vocab_size // MEAN_TOKENS))
     spec = RolloutSpec(G, T, Sampling(), stop_ids, pad_id=0, live_rows=live_rows)
-    prompts = RandomTask(workload.random_ids(P, S, arch.vocab_size, seed=0)).train_prompts(0, P)
-    run = jax.jit(make_rollout(ModelDef(arch), spec, make_mesh(Config.from_config_dict(raw).mesh)))
+    prompts = FixedTask(workload.random_ids(P, S, arch.vocab_size, seed=0), workload.PAD).train_prompts(0, P)
+    run = jax.jit(make_rollout(ModelDef(arch), spec, make_mesh(parse_config(raw).mesh.sizes)))
     params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(0))
     compiled = run.lower(params, prompts, jax.random.key(0)).compile()
     lengths: list[Any] = []

@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from experiments import roofline
 from experiments.benchmark import sizes_of
 from experiments.peers import workload
-from experiments.synthetic import RandomTask, architecture, random_batch
-from grpo_jax.config import Config
+from experiments.synthetic import architecture, random_batch
+from grpo_jax.config import parse_config
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.run import assemble, initial_state
-from grpo_jax.sharding import make_mesh
+from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.tools import roofline
+from grpo_jax.tools.plan.fixed_task import FixedTask
+from grpo_jax.training.run import assemble, initial_state
 
 HERE = pathlib.Path(__file__).parent
 NUM_PROMPTS, WARMUP, REPEATS = 4, 2, 9
@@ -66,10 +67,10 @@ def prepared(point: Point) -> tuple[Callable[[], None], float]:
             "rollout.max_completion_tokens": point.padded or point.completion,
         }
     )
-    config = Config.from_config_dict(raw)
+    config = parse_config(raw)
     arch = dataclasses.replace(architecture("tiny"), vocab_size=point.vocab_size)
-    task = RandomTask(workload.random_ids(NUM_PROMPTS, 64, point.vocab_size, seed=0))
-    run = assemble(config, make_mesh(config.mesh), task, ModelDef(arch))
+    task = FixedTask(workload.random_ids(NUM_PROMPTS, 64, point.vocab_size, seed=0), workload.PAD)
+    run = assemble(config, make_mesh(config.mesh.sizes), task, ModelDef(arch))
     batch = random_batch(run)
     is_real_T = jnp.arange(batch.rollout.mask_PGT.shape[-1]) < point.completion
     rollout = dataclasses.replace(batch.rollout, mask_PGT=batch.rollout.mask_PGT * is_real_T[None, None])

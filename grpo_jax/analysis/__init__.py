@@ -1,0 +1,1 @@
+"""Statistics over samples and over runs."""

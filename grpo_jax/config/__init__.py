@@ -1,0 +1,69 @@
+"""A run's settings, read once at the edge: ConfigDict -> frozen dataclasses, every value checked.
+
+Past `parse_config` there are no strings to look up and nothing to default: a typo, an unknown key, a wrong type or an
+impossible combination ends here, in one line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_jax.config.schema import (
+    ArithmeticConfig,
+    CheckpointConfig,
+    ColumnsConfig,
+    Config,
+    DatasetConfig,
+    DynamicSamplingConfig,
+    EvalConfig,
+    JsonlConfig,
+    LearnerConfig,
+    LogConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OverlongConfig,
+    PatternConfig,
+    ReasoningGymConfig,
+    RewardConfig,
+    RolloutConfig,
+    ScoringConfig,
+    TaskConfig,
+    WarmStartConfig,
+)
+from grpo_jax.config.strict import build
+from grpo_jax.config.validation import validate
+
+__all__ = [
+    "ArithmeticConfig",
+    "CheckpointConfig",
+    "ColumnsConfig",
+    "Config",
+    "DatasetConfig",
+    "DynamicSamplingConfig",
+    "EvalConfig",
+    "JsonlConfig",
+    "LearnerConfig",
+    "LoRAConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OverlongConfig",
+    "PatternConfig",
+    "ReasoningGymConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "ScoringConfig",
+    "TaskConfig",
+    "WarmStartConfig",
+    "parse_config",
+]
+
+
+def parse_config(config: Any) -> Config:
+    """ConfigDict (or nested mapping) -> validated Config. Raises UserError naming field, value and fix."""
+    parsed = build(Config, config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    validate(parsed)
+    return parsed

@@ -1,0 +1,272 @@
+"""What types cannot say about a config: ranges, choices and combinations. Every message names the field and the fix."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from grpo_jax import objectives
+from grpo_jax.config import reward_parts
+from grpo_jax.config.schema import Config
+from grpo_jax.errors import UserError
+from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
+
+TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("auto", "none", "dots", "full")
+OLD_LOGP = ("sampler", "learner")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def validate(config: Config) -> None:
+    """Check values and combinations that types cannot. Raises UserError naming the field, its value and the fix."""
+    _require_ranges(config)
+    _require_choices(config)
+    _require_objective(config)
+    _require_reward(config)
+    _require_generators(config)
+    rollout, learner, objective = config.rollout, config.learner, config.objective
+    if rollout.group_size < 2:
+        raise UserError(
+            f"config.rollout.group_size = {rollout.group_size}: advantages compare the completions of a prompt, use at least 2"
+        )
+    if rollout.num_prompts % learner.num_minibatches:
+        raise UserError(
+            f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
+            f"config.rollout.num_prompts = {rollout.num_prompts}"
+        )
+    if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
+        raise UserError(
+            f"config.objective.aggregation = {objective.aggregation!r}: a {objective.ratio!r} ratio has one value a row, "
+            "use 'sequence_mean'"
+        )
+    if config.overlong.cache_tokens > rollout.max_completion_tokens:
+        raise UserError(
+            f"config.overlong.cache_tokens = {config.overlong.cache_tokens}: must be at most "
+            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+        )
+    if not config.model.path:
+        if config.task.name != "arithmetic":
+            raise UserError(
+                f"config.model.path is empty: task {config.task.name!r} needs a model, give a Hugging Face folder or hub id"
+            )
+        if config.model.num_heads % config.model.num_kv_heads or config.model.dim % (2 * config.model.num_heads):
+            raise UserError(
+                f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
+                f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
+            )
+    _require_importance(config)
+    _require_adapters(config)
+    _require_whole_calls(config)
+    _require_overlap(config)
+    _require_mesh(config)
+    if config.warm_start.num_steps and config.task.name != "arithmetic":
+        raise UserError(
+            f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
+            "set it to 0"
+        )
+
+
+def _require_objective(config: Config) -> None:
+    """Its names are in the tables of their axes."""
+    try:
+        objectives.check_choices(config.objective)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from None
+
+
+def _require_importance(config: Config) -> None:
+    """Truncated importance sampling corrects what the sampler's numerics did: it needs the learner's word beside it."""
+    cap, old_logp = config.learner.importance_cap, config.learner.old_logp
+    if 0 < cap < 1:
+        raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
+    if cap and old_logp != "learner":
+        raise UserError(
+            f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
+            "set that to 'learner'"
+        )
+
+
+def _require_whole_calls(config: Config) -> None:
+    """What happens between steps can only happen between calls."""
+    for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
+        value = _field(config, name)
+        if config.steps_per_call and value % config.steps_per_call:
+            raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
+
+
+def _require_overlap(config: Config) -> None:
+    """A batch that is sampled ahead is one step old, and what the sampler said of it is all there is."""
+    if config.async_steps and config.steps_per_call:
+        raise UserError(
+            f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
+            "the host, the other for tasks of the device; set one of them to 0"
+        )
+    if config.async_steps and config.learner.old_logp != "sampler":
+        raise UserError(
+            f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
+            "the learner has moved on from the policy that sampled, set it to 'sampler'"
+        )
+
+
+def _require_mesh(config: Config) -> None:
+    axes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    for axis, size in axes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{axis} = {size}: a number of devices, or -1 for what the other axes leave")
+    if list(axes.values()).count(-1) > 1:
+        wanted = ", ".join(f"{axis} = {size}" for axis, size in axes.items())
+        raise UserError(f"config.mesh: {wanted}: only one axis can take what is left, say how many devices the others have")
+
+
+def _require_adapters(config: Config) -> None:
+    lora = config.lora
+    unknown = [name for name in lora.targets if name not in TARGETS]
+    if unknown or not lora.targets:
+        raise UserError(f"config.lora.targets = {lora.targets!r}: one or more of {', '.join(TARGETS)}")
+    if lora.path and not lora.rank:
+        raise UserError(f"config.lora.path = {lora.path!r}: set config.lora.rank, alpha and targets as they were made")
+
+
+def _require_reward(config: Config) -> None:
+    """The reward's expressions can be read, and fit the task."""
+    task, reward = config.task, config.reward
+    for name in ("task", "shaping"):
+        field, expression = f"config.reward.{name}", getattr(reward, name)
+        parts = [part.name for part in reward_parts.parse(expression, field)]
+        if parts and task.name == "arithmetic":
+            raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
+        if "reasoning_gym" in parts and task.name != "reasoning_gym":
+            raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
+        if "regex" in parts and not reward.regex.pattern:
+            raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    for name in ("regex", "format"):
+        pattern = getattr(reward, name).pattern
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
+    if task.name == "arithmetic" and task.system_prompt:
+        raise UserError(f"config.task.system_prompt = {task.system_prompt!r}: task 'arithmetic' has none, leave it empty")
+    if task.name == "arithmetic" and task.num_shots:
+        raise UserError(f"config.task.num_shots = {task.num_shots}: task 'arithmetic' has config.task.arithmetic.num_shots")
+
+
+def _require_generators(config: Config) -> None:
+    """The mixture of reasoning-gym generators."""
+    gym, field = config.task.reasoning_gym, "config.task.reasoning_gym"
+    if not gym.datasets or len(set(gym.datasets)) < len(gym.datasets):
+        raise UserError(f"{field}.datasets = {gym.datasets!r}: name at least one generator, and none twice")
+    if gym.weights and (len(gym.weights) != len(gym.datasets) or not min(gym.weights) > 0):
+        raise UserError(f"{field}.weights = {gym.weights!r}: one number above 0 for each of {', '.join(gym.datasets)}")
+    try:
+        params = json.loads(gym.params or "{}")
+    except ValueError as error:
+        raise UserError(f"{field}.params = {gym.params!r}: not JSON ({error})") from None
+    if not isinstance(params, dict) or not all(isinstance(value, dict) for value in params.values()):
+        raise UserError(f"{field}.params = {gym.params!r}: must be {{generator: {{setting: value}}}}")
+    unknown = sorted(set(params) - set(gym.datasets))
+    if unknown:
+        raise UserError(f"{field}.params: {unknown[0]!r} is not among {field}.datasets = {gym.datasets!r}")
+
+
+def _require_choices(config: Config) -> None:
+    choices: dict[str, tuple[Any, ...]] = {
+        "async_steps": (0, 1),
+        "task.name": TASKS,
+        "model.dtype": DTYPES,
+        "model.remat": REMATS,
+        "learner.old_logp": OLD_LOGP,
+        "optimizer.schedule": SCHEDULES,
+    }
+    for name, known in choices.items():
+        value = _field(config, name)
+        if value not in known:
+            raise UserError(f"config.{name} = {value!r}: unknown; known: {', '.join(map(str, known))}")
+
+
+# Lowest allowed values, inclusive; "> 0" fields are listed apart because they are real numbers.
+AT_LEAST = {
+    "seed": 0,
+    "num_steps": 0,
+    "eval_every": 0,
+    "steps_per_call": 0,
+    "lora.rank": 0,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.ffn_dim": 1,
+    "task.max_prompt_tokens": 1,
+    "task.num_shots": 0,
+    "task.arithmetic.num_shots": 0,
+    "task.arithmetic.min_operand": 0,
+    "task.reasoning_gym.num_train": 1,
+    "reward.scoring.num_workers": 1,
+    "reward.scoring.memory_limit_mb": 0,
+    "warm_start.num_steps": 0,
+    "warm_start.batch_size": 1,
+    "warm_start.careless_rate": 0,
+    "rollout.num_prompts": 1,
+    "rollout.max_completion_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.live_rows": 0,
+    "dynamic_sampling.max_sampling_rounds": 1,
+    "overlong.cache_tokens": 0,
+    "learner.num_epochs": 1,
+    "learner.num_minibatches": 1,
+    "learner.num_microbatches": 1,
+    "learner.bucket_tokens": 0,
+    "learner.logprob_chunk_tokens": 1,
+    "learner.importance_cap": 0,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "mesh.fsdp_min_elements": 0,
+    "eval.num_prompts": 1,
+    "eval.num_samples": 0,
+    "eval.batch_size": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "log.completions_every": 0,
+    "log.num_groups": 1,
+}
+ABOVE_ZERO = (
+    "lora.alpha",
+    "rollout.temperature",
+    "rollout.top_p",
+    "optimizer.max_grad_norm",
+    "optimizer.eps",
+    "reward.scoring.time_limit_secs",
+)
+
+
+def _require_ranges(config: Config) -> None:
+    for name, low in AT_LEAST.items():
+        value = _field(config, name)
+        if not value >= low:
+            raise UserError(f"config.{name} = {value!r}: must be at least {low}")
+    for name in ABOVE_ZERO:
+        value = _field(config, name)
+        if not value > 0:
+            raise UserError(f"config.{name} = {value!r}: must be above 0")
+    if config.seed >= 2**31:
+        raise UserError(f"config.seed = {config.seed}: must be below 2**31, for it travels as an int32")
+    if config.rollout.top_p > 1:
+        raise UserError(f"config.rollout.top_p = {config.rollout.top_p!r}: a probability, at most 1 (1 keeps every token)")
+    if config.task.arithmetic.max_operand <= config.task.arithmetic.min_operand:
+        raise UserError(
+            f"config.task.arithmetic.max_operand = {config.task.arithmetic.max_operand}: must be above "
+            f"min_operand = {config.task.arithmetic.min_operand}"
+        )
+    unknown = set(config.task.arithmetic.operators) - {"+", "-"}
+    if unknown or not config.task.arithmetic.operators:
+        raise UserError(f"config.task.arithmetic.operators = {config.task.arithmetic.operators!r}: one or both of '+' and '-'")
+
+
+def _field(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,1 @@
+"""Completions -> update: log-probabilities, advantages over whole groups, batching, the optimizer, the train step."""

@@ -1,0 +1,60 @@
+"""Batch -> credit for its tokens: what the update is made with, and how it compares with plain GRPO's."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from grpo_jax import objectives
+from grpo_jax.metrics import Correlation, Mean, Metric
+from grpo_jax.objectives import Objective
+from grpo_jax.types import AxisName, Batch, Rollout
+
+GRPO = objectives.get("grpo")
+SAME = 1e-4  # advantages that differ by less than this share of the larger one are the same
+
+
+def trained_mask(rollout: Rollout, filter_truncated: bool):
+    """float32[P, G, T]: the completion tokens that are trained on. filter_truncated: rows cut off by the budget are not."""
+    return rollout.mask_PGT * ~rollout.is_truncated_PG[..., None] if filter_truncated else rollout.mask_PGT
+
+
+def advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: AxisName | None = None):
+    """`objectives.advantages` of a batch of whole groups -> float32[P, G, T], 0 where masked."""
+    P, G, T = mask_PGT.shape
+    adv_BT = objectives.advantages(
+        obj,
+        batch.reward_PG.reshape(-1),
+        mask_PGT.reshape(-1, T),
+        entropy_PGT.reshape(-1, T),
+        group_size=G,
+        task_rewards_B=batch.task_reward_PG.reshape(-1),
+        axis_name=axis_name,
+    )
+    return adv_BT.reshape(P, G, T)
+
+
+def recorded_advantages(obj: Objective, batch: Batch, filter_truncated: bool):
+    """-> (advantage float32[P, G, T], plain GRPO's advantage of each row, float32[P, G]), from the recorded entropy.
+
+    These are the update's own numbers, but for learner.old_logp = "learner": there the update takes the entropy from a
+    forward pass of its own, which differs from the sampler's by its numerics.
+    """
+    mask_PGT, entropy_PGT = trained_mask(batch.rollout, filter_truncated), batch.rollout.entropy_PGT
+    ours_PGT, grpo_PGT = (advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
+    return ours_PGT, grpo_PGT[..., 0]
+
+
+def advantage_metrics(obj: Objective, batch: Batch, mask_PGT, adv_PGT) -> dict[str, Metric]:
+    """Whether credit does what it should, over the trained tokens of a whole batch (arrays may lie on many devices).
+
+    advantage/differs_from_grpo: share of tokens whose advantage is not plain GRPO's; 0 says that the variant's estimator
+    changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)
+    of its completion; 0 where one of them is the same everywhere.
+    """
+    grpo_PGT = advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
+    is_different_PGT = jnp.abs(adv_PGT - grpo_PGT) > SAME * jnp.maximum(jnp.abs(adv_PGT), jnp.abs(grpo_PGT))
+    is_success_PG1 = (batch.task_reward_PG >= obj.success_threshold)[..., None]
+    return {
+        "advantage/differs_from_grpo": Mean.of(is_different_PGT, mask_PGT),
+        "advantage/success_correlation": Correlation.of(adv_PGT, is_success_PG1 & (mask_PGT > 0), mask_PGT),
+    }

@@ -1,0 +1,119 @@
+"""Hidden states -> log-probability of given tokens and entropy of the distribution, in chunks: never [B, T, V] in float32.
+
+The gradient is written by hand: d logp / d logits = onehot - p, recomputed chunk by chunk, so that neither direction keeps
+more than one [chunk, V] block of logits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models.linear import head_logits
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.sharding import vary_like
+from grpo_jax.rollout.sampling import Sampling, normalise, support_like
+from grpo_jax.types import Params, Rollout
+
+
+def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling, chunk_tokens: int, cap: float | None):
+    """Log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
+
+    Args:
+      hidden_ND: the state that predicts each target. head_VD: output matrix. targets_N: int32.
+      support_N: int32, how many tokens the sampler kept at each position, or None if it kept all.
+      sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
+      cap: of the logits, as in `head_logits`.
+    Returns: (logp_N, entropy_N), float32 nats. Gradient flows through logp_N to hidden and head; none through entropy_N.
+    """
+    num = len(targets_N)
+    chunk = min(chunk_tokens, num)
+    padding = -num % chunk
+
+    def cut(x):
+        return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+
+    logp, entropy = _chunked(sampling, cap, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))  # pyright: ignore[reportGeneralTypeIssues]
+    return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
+
+
+def _logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
+    """Tempered logits [C, V] and which of them are in the support (None: all)."""
+    logits_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
+    if not sampling.is_cut:
+        return logits_CV, None
+    return logits_CV, support_like(logits_CV, targets_C, support_C, sampling.top_k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, support):
+    return _forward(sampling, cap, hidden, head_VD, targets, support)[0]
+
+
+def _forward(sampling, cap, hidden, head_VD, targets, support):
+    def chunk(_, xs):
+        hidden_CD, targets_C, support_C = xs
+        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
+        log_z_C, entropy_C = normalise(logits_CV, keep_CV)
+        logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
+        return None, (logp_C, entropy_C, log_z_C)
+
+    _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, targets, support))
+    return (logp, entropy), (hidden, head_VD, targets, support, log_z)
+
+
+def _backward(sampling, cap, residuals, cotangents):
+    hidden, head_VD, targets, support, log_z = residuals
+    d_logp, _ = cotangents  # entropy carries no gradient
+
+    def chunk(d_head_VD, xs):
+        hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
+        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
+        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
+        p_CV = p_CV if keep_CV is None else jnp.where(keep_CV, p_CV, 0.0)
+        is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
+        d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if cap is not None:  # the slope of tanh
+            d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
+        d_logits_CV = d_logits_CV.astype(head_VD.dtype)
+        d_hidden_CD = jnp.einsum("cv,vd->cd", d_logits_CV, head_VD)
+        d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
+        return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
+
+    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), targets)
+    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, targets, support, log_z, d_logp))
+    return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def score(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int):
+    """-> (logp_PGT, entropy_PGT), float32 nats; rubbish but finite where masked. Gradient flows through logp_PGT only.
+
+    Each prompt runs through the layers once for its whole group.
+    """
+    decoder = model.bind(params)
+    P, G, T = rollout.tokens_PGT.shape
+    tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
+    prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
+    if T == 1:
+        last_PD, _ = decoder.encode_prompts(*prompts)
+        later = []
+    else:
+        last_PD, later_BTD = decoder.continued(*prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1])
+        later = [later_BTD]
+    # The prompt's last state predicts the first token.
+    hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
+    logp_N, entropy_N = token_logprobs(
+        hidden_BTD.reshape(P * G * T, -1),
+        decoder.head_VD,
+        tokens_BT.reshape(-1),
+        None if rollout.support_PGT is None else rollout.support_PGT.reshape(-1),
+        sampling,
+        chunk_tokens,
+        decoder.logit_cap,
+    )
+    return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)

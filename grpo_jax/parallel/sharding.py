@@ -1,0 +1,202 @@
+"""The device mesh, and what lies where on it.
+
+Rows are spread over `data` and `fsdp`; that part of a program is written by hand, in `shard_map`. Parameters, and all that
+is shaped like them, are cut along `fsdp` and `tensor` by one table; what is computed on a cut along `tensor` is left to the
+compiler, which adds one sum over devices after attention and one after the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # each of their devices has rows of its own; those of `tensor` share theirs
+ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batches
+REPLICATED = PartitionSpec()
+
+# What an axis of a parameter stands for -> the mesh axis that it is cut along.
+RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
+# What the matrices [out, in] of a layer map to what. Their biases and adapters follow.
+MATRICES = {
+    "q": ("heads", "width"),
+    "k": ("kv_heads", "width"),
+    "v": ("kv_heads", "width"),
+    "o": ("width", "heads"),
+    "gate": ("ffn", "width"),
+    "up": ("ffn", "width"),
+    "down": ("width", "ffn"),
+}
+
+
+def make_mesh(wanted: Mapping[str, int]) -> Mesh:
+    """Mesh (data, fsdp, tensor) over all devices, or the first ones. Raises UserError if there are not enough.
+
+    wanted: devices along each of AXES, -1 (one at most) for what the others leave. On several hosts all devices must be in
+    it: one that had none would have nothing to do.
+    """
+    num_devices = jax.device_count()
+    sizes = axis_sizes(wanted, num_devices)
+    if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
+        raise UserError(f"config.mesh: {sizes} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """How many devices lie along each axis. Raises UserError if there are not enough, or -1 leaves a remainder."""
+    taken = math.prod(size for size in wanted.values() if size != -1)
+    sizes = ", ".join(f"{axis} = {size}" for axis, size in wanted.items())
+    if taken > num_devices:
+        raise UserError(f"config.mesh: {sizes} needs {taken} devices, there are {num_devices}; use smaller ones, or one -1")
+    if -1 in wanted.values() and num_devices % taken:
+        raise UserError(f"config.mesh: {sizes}: {num_devices} devices do not divide by {taken}; say how many instead of -1")
+    return {axis: num_devices // taken if size == -1 else size for axis, size in wanted.items()}
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """How many parts rows are cut into."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
+    """A decoder of these sizes can be sharded as the mesh asks. Raises UserError naming the size that does not divide.
+
+    sizes: mesh axis -> {name of a size: the size}, as `Architecture.sharded_sizes` gives it.
+    """
+    for axis, fields in sizes.items():
+        for name, size in fields.items():
+            if size % mesh.shape[axis]:
+                divisor = math.gcd(*fields.values())
+                raise UserError(
+                    f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide the model's {name} = {size}; "
+                    f"use a divisor of {divisor}"
+                )
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...] | None:
+    """The axes that a sum over all rows goes over; None: there is one part of them."""
+    return ROW_AXES if num_row_shards(mesh) > 1 else None
+
+
+def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
+
+    With one part of rows all of it does: the axes of `row_axes` have no names in the function then.
+    """
+    if row_axes(mesh) is None:
+        return function
+    by_hand = ROW_AXES if mesh.shape["tensor"] > 1 else AXES
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(by_hand))
+
+
+def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Place every leaf of a traced tree as `spec` says."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def names_of(path: Any) -> tuple[str, ...]:
+    """A leaf's path in a pytree as plain names."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+
+
+def meaning(names: tuple[str, ...]) -> tuple[str | None, ...]:
+    """What the axes of a parameter stand for, by its name: () if nothing is cut. Optimizer state has the same names."""
+    *_, module, name = ("", *names)
+    if name in ("embed", "head"):
+        return ("vocab", "width")
+    if module not in MATRICES:
+        return ()
+    num_out, num_in = MATRICES[module]  # behind the stacked layers
+    of = {"weight": (None, num_out, num_in), "bias": (None, num_out), "lora_a": (None, None, num_in), "lora_b": (None, num_out)}
+    return of.get(name, ())
+
+
+def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> PartitionSpec:
+    """Where a leaf of parameters, of optimizer state or of anything else lies.
+
+    min_elements: a layer's tensor of fewer is not cut along `fsdp`.
+    """
+    cuts: list[str | None] = [RULES.get(axis or "") for axis in meaning(names)]
+    num_elements = math.prod(shape[1:] if "layers" in names else shape)
+    for i, axis in enumerate(cuts):
+        is_small = axis == "fsdp" and num_elements < min_elements
+        if axis and (mesh.shape[axis] == 1 or is_small or shape[i] % mesh.shape[axis]):
+            cuts[i] = None
+    while cuts and cuts[-1] is None:
+        cuts.pop()
+    return PartitionSpec(*cuts)
+
+
+def specs_of(tree: Any, mesh: Mesh, min_elements: int) -> Any:
+    """`param_spec` of every leaf (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: param_spec(names_of(path), x.shape, mesh, min_elements), tree)
+
+
+def placed(tree: Any, mesh: Mesh, min_elements: int) -> Any:
+    """Arrays or shapes -> shapes with the places they belong to."""
+
+    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree, specs_of(tree, mesh, min_elements))
+
+
+def on_host(like: Any) -> Any:
+    """What `placed` gives, with its arrays (numbers apart) in the page-locked memory of the device's host."""
+
+    def move(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
+        )
+
+    return jax.tree.map(move, like)
+
+
+def moved(tree: Any, space: Any) -> Any:
+    """The arrays (numbers apart) of a traced tree in the memory of the host or of the device. space: `jax.memory.Space`."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
+
+
+def places_of(like: Any) -> Any:
+    """The shardings of arrays or of what `placed` gives."""
+    return jax.tree.map(lambda x: x.sharding, like)
+
+
+def without(specs: Any, axis: str) -> Any:
+    """The same places without cuts along one mesh axis."""
+    return jax.tree.map(lambda spec: PartitionSpec(*(None if cut == axis else cut for cut in spec)), specs)
+
+
+def for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
+    """Weights as a rollout reads them at every token: whole but for `tensor`, in the compute dtype (which is what travels).
+
+    Called once for any number of rollouts. Without fsdp the weights lie like this already, and nothing is done.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(x: Any, spec: PartitionSpec) -> Any:
+        if "fsdp" not in spec:
+            return x
+        small = constrain(x.astype(dtype), mesh, spec)  # or the cast might come after the gather
+        return constrain(small, mesh, without(spec, "fsdp"))
+
+    return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
+
+
+def vary_like(tree: Any, reference_ints: jax.Array) -> Any:
+    """Mark every leaf as varying over the mesh axes that `reference_ints` (an integer array) varies over.
+
+    Constants that enter a loop beside per-device data need it: a loop's carry must keep its type. Adding an integer zero
+    made from the reference does this in every JAX version, and compiles to nothing.
+    """
+    zero = reference_ints.ravel()[0] * 0
+    return jax.tree.map(lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(jnp.asarray(x).dtype), tree)

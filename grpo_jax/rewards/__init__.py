@@ -1,0 +1,1 @@
+"""Completions -> worth: scorers, the worker processes they run in, and shaping."""

@@ -1,0 +1,71 @@
+"""config.reward -> what completions are worth: each part scored apart, then summed by its weight."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import RewardConfig, reward_parts
+from grpo_jax.config.reward_parts import Part
+from grpo_jax.errors import UserError
+from grpo_jax.metrics import Mean
+from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
+from grpo_jax.rewards.scorers import FUNCTIONS
+from grpo_jax.types import Reward
+
+PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
+
+
+class Judge:
+    """The parts of both expressions of config.reward and the worker processes that score them.
+
+    task_name: whose own reward an empty config.reward.task stands for. max_completion_tokens: what `length` is a share of.
+    Raises UserError if a part's library is missing, or a user's function cannot be imported.
+    """
+
+    def __init__(self, config: RewardConfig, task_name: str, max_completion_tokens: int) -> None:
+        self._task = reward_parts.parse(config.task or reward_parts.OF_TASK[task_name], "config.reward.task")
+        self._shaping = reward_parts.parse(config.shaping, "config.reward.shaping")
+        self._max_completion_tokens = max_completion_tokens
+        settings = {"regex": {"pattern": config.regex.pattern}, "format": {"pattern": config.format.pattern}}
+        self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
+        scorers = {}
+        for name in self._names:
+            if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+                raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
+            if name != "length":
+                scorers[name] = Scorer(FUNCTIONS.get(name, name), settings.get(name, {}))
+        self._pool = ScoringPool(scorers, config.scoring)
+        if any(":" in name for name in self._names):
+            self._pool.start()  # a mistake in the user's file should show before a model is loaded
+
+    def __call__(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], lengths_PG: Any) -> Reward:
+        """Score the completions of each item. lengths_PG: tokens, stop token included."""
+        judged = self._pool.score(items, completions_PG)
+        shape = np.shape(lengths_PG)  # (0, G) on a host that has no rows of its own
+        scores = {name: each.reshape(shape) for name, each in judged.scores.items()}
+        scores["length"] = 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens
+        metrics = {
+            "reward/errors": _mean(judged.is_error_PG),
+            "reward/timeouts": _mean(judged.is_timeout_PG),
+            **{f"reward/part/{name}": _mean(scores[name]) for name in self._names},
+        }
+        return Reward(_weighted_sum(self._task, scores), _weighted_sum(self._shaping, scores), metrics)
+
+    def close(self) -> None:
+        """End the scoring processes."""
+        self._pool.close()
+
+
+def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    total_PG = np.zeros_like(scores["length"])
+    for part in parts:
+        total_PG += np.float32(part.weight) * scores[part.name]
+    return total_PG
+
+
+def _mean(values_PG: np.ndarray) -> Mean:
+    return Mean(np.float32(values_PG.sum()), np.float32(values_PG.size))

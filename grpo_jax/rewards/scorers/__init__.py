@@ -1,0 +1,18 @@
+"""What judges completions, in processes of their own.
+
+A scorer is a function `f(completion: str, item: dict, **settings) -> float`, or one for all completions of a prompt,
+`f(completions: list[str], item: dict, **settings) -> list[float]`; the name of the first parameter tells which. `item` is
+the prompt's row of data, its final answer under "answer".
+
+One module per library. It imports what it needs at its top, since a time limit runs from when the module is there; and
+none of it is JAX, for which a process that compares answers should not wait. So this is not in `tasks/`.
+"""
+
+# The parts that config.reward knows by a short name; `length` is counted where the tokens are.
+FUNCTIONS = {
+    "math_verify": "grpo_jax.rewards.scorers.math_answer:math_verify_score",
+    "reasoning_gym": "grpo_jax.rewards.scorers.gym:reasoning_gym_score",
+    "exact": "grpo_jax.rewards.scorers.text:exact_score",
+    "regex": "grpo_jax.rewards.scorers.text:regex_score",
+    "format": "grpo_jax.rewards.scorers.text:format_score",
+}

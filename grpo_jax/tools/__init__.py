@@ -1,0 +1,1 @@
+"""What a person calls: train, evaluate, export, sweep, report, show, plan, smollm2."""

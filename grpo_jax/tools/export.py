@@ -1,0 +1,66 @@
+"""A run's model as a Hugging Face folder: python -m experiments.export --workdir=runs/x --out=folder
+
+Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
+`transformers`, vLLM and others load the folder. LoRA's adapters are merged into the weights, or with --adapter written
+by themselves, as `peft` loads them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from grpo_jax.errors import UserError
+from grpo_jax.models.export import DTYPES, export_folder
+from grpo_jax.models.folders import new_folder, require_new
+from grpo_jax.models.hf import stored_dtype
+from grpo_jax.models.lora import merged, split
+from grpo_jax.models.peft import save_adapters
+from grpo_jax.tools import cli
+from grpo_jax.training.run import make_run, restored_policy
+from grpo_jax.training.runlog import read_config
+
+OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
+DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")
+MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of weights, in 10^9 bytes", lower_bound=1e-6)
+ADAPTER = flags.DEFINE_bool("adapter", False, "of a LoRA run: the adapters alone, in PEFT's format, float32")
+
+
+def main() -> None:
+    if not cli.WORKDIR.value or not OUT.value:
+        raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
+    shard_bytes = round(MAX_SHARD_GB.value * 1e9)
+    step, what = export(cli.WORKDIR.value, OUT.value, cli.STEP.value, DTYPE.value, shard_bytes, is_adapter=ADAPTER.value)
+    print(f"{OUT.value}: {what} after step {step}")
+
+
+def export(
+    workdir: str, out: str, step: int | None, dtype: str | None, max_shard_bytes: int, *, is_adapter: bool = False
+) -> tuple[int, str]:
+    """Write checkpoint `step` of `workdir` (None: the newest) to `out`; -> step and what was written. Raises UserError."""
+    config = read_config(pathlib.Path(workdir))
+    source = config.model.path
+    if not source:
+        raise UserError(
+            f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
+            "knows them; train from a Hugging Face folder"
+        )
+    if is_adapter and not config.lora.rank:
+        raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
+    require_new(pathlib.Path(out))  # before a long load
+    dtype = dtype or stored_dtype(source)
+    step = cli.step_of(pathlib.Path(workdir), step)
+    run = make_run(config)
+    try:
+        policy = restored_policy(run, pathlib.Path(workdir), step)
+    finally:
+        run.task.close()
+    lora = run.model.lora
+    if lora is not None and is_adapter:
+        with new_folder(out) as folder:
+            save_adapters(folder, split(policy)[1], lora, source)
+        return step, "adapters"
+    weights = policy if lora is None else merged(*split(policy), lora)
+    export_folder(out, weights, run.model.arch, source, dtype, max_shard_bytes)
+    return step, dtype if lora is None else f"{dtype}, adapters merged"

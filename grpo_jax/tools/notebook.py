@@ -1,0 +1,71 @@
+"""What the notebooks in colab/ show: a model's answers before and after training, and a run's page inside the notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from grpo_jax.rng import key_for
+from grpo_jax.rollout.sampling import GREEDY
+from grpo_jax.training import build
+from grpo_jax.training.evaluate import compiled_rollout
+from grpo_jax.training.iteration import make_sampler_weights
+from grpo_jax.training.run import Run
+from grpo_jax.types import Params
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+CELL = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A held-out question and what the model says to it. reward: the task's, without shaping."""
+
+    prompt: str
+    completion: str
+    reward: float
+
+
+def greedy_answers(run: Run, policy: Params) -> list[Answer]:
+    """To the first eval.batch_size held-out questions: the program is the one that evaluates."""
+    prompts = jax.tree.map(lambda x: x[: run.config.eval.batch_size], jax.device_get(run.task.eval_prompts()))
+    spec = dataclasses.replace(build.rollout_spec(run.config, run.task), group_size=1, sampling=GREEDY)
+    weights = jax.jit(make_sampler_weights(run.config, run.mesh))(policy)
+    rolled = compiled_rollout(run.model, spec, run.mesh)(weights, prompts, key_for(run.config.seed, "evaluate"))
+    tokens_PT, mask_PT = np.asarray(rolled.tokens_PGT)[:, 0], np.asarray(rolled.mask_PGT)[:, 0]
+    reward_P = np.asarray(run.task.reward(prompts.answer, tokens_PT[:, None], mask_PT[:, None]).task_PG)[:, 0]
+
+    def texts(ids: np.ndarray, mask: np.ndarray) -> list[str]:
+        return [run.task.tokenizer.decode(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
+
+    pairs = zip(texts(prompts.tokens_PS, prompts.mask_PS), texts(tokens_PT, mask_PT), reward_P, strict=True)
+    return [Answer(prompt, completion, float(reward)) for prompt, completion, reward in pairs]
+
+
+def side_by_side(before: Sequence[Answer], after: Sequence[Answer]) -> HTML:
+    """A table: a question a row, with both answers to it and their rewards."""
+    from IPython.display import HTML
+
+    head = "".join(f"<th {CELL}>{title}</th>" for title in ("question", "before", "reward", "after", "reward"))
+    rows = [
+        (old.prompt, old.completion, f"{old.reward:.2f}", new.completion, f"{new.reward:.2f}")
+        for old, new in zip(before, after, strict=True)
+    ]
+    body = ["".join(f"<td {CELL}>{html.escape(text)}</td>" for text in row) for row in rows]
+    return HTML("<table>" + "".join(f"<tr>{row}</tr>" for row in (head, *body)) + "</table>")
+
+
+def framed(page: pathlib.Path, height: int = 800) -> HTML:
+    """An HTML file as a frame that carries it whole, so that it shows wherever the notebook is open. height: pixels."""
+    from IPython.display import HTML
+
+    inside = html.escape(page.read_text(encoding="utf-8"))
+    return HTML(f'<div><iframe srcdoc="{inside}" width="100%" height="{height}" style="border: 0"></iframe></div>')

@@ -1,0 +1,153 @@
+"""What a run needs on which machine: bytes a device, seconds an iteration, what travels. Nothing is computed or loaded.
+
+    python -m experiments.plan --config=configs/dapo.py:smollm2 --shape=qwen2.5-7b --chip=h100 --devices=8 --config.mesh.fsdp=8
+    python -m experiments.plan ... --sweep       all meshes of that many devices that are allowed, the quickest first
+    python -m experiments.plan ... --compile     the real programs, for simulated devices: memory and collectives
+
+docs/planning.md says what is exact, what is estimated, and how far it was off.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from grpo_jax.parallel.sharding import AXES
+from grpo_jax.tools import cli
+from grpo_jax.tools.plan import collectives, compiled, memory, times
+from grpo_jax.tools.plan.chips import Chip, chip_named
+from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
+
+CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
+DEVICES = flags.DEFINE_integer("devices", 1, "how many of them", lower_bound=1)
+SHAPE = flags.DEFINE_string("shape", "", "smollm2, qwen2.5-0.5b, qwen2.5-7b or llama3-70b, instead of config.model")
+PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", 0, "width of the prompts; 0: config.task.max_prompt_tokens", lower_bound=0
+)
+SWEEP = flags.DEFINE_bool("sweep", False, "rank all meshes of that many devices")
+COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for simulated devices")
+
+
+def main() -> None:
+    config = cli.config_from_flags()
+    chip = chip_named(CHIP.value)
+    job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, DEVICES.value)
+    if not SWEEP.value:
+        require_allowed(job)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if COMPILE.value:
+        compiled.require_simulable(job.mesh.size)
+        if jax.device_count() < job.mesh.size:
+            sys.exit(compiled.in_child(sys.argv[1:], job.mesh.size))
+        console.print(*compiled_tables(job))
+    elif SWEEP.value:
+        console.print(sweep_table(job, chip))
+    else:
+        console.print(memory_table(job, chip), times_table(job, chip), traffic_table(job))
+
+
+def memory_table(job: Job, chip: Chip) -> Table:
+    """Every part of a device's memory, and the peak."""
+    parts = memory.parts_of(job)
+    table = table_of(f"Memory of one of {described(job)}", "phase", "what", "arithmetic", "GB")
+    for part in parts:
+        table.add_row(part.phase, part.what, part.how, gigabytes(part.num_bytes))
+    table.add_section()
+    peak = memory.peak_bytes(parts)
+    verdict = "fits" if peak <= chip.hbm_bytes else "does not fit"
+    table.add_row(
+        "peak", f"{verdict}: {peak / chip.hbm_bytes:.0%} of {CHIP.value}", "state + the larger phase", gigabytes(peak)
+    )
+    return table
+
+
+def times_table(job: Job, chip: Chip) -> Table:
+    """The stages of an iteration."""
+    stages = times.stages_of(job, chip)
+    table = table_of(
+        f"Seconds of an iteration on {CHIP.value}, at the least",
+        "phase",
+        "what",
+        "compute",
+        "memory",
+        "links",
+        "sum",
+        "bound by",
+    )
+    for stage in stages:
+        numbers = (stage.compute, stage.memory, stage.links, stage.secs)
+        table.add_row(stage.phase, stage.what, *(f"{secs:.4g}" for secs in numbers), stage.bound)
+    table.add_section()
+    table.add_row("all", "max(compute, memory) + links", "", "", "", f"{times.iteration_secs(stages):.4g}", "")
+    return table
+
+
+def traffic_table(job: Job) -> Table:
+    """What a device sends in an iteration."""
+    table = table_of("Sent by a device in an iteration", "phase", "axis", "what", "arithmetic", "GB")
+    for sent in times.sent_by(job):
+        table.add_row(sent.phase, sent.axis, sent.what, sent.how, gigabytes(sent.num_bytes))
+    return table
+
+
+def sweep_table(job: Job, chip: Chip) -> Table:
+    """All allowed meshes: those that fit, the quickest first, then the others."""
+    table = table_of(
+        f"Meshes of {job.mesh.size} {CHIP.value}", *AXES, "GB", "of memory", "rollout s", "update s", "iteration s", ""
+    )
+    for peak, stages, other in ranked(job, chip):
+        by_phase = [sum(stage.secs for stage in stages if stage.phase == phase) for phase in (times.ROLLOUT, times.UPDATE)]
+        fit = "fits" if peak <= chip.hbm_bytes else "does not fit"
+        sizes = map(str, other.mesh.shape.values())
+        secs = (f"{each:.4g}" for each in (*by_phase, sum(by_phase)))
+        table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, fit)
+    return table
+
+
+def ranked(job: Job, chip: Chip) -> list[tuple[float, list[times.Stage], Job]]:
+    """(peak bytes, stages, job) of every allowed mesh: those that fit by seconds, then those that do not by bytes."""
+    found = [(memory.peak_bytes(memory.parts_of(other)), times.stages_of(other, chip), other) for other in allowed_meshes(job)]
+
+    def order(each: tuple[float, list[times.Stage], Job]) -> tuple[bool, float]:
+        fits = each[0] <= chip.hbm_bytes
+        return not fits, times.iteration_secs(each[1]) if fits else each[0]
+
+    return sorted(found, key=order)
+
+
+def compiled_tables(job: Job) -> list[Table]:
+    """Of the compiled programs: memory beside the plan's, and collectives."""
+    parts = memory.parts_of(job)
+    table = table_of(f"Compiled for {described(job)} (simulated)", "program", "memory beside the state, GB", "planned", "ratio")
+    programs = {memory.UPDATE: compiled.compiled_update(job), memory.ROLLOUT: compiled.compiled_rollout(job)}
+    traffic = table_of("Collectives of one call", "program", "kind", "devices", "count", "MB sent by a device")
+    for name, program in programs.items():
+        held, planned = compiled.temporary_bytes(program), memory.phase_bytes(parts, name)
+        table.add_row(name, gigabytes(held), gigabytes(planned), f"{planned / held:.2f}")
+        for each in collectives.traffic(program.as_text()):
+            traffic.add_row(name, each.kind, str(each.group_size), f"{each.count:g}", f"{each.num_bytes / 1e6:,.3f}")
+    return [table, traffic]
+
+
+def described(job: Job) -> str:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
+    return f"{job.mesh.size} devices, {sizes}; {SHAPE.value or job.config.model.path or 'config.model'}, {job.model.dtype}"
+
+
+def table_of(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.3f}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,268 @@
+"""Bytes that each device holds: in the state from shapes and places, while updating and sampling from what is kept meanwhile.
+
+What an update keeps for its backward pass is asked of JAX's own differentiation, on shapes alone. What XLA adds to it
+(copies, working memory) or saves (fusion) is not modelled; `--compile` shows it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from grpo_jax.learner.logprobs import score
+from grpo_jax.models.lora import split
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.sharding import placed
+from grpo_jax.tools.plan.job import Job, mesh_of
+from grpo_jax.tools.roofline import Sizes
+from grpo_jax.training import build, run
+from grpo_jax.types import Prompts, Rollout, TrainState, join
+
+F32 = 4  # bytes
+STATE, UPDATE, ROLLOUT = "state", "update", "rollout"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One line of the sum. phase: "state" lies there all the time, the others come on top in turn. how: its arithmetic."""
+
+    phase: str
+    what: str
+    how: str
+    num_bytes: float
+
+
+def parts_of(job: Job) -> list[Part]:
+    """Every part of a device's memory, as the arithmetic of its bytes."""
+    return [part for part in (*state_parts(job), *update_parts(job), *rollout_parts(job)) if part.num_bytes]
+
+
+def phase_bytes(parts: list[Part], phase: str) -> float:
+    return sum(part.num_bytes for part in parts if part.phase == phase)
+
+
+def peak_bytes(parts: list[Part]) -> float:
+    """The state, and the larger of what the two phases add to it."""
+    return phase_bytes(parts, STATE) + max(phase_bytes(parts, UPDATE), phase_bytes(parts, ROLLOUT))
+
+
+# ------------------------------------------------------------------------------------------------------------- the state
+
+
+def state_like(job: Job) -> TrainState:
+    """Shapes and places of the state, as `run.assemble` has them."""
+    alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1)))
+    return run.state_like(job.config, job.mesh, state_shapes(alone))
+
+
+@functools.lru_cache(maxsize=1)
+def state_shapes(job: Job) -> TrainState:
+    base, adapters = split(job.model.param_shapes())
+    base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
+    return jax.eval_shape(run.make_parts(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
+
+
+def state_parts(job: Job) -> list[Part]:
+    """What is there from step to step. Exact."""
+    state = state_like(job)
+    return [
+        held("parameters", state.params),
+        held("frozen weights under adapters", state.base),
+        held("optimizer state", state.opt_state),
+        held("reference policy", state.ref_params),
+        held("groups waiting (dynamic sampling)", state.pending),
+        held("the batch sampled ahead (async_steps)", state.ahead),
+        held("the weights that sample it", state.policy if job.config.async_steps else None),
+    ]
+
+
+def held(what: str, tree: Any) -> Part:
+    """The bytes of a tree of placed shapes on one device; what waits on the host is left out."""
+    leaves = [x for x in jax.tree.leaves(tree) if not is_on_host(x)]
+    total = sum(x.size for x in leaves)
+    here = sum(map(numbers_here, leaves))
+    dtypes = " and ".join(sorted({str(x.dtype) for x in leaves}))
+    return Part(STATE, what, f"{here:,} of {total:,} numbers, {dtypes}", local_bytes(leaves))
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether a placed shape is one of `optimizer.offload`."""
+    return x.sharding.memory_kind == "pinned_host"
+
+
+def local_bytes(tree: Any) -> float:
+    return sum(numbers_here(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def numbers_here(x: Any) -> int:
+    """Of a placed shape, how many numbers lie on one device."""
+    return math.prod(x.sharding.shard_shape(x.shape))
+
+
+# ------------------------------------------------------------------------------------------------------------ the update
+
+
+def update_parts(job: Job) -> list[Part]:
+    """On top of the state while one microbatch is differentiated.
+
+    With microbatches a gradient waits for the next one to be added. When the backward pass has ended the optimizer holds the
+    gradient and its update of every weight, and its state if that waits on the host.
+    """
+    sizes, arch = job.local_microbatch, job.local_arch
+    kept = saved_for_backward(job, job.model.remat)
+    saved = sum(map(num_bytes, kept))
+    offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
+    gradient = local_bytes(state_like(job).params)
+    copies = 1 + (job.config.learner.num_microbatches > 1)
+    chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
+    head = F32 * arch.vocab_size * (2 * chunk + arch.dim)
+    rows = job.local_batch.P * job.local_batch.G
+    return [
+        Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
+        Part(UPDATE, "saved for the backward pass", described(kept, sizes), saved),
+        recomputed(job),
+        Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B", copies * gradient),
+        Part(
+            UPDATE,
+            "logits of a chunk, beyond a gradient",
+            f"{F32} B x {arch.vocab_size:,} x (2 x {chunk} + {arch.dim}) - {gradient:,.0f} B",
+            max(0.0, head - gradient),
+        ),
+        Part(
+            UPDATE,
+            "the optimizer's turn, beyond the backward pass",
+            f"2 x {gradient:,.0f} B + {offloaded:,.0f} B from the host - gradients and saved",
+            max(0.0, (2 - copies) * gradient + offloaded - saved),
+        ),
+        *gathered_parts(job),
+    ]
+
+
+def saved_for_backward(job: Job, remat: str) -> list[Any]:
+    """Shapes of what one device's forward pass keeps, beside the weights: the residuals of `jax.vjp`.
+
+    Where fsdp cuts, weights arrive in the compute dtype and are gathered again in the backward pass.
+    """
+    sizes = job.local_microbatch
+    model = dataclasses.replace(job.model, arch=job.local_arch, remat=remat)
+    return residuals(
+        model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, build.sampling_of(job.config)
+    )
+
+
+@functools.lru_cache
+def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: bool, sampling: Any) -> list[Any]:
+    base, adapters = split(model.param_shapes())
+    frozen, trained = (base, adapters) if adapters else (None, base)
+    frozen, trained = in_compute_dtype(frozen, model), in_compute_dtype(trained, model) if is_gathered else trained
+
+    def kept(frozen: Any, trained: Any, rollout: Rollout) -> list[Any]:
+        def logp(trained: Any):
+            return score(model, join(frozen, trained), rollout, sampling, chunk_tokens)[0]
+
+        _, backward = jax.vjp(logp, trained)
+        given = {id(x) for x in jax.tree.leaves((frozen, trained, rollout))}
+        return [x for x in jax.tree.leaves(backward) if id(x) not in given]
+
+    return jax.eval_shape(kept, frozen, trained, rollout_like(sizes, sampling.is_cut))
+
+
+def rollout_like(sizes: Sizes, is_cut: bool) -> Rollout:
+    """The fields of a rollout that `score` reads, as shapes."""
+    P, G, S, T = int(sizes.P), sizes.G, int(sizes.S), int(sizes.T)
+    tokens_PS, tokens_PGT = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((P, S), (P, G, T)))
+    prompts = Prompts(tokens_PS, jax.ShapeDtypeStruct((P, S), bool), None)
+    mask_PGT = jax.ShapeDtypeStruct((P, G, T), jnp.float32)
+    return Rollout(prompts, tokens_PGT, mask_PGT, None, None, tokens_PGT if is_cut else None, None)
+
+
+def described(kept: list[Any], sizes: Sizes) -> str:
+    """How many arrays, of which rows, and the largest ones."""
+    counts = collections.Counter((x.shape, x.dtype) for x in kept)
+    largest = max(counts, key=lambda each: counts[each] * math.prod(each[0]) * each[1].itemsize)
+    shape = ",".join(map(str, largest[0]))
+    rows = f"{sizes.P:g} prompts of {sizes.S:g}, {sizes.P * sizes.G:g} rows of {sizes.T:g} tokens"
+    return f"{len(kept)} arrays ({rows}), above all {counts[largest]} x {largest[1]}[{shape}]"
+
+
+def recomputed(job: Job) -> Part:
+    """With remat, what one layer keeps once it has been computed again."""
+    if job.model.remat_policy == "none":
+        return Part(UPDATE, "a layer computed again", "", 0)
+    everything = sum(map(num_bytes, saved_for_backward(job, "none")))
+    layers = job.model.arch.num_layers
+    return Part(UPDATE, "a layer computed again", f"{everything:,.0f} B without remat / {layers} layers", everything / layers)
+
+
+def gathered_parts(job: Job) -> list[Part]:
+    """Where fsdp cuts: what is whole for a while, in the compute dtype, and its gradient in float32."""
+    if job.mesh.shape["fsdp"] == 1:
+        return []
+    leaves = flatten_dict(split(whole_weights(job))[0])
+    tables, layers = [], []
+    for path, leaf in leaves.items():
+        (layers if "layers" in path else tables).append(numbers_here(leaf))
+    each = F32 + job.itemsize
+    table, layer = sum(tables), sum(layers) // job.model.arch.num_layers
+    return [
+        Part(UPDATE, "embedding and head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
+        Part(UPDATE, "a layer's weights, gathered", f"{layer:,} numbers x ({job.itemsize} + {F32}) B", layer * each),
+    ]
+
+
+def whole_weights(job: Job) -> Any:
+    """The policy's weights, cut along `tensor` only."""
+    _, _, tensor = job.mesh.shape.values()
+    return placed(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0)
+
+
+def in_compute_dtype(tree: Any, model: ModelDef) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), tree)
+
+
+def num_bytes(x: Any) -> float:
+    return x.size * x.dtype.itemsize
+
+
+# ----------------------------------------------------------------------------------------------------------- the rollout
+
+
+def rollout_parts(job: Job) -> list[Part]:
+    """On top of the state while completions are sampled."""
+    arch, sizes, live, weights = job.local_arch, job.local_batch, job.live_batch, flatten_dict(whole_weights(job))
+    numbers = {path: numbers_here(leaf) for path, leaf in weights.items()}
+    layers = sum(n for path, n in numbers.items() if "layers" in path)
+    tables = sum(numbers.values()) - layers
+    cut = sum(numbers.values()) if job.mesh.shape["fsdp"] > 1 else 0
+    cast = tables if job.itemsize < F32 and not cut else 0
+    rows, slots, item = live.P * live.G, max(sizes.T - 1, 1), job.itemsize
+    copies = 0 if live == sizes else rows
+    cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * item
+    cached_how = f"2 x {arch.num_layers} layers x {arch.num_kv_heads} heads x {arch.head_dim} x {item} B"
+    scores = sizes.P * arch.num_heads * sizes.S**2
+    return [
+        Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{cut:,} numbers x {item} B", cut * item),
+        Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", layers * item),
+        Part(ROLLOUT, "embedding and head, cast", f"{cast:,} numbers x {item} B", cast * item),
+        Part(ROLLOUT, "prompts' keys and values", f"{cached_how} x {sizes.P:g} x {sizes.S:g}", cached * sizes.P * sizes.S),
+        Part(
+            ROLLOUT,
+            "live rows' copies of them",
+            f"{cached_how} x {copies:g} x {sizes.S:g}",
+            cached * copies * sizes.S,
+        ),
+        Part(ROLLOUT, "completions' keys and values", f"{cached_how} x {rows:g} x {slots:g}", cached * rows * slots),
+        Part(
+            ROLLOUT,
+            "logits of a token, or a layer's scores of the prompts",
+            f"{F32} B x max(3 x {rows:g} x {arch.vocab_size:,}, 2 x {sizes.P:g} x {arch.num_heads} x {sizes.S:g}^2)",
+            F32 * max(3 * rows * arch.vocab_size, 2 * scores),
+        ),
+    ]

@@ -1,0 +1,192 @@
+"""How long an iteration takes at the least: arithmetic, memory and links at their peak rates, and what travels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from grpo_jax.parallel.sharding import param_spec
+from grpo_jax.tools.plan.chips import Chip, axis_rate
+from grpo_jax.tools.plan.job import Job
+from grpo_jax.tools.plan.memory import (
+    F32,
+    ROLLOUT,
+    UPDATE,
+    local_bytes,
+    num_bytes,
+    numbers_here,
+    saved_for_backward,
+    state_like,
+)
+from grpo_jax.tools.roofline import Sizes, decode_bytes, forward_flops, layer_weights
+
+# Sums over `tensor` of a layer's activations: after attention and MLP; backward, of what q, k, v, gate and up each give.
+SUMS_FORWARD, SUMS_BACKWARD = 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What a device sends along one mesh axis in an iteration. how: its arithmetic."""
+
+    phase: str
+    axis: str
+    what: str
+    how: str
+    num_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Seconds of one stage on each of the three rooflines."""
+
+    phase: str
+    what: str
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def secs(self) -> float:
+        """Arithmetic hides behind memory traffic or the other way round; nothing hides the links."""
+        return max(self.compute, self.memory) + self.links
+
+    @property
+    def bound(self) -> str:
+        """Which of the three takes longest."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def stages_of(job: Job, chip: Chip) -> list[Stage]:
+    """The stages of an iteration, all completions as long as the budget."""
+    arch, batch, live, learner = job.local_arch, job.local_batch, job.live_batch, job.config.learner
+    turns = batch.P * batch.G / (live.P * live.G)
+    weights = (layer_weights(arch) + arch.vocab_size * arch.dim) * job.itemsize
+    prompts = forward_flops(arch, Sizes(batch.P, 0, batch.S, 1))
+    everything = forward_flops(arch, batch)
+    sent = {
+        phase: sum(each.num_bytes / axis_rate(chip, job.mesh, each.axis) for each in sent_by(job) if each.phase == phase)
+        for phase in (ROLLOUT, UPDATE)
+    }
+    saved = sum(map(num_bytes, saved_for_backward(job, job.model.remat)))
+    state = state_like(job)
+    steps, cuts = learner.num_epochs * learner.num_minibatches, learner.num_microbatches
+    touched = 2 * (local_bytes(state.params) + local_bytes(state.opt_state)) + local_bytes(state.params)
+    return [
+        Stage(ROLLOUT, "prompts", prompts / chip.flops_per_s, weights / chip.hbm_bytes_per_s, 0),
+        Stage(
+            ROLLOUT,
+            f"{turns * (batch.T - 1):g} tokens",
+            (everything - prompts) / chip.flops_per_s,
+            turns * decode_bytes(arch, live, job.itemsize) / chip.hbm_bytes_per_s,
+            sent[ROLLOUT],
+        ),
+        Stage(
+            UPDATE,
+            f"{steps} optimizer steps of {cuts} microbatches",
+            passes(job) * everything / chip.flops_per_s,
+            steps * (touched + cuts * (6 * weights + 2 * saved)) / chip.hbm_bytes_per_s,
+            sent[UPDATE],
+        ),
+    ]
+
+
+def passes(job: Job) -> float:
+    """Forward passes that an update's arithmetic is worth: forward, by activations, by weights; what is computed again."""
+    config = job.config
+    each = (2 if job.model.lora else 3) + (job.model.remat == "full")
+    return each * config.learner.num_epochs + num_scored(job)
+
+
+def num_scored(job: Job) -> int:
+    """Forward passes before the update: of the reference policy, of the learner itself."""
+    return int(job.config.objective.has_kl) + (job.config.learner.old_logp == "learner")
+
+
+def iteration_secs(stages: list[Stage]) -> float:
+    return sum(stage.secs for stage in stages)
+
+
+def sent_by(job: Job) -> list[Sent]:
+    """All traffic of an iteration, as it follows from the layout. Metrics, log-probabilities and token ids are left out."""
+    return [each for each in (*row_traffic(job), *tensor_traffic(job)) if each.num_bytes]
+
+
+def row_traffic(job: Job) -> list[Sent]:
+    """Over `data` and `fsdp`: weights gathered by whoever computes with them, gradients summed."""
+    data, fsdp, _ = job.mesh.shape.values()
+    learner, item = job.config.learner, job.itemsize
+    steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.num_microbatches
+    layers, tables, _ = cut_numbers(job, trained_only=False)
+    grad_layers, grad_tables, whole = cut_numbers(job, trained_only=True)
+    share = (fsdp - 1) / fsdp
+    # A layer is gathered forward and backward; a table once, what it gives is kept.
+    gathers = microbatches * (steps * (2 * layers + tables) + num_scored(job) * (layers + tables))
+    scatters = microbatches * steps * (grad_layers + grad_tables)
+    parts = (grad_layers + grad_tables) / fsdp
+    n = data * fsdp
+    outer = "data" if data > 1 else "fsdp"
+    return [
+        Sent(
+            ROLLOUT,
+            "fsdp",
+            "weights gathered once",
+            f"{layers + tables:,.0f} x {item} B x {share:g}",
+            (layers + tables) * item * share,
+        ),
+        Sent(UPDATE, "fsdp", "weights gathered", f"{gathers:,.0f} x {item} B x {share:g}", gathers * item * share),
+        Sent(UPDATE, "fsdp", "gradients scattered", f"{scatters:,.0f} x {F32} B x {share:g}", scatters * F32 * share),
+        Sent(
+            UPDATE,
+            "data",
+            "gradients of parts summed",
+            f"{steps} x 2 x {parts:,.0f} x {F32} B x {(data - 1) / data:g}",
+            steps * 2 * parts * F32 * (data - 1) / data,
+        ),
+        Sent(
+            UPDATE,
+            outer,
+            "gradients of whole weights summed",
+            f"{steps} x 2 x {whole:,.0f} x {F32} B x {(n - 1) / n:g}",
+            steps * 2 * whole * F32 * (n - 1) / n,
+        ),
+    ]
+
+
+def cut_numbers(job: Job, *, trained_only: bool) -> tuple[float, float, float]:
+    """Numbers of the policy on one device of `tensor`: (of layers and of tables cut along fsdp, of all that is not cut)."""
+    state = state_like(job)
+    layers = tables = whole = 0.0
+    leaves: dict[Any, Any] = flatten_dict(state.params if trained_only else state.policy)
+    for path, leaf in leaves.items():
+        spec = param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
+        numbers = numbers_here(leaf)
+        if "fsdp" not in spec:
+            whole += numbers
+        elif "layers" in path:
+            layers += numbers * job.mesh.shape["fsdp"]
+        else:
+            tables += numbers * job.mesh.shape["fsdp"]
+    return layers, tables, whole
+
+
+def tensor_traffic(job: Job) -> list[Sent]:
+    """Over `tensor`: the sums of a layer's activations, which the compiler adds."""
+    tensor, arch, batch, item = job.mesh.shape["tensor"], job.model.arch, job.local_batch, job.itemsize
+    if tensor == 1:
+        return []
+    learner, ring = job.config.learner, 2 * (tensor - 1) / tensor
+    tokens = batch.P * batch.S + batch.P * batch.G * (batch.T - 1)
+    again = SUMS_FORWARD if job.model.remat == "full" else 0
+    sums = learner.num_epochs * (SUMS_FORWARD + SUMS_BACKWARD + again) + num_scored(job) * SUMS_FORWARD
+    return [
+        Sent(
+            phase,
+            "tensor",
+            "activations summed",
+            f"{num} x {arch.num_layers} layers x {tokens:g} tokens x {arch.dim} x {item} B x {ring:g}",
+            num * arch.num_layers * tokens * arch.dim * item * ring,
+        )
+        for phase, num in ((ROLLOUT, SUMS_FORWARD), (UPDATE, sums))
+    ]

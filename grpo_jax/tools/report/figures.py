@@ -1,0 +1,197 @@
+"""The report's pictures, one fixed colour, marker and place in the legend for each setting. Each can be drawn light or dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax.analysis import statistics
+from grpo_jax.tools.report.analysis import Setting, Study, limits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+# Okabe and Ito's colours without yellow and black: told apart by colour-blind eyes, on white and on black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
+MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":", "-.")  # from the eighth setting on, when the colours begin again
+INKS = {"light": "#1b1f24", "dark": "#e7ebef"}
+PAPERS = {"light": "#ffffff", "dark": "#171c23"}
+NUM_SMOOTHED = 20  # a curve of training is a running mean over one part in so many of its steps
+DPI = 110
+LEGEND_GAP = 0.2  # inches between columns
+PANELS = (
+    ("policy/entropy", "entropy (nats)"),
+    ("completion/length_mean", "completion length (tokens)"),
+    ("policy/kl_ref", "KL to the reference (nats)"),
+    ("policy/clip_fraction_low", "clipped below (share)"),
+    ("policy/clip_fraction_high", "clipped above (share)"),
+    ("groups/uninformative", "uninformative groups (share)"),
+)
+
+
+def draw(study: Study, theme: str = "light") -> dict[str, bytes]:
+    """File name -> PNG. A picture of which nothing was recorded is left out."""
+    from matplotlib import style
+
+    ink = INKS[theme]
+    colours: dict[str, Any] = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink
+    )
+    colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), PAPERS[theme])
+    layout = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+    drawings: dict[str, Callable[[Study], Figure | None]] = {
+        "learning_curves.png": learning_curves,
+        "final.png": final,
+        "cost.png": cost,
+        "training.png": training,
+    }
+    with style.context(["default", colours | layout]):
+        figures = {name: drawing(study) for name, drawing in drawings.items()}
+        return {name: png(figure) for name, figure in figures.items() if figure is not None}
+
+
+def png(figure: Figure) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    return drawn.getvalue()
+
+
+def looks(study: Study, setting: Setting) -> dict[str, Any]:
+    """The setting's own colour, marker and dashes, wherever it is drawn."""
+    i = study.order.index(setting.name)
+    cycle, place = divmod(i, len(COLOURS))
+    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": DASHES[cycle % len(DASHES)]}
+
+
+def new_figure(*grid: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(*grid, squeeze=False)
+
+
+def common_curve(setting: Setting, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps_E, values_EN) at the steps that all seeds recorded; no steps if one of them has none."""
+    curves = [run.curve(metric) for run in setting.runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return np.array(steps), np.array([[curve[step] for curve in curves] for step in steps])
+
+
+def learning_curves(study: Study) -> Figure:
+    """Mean over seeds at each evaluation, with its interval where there are not too many to be told apart."""
+    figure, axes = new_figure(1, 1, size=(9.5, 4.4))
+    ax: Axes = axes[0, 0]
+    lowest, highest = limits(study.metric)
+    opacity = min(0.15, 0.3 / len(study.settings))  # where many lie on each other, the curves are still to be seen
+    for setting in in_order(study):
+        steps_E, values_EN = common_curve(setting, study.metric)
+        mean_E, low_E, high_E = statistics.mean_interval(values_EN)
+        look = looks(study, setting)
+        ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
+        if len(study.settings) > len(COLOURS):
+            continue
+        interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
+        ax.fill_between(steps_E, *interval, color=look["color"], alpha=opacity, linewidth=0)
+        for edge_E in interval:
+            ax.plot(steps_E, edge_E, color=look["color"], alpha=0.5, linewidth=0.6)
+    ax.set(xlabel="step", ylabel=study.metric)
+    add_legend(figure)
+    return figure
+
+
+def final(study: Study) -> Figure:
+    """Every seed as a dot, mean and interval as a bar: of the final value, and of the difference to the baseline."""
+    figure, axes = new_figure(1, 2, size=(9.5, 1.2 + 0.45 * len(study.settings)))
+    left, right = axes[0]
+    differences = {each.ours.name: each.result for each in study.comparisons}
+    base = {run.seed: value for run, value in zip(study.baseline.runs, study.baseline.final_N, strict=True)}
+    for row, setting in enumerate(study.settings):
+        look = looks(study, setting) | {"linestyle": ""}
+        seeds = [run.seed for run in setting.runs]
+        dots(left, row, setting.final_N, setting.mean, look)
+        found = differences.get(setting.name)
+        if found:
+            gaps = [value - base[seed] for seed, value in zip(seeds, setting.final_N, strict=True) if seed in base]
+            dots(right, row, np.array(gaps), found.difference, look)
+    for ax, label in ((left, study.metric), (right, f"minus {study.baseline.name}, seed by seed")):
+        ax.set(xlabel=label, ylim=(len(study.settings) - 0.5, -0.5))
+        ax.set_yticks(range(len(study.settings)), [setting.name for setting in study.settings] if ax is left else [])
+    right.axvline(0, color="#8c8c8c", linewidth=1)
+    return figure
+
+
+def dots(ax: Axes, row: int, values_N: np.ndarray, mean: Any, look: dict[str, Any]) -> None:
+    """Seeds below their mean and interval, a little apart so that ties are seen."""
+    spread = np.linspace(0.08, 0.32, len(values_N)) if len(values_N) > 1 else np.array([0.2])
+    ax.plot(values_N, row + spread, **look, markersize=4, alpha=0.6)
+    if np.isfinite(mean.low):
+        ax.plot([mean.low, mean.high], [row - 0.12] * 2, color=look["color"], linewidth=2)
+    ax.plot(mean.value, row - 0.12, **look, markersize=7)
+
+
+def cost(study: Study) -> Figure:
+    """The mean learning curve over what it cost so far."""
+    figure, axes = new_figure(1, 2, size=(9.5, 3.6))
+    for ax, label, which in zip(axes[0], ("million completion tokens sampled", "seconds in steps"), (0, 1), strict=True):
+        for setting in in_order(study):
+            steps_E, values_EN = common_curve(setting, study.metric)
+            cost_EN = np.array([[run.cost[step][which] for run in setting.runs] for step in steps_E])
+            scale = 1e-6 if which == 0 else 1.0
+            ax.plot(scale * cost_EN.mean(-1), values_EN.mean(-1), **looks(study, setting), markersize=4, label=setting.name)
+        ax.set(xlabel=label, ylabel=study.metric)
+    add_legend(figure)
+    return figure
+
+
+def training(study: Study) -> Figure | None:
+    """What training did, side by side: means over seeds, smoothed. Panels that nothing was recorded for are left out."""
+    panels = []
+    for metric, label in PANELS:
+        curves = [(setting, *common_curve(setting, metric)) for setting in in_order(study)]
+        curves = [curve for curve in curves if len(curve[1])]
+        if curves:
+            panels.append((label, curves))
+    if not panels:
+        return None
+    num_columns = min(3, len(panels))
+    figure, axes = new_figure(-(-len(panels) // num_columns), num_columns, size=(3.4 * num_columns, 5.6))
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (label, curves) in zip(axes.flat, panels, strict=False):
+        for setting, steps_E, values_EN in curves:
+            window = max(1, len(steps_E) // NUM_SMOOTHED)
+            look = looks(study, setting) | {"marker": ""}
+            ax.plot(running_mean(steps_E, window), running_mean(values_EN.mean(-1), window), **look, label=setting.name)
+        ax.set_title(label, fontsize=9, loc="left")
+        ax.set_xlabel("step")
+    add_legend(figure)
+    return figure
+
+
+def add_legend(figure: Figure) -> None:
+    """One for all panels, above them: as many columns as the width holds, and the figure grows by its height."""
+    named = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+    def above(num_columns: int) -> Legend:
+        return figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=num_columns, frameon=False)
+
+    single = above(1)
+    widest = single.get_window_extent().width + LEGEND_GAP * figure.dpi
+    single.remove()
+    legend = above(min(len(named), max(1, int(figure.bbox.width / widest))))
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+
+
+def running_mean(values_E: np.ndarray, window: int) -> np.ndarray:
+    return np.convolve(values_E, np.full(window, 1 / window), mode="valid")
+
+
+def in_order(study: Study) -> list[Setting]:
+    """As the sweep lists them."""
+    return sorted(study.settings, key=lambda setting: study.order.index(setting.name))

@@ -1,0 +1,151 @@
+"""Folders -> the finished runs in them, and what was left out and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from grpo_jax.errors import UserError
+from grpo_jax.training.runlog import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A run by name, before anything of it is read. status: as in sweep.json."""
+
+    name: str
+    seed: int
+    folder: pathlib.Path
+    status: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run. config: flat, {"objective.kl_coef": 0.04, ...}. records: of metrics.jsonl. summary: of summary.json."""
+
+    name: str
+    seed: int
+    folder: pathlib.Path
+    config: dict[str, Any]
+    records: list[dict[str, float]]
+    summary: dict[str, Any]
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """step -> value, where the metric was recorded and is finite; empty if it never was."""
+        return {int(each["step"]): each[metric] for each in self.records if math.isfinite(each.get(metric, math.nan))}
+
+    @property
+    def cost(self) -> dict[int, tuple[float, float]]:
+        """step -> (completion tokens sampled, seconds spent in steps) so far."""
+        tokens = secs = 0.0
+        so_far = {}
+        for each in self.records:
+            if "tokens/s" in each:
+                tokens += each["tokens/s"] * each["time/step_secs"]
+                secs += each["time/step_secs"]
+            so_far[int(each["step"])] = tokens, secs
+        return so_far
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A run that does not count, and why."""
+
+    name: str
+    seed: int
+    reason: str
+
+
+def load(folders: Sequence[pathlib.Path], metric: str) -> tuple[list[Run], list[LeftOut]]:
+    """The runs of a sweep's folder, or plain run folders, grouped by their config without the seed.
+
+    Runs of one name are the seeds of one setting, in the order of sweep.json or of the folders. Raises UserError if no run
+    is finished, if none recorded the metric, or if runs of one name differ in more than the seed, or not in it.
+    """
+    listed = listed_in_sweep(folders[0]) if (folders[0] / "sweep.json").exists() else listed_by_config(folders)
+    read = [read_run(each, metric) for each in listed]
+    runs = [each for each in read if isinstance(each, Run)]
+    left_out = [each for each in read if isinstance(each, LeftOut)]
+    if not runs:
+        raise UserError(f"{folders[0]}: no run to report on; {left_out[0].name}, seed {left_out[0].seed}: {left_out[0].reason}")
+    require_seeds_of_one_setting(runs)
+    return runs, left_out
+
+
+def listed_in_sweep(workdir: pathlib.Path) -> list[Listed]:
+    """The runs of sweep.json; their folders are relative to its own."""
+    sweep = json.loads((workdir / "sweep.json").read_text(encoding="utf-8"))
+    return [Listed(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in sweep["runs"]]
+
+
+def listed_by_config(folders: Sequence[pathlib.Path]) -> list[Listed]:
+    """Runs whose configs are equal but for the seed get one name: the first one's folder, without a -seed0 at its end."""
+    names: dict[str, str] = {}
+    listed = []
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: neither a sweep's folder (no sweep.json) nor a run's (no config.json)")
+        config = read_config(folder)
+        seed = config.pop("seed")
+        name = names.setdefault(json.dumps(config, sort_keys=True), re.sub(r"[-_.]*seed[-_=]?\d+$", "", folder.name))
+        listed.append(Listed(name, seed, folder, "finished"))
+    return listed
+
+
+def read_run(listed: Listed, metric: str) -> Run | LeftOut:
+    """The run, if it came to its end and the metric has a value there. Raises UserError if the metric has none anywhere."""
+    name, seed, folder = listed.name, listed.seed, listed.folder
+    if listed.status != "finished":
+        return LeftOut(name, seed, listed.status)
+    records = read_metrics(folder)
+    if not records:
+        return LeftOut(name, seed, f"no records in {folder}")
+    summary_path = folder / "summary.json"
+    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
+    run = Run(name, seed, folder, read_config(folder), records, summary)
+    last, num_steps = int(records[-1]["step"]), run.config["num_steps"]
+    if last < num_steps:
+        return LeftOut(name, seed, f"stopped at step {last} of {num_steps}")
+    if not any(metric in record for record in records):
+        known = sorted({key for record in records for key in record if key.startswith("eval/")})
+        raise UserError(f"--metric={metric}: not recorded in {folder}/metrics.jsonl; there are: {', '.join(known)}")
+    if last not in run.curve(metric):
+        return LeftOut(name, seed, f"{metric} has no finite value at the last step")
+    return run
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """config.json, flat. Not through `Config`, which an older run may lack fields of."""
+    return flatten_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")), sep=".")
+
+
+def require_seeds_of_one_setting(runs: Sequence[Run]) -> None:
+    """Runs of one name have different seeds and are otherwise alike. Raises UserError naming the first that are not."""
+    first: dict[str, Run] = {}
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        twin = seen.setdefault((run.name, run.seed), run)
+        if twin is not run:
+            raise UserError(f"{run.folder}: also called {run.name}, seed {run.seed}, as is {twin.folder}; leave one out")
+        like = first.setdefault(run.name, run)
+        differing = differing_fields([like, run])
+        if differing:
+            field = differing[0]
+            raise UserError(
+                f"{run.folder}: called {run.name} like {like.folder}, but {field} is {run.config.get(field)!r}, "
+                f"there {like.config.get(field)!r}; give it another name"
+            )
+
+
+def differing_fields(runs: Sequence[Run]) -> list[str]:
+    """Config fields that are not the same in all of the runs, but for the seed."""
+    fields = dict.fromkeys(field for run in runs for field in run.config)
+    values = {field: {json.dumps(run.config.get(field), sort_keys=True) for run in runs} for field in fields}
+    return [field for field, each in values.items() if len(each) > 1 and field != "seed"]

@@ -1,0 +1,41 @@
+"""Look at a run: python -m experiments.show runs/gtpo [runs/grpo ...] [--out=show.html]
+
+Writes one HTML file that needs nothing else: health checks, curves, and the sampled groups with each token coloured by
+entropy or advantage. It may be asked for while the run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from grpo_jax.errors import UserError
+from grpo_jax.tools import cli
+from grpo_jax.tools.show.page import page
+from grpo_jax.training.checkpoint import write_atomically
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.show", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("workdirs", nargs="*", type=pathlib.Path, metavar="workdir", help="folder of a run")
+    parser.add_argument("--workdir", action="append", type=pathlib.Path, default=[], help="the same, as a flag")
+    parser.add_argument("--out", type=pathlib.Path, help="the file to write; default: show.html in the first folder")
+    args = parser.parse_args()
+    workdirs = [*args.workdirs, *args.workdir]
+    try:
+        print(f"written: {show(workdirs, args.out)}")
+    except UserError as error:
+        cli.fail(str(error))
+
+
+def show(workdirs: list[pathlib.Path], out: pathlib.Path | None) -> pathlib.Path:
+    """Write the page of some runs; -> where. Raises UserError."""
+    if not workdirs:
+        raise UserError("the folder of a run is missing; for example python -m experiments.show runs/demo")
+    out = out or workdirs[0] / "show.html"
+    text = page(workdirs)
+    try:
+        write_atomically(out, text)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror}); choose another file") from error
+    return out

@@ -1,0 +1,180 @@
+"""Runs -> one HTML file that needs nothing else: the template, its style and script, and the runs as JSON inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import itertools
+import json
+import math
+import pathlib
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_jax import objectives
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+from grpo_jax.tools.show.health import Record, health
+from grpo_jax.training.runlog import points, read_completions, read_config, read_metrics
+
+MAX_POINTS = 800  # of a curve; more cannot be told apart
+MAX_TOKENS = 250_000  # of sampled text in a run, about 4 MB; beyond it some of the recorded steps are left out
+PER_UNIT = 1000  # entropies and advantages are written as whole thousandths
+SCALE_SHARE = 0.98  # the colour scale ends where this share of the values lies below
+
+# title, unit, (metric, name in the legend)
+PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Success",
+        "share",
+        (("reward/success", "training"), ("eval/success", "held-out, greedy"), ("eval/mean@", "held-out, sampled")),
+    ),
+    ("Reward", "with shaping", (("reward/mean", "reward"),)),
+    ("Entropy", "nats", (("policy/entropy", "sampling policy"),)),
+    ("Length", "tokens", (("completion/length_mean", "mean"), ("completion/length_max", "longest"))),
+    ("Clipped tokens", "share", (("policy/clip_fraction_low", "below"), ("policy/clip_fraction_high", "above"))),
+    ("Groups", "share", (("groups/uninformative", "say nothing"), ("groups/missing", "missing"))),
+    ("Sampler against learner", "nats", (("policy/sampler_logp_gap", "largest gap"),)),
+    (
+        "Credit",
+        "share, correlation",
+        (("advantage/differs_from_grpo", "unlike GRPO's"), ("advantage/success_correlation", "with success")),
+    ),
+    ("KL to the reference", "nats", (("policy/kl_ref", "k3"),)),
+    ("Gradient norm", "before clipping", (("grad/norm", "norm"),)),
+)  # fmt: skip
+
+
+def page(workdirs: Sequence[pathlib.Path]) -> str:
+    """The whole file. Raises UserError for a folder that is not a run's, or has no record yet."""
+    files = importlib.resources.files("grpo_jax.tools.show")
+    template = string.Template(files.joinpath("page.html").read_text(encoding="utf-8"))
+    style, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return template.substitute(style=style, script=script, data=embedded([run_data(workdir) for workdir in workdirs]))
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand inside <script>: no character of it can end the element, and any of them survives UTF-8."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def run_data(workdir: pathlib.Path) -> dict[str, Any]:
+    """All that the page shows of one run. Raises UserError."""
+    config, records = read_config(workdir), read_metrics(workdir)
+    if not records:
+        raise UserError(f"{workdir}/metrics.jsonl: no records yet; they come after the first evaluation")
+    rows = read_completions(workdir)
+    if rows and "token_text" not in rows[0]:
+        raise UserError(f"{workdir}/completions.jsonl: it has no token_text, an older version wrote it; train again")
+    recorded = by_step(rows)
+    shown = thinned(recorded)
+    return {
+        "name": workdir.name,
+        "title": objectives.describe(config.objective),
+        "facts": facts(config, records),
+        "checks": [dataclasses.asdict(check) for check in health(config, records)],
+        "panels": panels(records),
+        "perUnit": PER_UNIT,
+        "scales": {name: scale([x for row in rows for x in row[f"token_{name}"]]) for name in ("entropy", "advantage")},
+        "numRecorded": len(recorded),
+        "steps": [step_data(step, rows, config.objective.success_threshold) for step, rows in shown],
+    }
+
+
+def facts(config: Config, records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What was run and how it came out: label, value."""
+    obj, rollout, model = config.objective, config.rollout, config.model
+    size = f"{model.num_layers} layers of width {model.dim}"
+    evaluated = [record["eval/success"] for record in records if "eval/success" in record]
+    seconds = sum(record["time/step_secs"] for record in records if "time/step_secs" in record)
+    return [
+        ("Steps", f"{records[-1]['step']} of {config.num_steps}"),
+        ("Held-out success", f"{evaluated[0]:.3f} → {evaluated[-1]:.3f}" if evaluated else "not evaluated yet"),
+        ("Time in steps", f"{seconds:.0f} s"),
+        ("Model", f"{pathlib.PurePath(model.path).name or size}, {model.dtype}"),
+        ("Task", config.task.name + (", rewards shuffled (control)" if config.shuffle_rewards else "")),
+        ("Batch", f"{rollout.num_prompts} prompts x {rollout.group_size} completions"),
+        ("Budget", f"{rollout.max_completion_tokens} tokens a completion"),
+        ("Learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
+        ("Seed", str(config.seed)),
+        ("Advantage", f"{obj.advantage}, ratio by {obj.ratio}"),
+        ("Clip", f"{obj.clip_low:g} below, {obj.clip_high:g} above"),
+        ("Averaged by", obj.aggregation),
+        ("KL", f"{obj.kl_coef:g}"),
+    ]
+
+
+def panels(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Curves of what was recorded; a panel without any is left out."""
+    drawn = []
+    for title, unit, curves in PANELS:
+        series = []
+        for metric, name in curves:
+            finite = [(step, value) for step, value in points(records, metric) if math.isfinite(value)]
+            if finite:
+                steps, values = zip(*evenly(finite, MAX_POINTS), strict=True)
+                series.append({"name": name, "steps": steps, "values": [float(f"{value:.4g}") for value in values]})
+        if series:
+            drawn.append({"title": title, "unit": unit, "series": series})
+    return drawn
+
+
+def evenly(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(limit - 1, 1))] for i in range(limit)]
+
+
+def by_step(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
+    """(step, its records), in order."""
+    return [(step, list(group)) for step, group in itertools.groupby(rows, lambda row: row["step"])]
+
+
+def thinned(steps: list[tuple[int, list[Mapping[str, Any]]]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
+    """As many of the steps, evenly spread, as MAX_TOKENS allows; at least one."""
+    num_tokens = sum(len(row["token_text"]) for _, rows in steps for row in rows)
+    return evenly(steps, max(1, len(steps) * MAX_TOKENS // max(num_tokens, 1)))
+
+
+def step_data(step: int, rows: Sequence[Mapping[str, Any]], success_threshold: float) -> dict[str, Any]:
+    """One step's groups, each with its prompt once."""
+    groups = []
+    for number, group in itertools.groupby(rows, lambda row: row["group"]):
+        members = list(group)
+        completions = [completion_data(row, success_threshold) for row in members]
+        groups.append({"number": number, "prompt": members[0]["prompt"], "completions": completions})
+    return {"step": step, "groups": groups}
+
+
+def completion_data(row: Mapping[str, Any], success_threshold: float) -> dict[str, Any]:
+    """One completion; an advantage that is the same on all tokens is written once."""
+    advantage = quantised(row["token_advantage"])
+    return {
+        "reward": finite(row["reward"]),
+        "taskReward": finite(row["task_reward"]),
+        "isSuccess": row["task_reward"] >= success_threshold,
+        "isTruncated": row["is_truncated"],
+        "meanEntropy": finite(row["entropy"]),
+        "grpo": finite(row["grpo_advantage"]),
+        "text": row["token_text"],
+        "entropy": quantised(row["token_entropy"]),
+        "advantage": advantage[0] if len(set(advantage)) == 1 else advantage,
+    }
+
+
+def quantised(values: Sequence[float]) -> list[int | None]:
+    return [round(x * PER_UNIT) if math.isfinite(x) else None for x in values]
+
+
+def finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def scale(values: Sequence[float]) -> float:
+    """Where the colours end: most of the values lie between minus this and this."""
+    ordered = sorted(abs(x) for x in values if math.isfinite(x))
+    return max(ordered[int(SCALE_SHARE * (len(ordered) - 1))], 1 / PER_UNIT) if ordered else 1.0

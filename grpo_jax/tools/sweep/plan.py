@@ -1,0 +1,120 @@
+"""A sweep's config -> its runs. Everything that can be wrong with it is found here, before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from grpo_jax.analysis import statistics
+from grpo_jax.config import Config, parse_config
+from grpo_jax.config.strict import build
+from grpo_jax.errors import UserError
+from grpo_jax.tools import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep as configs/sweeps/base.py describes it."""
+
+    scale: str
+    configs: tuple[str, ...]
+    sets: dict[str, Mapping[str, Any]]
+    seeds: tuple[int, ...]
+    num_processes: int
+    cohort_size: int
+
+    @classmethod
+    def from_config_dict(cls, config: Any) -> Sweep:
+        """Raises UserError naming the field, its value and the fix."""
+        sweep = build(cls, config.to_dict(), "config")
+        for field in ("configs", "sets", "seeds"):
+            if not getattr(sweep, field):
+                raise UserError(f"config.{field} is empty: a sweep needs at least one")
+        for field in ("num_processes", "cohort_size"):
+            if getattr(sweep, field) < 0:
+                raise UserError(f"config.{field} = {getattr(sweep, field)}: must be at least 0")
+        return sweep
+
+
+def too_few_seeds(sweep: Sweep) -> str | None:
+    """The sentence for a sweep of which no report could show a difference; None: there are seeds enough for one."""
+    num_settings = len(sweep.configs) * len(sweep.sets)
+    if num_settings < 2:
+        return None
+    least = statistics.fewest_seeds(num_settings - 1)  # each against the baseline, at the least
+    if least is None or len(sweep.seeds) >= least:
+        return None
+    return (
+        f"config.seeds holds {len(sweep.seeds)}; with fewer than {least} no difference between {num_settings} settings can be "
+        "shown, however large, and small ones take more"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """One run of a sweep. settings: what its set changes. folder: of the run, within the sweep's."""
+
+    name: str
+    variant: str
+    settings: Mapping[str, Any]
+    seed: int
+    folder: str
+    config: Config
+
+
+def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
+    """Every config file x set x seed, seeds innermost. everywhere: changes to all runs, by field.
+
+    Raises UserError on a bad field or value, and if two runs would have one folder.
+    """
+    specs = []
+    for file in sweep.configs:
+        for label, settings in sweep.sets.items():
+            variant = pathlib.Path(file).stem
+            name = "-".join(filter(None, (variant, re.sub(r"[^\w.,=+-]", "_", label))))
+            raw = cli.load_config(f"{file}:{sweep.scale}", "config.configs")
+            config = changed(raw.to_dict(), {**everywhere, **settings}, f"{file}, set {label!r}")
+            for seed in sweep.seeds:
+                seeded = dataclasses.replace(config, seed=seed)
+                specs.append(RunSpec(name, variant, settings, seed, f"runs/{name}-seed{seed}", seeded))
+    folders = [spec.folder for spec in specs]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice:
+        raise UserError(f"config: two runs would have the folder {twice!r}; names of configs and sets and seeds must differ")
+    return specs
+
+
+def changed(settings: dict[str, Any], changes: Mapping[str, Any], where: str) -> Config:
+    """Settings with some fields changed, validated. where: for messages. Raises UserError."""
+    if "seed" in changes:
+        raise UserError(f"{where}: 'seed' cannot be changed by a set; use config.seeds")
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        node: Any = settings
+        for parent in parents:
+            node = node[parent] if isinstance(node, dict) and parent in node else None
+        if not isinstance(node, dict) or last not in node:
+            raise UserError(f"{where}: {dotted!r} is no field; configs/base.py lists them all")
+        node[last] = value
+    try:
+        return parse_config(settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def parsed(assignments: Iterable[str]) -> dict[str, Any]:
+    """["num_steps=100", ...] -> {"num_steps": 100, ...}; what is not a Python value is text. Raises UserError."""
+    changes = {}
+    for assignment in assignments:
+        field, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set={assignment}: expected <field>=<value>, for example --set=num_steps=100")
+        try:
+            changes[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            changes[field] = text
+    return changes

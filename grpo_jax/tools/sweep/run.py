@@ -1,0 +1,68 @@
+"""A sweep from its config to its last run, for the command line and for notebooks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.tools.sweep import plan, pool
+from grpo_jax.tools.sweep.board import Board
+from grpo_jax.tools.sweep.plan import Sweep
+from grpo_jax.tools.sweep.worker import jobs_of
+from grpo_jax.training.checkpoint import require_same_config
+from grpo_jax.training.trainer import StopSignal
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """One of submitit's, "slurm", or "local" or "debug" to try it. settings: {"slurm_partition": "gpu", "timeout_min": 60}."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], cluster: Cluster | None = None) -> Board:
+    """Do what is left of a sweep, and say so all along; -> what became of each run.
+
+    changes: to all runs, by field of configs/base.py, dotted. cluster: None for processes of this machine.
+    Raises UserError on bad input, before anything is written.
+    """
+    specs = plan.expand(sweep, changes)
+    for spec in specs:
+        require_same_config(workdir / spec.folder, spec.config.to_dict())
+    warning = plan.too_few_seeds(sweep)
+    if warning:
+        print(f"note: {warning}", file=sys.stderr)
+    workdir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    num_processes = sweep.num_processes or (pool.default_num_processes() if cluster is None else len(specs))
+    board = Board(specs, workdir, num_processes)
+    jobs = jobs_of(specs, [spec for spec in specs if board.status[spec.folder] != "finished"], sweep.cohort_size, workdir)
+    with StopSignal() as stop:
+        if cluster is None:
+            events = pool.in_processes(jobs, num_processes, stop)
+        else:
+            events = pool.by_submitit(jobs, cluster.name, cluster.settings, workdir, stop)
+        with board, contextlib.closing(events):
+            for event in events:
+                board.refresh()
+                if event is None:
+                    continue
+                job, happened, error = event
+                for spec in job.runs:
+                    board.set(spec, "running") if happened == "running" else board.ended(spec, error)
+    closing_words(board, time.monotonic() - began)
+    return board
+
+
+def closing_words(board: Board, secs: float) -> None:
+    """What became of the sweep, and what took its time."""
+    for folder, error in board.errors.items():
+        print(f"failed: {folder}: {error}   (output: {board.workdir / folder / 'output.txt'})", file=sys.stderr)
+    print(f"{board.summary()}; {secs:.0f} s. {board.what_bounds_it(secs)}")
+    print(f"runs: {board.workdir}/sweep.json   compare: python -m experiments.report {board.workdir}")

@@ -1,0 +1,80 @@
+"""Train: python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo --config.seed=1
+
+The same command goes on from the newest checkpoint in the workdir. SIGTERM saves and exits 0. On several hosts it runs on
+each of them, with --distributed or --coordinator (docs/scale.md).
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from grpo_jax import objectives
+from grpo_jax.caches import keep_compiled_for_accelerators
+from grpo_jax.errors import UserError
+from grpo_jax.parallel import hosts
+from grpo_jax.tools import cli
+from grpo_jax.training import trainer
+
+PROFILE = flags.DEFINE_string(
+    "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
+)
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "go on in a workdir that another config wrote (for example with more num_steps)"
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "one of several processes; how they meet is known from the TPU pod, Slurm, Kubernetes or Open MPI"
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "one of several processes that meet here: host:port of process 0")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator: how many there are", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", lower_bound=0)
+
+
+def main() -> None:
+    config = cli.config_from_flags()
+    if cli.WORKDIR.value is None:
+        raise UserError("--workdir is missing; for example --workdir=runs/dapo")
+    workdir = pathlib.Path(cli.WORKDIR.value)
+    profiled = steps_of(PROFILE.value) if PROFILE.value else None
+    join_hosts()
+    keep_compiled_for_accelerators()
+    summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
+    if summary is None:  # another host speaks
+        return
+    table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")
+    for name in ("steps", "held-out success before", "after", "training seconds"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"{summary['steps']}/{config.num_steps}",
+        f"{summary['success_before']:.3f}",
+        f"{summary['success_after']:.3f}",
+        f"{summary['training_secs']:.0f}",
+    )
+    console = Console()
+    console.print(table)
+    console.print(f"curve: {workdir}/learning_curve.png   records: {workdir}/metrics.jsonl", soft_wrap=True)
+
+
+def join_hosts() -> None:
+    """Become one of several processes, if a flag says so. Raises UserError."""
+    named = {"--coordinator": COORDINATOR.value, "--num_processes": NUM_PROCESSES.value, "--process_id": PROCESS_ID.value}
+    missing = [name for name, value in named.items() if value is None]
+    if DISTRIBUTED.value and len(missing) == len(named):
+        hosts.start()
+    elif DISTRIBUTED.value:
+        raise UserError(f"--distributed finds that out by itself; leave out {', '.join(named)}")
+    elif not missing:
+        hosts.start(*named.values())
+    elif len(missing) < len(named):
+        raise UserError(f"{missing[0]} is missing; --coordinator, --num_processes and --process_id go together")
+
+
+def steps_of(text: str) -> range:
+    """10:12 -> steps 10, 11 and 12. Raises UserError."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"--profile={text}: expected two steps, first:last, for example 10:12")
+    return range(int(first), int(last) + 1)

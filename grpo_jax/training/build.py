@@ -1,0 +1,134 @@
+"""Config -> the objects of a run: tokenizer, task, model. The one place that knows which class a name stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import Config
+from grpo_jax.learner.batching import widths
+from grpo_jax.learner.train_step import UpdateSpec
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.lora import LoRA, init_adapters
+from grpo_jax.models.transformer import ModelDef, init_params
+from grpo_jax.parallel import hosts
+from grpo_jax.rng import key_for
+from grpo_jax.rollout.rollout import RolloutSpec
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.tasks import Task, Tokenizer, dataset, jsonl, reasoning_gym
+from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
+from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from grpo_jax.training.warm_start import make_warm_start
+from grpo_jax.types import Params
+
+# Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
+SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
+
+
+def make_task(config: Config) -> Task:
+    """The task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
+    tokenizer: Tokenizer = HFTokenizer(config.model.path) if config.model.path else CharTokenizer(ALPHABET)
+    if config.task.name == "arithmetic":
+        return ArithmeticTask(
+            config.task.arithmetic,
+            tokenizer,
+            seed=config.seed,
+            num_eval=config.eval.num_prompts,
+            max_answer_tokens=config.rollout.max_completion_tokens,
+        )
+    return HostTask(config, tokenizer, SOURCES[config.task.name](config.task, config.eval.num_prompts))
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
+    """The decoder's static half: from the folder's config.json, or of the configured size for a built-in tokenizer."""
+    size = config.model
+    if size.path:
+        from grpo_jax.models.families import read_architecture
+
+        arch = read_architecture(size.path)
+    else:
+        arch = Architecture(
+            vocab_size=tokenizer.vocab_size,
+            dim=size.dim,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
+            head_dim=size.dim // size.num_heads,
+            ffn_dim=size.ffn_dim,
+        )
+    adapters = config.lora
+    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
+
+
+def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> Params:
+    """The weights to start from, without adapters: loaded, or fresh and warm-started on worked answers.
+
+    places: the sharding of each; loaded and fresh weights are born there. A warm start is a small decoder's: it runs on
+    one device, so that its result does not depend on the mesh.
+    Float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
+    """
+    if config.model.path:
+        from grpo_jax.models.hf import load_params
+
+        dtype = jnp.float32 if model.lora is None else model.dtype
+        return load_params(config.model.path, model.arch, dtype, places)
+    init = functools.partial(init_params, model.arch)
+    key = key_for(config.seed, "init")
+    if not config.warm_start.num_steps:
+        return jax.jit(init, out_shardings=places)(key)
+    whole = dataclasses.replace(model, lora=None)
+    warm_start = make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)
+    return hosts.placed(hosts.from_first(warm_start(init(key), config.seed)), places)
+
+
+def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
+    """Float32 adapters to start from, each in its place: those of config.lora.path, or fresh ones that change nothing yet."""
+    if config.lora.path:
+        from grpo_jax.models.peft import load_adapters
+
+        return hosts.placed(load_adapters(config.lora.path, model), places)
+    init = functools.partial(init_adapters, model.param_shapes())
+    return jax.jit(init, out_shardings=places)(key_for(config.seed, "adapters"))
+
+
+def sampling_of(config: Config) -> Sampling:
+    """The distribution that training samples from."""
+    return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+
+
+def rollout_spec(config: Config, task: Task) -> RolloutSpec:
+    """The rollout's static half."""
+    return RolloutSpec(
+        group_size=config.rollout.group_size,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        sampling=sampling_of(config),
+        stop_ids=task.stop_ids,
+        pad_id=task.tokenizer.pad_id,
+        live_rows=config.rollout.live_rows,
+    )
+
+
+def update_spec(config: Config) -> UpdateSpec:
+    """The update's static half."""
+    return UpdateSpec(
+        objective=config.objective,
+        sampling=sampling_of(config),
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        num_epochs=config.learner.num_epochs,
+        num_minibatches=config.learner.num_minibatches,
+        num_microbatches=config.learner.num_microbatches,
+        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+        widths=widths(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
+        old_logp=config.learner.old_logp,
+        importance_cap=config.learner.importance_cap,
+        filter_truncated=config.overlong.filter,
+        seed=config.seed,
+        fsdp_min_elements=config.mesh.fsdp_min_elements,
+        offload=config.optimizer.offload,
+    )

@@ -1,0 +1,141 @@
+"""The run's state on disk: Orbax, written in the background, the newest few kept; killed at any moment, it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.errors import UserError
+from grpo_jax.parallel import hosts
+from grpo_jax.types import Params, TrainState
+
+SEEN_WITHIN_SECS = 60.0  # a network's file system may show a file so late to the other hosts
+
+
+class Checkpointer:
+    """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
+
+    Weights that never change (`base`, `ref_params`) are left out: they are had again from where they first came.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(max_to_keep=max(config.keep, 1), create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest finished checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
+        """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
+        if self._manager.latest_step() == step:
+            return
+        state = changing(state)
+        # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
+        state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), changing(like))
+        return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of all finished checkpoints in a workdir, the oldest first."""
+    return sorted(_reader(workdir).all_steps()) if (workdir / "checkpoints").is_dir() else []
+
+
+def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
+    """What was trained, as it was after `step`, without the rest of the state. like: its shapes and places.
+
+    Raises UserError if it was saved from another structure.
+    """
+    item = {"params": like}
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    return _restore(_reader(workdir), step, args)["params"]
+
+
+def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    except (ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
+
+
+def changing(state: TrainState) -> TrainState:
+    """The state without the weights that stay as they are."""
+    return dataclasses.replace(state, base=None, ref_params=None)
+
+
+def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
+    """Write the config into a new workdir; in an old one, refuse if it was made by another config.
+
+    Raises: UserError naming the first fields that differ, or that the folder cannot be written.
+    """
+    if not allow_config_change:
+        require_same_config(workdir, config)
+    if hosts.is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
+    hosts.from_first(np.zeros(()))  # it is written
+    deadline = time.monotonic() + SEEN_WITHIN_SECS
+    while not (workdir / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"--workdir={workdir}: not the folder that the first host writes; take one that all hosts share")
+        time.sleep(1)
+
+
+def require_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises UserError naming the first fields that differ, if the workdir is that of a run with another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    differences = list(_differences(json.loads(path.read_text()), json.loads(json.dumps(config)), "config"))
+    if differences:
+        raise UserError(
+            f"{path}: written by another config: {'; '.join(differences[:3])}; "
+            "use another --workdir, or --allow_config_change to go on with the new settings"
+        )
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Either the whole new file or the old one, whenever the process dies."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(old: Any, new: Any, where: str):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+    elif old != new:
+        yield f"{where} was {old!r}, now {new!r}"

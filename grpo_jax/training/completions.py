@@ -1,0 +1,72 @@
+"""What was sampled, as records: one a completion, with the text, entropy and advantage of each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.parallel import hosts
+from grpo_jax.tasks import Tokenizer
+from grpo_jax.types import Batch
+
+UNFINISHED = "\ufffd"  # what a tokenizer says for bytes that are not a character yet
+
+
+def completion_rows(batch: Batch, adv_PGT: Any, grpo_PG: Any, tokenizer: Tokenizer, num_groups: int) -> list[dict[str, Any]]:
+    """The first groups of a batch, one record a completion; dropped rows have none.
+
+    adv_PGT, grpo_PG: see `credit.recorded_advantages`. Lists have one entry a token: `token_text` (the pieces put together
+    are the completion; a stop token's is empty, and so are all but the last of the tokens that share a character),
+    `token_entropy` in nats, `token_advantage`. Numbers have four significant digits.
+    """
+    few, adv_PGT, grpo_PG = hosts.fetched(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
+    rolled, rows = few.rollout, []
+    for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
+        num = int(rolled.mask_PGT[p, g].sum())
+        if num == 0:
+            continue
+        ids, entropies = rolled.tokens_PGT[p, g, :num], rolled.entropy_PGT[p, g, :num]
+        rows.append(
+            {
+                "group": p,
+                "prompt": tokenizer.decode(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
+                "completion": tokenizer.decode(ids),
+                "task_reward": short(few.task_reward_PG[p, g]),
+                "reward": short(few.reward_PG[p, g]),
+                "tokens": num,
+                "is_truncated": bool(rolled.is_truncated_PG[p, g]),
+                "entropy": short(entropies.mean()),
+                "grpo_advantage": short(grpo_PG[p, g]),
+                "token_text": text_pieces(tokenizer, ids),
+                "token_entropy": [short(x) for x in entropies],
+                "token_advantage": [short(x) for x in adv_PGT[p, g, :num]],
+            }
+        )
+    return rows
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """The text that each token adds; joined, the text of them all.
+
+    Byte-level tokenizers cut characters into tokens: such a token adds nothing, and the one that completes the character
+    adds it. Each token is decoded behind the one before it, for some tokenizers drop the space of a first token.
+    """
+    ids = [int(each) for each in ids]
+    pieces, begin, end = [], 0, 0  # ids[begin:end] is the context: the tokens of the last piece
+    for now in range(1, len(ids) + 1):
+        before, text = tokenizer.decode(ids[begin:end]), tokenizer.decode(ids[begin:now])
+        if text.endswith(UNFINISHED) and now < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        if pieces[-1]:
+            begin, end = end, now
+    return pieces
+
+
+def short(x: Any) -> float:
+    """Four significant digits."""
+    return float(f"{float(x):.4g}")
