@@ -88,7 +88,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.warm_start.num_steps = 1200  # supervised steps first; 0: none
     config.warm_start.batch_size = 128  # worked answers
     config.warm_start.learning_rate = 3e-3
-    config.warm_start.careless_rate = 0.8  # share of answers whose teacher forgot to carry: what reinforcement must mend
+    config.warm_start.label_noise = 0.8  # share of answers whose teacher forgot to carry: what reinforcement must mend
 
     config.rollout = ConfigDict()
     config.rollout.num_prompts = 32  # P: groups in a batch
@@ -97,7 +97,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0  # 0: all tokens
     config.rollout.top_p = 1.0  # 1: all tokens
-    config.rollout.live_rows = 0  # completions decoded at a time on each device, one that ends makes room for the next; 0: all
+    config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room; 0: all
 
     config.dynamic_sampling = ConfigDict()
     config.dynamic_sampling.enabled = False  # refill the batch until every group's rewards differ

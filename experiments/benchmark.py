@@ -32,7 +32,7 @@ from grpo_jax.tools import cli, roofline
 from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.training import build
 from grpo_jax.training.iteration import make_rollout
-from grpo_jax.training.run import Run, assemble, initial_state, make_run, require_divisible
+from grpo_jax.training.run import Run, assemble, check_batch_divisible, initial_state, make_run
 from grpo_jax.types import Rollout, TrainState
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     )
     config, shape = with_flags(raw, args), SHAPES[args.model]
     mesh = make_mesh(config.mesh.sizes)
-    require_divisible(config, mesh)
+    check_batch_divisible(config, mesh)
     model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
     task = FixedTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0), workload.PAD)
     run = assemble(config, mesh, task, model)
@@ -161,7 +161,7 @@ def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured
     def call(_: int):
         if run.config.steps_per_call:
             state, batch, metrics = run.iterate(held[0])
-            metrics = metrics_lib.unstacked(metrics, num_steps)[-1]
+            metrics = metrics_lib.unstack_metrics(metrics, num_steps)[-1]
         else:
             state, batch, metrics = run.collect(held[0])
             state, _ = run.update(state, batch)

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from grpo_jax.rewards.judge import Judge
+from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.tools import cli
 
 NUM_PROMPTS, GROUP_SIZE = 250, 8
@@ -25,7 +25,7 @@ FORMS = (
 def main() -> None:
     config = cli.config_from_flags()
     reward = config.reward if config.reward.task else dataclasses.replace(config.reward, task="math_verify")
-    judge = Judge(reward, config.task.name, config.rollout.max_completion_tokens)
+    judge = RewardFunction(reward, config.task.name, config.rollout.max_completion_tokens)
     rng = np.random.default_rng(0)
     items, completions_PG = [], []
     for a, b in rng.integers(100, 10_000, (NUM_PROMPTS, 2)).tolist():

@@ -11,7 +11,7 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("GRPO_JAX_CACHE") or pathlib.Path.home() / ".cache" / "grpo_jax").expanduser()
 
 
-def keep_compiled(folder: pathlib.Path) -> None:
+def enable_compilation_cache(folder: pathlib.Path) -> None:
     """Programs that one process compiles need not be compiled by the next. JAX_COMPILATION_CACHE_DIR, if set, is where."""
     import jax
 
@@ -19,9 +19,12 @@ def keep_compiled(folder: pathlib.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
-def keep_compiled_for_accelerators() -> None:
-    """`keep_compiled` in the cache folder. Not on a CPU: its programs may not suit the next machine with the same home."""
+def enable_compilation_cache_on_accelerators() -> None:
+    """`enable_compilation_cache` in the cache folder.
+
+    Not on a CPU: its programs may not suit the next machine with the same home.
+    """
     import jax
 
     if jax.default_backend() != "cpu":
-        keep_compiled(cache_folder() / "compiled")
+        enable_compilation_cache(cache_folder() / "compiled")

@@ -37,7 +37,7 @@ class Mean:
     def psum(self, axis_name: AxisName) -> Mean:
         return jax.lax.psum(self, axis_name)
 
-    def reduced(self) -> Mean:
+    def reduce(self) -> Mean:
         return Mean(self.total.sum(0), self.count.sum(0))
 
     def value(self) -> Any:
@@ -56,7 +56,7 @@ class Max:
     def psum(self, axis_name: AxisName) -> Max:
         return jax.lax.pmax(self, axis_name)
 
-    def reduced(self) -> Max:
+    def reduce(self) -> Max:
         return Max(self.largest.max(0))
 
     def value(self) -> Any:
@@ -85,12 +85,12 @@ class Correlation:
         return cls(weight.astype(jnp.float32), x, y, zero, zero, zero)._pooled(jnp.sum)  # each pair is a part of its own
 
     def merge(self, other: Correlation) -> Correlation:
-        return jax.tree.map(lambda *each: jnp.stack(each), self, other).reduced()
+        return jax.tree.map(lambda *each: jnp.stack(each), self, other).reduce()
 
     def psum(self, axis_name: AxisName) -> Correlation:
         return self._pooled(lambda x: jax.lax.psum(x, axis_name))
 
-    def reduced(self) -> Correlation:
+    def reduce(self) -> Correlation:
         return self._pooled(lambda x: x.sum(0))
 
     def _pooled(self, total: Callable[[Any], Any]) -> Correlation:
@@ -128,10 +128,10 @@ def _merge_one(left: Any, right: Any) -> Metric:
 
 def reduce_stacked(stacked: Metrics) -> dict[str, Metric]:
     """Metrics stacked on a leading axis (what `lax.scan` returns) -> one."""
-    return {name: metric.reduced() for name, metric in stacked.items()}
+    return {name: metric.reduce() for name, metric in stacked.items()}
 
 
-def unstacked(stacked: Metrics, num: int) -> list[dict[str, Metric]]:
+def unstack_metrics(stacked: Metrics, num: int) -> list[dict[str, Metric]]:
     """Metrics stacked on a leading axis of length num -> one dict for each place on it."""
     return [{name: jax.tree.map(operator.itemgetter(i), metric) for name, metric in stacked.items()} for i in range(num)]
 

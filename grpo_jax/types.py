@@ -83,7 +83,7 @@ class Batch:
 
 @flax.struct.dataclass
 class GroupBuffer:
-    """Informative groups waiting to be trained on (dynamic sampling). Static shape; slots from `count` on hold rubbish."""
+    """Informative groups waiting to be trained on (dynamic sampling). Static shape; slots from `count` on are undefined."""
 
     batch: Batch
     count: Any  # int32 scalar
@@ -97,7 +97,7 @@ class TrainState:
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
     ref_params: the reference policy; None unless kl_coef > 0, and with LoRA, whose base it is.
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
-    ahead: the batch of the next update, sampled one step early; None without async_steps.
+    next_batch: the batch of the next update, sampled one step early; None without async_steps.
     `base` and `ref_params` never change and are left out of checkpoints.
     """
 
@@ -108,14 +108,14 @@ class TrainState:
     ref_params: Params | None
     num_prompts_drawn: jax.Array
     pending: GroupBuffer | None
-    ahead: Batch | None = None
+    next_batch: Batch | None = None
 
     @property
     def policy(self) -> Params:
         """All weights of the policy."""
-        return join(self.base, self.params)
+        return join_params(self.base, self.params)
 
 
-def join(base: Params | None, trained: Params) -> Params:
+def join_params(base: Params | None, trained: Params) -> Params:
     """Frozen and trained weights, which have no leaf in common, as one tree."""
     return trained if base is None else unflatten_dict({**flatten_dict(base), **flatten_dict(trained)})

@@ -157,17 +157,17 @@ BUGS = [
     ),
     (
         "GRPO's advantage reported as the variant's own",
-        "grpo_jax/learner/credit.py",
+        "grpo_jax/learner/advantage_diagnostics.py",
         "for each in (obj, GRPO)",
         "for each in (GRPO, GRPO)",
-        "tests/test_credit.py",
+        "tests/test_advantage_diagnostics.py",
     ),
     (
         "recorded advantages without the overlong filter",
-        "grpo_jax/learner/credit.py",
+        "grpo_jax/learner/advantage_diagnostics.py",
         "if filter_truncated else rollout.mask_PGT",
         "if False else rollout.mask_PGT",
-        "tests/test_credit.py",
+        "tests/test_advantage_diagnostics.py",
     ),
     (
         "text pieces decoded one by one",
@@ -192,10 +192,10 @@ BUGS = [
     ),
     (
         "shaping counts as success",
-        "grpo_jax/rewards/judge.py",
+        "grpo_jax/rewards/reward_function.py",
         "Reward(_weighted_sum(self._task, scores)",
         "Reward(_weighted_sum((*self._task, *self._shaping), scores)",
-        "tests/test_judge.py -k scored_apart",
+        "tests/test_reward_function.py -k scored_apart",
     ),
     (
         "copies of held-out questions are trained on",
@@ -207,7 +207,7 @@ BUGS = [
     (
         "worked examples are asked too",
         "grpo_jax/tasks/host.py",
-        "train = without(split.train, shots)",
+        "train = exclude(split.train, shots)",
         "train = list(split.train)",
         "tests/test_tasks_host.py -k worked_examples",
     ),
@@ -223,21 +223,21 @@ BUGS = [
         "grpo_jax/rewards/pool/jobs.py",
         "for index in self.waiting if self.jobs[index].scorer == name]",
         "for index in self.waiting]",
-        "tests/test_judge.py -k always_hangs",
+        "tests/test_reward_function.py -k always_hangs",
     ),
     (
         "a scorer's children are left behind",
         "grpo_jax/rewards/pool/worker.py",
         "for pid in children:",
         "for pid in ():",
-        "tests/test_judge.py -k starts_ends",
+        "tests/test_reward_function.py -k starts_ends",
     ),
     (
         "a scorer may take all memory",
         "grpo_jax/rewards/pool/serve.py",
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))",
         "pass",
-        "tests/test_judge.py -k memory_hog",
+        "tests/test_reward_function.py -k memory_hog",
     ),
     (
         "a generator's weight is ignored",
@@ -305,7 +305,7 @@ BUGS = [
     (
         "the batch sampled ahead is never taken",
         "grpo_jax/training/iteration.py",
-        '"pending": seen.pending, "ahead": batch}',
+        '"pending": seen.pending, "next_batch": batch}',
         '"pending": seen.pending}',
         "tests/test_host_training.py -k judged_while",
     ),

@@ -114,7 +114,7 @@ def _token_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
     for rows in groups:
         pool_rows = rows if obj.stat_scope == "group" else [k for other in groups for k in other]
         pool = [(k, t) for k in pool_rows for t in range(T) if is_active_BT[k, t]]
-        keeps = obj.shaped_zeros == "kept"
+        keeps = obj.include_other_side
         R_plus = [shaped_plus_BT[k, t] for k, t in pool if keeps or k in plus]
         R_minus = [shaped_minus_BT[k, t] for k, t in pool if keeps or k not in plus]
         if obj.stat_scope == "group" and len({i in plus for i in rows}) < 2:
@@ -155,7 +155,7 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
             continue
         for i in rows:
             shaped_B = shaped_plus_B if i in plus else shaped_minus_B
-            pool = [shaped_B[k] for k in pool_rows if obj.shaped_zeros == "kept" or (k in plus) == (i in plus)]
+            pool = [shaped_B[k] for k in pool_rows if obj.include_other_side or (k in plus) == (i in plus)]
             adv_BT[i, is_active_BT[i]] = _standardise(shaped_B[i], pool, obj)
     return adv_BT
 

@@ -28,7 +28,9 @@ def update(spec, batch, params, num_devices=1):
 
 
 def spec_of(name, **changes):
-    fields = dict(num_epochs=1, num_minibatches=1, num_microbatches=1, logprob_chunk_tokens=16, widths=(T,), old_logp="learner")
+    fields = dict(
+        num_epochs=1, num_minibatches=1, num_microbatches=1, logprob_chunk_tokens=16, length_buckets=(T,), old_logp="learner"
+    )
     fields |= {"importance_cap": 0.0, "filter_truncated": False, "seed": 0, "fsdp_min_elements": 0, **changes}
     return UpdateSpec(objective=objectives.get(name), sampling=Sampling(0.7), max_completion_tokens=T, **fields)
 
@@ -46,7 +48,7 @@ def test_the_update_is_the_same_at_any_choice_of_widths(name, num_microbatches, 
     batch, params = short_groups(tiny.random_batch(8, 4, T)), tiny.bigram_params()
     spec = spec_of(name, num_microbatches=num_microbatches)
     expected, expected_metrics = update(spec, batch, params, num_devices)
-    found, metrics = update(dataclasses.replace(spec, widths=(2, 4, T)), batch, params, num_devices)
+    found, metrics = update(dataclasses.replace(spec, length_buckets=(2, 4, T)), batch, params, num_devices)
     steps = [jax.tree.map(jnp.subtract, each, params) for each in (found, expected)]
     assert tiny.largest_difference(*steps) < 1e-5
     assert metrics.keys() == expected_metrics.keys()
@@ -65,14 +67,14 @@ def test_padding_beyond_the_width_is_never_computed():
     batch = tiny.with_rollout(batch, prompts=dataclasses.replace(prompts, tokens_PS=jnp.maximum(prompts.tokens_PS, 1)))
     params = tiny.bigram_params()
     params["embed"] = params["embed"].at[PAD].set(jnp.nan)
-    for widths, is_finite in (((T,), False), ((2, T), True)):
-        after, _ = update(spec_of("dapo", widths=widths, num_microbatches=2), batch, params)
+    for length_buckets, is_finite in (((T,), False), ((2, T), True)):
+        after, _ = update(spec_of("dapo", length_buckets=length_buckets, num_microbatches=2), batch, params)
         assert np.isfinite(after["head"]).all() == is_finite
 
 
 def test_groups_are_ordered_by_their_longest_completion():
     mask_PGT = jnp.asarray([[[1, 1, 1], [1, 0, 0]], [[1, 0, 0], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]])
-    assert batching.lengths(mask_PGT).tolist() == [[3, 1], [1, 1], [2, 0]]
+    assert batching.completion_lengths(mask_PGT).tolist() == [[3, 1], [1, 1], [2, 0]]
     assert batching.length_order(mask_PGT).tolist() == [1, 2, 0]
 
 
@@ -80,5 +82,5 @@ def test_groups_are_ordered_by_their_longest_completion():
 def test_the_least_width_that_holds_all(longest, width):
     mask_PGT = jnp.arange(6)[None, None] < jnp.asarray([[longest, 0]])[..., None]
     tree = (jnp.ones((1, 2, 6)), jnp.ones((1, 2)))
-    found = batching.at_own_width(lambda tree: jnp.float32(tree[0].shape[-1]), tree, mask_PGT, (2, 4, 6))
+    found = batching.run_at_bucket(lambda tree: jnp.float32(tree[0].shape[-1]), tree, mask_PGT, (2, 4, 6))
     assert found == width

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import benchmark, synthetic
 from experiments.peers import compare, workload
-from grpo_jax.learner.logprobs import score
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.tools import cli
@@ -41,7 +41,7 @@ def with_masked_half(P, S, T):
 
 
 def logp(params, rollout):
-    return score(ModelDef(ARCH), params, rollout, Sampling(1.0, 0, 1.0), 512)[0]
+    return policy_logprobs(ModelDef(ARCH), params, rollout, Sampling(1.0, 0, 1.0), 512)[0]
 
 
 def test_forward_flops_are_what_xla_counts():

@@ -76,11 +76,11 @@ def test_reinforce_pp_is_standardised_over_the_tokens_of_the_batch(name):
 @pytest.mark.parametrize("name", ENTROPY_NAMES)
 def test_with_the_zeros_left_out_being_right_counts_for_nothing(name, scope):
     """The mistaken reading: right tokens average to 0, and so do wrong ones."""
-    obj, batch = objectives.get(name, stat_scope=scope, shaped_zeros="left_out"), make_batch(seed=33)
+    obj, batch = objectives.get(name, stat_scope=scope, include_other_side=False), make_batch(seed=33)
     adv_BT = np.asarray(advantages(obj, batch))
     # Rewards near 1 are divided by a spread of a few hundredths, so float32's rounding counts tenfold.
     assert_close(adv_BT, oracle_advantages(obj, batch), rtol=2e-4)
-    kept_BT = np.asarray(advantages(dataclasses.replace(obj, shaped_zeros="kept"), batch))
+    kept_BT = np.asarray(advantages(dataclasses.replace(obj, include_other_side=True), batch))
     for side in (0, 1):
         for rows in [slice(None)] if scope == "batch" else [slice(0, G)]:
             chosen_BT = (batch.mask_BT[rows] > 0) & (batch.task_B[rows, None] == side)
@@ -281,6 +281,6 @@ def test_ablations_are_over_what_they_say():
     assert entropy["grpo-gtpo-entropy_weight=0.1,stat_scope=batch"].objective == objectives.get("gtpo")
     assert entropy["grpo-grpo_s-entropy_weight=0.1,stat_scope=group"].objective == objectives.get("grpo_s")
     assert entropy["grpo-dapo"].objective == objectives.get("dapo") and entropy["grpo-dapo"].dynamic_sampling.enabled
-    assert sum(run.objective.shaped_zeros == "left_out" for run in entropy.values()) == 4
+    assert sum(not run.objective.include_other_side for run in entropy.values()) == 4
     kl = [(run.objective.kl_estimator, run.objective.kl_coef) for run in expanded("kl_estimators").values()]
     assert set(itertools.product(("k1", "k2", "k3"), (0.04, 0.4))) < set(kl) and ("k3", 0.0) in kl

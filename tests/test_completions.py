@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 
 from grpo_jax import objectives
-from grpo_jax.learner import credit
+from grpo_jax.learner.advantage_diagnostics import advantages_with_grpo
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.training.completions import completion_rows, text_pieces
 from tests import tiny
@@ -51,7 +51,7 @@ def test_pieces_keep_a_space_that_the_first_token_of_a_text_loses():
 def test_a_row_holds_its_own_tokens_numbers():
     obj, batch = objectives.get("gtpo"), tiny.random_batch(num_prompts=4, group_size=3, max_tokens=5)
     batch = tiny.with_rollout(batch, mask_PGT=batch.rollout.mask_PGT.at[1, 2].set(0))
-    adv_PGT, grpo_PG = credit.recorded_advantages(obj, batch, filter_truncated=False)
+    adv_PGT, grpo_PG = advantages_with_grpo(obj, batch, filter_truncated=False)
     tokenizer = CharTokenizer("abcdefghijklmnopqrstu")
     rows = completion_rows(batch, adv_PGT, grpo_PG, tokenizer, num_groups=2)
     places = [(p, g) for p in range(2) for g in range(3) if (p, g) != (1, 2)]  # a dropped row has no record

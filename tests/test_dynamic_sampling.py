@@ -72,7 +72,7 @@ def example_batch(position=0):
     prompts = NumberedTask(None).train_prompts(position, P)
     rolled = numbered_rollout(None, prompts, jax.random.key(position))
     reward_PG = prompts.answer[:, None] + 0.25 * jnp.arange(G)[None]
-    return rewards.rewarded(rolled, reward_of(reward_PG), position, max_completion_tokens=T, cache_tokens=2)
+    return rewards.make_batch(rolled, reward_of(reward_PG), position, max_completion_tokens=T, cache_tokens=2)
 
 
 def empty_state(step=0):
@@ -257,7 +257,7 @@ def test_groups_are_judged_on_the_task_reward_not_on_the_shaped_one():
     _, batch, metrics = jax.jit(collect)(empty_state())
     prompts = NumberedTask(is_informative_N).train_prompts(0, 2 * P)
     rolled = numbered_rollout(None, prompts, jax.random.key(0))
-    shaped = rewards.rewarded(rolled, reward_of(jnp.zeros((2 * P, G)), 0.25), 0, max_completion_tokens=T, cache_tokens=5)
+    shaped = rewards.make_batch(rolled, reward_of(jnp.zeros((2 * P, G)), 0.25), 0, max_completion_tokens=T, cache_tokens=5)
     assert rewards.is_informative(shaped.reward_PG).sum() > P  # judged on these, odd numbers would have come through
     np.testing.assert_array_equal(batch.rollout.prompts.answer, [0, 2, 4, 6])
     assert metrics_lib.to_floats(metrics)["groups/uninformative"] == 0.5
@@ -295,7 +295,7 @@ def test_punishment_is_added_beside_the_task_reward_by_tokens():
     """Lengths are what the mask holds, the stop token included."""
     batch = tiny.random_batch(P, G, T)
     lengths_PG = np.asarray(batch.rollout.mask_PGT).sum(-1)
-    got = rewards.rewarded(batch.rollout, reward_of(batch.task_reward_PG, 0.5), 5, max_completion_tokens=T, cache_tokens=3)
+    got = rewards.make_batch(batch.rollout, reward_of(batch.task_reward_PG, 0.5), 5, max_completion_tokens=T, cache_tokens=3)
     is_truncated_PG = np.asarray(batch.rollout.is_truncated_PG)
     expected_PG = np.where(is_truncated_PG, -1, -np.clip((lengths_PG - (T - 3)) / 3, 0, 1))
     assert len(np.unique(expected_PG)) > 2
@@ -313,13 +313,13 @@ def test_a_group_is_informative_if_any_two_rewards_differ():
 def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     """Over the whole batch, not inside groups: nothing about a row may be left in its reward."""
     reward_PG = jnp.arange(P * G * 4.0).reshape(P, 4 * G)
-    shuffled = rewards.shuffled(Reward(reward_PG, -reward_PG, {}), jax.random.key(0))
+    shuffled = rewards.shuffle_rewards(Reward(reward_PG, -reward_PG, {}), jax.random.key(0))
     got = shuffled.task_PG
     np.testing.assert_array_equal(shuffled.shaping_PG, -got)  # the two stay together
     np.testing.assert_array_equal(np.sort(got, axis=None), reward_PG.reshape(-1))
     is_own_group = got // (4 * G) == jnp.arange(P)[:, None]
     assert 0 < is_own_group.mean() < 0.6
-    assert (rewards.shuffled(reward_of(reward_PG), jax.random.key(1)).task_PG != got).any()
+    assert (rewards.shuffle_rewards(reward_of(reward_PG), jax.random.key(1)).task_PG != got).any()
 
 
 def test_the_control_experiment_shuffles_task_rewards_afresh_at_every_step():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.analysis.estimates import Estimate, estimate, majority, pass_at_k
-from grpo_jax.training.evaluate import as_metrics, ks
+from grpo_jax.training.evaluate import ks, to_metrics
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -66,5 +66,5 @@ def test_the_interval_is_deterministic_and_narrows():
 
 def test_ks_and_flat_names():
     assert [ks(n) for n in (1, 2, 4, 6)] == [[], [2], [2, 4], [2, 4, 6]]
-    flat = as_metrics({"maj@4": Estimate(0.5, 0.4, 0.6)})
+    flat = to_metrics({"maj@4": Estimate(0.5, 0.4, 0.6)})
     assert flat == {"eval/maj@4": 0.5, "eval/maj@4_low": 0.4, "eval/maj@4_high": 0.6}

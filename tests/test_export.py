@@ -17,7 +17,7 @@ from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import INDEX, SINGLE
 from grpo_jax.models.hf import stored_dtype
 from grpo_jax.tools.export import export
-from grpo_jax.training.checkpoint import Checkpointer, claim_workdir
+from grpo_jax.training.checkpoint import Checkpointer, init_workdir
 from grpo_jax.training.run import initial_state, make_run
 from tests import tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
@@ -124,7 +124,7 @@ def trained(tmp_path):
     in_parts = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.fsdp_min_elements": 0}
     config = tiny.config_of(changes={"model.path": str(source), "eval.num_prompts": 4, **in_parts})
     run = make_run(config)
-    claim_workdir(workdir, config.to_dict(), allow_config_change=False)
+    init_workdir(workdir, config.to_dict(), allow_config_change=False)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     for step in (1, 2):
         state = initial_state(run)
@@ -161,7 +161,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):
     (source / SINGLE).unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors"):
         export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE)
-    claim_workdir(tmp_path / "own", tiny.config_of().to_dict(), allow_config_change=False)
+    init_workdir(tmp_path / "own", tiny.config_of().to_dict(), allow_config_change=False)
     with pytest.raises(UserError, match=r"config\.model\.path is empty"):
         export(str(tmp_path / "own"), str(tmp_path / "out"), None, None, ONE_FILE)
     assert not (tmp_path / "out").exists()

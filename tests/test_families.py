@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_jax.errors import UserError
-from grpo_jax.learner.logprobs import score
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.architecture import Rope
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
@@ -54,7 +54,7 @@ def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_laye
     @jax.jit
     def sample_and_score(params, prompts, keys_PG):
         drawn = rollout(model, params, prompts, keys_PG, spec)
-        return drawn, score(model, params, drawn, spec.sampling, 16)
+        return drawn, policy_logprobs(model, params, drawn, spec.sampling, 16)
 
     drawn, (logp_PGT, entropy_PGT) = jax.device_get(sample_and_score(params, prompts, row_keys(jax.random.key(0), P, G)))
     rows = [np.repeat(x, G, axis=0) for x in (prompts.tokens_PS, prompts.mask_PS)]

@@ -14,8 +14,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
 from grpo_jax.training import trainer
-from grpo_jax.training.iteration import make_overlapped
-from grpo_jax.training.run import initial_state, make_run, restored_policy
+from grpo_jax.training.iteration import make_async_step
+from grpo_jax.training.run import initial_state, make_run, restore_policy
 from grpo_jax.training.runlog import read_completions
 from tests import programs
 from tests.hf_models import torch_model
@@ -174,14 +174,14 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
             state, _ = run.update(state, batch)
             state = dataclasses.replace(state, num_prompts_drawn=held.num_prompts_drawn, pending=held.pending)
             batch = ahead
-        jax.tree.map(np.testing.assert_array_equal, state.params, restored_policy(run, tmp_path / "torn", 4))
+        jax.tree.map(np.testing.assert_array_equal, state.params, restore_policy(run, tmp_path / "torn", 4))
         del events[:]
 
         def update(state):
             events.append("trained")
-            return run.update(state, jax.tree.map(jnp.copy, state.ahead))
+            return run.update(state, jax.tree.map(jnp.copy, state.next_batch))
 
-        make_overlapped(run.collect, update)(dataclasses.replace(state, ahead=batch))
+        make_async_step(run.collect, update)(dataclasses.replace(state, next_batch=batch))
         assert events[:2] == ["trained", "judged"]
     finally:
         run.task.close()

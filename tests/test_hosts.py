@@ -102,11 +102,11 @@ def test_every_row_is_made_once_and_answered_for_once():
         asked.append((first, num))
         return {"a": np.arange(first, first + num), "b": np.arange(first, first + num)[:, None] * np.ones((1, 3), np.float32)}
 
-    tree = hosts.make_rows(read, 8, mesh)
+    tree = hosts.make_global_batch(read, 8, mesh)
     assert asked == [(0, 2), (2, 2), (4, 2), (6, 2)]
-    rows, own = hosts.own_rows(tree)
+    rows, own = hosts.addressable_rows(tree)
     assert rows.tolist() == list(range(8)) and own["a"].tolist() == rows.tolist() and own["b"][:, 2].tolist() == rows.tolist()
-    half = hosts.joined(rows[1::2], own["a"][1::2] + 10, 8)
+    half = hosts.allgather_rows(rows[1::2], own["a"][1::2] + 10, 8)
     assert half.tolist() == [0, 11, 0, 13, 0, 15, 0, 17]
 
 

@@ -19,14 +19,14 @@ from grpo_jax.errors import UserError
 from grpo_jax.learner.train_step import UpdateSpec, make_train_step
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
-from grpo_jax.models.lora import LoRA, init_adapters, merged, split
+from grpo_jax.models.lora import LoRA, init_adapters, merge_adapters, split_adapters
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import Checkpointer
-from grpo_jax.training.run import initial_state, make_run, restored_policy, restored_state
-from grpo_jax.types import join
+from grpo_jax.training.run import initial_state, make_run, restore_policy, restore_state
+from grpo_jax.types import join_params
 from tests import programs, tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
 
@@ -48,7 +48,9 @@ WHOLE = dataclasses.replace(MODEL, lora=None)
 def random_adapters(model, seed=0):
     """Neither A nor B zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), split(model.param_shapes())[1])
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), split_adapters(model.param_shapes())[1]
+    )
 
 
 def test_fresh_adapters_sit_where_they_are_wanted_and_change_nothing():
@@ -71,7 +73,7 @@ def test_one_step_is_the_chain_rule_through_merged_weights():
     spec = UpdateSpec(objective, Sampling(0.7), 5, 1, 1, 2, 32, (2, 5), "learner", 0.0, False, 0, 0)
     batch, sgd = tiny.random_batch(), optax.sgd(1.0)
     base, adapters = tiny.random_params(tiny.LLAMA), random_adapters(MODEL)
-    whole = merged(base, adapters, LORA)
+    whole = merge_adapters(base, adapters, LORA)
 
     def step(model, state):
         train_step = jax.jit(make_train_step(model, sgd, spec, tiny.mesh_of(2)))
@@ -119,11 +121,11 @@ def test_what_never_changes_is_not_saved_and_comes_back_as_it_was(tmp_path, rank
     checkpointer = Checkpointer(tmp_path, config.checkpoint)
     moved = state.replace(step=jnp.int32(1), params=jax.tree.map(lambda x: x + 1, state.params))
     checkpointer.save(1, moved, config.to_dict())
-    restored = restored_state(run, checkpointer, 1)
+    restored = restore_state(run, checkpointer, 1)
     checkpointer.close()
     jax.tree.map(np.testing.assert_array_equal, restored, moved)
     assert (restored.base is None) == (rank == 0) and (restored.ref_params is None) == (rank > 0)
-    jax.tree.map(np.testing.assert_array_equal, restored_policy(run, tmp_path, 1), moved.policy)
+    jax.tree.map(np.testing.assert_array_equal, restore_policy(run, tmp_path, 1), moved.policy)
     saved = json.loads((tmp_path / "checkpoints" / "1" / "state" / "_METADATA").read_text())["tree_metadata"]
     names = {entry["key_metadata"][0]["key"] for entry in saved.values() if entry["value_metadata"]["value_type"] != "None"}
     assert {"params", "opt_state"} <= names and not names & {"base", "ref_params"}
@@ -160,7 +162,7 @@ def test_peft_loads_what_we_save(tmp_path, folder):
     theirs = torch_logits(PeftModel.from_pretrained(torch_model("qwen3 tied"), tmp_path / "adapter"), tokens_BT, mask_BT)
     plain = jax_logits(folder, tokens_BT, mask_BT)
     assert np.abs(theirs - plain)[mask_BT].max() > 0.1, "the adapters do nothing"
-    np.testing.assert_allclose(np.asarray(forward(join(base, adapters)))[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(forward(join_params(base, adapters)))[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5)
     jax.tree.map(np.testing.assert_array_equal, load_adapters(tmp_path / "adapter", model), adapters)
 
 
@@ -177,7 +179,7 @@ def test_we_load_what_peft_saves(tmp_path, folder):
     lora = LoRA(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     model = ModelDef(read_architecture(folder), lora=lora)
     base = load(folder, "float32")
-    whole = merged(base, load_adapters(tmp_path / "adapter", model), lora)
+    whole = merge_adapters(base, load_adapters(tmp_path / "adapter", model), lora)
     export_folder(tmp_path / "merged", whole, model.arch, folder, "float32", 10**9)
     tokens_BT, mask_BT = left_padded()
     expected = torch_logits(theirs, tokens_BT, mask_BT)

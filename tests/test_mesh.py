@@ -18,16 +18,16 @@ from grpo_jax import objectives
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.fsdp import gather
-from grpo_jax.models.lora import LoRA, split
+from grpo_jax.models.lora import LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
-from grpo_jax.parallel.sharding import make_mesh, param_spec, placed, places_of
+from grpo_jax.parallel.sharding import make_mesh, param_spec, shardings_of, with_shardings
 from grpo_jax.rollout.rollout import RolloutSpec
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.training.build import update_spec
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.iteration import make_rollout, make_sampler_weights
-from grpo_jax.training.run import initial_state, make_run, restored_state
-from grpo_jax.types import join
+from grpo_jax.training.run import initial_state, make_run, restore_state
+from grpo_jax.types import join_params
 from tests import tiny
 
 # Layers enough for a loop, so that each collective of a layer stands in the program once; every size is another one.
@@ -66,7 +66,7 @@ def updated(sizes, num_microbatches, variant="gtpo"):
     params = tiny.random_params(ARCH)
     ref_params = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.has_kl else None
     state = tiny.state_of(params, optimizer, ref_params)
-    places = places_of(placed(state, mesh, config.mesh.fsdp_min_elements))
+    places = shardings_of(with_shardings(state, mesh, config.mesh.fsdp_min_elements))
     state = jax.device_put(state, places)
     step = jax.jit(make_train_step(model, optimizer, spec, mesh), out_shardings=(places, None))
     program, metrics = step.lower(state, batch_of(0)).compile(), []
@@ -141,9 +141,9 @@ def sampled(sizes):
     """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
     config = config_of(sizes)
     model, mesh = ModelDef(SHALLOW, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh.sizes)
-    adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split(model.param_shapes())[1])
-    policy = join(tiny.random_params(SHALLOW), adapters)
-    policy = jax.device_put(policy, places_of(placed(policy, mesh, config.mesh.fsdp_min_elements)))
+    adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split_adapters(model.param_shapes())[1])
+    policy = join_params(tiny.random_params(SHALLOW), adapters)
+    policy = jax.device_put(policy, shardings_of(with_shardings(policy, mesh, config.mesh.fsdp_min_elements)))
     weights, run = make_sampler_weights(config, mesh), make_rollout(model, RolloutSpec(4, 6, Sampling(), (3, 18), 0), mesh)
     program = jax.jit(lambda policy, prompts, key: run(weights(policy), prompts, key))
     arguments = policy, tiny.random_prompts(8, 4, ARCH.vocab_size), jax.random.key(0)
@@ -173,7 +173,7 @@ def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads
 
 def test_weights_travel_to_the_rollout_in_the_compute_dtype():
     config = config_of((2, 4, 1), {"model.dtype": "bfloat16"})
-    shapes = placed(tiny.random_params(ARCH), make_mesh(config.mesh.sizes), config.mesh.fsdp_min_elements)
+    shapes = with_shardings(tiny.random_params(ARCH), make_mesh(config.mesh.sizes), config.mesh.fsdp_min_elements)
     text = jax.jit(make_sampler_weights(config, make_mesh(config.mesh.sizes))).lower(shapes).as_text()
     dtypes = re.findall(r"sharding_constraint.*tensor<[\dx]+x(\w+)>", text)
     assert len(dtypes) == 2 * (len(MATRICES) + 2) and set(dtypes) == {"bf16"}
@@ -211,7 +211,7 @@ def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
     checkpointer = Checkpointer(tmp_path, away.config.checkpoint)
     try:
         checkpointer.save(1, state, away.config.to_dict())
-        state = restored_state(away, checkpointer, 1)
+        state = restore_state(away, checkpointer, 1)
     finally:
         checkpointer.close()
     assert kinds(state) == {(True, "pinned_host"), (False, "device")}
@@ -237,9 +237,9 @@ def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_pa
         checkpointer = Checkpointer(tmp_path / str(number), here.config.checkpoint)
         try:
             checkpointer.save(7, state, here.config.to_dict())
-            after = restored_state(here, checkpointer, 7)
+            after = restore_state(here, checkpointer, 7)
         finally:
             checkpointer.close()
-        assert places_of(after) == places_of(here.like)
+        assert shardings_of(after) == shardings_of(here.like)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
         state = after

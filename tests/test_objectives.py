@@ -922,7 +922,7 @@ def test_presets_are_the_table():
         obj = objectives.get(name)
         assert (obj.std_ddof, obj.adv_eps, obj.success_threshold) == (1, 1e-6, 0.5)
         assert (obj.entropy_floor, obj.entropy_clip, obj.base_weight, obj.entropy_weight) == (1e-4, None, 1.0, 0.1)
-        assert (obj.sequence_mean_kind, obj.kl_estimator, obj.shaped_zeros) == ("arithmetic", "k3", "kept")
+        assert (obj.sequence_mean_kind, obj.kl_estimator, obj.include_other_side) == ("arithmetic", "k3", True)
         assert obj.dual_clip is None
     assert objectives.get("gtpo").stat_scope == "batch" and objectives.get("grpo_s").stat_scope == "group"
 
@@ -961,7 +961,6 @@ def test_unknown_field_lists_the_known_ones(name):
         ("sequence_mean_kind", ("arithmetic", "geometric")),
         ("surrogate", ("ppo_clip", "token_clip", "clipped_weight", "reinforce")),
         ("kl_estimator", ("k1", "k2", "k3")),
-        ("shaped_zeros", ("kept", "left_out")),
     ],
 )
 def test_unknown_choice_lists_the_known_ones(field, known):

@@ -82,7 +82,7 @@ def test_an_update_of_few_rows_holds_little_but_gradients():
     assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_update(planned)), rel=0.2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollout.live_rows": 20}])
+@pytest.mark.parametrize("changes", [{}, {"rollout.max_live_sequences": 20}])
 def test_the_rollout_holds_what_was_planned(changes):
     planned = job_of(ONE, changes, arch=dataclasses.replace(ARCH, num_layers=2))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)

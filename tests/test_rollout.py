@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.learner.logprobs import score
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import decoding
@@ -126,8 +126,8 @@ def test_rows_of_a_group_and_equal_prompts_differ():
 
 
 def learners_view(got, sampling):
-    """(logp, entropy) of a rollout by `score`: one forward over whole completions."""
-    scored = jax.jit(lambda params, got: score(MODEL, params, got, sampling, 16))
+    """(logp, entropy) of a rollout by `policy_logprobs`: one forward over whole completions."""
+    scored = jax.jit(lambda params, got: policy_logprobs(MODEL, params, got, sampling, 16))
     return jax.device_get(scored(tiny.random_params(tiny.LLAMA), got))
 
 
@@ -205,7 +205,7 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
 @pytest.mark.parametrize("stop_ids", [STOPS, (9999,)], ids=["some stop", "none"])
 def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
     spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
-    monkeypatch.setattr(decoding, "WHOLE_SLOTS", 2)
+    monkeypatch.setattr(decoding, "MIN_SLOTS_TO_GROW", 2)
     sizes = cache_sizes(T)
     assert sizes == (T // 2, T - 1) and cache_sizes(3) == (2,) and cache_sizes(1) == (1,)
     text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
@@ -216,13 +216,13 @@ def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
 
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
-    widths, forward = [], Decoder._through_layers
+    widths, forward = [], Decoder._scan_layers
 
     def counted(self, layer, x_BTD):
         widths.append(x_BTD.shape[:2])
         return forward(self, layer, x_BTD)
 
-    monkeypatch.setattr(Decoder, "_through_layers", counted)
+    monkeypatch.setattr(Decoder, "_scan_layers", counted)
     jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), SPEC))
     assert widths == [(P, S)]
 
@@ -230,11 +230,11 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- refilling
 
 
-@pytest.mark.parametrize("live_rows", [1, 5, P * G - 1])
+@pytest.mark.parametrize("max_live_sequences", [1, 5, P * G - 1])
 @pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
-def test_rows_that_are_refilled_draw_the_same(live_rows, sampling):
+def test_rows_that_are_refilled_draw_the_same(max_live_sequences, sampling):
     spec = dataclasses.replace(SPEC, sampling=sampling)
-    got, side_by_side = sampled(dataclasses.replace(spec, live_rows=live_rows)), sampled(spec)
+    got, side_by_side = sampled(dataclasses.replace(spec, max_live_sequences=max_live_sequences)), sampled(spec)
     assert_same(got, side_by_side)
     if sampling.is_cut:
         np.testing.assert_array_equal(got.support_PGT, side_by_side.support_PGT)
@@ -243,14 +243,14 @@ def test_rows_that_are_refilled_draw_the_same(live_rows, sampling):
 @pytest.mark.parametrize("stop_ids", [(9999,), tuple(range(tiny.VOCAB))], ids=["none stops", "all at once"])
 def test_refilled_rows_of_one_length(stop_ids):
     spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
-    assert_same(sampled(dataclasses.replace(spec, live_rows=4)), sampled(spec))
+    assert_same(sampled(dataclasses.replace(spec, max_live_sequences=4)), sampled(spec))
 
 
 def test_refilled_rows_on_several_devices():
-    """live_rows are each device's: 3 of 2 prompts' 6 completions here, of 8 prompts' 24 on one."""
-    spec = dataclasses.replace(SPEC, live_rows=3)
+    """max_live_sequences are each device's: 3 of 2 prompts' 6 completions here, of 8 prompts' 24 on one."""
+    spec = dataclasses.replace(SPEC, max_live_sequences=3)
     assert_same(sampled(spec, num_devices=4), sampled(SPEC))
-    assert_same(sampled(dataclasses.replace(spec, live_rows=P * G)), sampled(SPEC))
+    assert_same(sampled(dataclasses.replace(spec, max_live_sequences=P * G)), sampled(SPEC))
 
 
 def test_a_long_completion_idles_its_own_row_only(monkeypatch):
@@ -262,7 +262,7 @@ def test_a_long_completion_idles_its_own_row_only(monkeypatch):
         return decode_step(*args)
 
     monkeypatch.setattr(Decoder, "decode_step", counted)
-    spec = dataclasses.replace(SPEC, max_completion_tokens=40, live_rows=4)
+    spec = dataclasses.replace(SPEC, max_completion_tokens=40, max_live_sequences=4)
     params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
     got = jax.jit(lambda *args: rollout(MODEL, *args, spec))(params, prompts, row_keys(jax.random.key(2), P, G))
     jax.effects_barrier()
@@ -275,7 +275,7 @@ def test_a_long_completion_idles_its_own_row_only(monkeypatch):
 
 def test_rows_take_less_memory_than_completions():
     """The caches are those of the live rows: none is as large as all completions'."""
-    spec = dataclasses.replace(SPEC, live_rows=3)
+    spec = dataclasses.replace(SPEC, max_live_sequences=3)
     text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
     K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
     assert f"f32[3,{K},{T - 1},{H}]" in text and f"f32[{P * G},{K},{T - 1},{H}]" not in text

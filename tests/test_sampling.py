@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rollout.sampling import GREEDY, Sampling, draw, normalise, support_like, support_threshold
+from grpo_jax.rollout.sampling import GREEDY, Sampling, draw, log_partition_and_entropy, support_like, support_threshold
 
 V = 12
 CUTS = [
@@ -137,7 +137,7 @@ def test_on_the_samplers_logits_the_learner_finds_the_samplers_support(sampling)
     tempered_BV = jnp.asarray(logits_BV) / sampling.temperature
     keep_BV = support_like(tempered_BV, drawn.token_B, drawn.support_B, sampling.top_k)
     np.testing.assert_array_equal(keep_BV, np.stack([reference(row, sampling) for row in logits_BV]) > 0)
-    log_z_B, entropy_B = normalise(tempered_BV, keep_BV)
+    log_z_B, entropy_B = log_partition_and_entropy(tempered_BV, keep_BV)
     logp_B = jnp.take_along_axis(tempered_BV, drawn.token_B[:, None], -1)[:, 0] - log_z_B
     np.testing.assert_allclose(logp_B, drawn.logp_B, atol=1e-6)
     np.testing.assert_allclose(entropy_B, drawn.entropy_B, atol=1e-6)
@@ -165,7 +165,7 @@ def test_normalise_is_numpys_log_partition_and_entropy():
     logits_BV = random_logits() * 20
     keep_BV = np.random.default_rng(0).random(logits_BV.shape) < 0.5
     keep_BV[:, 0] = True
-    log_z_B, entropy_B = normalise(jnp.asarray(logits_BV), jnp.asarray(keep_BV))
+    log_z_B, entropy_B = log_partition_and_entropy(jnp.asarray(logits_BV), jnp.asarray(keep_BV))
     for row in range(40):
         kept = logits_BV[row][keep_BV[row]].astype(np.float64)
         expected = kept.max() + np.log(np.exp(kept - kept.max()).sum())

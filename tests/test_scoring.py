@@ -213,7 +213,7 @@ def test_processes_are_kept_and_the_number_returns_to_num_workers(make_pool: Mak
     assert 1 <= len(pids) <= 2 and all(pids)
     slow_pool = make_pool("slow_pid", num_workers=2, time_limit_secs=2.0)
     pids = {int(pid) for pid in slow_pool.score([{}] * 10, ["a"] * 10)[0]}
-    assert len(pids) > 2 and all(pids)  # slow enough for stand-ins
+    assert len(pids) > 2 and all(pids)  # slow enough for spare workers
     assert sum(map(is_alive, pids)) <= 2
 
 

@@ -136,7 +136,7 @@ def test_finished_runs_are_kept_and_runs_of_one_program_follow_each_other(tmp_pa
 
 def test_the_time_left_leaves_out_what_came_before_the_first_step(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(secs=0.0)
-    monkeypatch.setattr("experiments.sweep.board.time", types.SimpleNamespace(monotonic=lambda: clock.secs))
+    monkeypatch.setattr("grpo_jax.tools.sweep.board.time", types.SimpleNamespace(monotonic=lambda: clock.secs))
     specs = plan.expand(sweep_of(), {})  # four runs of three steps
     board = Board(specs, tmp_path, 2)
     folder_of(tmp_path, specs[0], steps=1)

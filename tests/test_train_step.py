@@ -11,8 +11,9 @@ import pytest
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
-from grpo_jax.learner import batching, credit, train_step
-from grpo_jax.learner.logprobs import score
+from grpo_jax.learner import batching, train_step
+from grpo_jax.learner.advantage_diagnostics import batch_advantages
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.learner.optimizer import learning_rate, make_optimizer
 from grpo_jax.learner.train_step import UpdateSpec, make_train_step
 from grpo_jax.models.transformer import ModelDef
@@ -33,7 +34,7 @@ SPEC = UpdateSpec(
     num_minibatches=1,
     num_microbatches=1,
     logprob_chunk_tokens=32,
-    widths=(BUDGET,),
+    length_buckets=(BUDGET,),
     old_logp="sampler",
     importance_cap=0.0,
     filter_truncated=False,
@@ -76,7 +77,9 @@ def floats(metrics):
 
 def on_policy(batch, params, sampling=SAMPLING, model=BIGRAM):
     """The batch as if `params` had sampled it: its log-probs and entropies, 0 where masked as the rollout leaves them."""
-    logp_PGT, entropy_PGT = jax.jit(functools.partial(score, model, sampling=sampling, chunk_tokens=32))(params, batch.rollout)
+    logp_PGT, entropy_PGT = jax.jit(functools.partial(policy_logprobs, model, sampling=sampling, chunk_tokens=32))(
+        params, batch.rollout
+    )
     mask_PGT = batch.rollout.mask_PGT
     return tiny.with_rollout(batch, sampler_logp_PGT=logp_PGT * mask_PGT, entropy_PGT=entropy_PGT * mask_PGT)
 
@@ -92,7 +95,7 @@ def dense_logp(hidden_BTD, head_VD, tokens_BT, temperature):
 def bigram_logp(params, rollout, temperature):
     decoder = BIGRAM.bind(params)
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(-1, T), rollout.mask_PGT.reshape(-1, T)
-    last_PD, hidden_BTD = decoder.continued(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
+    last_PD, hidden_BTD = decoder.forward_with_prefix(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, 0)[:, None], hidden_BTD[:, :-1]], 1)
     return dense_logp(hidden_BTD, decoder.head_VD, tokens_BT, temperature)
 
@@ -213,10 +216,10 @@ def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs,
     # Only before the first optimizer step does the policy hold the sampler's weights.
     assert floats(metrics)["policy/sampler_logp_gap"] < 1e-5
 
-    target = train_step.prepare_target(BIGRAM, state, batch, spec)
+    target = train_step.make_target(BIGRAM, state, batch, spec)
     np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
     minibatches = train_step.split_minibatches(target, state.step, spec)
-    gradients = jax.jit(lambda params, target: train_step.gradients(BIGRAM, params, None, target, spec)[0])
+    gradients = jax.jit(lambda params, target: train_step.compute_gradients(BIGRAM, params, None, target, spec)[0])
     params = state.params
     for i in range(num_epochs * num_minibatches):
         minibatch = jax.tree.map(lambda x: x[i], minibatches)  # noqa: B023
@@ -261,9 +264,9 @@ def test_a_forward_pass_runs_only_for_what_is_asked(kl_coef, old_logp, passes, m
 
     def counted(model, params, *args):
         scored.append(params)
-        return score(model, params, *args)
+        return policy_logprobs(model, params, *args)
 
-    monkeypatch.setattr(train_step, "score", counted)
+    monkeypatch.setattr(train_step, "policy_logprobs", counted)
     spec = dataclasses.replace(SPEC, objective=objectives.get("grpo", kl_coef=kl_coef), old_logp=old_logp)
     jax.eval_shape(make_train_step(BIGRAM, SGD, spec, tiny.mesh_of(1)), start(spec), batch_of())
     assert len(scored) == passes
@@ -387,7 +390,7 @@ def test_truncated_importance_weighs_each_token_by_learner_over_sampler():
     skewed = tiny.with_rollout(batch, sampler_logp_PGT=rollout.sampler_logp_PGT - log_weight_PGT)
     weight_BT = np.minimum(np.exp(log_weight_PGT), cap).reshape(-1, T)
     mask_BT = rollout.mask_PGT.reshape(-1, T)
-    adv_PGT = jax.jit(credit.advantages, static_argnums=0)(spec.objective, batch, rollout.mask_PGT, rollout.entropy_PGT)
+    adv_PGT = jax.jit(batch_advantages, static_argnums=0)(spec.objective, batch, rollout.mask_PGT, rollout.entropy_PGT)
 
     def loss(params):
         logp_BT = bigram_logp(params, rollout, SAMPLING.temperature)

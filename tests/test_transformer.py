@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax.models import attention, transformer
 from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.models.attention import KVCache, View, attend
+from grpo_jax.models.attention import AttentionView, KVCache, attend
 from grpo_jax.models.transformer import ModelDef
 from tests import tiny
 
@@ -67,7 +67,7 @@ def plain(model):
 def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
     """Hidden states of the completions, computed on top of their prompts' cache."""
     decoder = model.bind(params)
-    return decoder.continued(tokens_PS, mask_PS, tokens_BT, mask_BT)
+    return decoder.forward_with_prefix(tokens_PS, mask_PS, tokens_BT, mask_BT)
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
     def chain(params):
         decoder = ModelDef(arch).bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-        layers = decoder.unstacked_layers()
+        layers = decoder.unstack_layers()
         junk = jax.tree.map(lambda x: x + 7.0, KVCache.empty(B, T + 2, arch, jnp.float32))
 
         def step(caches, slot):
@@ -294,7 +294,7 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
         expected_BTNH[b, t, n] = weights @ values / weights.sum()
 
     own, cache = (KVCache.of(*(jnp.asarray(x, jnp.float32) for x in kv)) for kv in ((own_k, own_v), (pre_k, pre_v)))
-    view = View(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
+    view = AttentionView(None, jnp.asarray(mask_BTU), jnp.asarray(mask_PS)[:, None, None])
     out_BTNH = attend(jnp.asarray(q_BTNH, jnp.float32), own, view, cache, H**-0.5)
     np.testing.assert_allclose(out_BTNH, expected_BTNH, atol=2e-6 * scale, rtol=1e-4)
 
@@ -336,7 +336,7 @@ def test_prompts_are_not_copied_for_their_completions():
         decoder = model.bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
         caches = [KVCache.empty(B, T, arch, jnp.float32)] * arch.num_layers
-        return decoder.decode_step(decoder.unstacked_layers(), caches, tokens_BT[:, 0], 0, prefix)
+        return decoder.decode_step(decoder.unstack_layers(), caches, tokens_BT[:, 0], 0, prefix)
 
     K, H = arch.num_kv_heads, arch.head_dim
     for function in (jax.grad(update), decode):

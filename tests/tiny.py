@@ -143,7 +143,7 @@ class BigramDecoder:
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]
 
-    def continued(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
+    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
         del mask_BT
         last_PD, prefix_PD = self.encode_prompts(tokens_PS, mask_PS)
         hidden_BTD = self.embed_VD[tokens_BT]

@@ -6,8 +6,10 @@ impossible combination ends here, in one line.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.config.aliases import upgrade
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
@@ -64,6 +66,7 @@ __all__ = [
 
 def parse_config(config: Any) -> Config:
     """ConfigDict (or nested mapping) -> validated Config. Raises UserError naming field, value and fix."""
-    parsed = build(Config, config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    parsed = build(Config, upgrade(values) if isinstance(values, Mapping) else values, "config")
     validate(parsed)
     return parsed

@@ -112,7 +112,7 @@ class ScoringConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What an answer is worth: two expressions of named parts (grpo_jax/config/reward_parts.py) and the parts' settings."""
+    """What an answer is worth: two expressions of named parts (reward_expression.py) and the parts' settings."""
 
     task: str
     shaping: str
@@ -128,7 +128,7 @@ class WarmStartConfig:
     num_steps: int
     batch_size: int
     learning_rate: float
-    careless_rate: float
+    label_noise: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RolloutConfig:
     temperature: float
     top_k: int
     top_p: float
-    live_rows: int
+    max_live_sequences: int
 
 
 @dataclasses.dataclass(frozen=True)

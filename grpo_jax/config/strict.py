@@ -14,15 +14,15 @@ from grpo_jax.errors import UserError
 def build(cls: type, values: Any, where: str) -> Any:
     """One dataclass from a mapping. where: its dotted path, for messages. Raises UserError naming the field."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected a group of fields ({', '.join(names_of(cls))}), got {values!r}")
+        raise UserError(f"{where}: expected a group of fields ({', '.join(field_names(cls))}), got {values!r}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(f"{where}.{unknown[0]}: unknown field; known here: {', '.join(names_of(cls))}")
-    missing = [name for name in names_of(cls) if name not in values]
+        raise UserError(f"{where}.{unknown[0]}: unknown field; known here: {', '.join(field_names(cls))}")
+    missing = [name for name in field_names(cls) if name not in values]
     if missing:
         raise UserError(f"{where}.{missing[0]}: missing; start from configs/base.py, which sets every field")
-    built = {name: convert(hints[name], values[name], f"{where}.{name}") for name in names_of(cls)}
+    built = {name: convert(hints[name], values[name], f"{where}.{name}") for name in field_names(cls)}
     try:
         return cls(**built)
     except UserError:
@@ -31,7 +31,7 @@ def build(cls: type, values: Any, where: str) -> Any:
         raise UserError(f"{where.rpartition('.')[0]}.{error}") from None  # the message begins with the last part of `where`
 
 
-def names_of(cls: type) -> list[str]:
+def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from grpo_jax import objectives
-from grpo_jax.config import reward_parts
+from grpo_jax.config import reward_expression
 from grpo_jax.config.schema import Config
 from grpo_jax.errors import UserError
 from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
@@ -59,8 +59,8 @@ def validate(config: Config) -> None:
             )
     _require_importance(config)
     _require_adapters(config)
-    _require_whole_calls(config)
-    _require_overlap(config)
+    _check_steps_per_call(config)
+    _check_async(config)
     _require_mesh(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
@@ -89,7 +89,7 @@ def _require_importance(config: Config) -> None:
         )
 
 
-def _require_whole_calls(config: Config) -> None:
+def _check_steps_per_call(config: Config) -> None:
     """What happens between steps can only happen between calls."""
     for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
         value = _field(config, name)
@@ -97,7 +97,7 @@ def _require_whole_calls(config: Config) -> None:
             raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
 
 
-def _require_overlap(config: Config) -> None:
+def _check_async(config: Config) -> None:
     """A batch that is sampled ahead is one step old, and what the sampler said of it is all there is."""
     if config.async_steps and config.steps_per_call:
         raise UserError(
@@ -135,7 +135,7 @@ def _require_reward(config: Config) -> None:
     task, reward = config.task, config.reward
     for name in ("task", "shaping"):
         field, expression = f"config.reward.{name}", getattr(reward, name)
-        parts = [part.name for part in reward_parts.parse(expression, field)]
+        parts = [part.name for part in reward_expression.parse(expression, field)]
         if parts and task.name == "arithmetic":
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
         if "reasoning_gym" in parts and task.name != "reasoning_gym":
@@ -207,11 +207,11 @@ AT_LEAST = {
     "reward.scoring.memory_limit_mb": 0,
     "warm_start.num_steps": 0,
     "warm_start.batch_size": 1,
-    "warm_start.careless_rate": 0,
+    "warm_start.label_noise": 0,
     "rollout.num_prompts": 1,
     "rollout.max_completion_tokens": 1,
     "rollout.top_k": 0,
-    "rollout.live_rows": 0,
+    "rollout.max_live_sequences": 0,
     "dynamic_sampling.max_sampling_rounds": 1,
     "overlong.cache_tokens": 0,
     "learner.num_epochs": 1,

@@ -32,10 +32,10 @@ def split_microbatches(tree: Any, rollout: Rollout, num_microbatches: int) -> An
 
 def length_order(mask_PGT):
     """Groups by their longest completion, int[P]: neighbours need about the same width."""
-    return jnp.argsort(lengths(mask_PGT).max(-1))
+    return jnp.argsort(completion_lengths(mask_PGT).max(-1))
 
 
-def widths(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
+def length_buckets(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
     """The completion widths that the update is compiled for: bucket_tokens doubled until max_tokens (0: only the last).
 
     >>> widths(300, 64), widths(6, 64), widths(300, 0)
@@ -48,7 +48,7 @@ def widths(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
     return (*shorter, max_tokens)
 
 
-def at_own_width(function: Callable[[Any], Any], tree: Any, mask_PGT, choices: tuple[int, ...]) -> Any:
+def run_at_bucket(function: Callable[[Any], Any], tree: Any, mask_PGT, choices: tuple[int, ...]) -> Any:
     """function(tree cut to the least of `choices` that holds every real token). Compiled once for each choice.
 
     What is cut off is padding in every row, so the result is the same but for the order of sums; its shapes must not
@@ -56,11 +56,11 @@ def at_own_width(function: Callable[[Any], Any], tree: Any, mask_PGT, choices: t
     """
     if len(choices) == 1:
         return function(tree)
-    place = (jnp.asarray(choices) < lengths(mask_PGT).max()).sum()
-    return jax.lax.switch(place, [lambda tree, width=width: function(cut_width(tree, width)) for width in choices], tree)
+    place = (jnp.asarray(choices) < completion_lengths(mask_PGT).max()).sum()
+    return jax.lax.switch(place, [lambda tree, width=width: function(truncate_length(tree, width)) for width in choices], tree)
 
 
-def cut_width(tree: Any, width: int) -> Any:
+def truncate_length(tree: Any, width: int) -> Any:
     """The first `width` completion slots of [P, G, T] leaves; others and prompts stay."""
 
     def cut(x):
@@ -69,6 +69,6 @@ def cut_width(tree: Any, width: int) -> Any:
     return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Prompts))
 
 
-def lengths(mask_PGT):
+def completion_lengths(mask_PGT):
     """Slots up to the last real token, int[P, G]."""
     return ((mask_PGT > 0) * (jnp.arange(mask_PGT.shape[-1]) + 1)[None, None]).max(-1)

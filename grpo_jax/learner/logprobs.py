@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import vary_like
-from grpo_jax.rollout.sampling import Sampling, normalise, support_like
+from grpo_jax.rollout.sampling import Sampling, log_partition_and_entropy, support_like
 from grpo_jax.types import Params, Rollout
 
 
@@ -56,7 +56,7 @@ def _forward(sampling, cap, hidden, head_VD, targets, support):
     def chunk(_, xs):
         hidden_CD, targets_C, support_C = xs
         logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
-        log_z_C, entropy_C = normalise(logits_CV, keep_CV)
+        log_z_C, entropy_C = log_partition_and_entropy(logits_CV, keep_CV)
         logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
         return None, (logp_C, entropy_C, log_z_C)
 
@@ -90,8 +90,8 @@ def _backward(sampling, cap, residuals, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-def score(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int):
-    """-> (logp_PGT, entropy_PGT), float32 nats; rubbish but finite where masked. Gradient flows through logp_PGT only.
+def policy_logprobs(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int):
+    """-> (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
 
     Each prompt runs through the layers once for its whole group.
     """
@@ -103,7 +103,9 @@ def score(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling,
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD = decoder.continued(*prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1])
+        last_PD, later_BTD = decoder.forward_with_prefix(
+            *prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1]
+        )
         later = [later_BTD]
     # The prompt's last state predicts the first token.
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.architecture import Architecture, Rope
 
-NEVER = -1e30  # a masked attention score: finite, so that a row with nothing to attend to stays finite
+MASK_VALUE = -1e30  # a masked attention score: finite, so that a row with nothing to attend to stays finite
 BLOCK_QUERIES = 128  # of a row, whose scores exist at a time
 MAX_BLOCKS = 16  # then they grow: each is compiled
 
@@ -38,7 +38,7 @@ class KVCache:
         B, U, K, H = num_rows, num_slots, arch.num_kv_heads, arch.head_dim
         return cls(jnp.zeros((B, K, H, U), dtype), jnp.zeros((B, K, U, H), dtype))
 
-    def written(self, new: KVCache, slot: Any) -> KVCache:
+    def update(self, new: KVCache, slot: Any) -> KVCache:
         """One layer's, with `new` from `slot` on; slots [B] take one token a row, each its own."""
         if jnp.ndim(slot):
             rows = jnp.arange(len(slot))
@@ -48,7 +48,7 @@ class KVCache:
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),
         )
 
-    def widened(self, num_slots: int) -> KVCache:
+    def pad_to(self, num_slots: int) -> KVCache:
         """One layer's, with empty slots behind its own."""
         more = (0, num_slots - self.num_slots)
         return KVCache(jnp.pad(self.k, ((0, 0),) * 3 + (more,)), jnp.pad(self.v, ((0, 0),) * 2 + (more, (0, 0))))
@@ -74,7 +74,7 @@ class Prefix:
 
 
 @flax.struct.dataclass
-class View:
+class AttentionView:
     """What a layer's queries see. rope: tables of their positions. mask_BTU: their row's keys. mask_PGTS: their prompt's.
 
     The masks may have axes of size 1; mask_PGTS is None without a prompt.
@@ -85,7 +85,9 @@ class View:
     mask_PGTS: Any
 
 
-def make_views(arch: Architecture, positions_BT, key_positions_BU, mask_BTU, prefix: Prefix | None) -> tuple[View, View]:
+def make_views(
+    arch: Architecture, positions_BT, key_positions_BU, mask_BTU, prefix: Prefix | None
+) -> tuple[AttentionView, AttentionView]:
     """What global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
     Args:
@@ -93,29 +95,29 @@ def make_views(arch: Architecture, positions_BT, key_positions_BU, mask_BTU, pre
       mask_BTU: bool, causal and without padding, broadcastable over B.
     """
     mask_PGTS = None if prefix is None else prefix.mask_PS[:, None, None]
-    everything = View(rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS)
+    global_view = AttentionView(rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS)
     if not arch.local_layers:
-        return everything, everything
+        return global_view, global_view
     window = arch.sliding_window
-    nearby_BTU = mask_BTU & (positions_BT[:, :, None] - key_positions_BU[:, None, :] < window)
+    local_BTU = mask_BTU & (positions_BT[:, :, None] - key_positions_BU[:, None, :] < window)
     if prefix is not None:
         P, S = prefix.mask_PS.shape
         key_positions_PS = jnp.arange(S)[None] - (S - prefix.lengths_P[:, None])  # below 0 on padding, which is masked
         positions_PGT = positions_BT.reshape(P, -1, positions_BT.shape[1])
         mask_PGTS = mask_PGTS & (positions_PGT[..., None] - key_positions_PS[:, None, None] < window)
-    rope = everything.rope if arch.local_rope is None else rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    nearby = View(rope, nearby_BTU, mask_PGTS)
-    return (nearby, nearby) if len(arch.local_layers) == arch.num_layers else (everything, nearby)
+    rope = global_view.rope if arch.local_rope is None else rope_tables(positions_BT, arch.local_rope, arch.head_dim)
+    local_view = AttentionView(rope, local_BTU, mask_PGTS)
+    return (local_view, local_view) if len(arch.local_layers) == arch.num_layers else (global_view, local_view)
 
 
-def choose(views: tuple[View, View], is_local) -> View:
+def select_view(views: tuple[AttentionView, AttentionView], is_local) -> AttentionView:
     """The view of a layer that only the compiled program knows: is_local is a traced bool, or None for layers of one kind."""
     if is_local is None:
         return views[0]
     return jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
 
 
-def attend(q_BTNH, own: KVCache, view: View, prefix: KVCache | None, scale: float):
+def attend(q_BTNH, own: KVCache, view: AttentionView, prefix: KVCache | None, scale: float):
     """Softmax attention over a row's own keys and its prompt's keys, as one softmax over both.
 
     A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
@@ -140,15 +142,15 @@ def attend(q_BTNH, own: KVCache, view: View, prefix: KVCache | None, scale: floa
     return jnp.concatenate(pieces, 1)
 
 
-def _view_of(view: View, start: int, end: int) -> View:
+def _view_of(view: AttentionView, start: int, end: int) -> AttentionView:
     """What the queries start .. end - 1 see, of their row's first `end` keys."""
     mask_PGTS = view.mask_PGTS
     if mask_PGTS is not None and mask_PGTS.shape[2] > 1:
         mask_PGTS = mask_PGTS[:, :, start:end]
-    return View(None, view.mask_BTU[:, start:end, :end], mask_PGTS)
+    return AttentionView(None, view.mask_BTU[:, start:end, :end], mask_PGTS)
 
 
-def _attend(scale: float, q_BTNH, own: KVCache, view: View, prefix: KVCache | None):
+def _attend(scale: float, q_BTNH, own: KVCache, view: AttentionView, prefix: KVCache | None):
     """All queries at once."""
     B, T, N, H = q_BTNH.shape
     K, R = own.k.shape[1], N // own.k.shape[1]
@@ -156,13 +158,13 @@ def _attend(scale: float, q_BTNH, own: KVCache, view: View, prefix: KVCache | No
     q_BTKRH = q_BTNH.reshape(B, T, K, R, H) * jnp.asarray(scale, q_BTNH.dtype)
     f32 = {"preferred_element_type": jnp.float32}
     own_BKTRU = jnp.einsum("btkrh,bkhu->bktru", q_BTKRH, own.k, **f32)
-    own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], own_BKTRU, NEVER)
+    own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], own_BKTRU, MASK_VALUE)
     top_BKTR = own_BKTRU.max(-1)
     if prefix is None:
         pre_PKGTRS = None
     else:
         pre_PKGTRS = jnp.einsum("pgtkrh,pkhs->pkgtrs", q_BTKRH.reshape(P, G, T, K, R, H), prefix.k, **f32)
-        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], pre_PKGTRS, NEVER)
+        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], pre_PKGTRS, MASK_VALUE)
         top_BKTR = jnp.maximum(top_BKTR, _by_row(pre_PKGTRS.max(-1)))
     top_BKTR = jax.lax.stop_gradient(top_BKTR)
     p_BKTRU = jnp.exp(own_BKTRU - top_BKTR[..., None])
@@ -188,12 +190,12 @@ def _by_prompt(x_BK, num_prompts: int):
 
 def rope_tables(positions_BT, rope: Rope, head_dim: int):
     """float32 (cos, sin) of each position and channel pair, each [B, T, 1, H/2]."""
-    inverse = _scaled(rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim), rope)
+    inverse = _scale_frequencies(rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim), rope)
     angles = positions_BT.astype(jnp.float32)[..., None] * inverse[None, None]
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
-def _scaled(inverse, rope: Rope):
+def _scale_frequencies(inverse, rope: Rope):
     """The angles a token turns by, slowed down as `rope` says."""
     if rope.factor == 1:
         return inverse

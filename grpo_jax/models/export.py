@@ -18,7 +18,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import text_config
 from grpo_jax.models.folders import HUB_FILES, INDEX, SINGLE, new_folder, resolve, with_progress
-from grpo_jax.models.hf import slots_of
+from grpo_jax.models.hf import param_slots
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
@@ -52,14 +52,14 @@ def export_folder(
 def save_weights(folder: Path, params: Params, architecture: Architecture, dtype: str, max_shard_bytes: int) -> None:
     """`params` under Hugging Face's names: model.safetensors, or shards with an index if that would be too large."""
     places = {}  # name -> (leaf, layer or None, bytes)
-    for slot, leaf in zip(slots_of(architecture)[0], jax.tree.leaves(params), strict=True):
+    for slot, leaf in zip(param_slots(architecture)[0], jax.tree.leaves(params), strict=True):
         num_bytes = int(np.prod(slot.shape)) * jnp.dtype(dtype).itemsize
         for i, name in enumerate(slot.names):
             places[name] = leaf, i if slot.is_stacked else None, num_bytes
     shards = _cut({name: num_bytes for name, (_, _, num_bytes) in places.items()}, max_shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
-        tensors = {name: hosts.fetched(_tensor(*places[name][:2], dtype)) for name in names}
+        tensors = {name: hosts.gather_to_host(_tensor(*places[name][:2], dtype)) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from grpo_jax.parallel.sharding import RULES, meaning, names_of
+from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names
 
 # model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs.
 REMAT = {
@@ -24,17 +24,17 @@ REMAT = {
 }
 
 
-def whole(parts: Any, shapes: Any, dtype: Any) -> Any:
+def all_gather_params(parts: Any, shapes: Any, dtype: Any) -> Any:
     """Every leaf of `parts` in the shape that `shapes` says: as it is, or gathered in `dtype` from the devices of `fsdp`."""
 
     def gathered(path: Any, part: Any, shape: Any) -> Any:
-        axis = cut_axis(part, shape)
-        return part if axis is None else gather(part, axis, tensor_spec(names_of(path), shape.shape), dtype)
+        axis = sharded_axis(part, shape)
+        return part if axis is None else gather(part, axis, tensor_spec(path_names(path), shape.shape), dtype)
 
     return jax.tree_util.tree_map_with_path(gathered, parts, shapes)
 
 
-def cut_axis(part: Any, shape: Any) -> int | None:
+def sharded_axis(part: Any, shape: Any) -> int | None:
     """The axis along which `part` is shorter than `shape`; None: it is whole."""
     return next((i for i, sizes in enumerate(zip(part.shape, shape.shape, strict=True)) if sizes[0] != sizes[1]), None)
 
@@ -44,8 +44,11 @@ def tensor_spec(names: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec
     num_devices = jax.sharding.get_abstract_mesh().shape["tensor"]
     if num_devices == 1:
         return PartitionSpec()
-    axes = meaning(names)[-len(shape) :]  # without the layers' axis
-    cuts = [RULES.get(axis or "") == "tensor" and size % num_devices == 0 for axis, size in zip(axes, shape, strict=False)]
+    axes = logical_axes(names)[-len(shape) :]  # without the layers' axis
+    cuts = [
+        LOGICAL_AXIS_RULES.get(axis or "") == "tensor" and size % num_devices == 0
+        for axis, size in zip(axes, shape, strict=False)
+    ]
     return PartitionSpec(*("tensor" if cut else None for cut in cuts))
 
 
@@ -56,7 +59,9 @@ def gather(part, axis: int, spec: PartitionSpec, dtype):
 
 
 def _gather(part, axis, spec, dtype):
-    return _cut_by_tensor(lambda part: jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True), spec)(part)
+    return _shard_map_over_tensor(lambda part: jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True), spec)(
+        part
+    )
 
 
 def _forward(part, axis, spec, dtype):
@@ -69,20 +74,20 @@ def _backward(axis, spec, dtype, _, d_whole):
     def scatter(d_whole):
         return jax.lax.psum_scatter(d_whole.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
 
-    return (_cut_by_tensor(scatter, spec)(d_whole),)
+    return (_shard_map_over_tensor(scatter, spec)(d_whole),)
 
 
 gather.defvjp(_forward, _backward)
 
 
-def _cut_by_tensor(function: Callable[[Any], Any], spec: PartitionSpec) -> Callable[[Any], Any]:
+def _shard_map_over_tensor(function: Callable[[Any], Any], spec: PartitionSpec) -> Callable[[Any], Any]:
     """On each device's own cut along `tensor`: the compiler alone would gather that axis first."""
     if "tensor" not in spec:
         return function
     return jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names={"tensor"})
 
 
-def rematerialised(layer: Callable[..., Any], remat: str, *, is_gathered: bool, is_unrolled: bool) -> Callable[..., Any]:
+def apply_remat(layer: Callable[..., Any], remat: str, *, is_gathered: bool, is_unrolled: bool) -> Callable[..., Any]:
     """The layer under `jax.checkpoint` as `model.remat` says. Gathered weights are never kept."""
     if remat == "none" and not is_gathered:
         return layer

@@ -89,7 +89,7 @@ class _Tensor:
         return jax.make_array_from_callback(self.shape, sharding, part)
 
 
-def slots_of(architecture: Architecture) -> tuple[list[Slot], Any]:
+def param_slots(architecture: Architecture) -> tuple[list[Slot], Any]:
     """What the decoder wants, in the order of its leaves, and the tree they form."""
     their_names = {**NAMES, **POST_NORM_NAMES} if architecture.post_norms else NAMES
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
@@ -117,7 +117,7 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
     Raises: UserError naming the tensor that is missing, unexpected, misshapen or of an odd dtype, or the broken file.
     """
     folder = resolve(path)
-    slots, treedef = slots_of(architecture)
+    slots, treedef = param_slots(architecture)
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _check_tensors(folder, architecture, slots, tensors)

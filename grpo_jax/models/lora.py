@@ -34,7 +34,7 @@ class LoRA:
         return self.alpha / self.rank
 
 
-def attach(decoder: nnx.Module, lora: LoRA) -> None:
+def attach_adapters(decoder: nnx.Module, lora: LoRA) -> None:
     """Give the decoder's targets adapters of the right shape (all zero: the values come with the parameters)."""
     module: Any
     for path, module in nnx.iter_modules(decoder):
@@ -47,7 +47,7 @@ def attach(decoder: nnx.Module, lora: LoRA) -> None:
 
 def init_adapters(shapes: Params, key: Any) -> Params:
     """Fresh float32 adapters for a tree of parameter shapes: A uniform within 1 / sqrt(in), B zero (as PEFT has it)."""
-    flat: dict[Any, Any] = flatten_dict(split(shapes)[1])
+    flat: dict[Any, Any] = flatten_dict(split_adapters(shapes)[1])
 
     def fresh(number: int, name: str, shape: Any):
         if name == "lora_b":
@@ -58,14 +58,14 @@ def init_adapters(shapes: Params, key: Any) -> Params:
     return unflatten_dict({path: fresh(i, path[-1], shape) for i, (path, shape) in enumerate(sorted(flat.items()))})
 
 
-def split(params: Params) -> tuple[Params, Params]:
-    """-> (base weights, adapters), the inverse of `types.join`."""
+def split_adapters(params: Params) -> tuple[Params, Params]:
+    """-> (base weights, adapters), the inverse of `types.join_params`."""
     flat: dict[Any, Any] = flatten_dict(params)
     adapters = {path: leaf for path, leaf in flat.items() if path[-1] in ADAPTERS}
     return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in adapters}), unflatten_dict(adapters)
 
 
-def merged(base: Params, adapters: Params, lora: LoRA) -> Params:
+def merge_adapters(base: Params, adapters: Params, lora: LoRA) -> Params:
     """Ordinary float32 weights, W + alpha / rank * B A: the policy as a model without adapters."""
     flat: dict[Any, Any] = flatten_dict(base)
     low_rank: dict[Any, Any] = flatten_dict(adapters)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax.errors import UserError
 from grpo_jax.models.folders import resolve
 from grpo_jax.models.hf import NAMES
-from grpo_jax.models.lora import LoRA, split
+from grpo_jax.models.lora import LoRA, split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
@@ -39,7 +39,7 @@ PLAIN = {
 
 def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, base_path: str) -> None:
     """Write adapters [L, ...] into `folder` (which exists), so that `peft` loads them onto the model at `base_path`."""
-    flat: dict[Any, Any] = flatten_dict(hosts.fetched(adapters))
+    flat: dict[Any, Any] = flatten_dict(hosts.gather_to_host(adapters))
     tensors = {
         name: layer for path, stacked in flat.items() for name, layer in zip(_names(path, len(stacked)), stacked, strict=True)
     }
@@ -70,7 +70,7 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing, truncated or no safetensors file ({error})") from None
-    wanted: dict[Any, Any] = flatten_dict(split(model.param_shapes())[1])
+    wanted: dict[Any, Any] = flatten_dict(split_adapters(model.param_shapes())[1])
     names = {path: _names(path, shape.shape[0]) for path, shape in wanted.items()}
     extra = sorted(set(tensors) - {name for each in names.values() for name in each})
     if extra:

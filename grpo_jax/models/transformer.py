@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.attention import KVCache, Prefix, View, attend, choose, make_views, rotate
-from grpo_jax.models.fsdp import cut_axis, rematerialised, whole
+from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, rotate, select_view
+from grpo_jax.models.fsdp import all_gather_params, apply_remat, sharded_axis
 from grpo_jax.models.linear import project
-from grpo_jax.models.lora import LoRA, attach
+from grpo_jax.models.lora import LoRA, attach_adapters
 from grpo_jax.types import Params
 
 MAX_UNROLLED = 4  # so few layers are unrolled: a scan would stack and copy what the backward pass needs
@@ -29,12 +29,12 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), W stored [out, in]; with adapters (`lora.attach`) also + scale * (x A^T) B^T."""
+    """y = x W^T (+ b), W stored [out, in]; with adapters (`lora.attach_adapters`) also + scale * (x A^T) B^T."""
 
     def __init__(self, num_in: int, num_out: int, *, use_bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
         self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
-        self.lora_a: nnx.Param | None = nnx.data(None)  # filled by `lora.attach`
+        self.lora_a: nnx.Param | None = nnx.data(None)  # filled by `lora.attach_adapters`
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
 
@@ -74,14 +74,14 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
 
-    def __call__(self, x_BTD, view: View, prefix: KVCache | None, cache: KVCache | None, slot):
+    def __call__(self, x_BTD, view: AttentionView, prefix: KVCache | None, cache: KVCache | None, slot):
         """-> (output_BTD, this call's keys and values, or `cache` with them written from `slot` on)."""
         heads = (*x_BTD.shape[:2], -1, self.arch.head_dim)
         q_BTNH, k_BTKH, v_BTKH = (proj(x_BTD).reshape(heads) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         own = KVCache.of(rotate(k_BTKH, view.rope), v_BTKH)
-        own = own if cache is None else cache.written(own, slot)
+        own = own if cache is None else cache.update(own, slot)
         scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
         out_BTNH = attend(rotate(q_BTNH, view.rope), own, view, prefix, scale)
         return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
@@ -111,7 +111,7 @@ class Block(nnx.Module):
         self.mlp = MLP(arch, rngs=rngs)
         self.mlp_post_norm = RMSNorm(arch.dim, arch) if arch.post_norms else None
 
-    def __call__(self, x_BTD, view: View, prefix: KVCache | None = None, cache: KVCache | None = None, slot=0):
+    def __call__(self, x_BTD, view: AttentionView, prefix: KVCache | None = None, cache: KVCache | None = None, slot=0):
         attn_BTD, kv = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
         x_BTD = x_BTD + (attn_BTD if self.attn_post_norm is None else self.attn_post_norm(attn_BTD))
         mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
         """What the head's logits are capped at, softly (`models.linear.head_logits`); None: not at all."""
         return self.arch.logit_cap
 
-    def embedded(self, tokens):
+    def embed_tokens(self, tokens):
         """What enters the first layer, [..., D] in the compute dtype."""
         x = self.embed[...].astype(self.dtype)[tokens]
         return x if self.arch.embed_scale == 1 else x * jnp.asarray(self.arch.embed_scale, self.dtype)
@@ -154,14 +154,14 @@ class Decoder(nnx.Module):
         Args:
           tokens_BT: int. mask_BT: bool, False on padding (either side).
         Returns:
-          hidden_BTD after the final norm (rubbish, but finite, on padding).
+          hidden_BTD after the final norm (undefined but finite, on padding).
         """
         views = self._views(mask_BT)
 
         def layer(block: Block, x_BTD, is_local):
-            return block(x_BTD, choose(views, is_local))[0], None
+            return block(x_BTD, select_view(views, is_local))[0], None
 
-        hidden_BTD, _ = self._through_layers(layer, self.embedded(tokens_BT))
+        hidden_BTD, _ = self._scan_layers(layer, self.embed_tokens(tokens_BT))
         return self.final_norm(hidden_BTD)
 
     def encode_prompts(self, tokens_PS, mask_PS):
@@ -169,12 +169,12 @@ class Decoder(nnx.Module):
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
-            return block(x_PSD, choose(views, is_local))
+            return block(x_PSD, select_view(views, is_local))
 
-        hidden_PSD, cache = self._through_layers(layer, self.embedded(tokens_PS))
+        hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
         return self.final_norm(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
 
-    def continued(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
+    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
         """Left-padded prompts and the B = P * G completions on top of them, in one pass over the layers.
 
         -> (hidden_PD at each prompt's last token, hidden_BTD). Each prompt is run once; a layer's weights are needed, and their
@@ -184,14 +184,14 @@ class Decoder(nnx.Module):
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kv = block(x_PSD, choose(prompt_views, is_local))
-            x_BTD, _ = block(x_BTD, choose(views, is_local), kv)
+            x_PSD, kv = block(x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _ = block(x_BTD, select_view(views, is_local), kv)
             return (x_PSD, x_BTD), None
 
-        (x_PSD, x_BTD), _ = self._through_layers(layer, (self.embedded(tokens_PS), self.embedded(tokens_BT)))
+        (x_PSD, x_BTD), _ = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
         return self.final_norm(x_PSD[:, -1]), self.final_norm(x_BTD)
 
-    def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[View, View]:
+    def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
         """What causal rows see, where they continue prompts also of those."""
         mask_BT = mask_BT.astype(bool)
         positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
@@ -200,8 +200,8 @@ class Decoder(nnx.Module):
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
         return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
 
-    def _through_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
-        """layer(block, x, is_local as `choose` takes it) -> (x, what to keep), of one layer after the other."""
+    def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
+        """layer(block, x, is_local as `select_view` takes it) -> (x, what to keep), of one layer after the other."""
         graphdef, stacked = nnx.split(self.layers)
 
         def step(x, weights_and_kind):
@@ -211,11 +211,11 @@ class Decoder(nnx.Module):
 
         L, local = self.arch.num_layers, self.arch.local_layers
         is_unrolled = L <= MAX_UNROLLED
-        step = rematerialised(step, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
+        step = apply_remat(step, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
         is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local)) if 0 < len(local) < L else None
         return jax.lax.scan(step, x, (stacked, is_local_L), unroll=L if is_unrolled else 1)
 
-    def unstacked_layers(self) -> list[Any]:
+    def unstack_layers(self) -> list[Any]:
         """The layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
         _, stacked = nnx.split(self.layers)
         return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.arch.num_layers)]
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         """One token a row, written to cache slot `slot` (one for all rows, or [B]).
 
         Args:
-          layers: from `unstacked_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
+          layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
         Returns: hidden_BD, and the caches with slot `slot` filled.
         """
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
         mask_B1U = (slots_1U <= slot_B1)[:, None]
         views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
         graphdef, _ = nnx.split(self.layers)
-        x_B1D = self.embedded(tokens_B)[:, None]
+        x_B1D = self.embed_tokens(tokens_B)[:, None]
         filled = []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             its_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
@@ -276,12 +276,12 @@ class ModelDef:
         abstract = self._abstract()
         shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
         layer_shapes = shapes.pop("layers")
-        params = {**whole({name: params[name] for name in shapes}, shapes, self.dtype), "layers": params["layers"]}
+        params = {**all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype), "layers": params["layers"]}
         decoder = nnx.merge(nnx.graphdef(abstract), nnx.State(params))
-        axes = jax.tree.map(cut_axis, params["layers"], layer_shapes)
+        axes = jax.tree.map(sharded_axis, params["layers"], layer_shapes)
         if jax.tree.leaves(axes):  # None is no leaf
             of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer_shapes)
-            decoder.gather = lambda weights: nnx.State(whole(nnx.to_pure_dict(weights), of_one, self.dtype))
+            decoder.gather = lambda weights: nnx.State(all_gather_params(nnx.to_pure_dict(weights), of_one, self.dtype))
         return decoder
 
     def param_shapes(self) -> Params:
@@ -292,7 +292,7 @@ class ModelDef:
         def build() -> Decoder:
             decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat_policy, rngs=nnx.Rngs(0))
             if self.lora is not None:
-                attach(decoder, self.lora)
+                attach_adapters(decoder, self.lora)
             return decoder
 
         return nnx.eval_shape(build)

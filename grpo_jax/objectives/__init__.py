@@ -18,7 +18,7 @@ from grpo_jax.objectives.advantages import Arrays, advantages
 from grpo_jax.objectives.aggregation import token_weights
 from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, kl_k3, log_ratio
-from grpo_jax.objectives.surrogates import SURROGATES, Terms, dual_clipped
+from grpo_jax.objectives.surrogates import SURROGATES, SurrogateInputs, apply_dual_clip
 from grpo_jax.objectives.variants import PRESETS, VARIANTS, check_choices, describe, get
 from grpo_jax.types import AxisName
 
@@ -60,12 +60,12 @@ def token_loss(
     adv_BT = jax.lax.stop_gradient(jnp.where(kept_BT, adv_BT, 0.0))
     log_ratio_BT = log_ratio(logp_BT, jax.lax.stop_gradient(old_logp_BT), mask_BT)
     ratio_BT = RATIOS[obj.ratio](log_ratio_BT, mask_BT)
-    terms = Terms(jnp.where(kept_BT, logp_BT, 0.0), log_ratio_BT, ratio_BT, adv_BT, mask_BT)
-    value_BT, is_low_BT, is_high_BT = SURROGATES[obj.surrogate](obj, terms)
-    aux = {"ratio": ratio_BT, "is_clipped_low": is_low_BT, "is_clipped_high": is_high_BT}
+    terms = SurrogateInputs(jnp.where(kept_BT, logp_BT, 0.0), log_ratio_BT, ratio_BT, adv_BT, mask_BT)
+    value_BT, clipped_low_BT, clipped_high_BT = SURROGATES[obj.surrogate](obj, terms)
+    aux = {"ratio": ratio_BT, "is_clipped_low": clipped_low_BT, "is_clipped_high": clipped_high_BT}
     if obj.dual_clip is not None:
         aux["is_clipped_dual"] = (adv_BT < 0) & (value_BT < obj.dual_clip * adv_BT)
-        value_BT = dual_clipped(value_BT, adv_BT, obj.dual_clip)
+        value_BT = apply_dual_clip(value_BT, adv_BT, obj.dual_clip)
     loss_BT = -value_BT
     if ref_logp_BT is not None and obj.has_kl:
         logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT

@@ -66,7 +66,7 @@ def advantages(
         reward_PG=jnp.asarray(rewards_B, jnp.float32).reshape(by_group),
         is_success_PG=jnp.asarray(task_rewards_B).reshape(by_group) >= obj.success_threshold,
         mask_PGT=mask_PGT,
-        entropy_PGT=_bounded_entropy(obj, jnp.asarray(entropy_BT, jnp.float32).reshape(*by_group, T), mask_PGT),
+        entropy_PGT=_bound_entropy(obj, jnp.asarray(entropy_BT, jnp.float32).reshape(*by_group, T), mask_PGT),
         has_tokens_PG=mask_PGT.any(-1),
         axis_name=axis_name,
     )
@@ -74,7 +74,7 @@ def advantages(
     return jax.lax.stop_gradient(jnp.where(mask_PGT > 0, adv_PGT, 0.0).reshape(B, T))
 
 
-def _bounded_entropy(obj: Objective, entropy_PGT, mask_PGT):
+def _bound_entropy(obj: Objective, entropy_PGT, mask_PGT):
     """H = max(entropy, floor), optionally clipped first; masked positions get 1 so that they stay finite."""
     if obj.entropy_clip is not None:
         entropy_PGT = jnp.clip(entropy_PGT, *obj.entropy_clip)
@@ -107,15 +107,15 @@ def leave_one_out(obj: Objective, groups: Groups):
 
 def batch_norm(obj: Objective, groups: Groups):
     """A_i = (r_i - mean) / (std + eps) over all tokens of the batch (REINFORCE++, arXiv 2501.03262)."""
-    return _over_batch(obj, groups, groups.reward_PG)
+    return _standardise_over_batch(obj, groups, groups.reward_PG)
 
 
 def group_center_batch_norm(obj: Objective, groups: Groups):
     """The same of r_i - mean_g: a baseline of each prompt, one scale for the batch (arXiv 2501.03262, with baseline)."""
-    return _over_batch(obj, groups, group_center(obj, groups)[..., 0])
+    return _standardise_over_batch(obj, groups, group_center(obj, groups)[..., 0])
 
 
-def _over_batch(obj: Objective, groups: Groups, x_PG):
+def _standardise_over_batch(obj: Objective, groups: Groups, x_PG):
     """Standardised over the tokens of the global batch, as advantages of tokens are elsewhere (verl, OpenRLHF)."""
     x_PGT = jnp.broadcast_to(x_PG[..., None], groups.mask_PGT.shape)
     return standardise(x_PGT, groups.mask_PGT, None, groups.axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
@@ -132,7 +132,7 @@ def token_entropy(obj: Objective, groups: Groups):
     share_down_PGT = _relative(1.0 / groups.entropy_PGT, failure_PGT, axis=1)
     up_PGT = obj.base_weight * groups.reward_PG[..., None] + obj.entropy_weight * share_up_PGT
     down_PGT = -obj.base_weight - obj.entropy_weight * share_down_PGT
-    return _normalised(obj, groups, up_PGT, down_PGT, success_PGT, failure_PGT, group_axes=(1, 2))
+    return _normalise_sides(obj, groups, up_PGT, down_PGT, success_PGT, failure_PGT, group_axes=(1, 2))
 
 
 def sequence_entropy(obj: Objective, groups: Groups):
@@ -146,7 +146,7 @@ def sequence_entropy(obj: Objective, groups: Groups):
     failure_PG = rows_PG - success_PG
     up_PG = obj.base_weight * groups.reward_PG + obj.entropy_weight * _relative(mean_PG, success_PG, axis=1)
     down_PG = -obj.base_weight - obj.entropy_weight * _relative(1.0 / mean_PG, failure_PG, axis=1)
-    adv_PG = _normalised(obj, groups, up_PG, down_PG, success_PG, failure_PG, group_axes=(1,))
+    adv_PG = _normalise_sides(obj, groups, up_PG, down_PG, success_PG, failure_PG, group_axes=(1,))
     return adv_PG[..., None]
 
 
@@ -157,17 +157,17 @@ def _relative(x, members, axis: int):
     return jnp.where(total > 0, count * x / jnp.where(total > 0, total, 1.0), 1.0)
 
 
-def _normalised(obj: Objective, groups: Groups, up, down, success, failure, group_axes: tuple[int, ...]):
+def _normalise_sides(obj: Objective, groups: Groups, up, down, success, failure, group_axes: tuple[int, ...]):
     """Eq. 4: (r+ - mean R+) / (std R+ + eps) on O+, likewise on O-.
 
-    R+ holds an entry for *every* member of the scope, 0 on those in O-. With shaped_zeros = "left_out" it does not: then
+    R+ holds an entry for *every* member of the scope, 0 on those in O-. With include_other_side = False it does not: then
     successes average to advantage 0 and the signal of correctness is gone. That reading is a mistake, there to be measured.
     """
     is_batch = obj.stat_scope == "batch"
     axis, axis_name = (None, groups.axis_name) if is_batch else (group_axes, None)
     everyone = success + failure
     up, down = jnp.where(success > 0, up, 0.0), jnp.where(failure > 0, down, 0.0)
-    pools = (everyone, everyone) if obj.shaped_zeros == "kept" else (success, failure)
+    pools = (everyone, everyone) if obj.include_other_side else (success, failure)
     up, down = (
         standardise(x, pool, axis, axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
         for x, pool in zip((up, down), pools, strict=True)

@@ -17,8 +17,8 @@ class Objective:
     is sqrt(sum sq / (n - ddof)) + adv_eps. success_threshold: a task reward from here on is a success (O+).
     entropy_floor (nats), entropy_clip (low, high in nats, or None): bounds on the entropy in the shaped rewards.
     base_weight, entropy_weight: a1, a2 of GTPO and b1, b2 of GRPO-S. stat_scope: over what the shaped rewards are
-    normalised. sequence_mean_kind: how GRPO-S averages entropy over a row. shaped_zeros: whether the other side's zeros
-    belong to the shaped rewards' statistics ("left_out" is a mistaken reading, for comparison).
+    normalised. sequence_mean_kind: how GRPO-S averages entropy over a row. include_other_side: whether the other side's
+    zeros belong to the shaped rewards' statistics (False is a mistaken reading, for comparison).
     """
 
     advantage: str = "group_norm"
@@ -39,7 +39,7 @@ class Objective:
     entropy_weight: float = 0.1
     stat_scope: str = "batch"
     sequence_mean_kind: str = "arithmetic"
-    shaped_zeros: str = "kept"
+    include_other_side: bool = True
 
     def __post_init__(self) -> None:
         at_least = {"clip_low": 0, "clip_high": 0, "kl_coef": 0, "std_ddof": 0, "adv_eps": 0, "entropy_weight": 0}

@@ -13,7 +13,7 @@ from grpo_jax.objectives.objective import Objective
 from grpo_jax.objectives.ratios import RATIOS, token_ratio
 
 
-class Terms(NamedTuple):
+class SurrogateInputs(NamedTuple):
     """What a surrogate is made of, all [B, T] and finite where masked. logp_BT, log_ratio_BT: nats, with gradient."""
 
     logp_BT: Any
@@ -24,21 +24,21 @@ class Terms(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """value_BT: to be maximised. is_low_BT, is_high_BT: bool, where the clip holds the ratio or the weight."""
+    """value_BT: to be maximised. clipped_low_BT, clipped_high_BT: bool, where the clip holds the ratio or the weight."""
 
     value_BT: Any
-    is_low_BT: Any
-    is_high_BT: Any
+    clipped_low_BT: Any
+    clipped_high_BT: Any
 
 
-def ppo_clip(obj: Objective, terms: Terms) -> Surrogate:
+def ppo_clip(obj: Objective, terms: SurrogateInputs) -> Surrogate:
     """min(w A, clip(w, 1 - clip_low, 1 + clip_high) A): pessimistic for either sign of A (PPO, arXiv 1707.06347, eq. 7)."""
     ratio_BT, adv_BT = terms.ratio_BT, terms.adv_BT
     clipped_BT = jnp.clip(ratio_BT, 1.0 - obj.clip_low, 1.0 + obj.clip_high)
-    return Surrogate(jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT), *_held(obj, ratio_BT, adv_BT))
+    return Surrogate(jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT), *_clip_active(obj, ratio_BT, adv_BT))
 
 
-def token_clip(obj: Objective, terms: Terms) -> Surrogate:
+def token_clip(obj: Objective, terms: SurrogateInputs) -> Surrogate:
     """Each token's ratio is clipped by itself, as pessimistically, before `ratio` combines a row's tokens: w' A.
 
     With ratio = "sequence_geometric" GMPO (Zhao et al., arXiv 2507.20673); with "token" it is `ppo_clip`.
@@ -48,34 +48,34 @@ def token_clip(obj: Objective, terms: Terms) -> Surrogate:
     clipped_BT = jnp.clip(log_ratio_BT, low, jnp.log1p(obj.clip_high))
     pessimistic_BT = jnp.where(adv_BT >= 0, jnp.minimum(log_ratio_BT, clipped_BT), jnp.maximum(log_ratio_BT, clipped_BT))
     value_BT = RATIOS[obj.ratio](pessimistic_BT, terms.mask_BT) * adv_BT
-    return Surrogate(value_BT, *_held(obj, token_ratio(log_ratio_BT, terms.mask_BT), adv_BT))
+    return Surrogate(value_BT, *_clip_active(obj, token_ratio(log_ratio_BT, terms.mask_BT), adv_BT))
 
 
-def clipped_weight(obj: Objective, terms: Terms) -> Surrogate:
+def clipped_weight(obj: Objective, terms: SurrogateInputs) -> Surrogate:
     """sg(clip(w, 1 - clip_low, 1 + clip_high)) A logp: no token loses its gradient (CISPO, arXiv 2506.13585, eqs. 4-5)."""
     low, high = 1.0 - obj.clip_low, 1.0 + obj.clip_high
     weight_BT = jax.lax.stop_gradient(jnp.clip(terms.ratio_BT, low, high))
     return Surrogate(weight_BT * terms.adv_BT * terms.logp_BT, terms.ratio_BT < low, terms.ratio_BT > high)
 
 
-def reinforce(obj: Objective, terms: Terms) -> Surrogate:
+def reinforce(obj: Objective, terms: SurrogateInputs) -> Surrogate:
     """A logp, whatever policy sampled: meant for one update a batch (Williams 1992; RLOO, arXiv 2402.14740)."""
     del obj
     nowhere_BT = jnp.zeros_like(terms.adv_BT, bool)
     return Surrogate(terms.adv_BT * terms.logp_BT, nowhere_BT, nowhere_BT)
 
 
-def dual_clipped(value_BT, adv_BT, bound: float):
+def apply_dual_clip(value_BT, adv_BT, bound: float):
     """max(value, bound A) where A < 0: a bad token that became far likelier cannot dominate (Ye et al., arXiv 1912.09729)."""
     return jnp.where(adv_BT < 0, jnp.maximum(value_BT, bound * adv_BT), value_BT)
 
 
-def _held(obj: Objective, ratio_BT, adv_BT):
+def _clip_active(obj: Objective, ratio_BT, adv_BT):
     """Where a pessimistic clip holds: too low already for A < 0, too high already for A > 0."""
     return (ratio_BT < 1.0 - obj.clip_low) & (adv_BT < 0), (ratio_BT > 1.0 + obj.clip_high) & (adv_BT > 0)
 
 
-SURROGATES: Mapping[str, Callable[[Any, Terms], Surrogate]] = MappingProxyType(
+SURROGATES: Mapping[str, Callable[[Any, SurrogateInputs], Surrogate]] = MappingProxyType(
     {"ppo_clip": ppo_clip, "token_clip": token_clip, "clipped_weight": clipped_weight, "reinforce": reinforce}
 )
 CLIPPED_RATIO = ("ppo_clip", "token_clip")  # the gradient goes through the ratio, so a second bound on it means something

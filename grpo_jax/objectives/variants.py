@@ -23,7 +23,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "aggregation": tuple(AGGREGATIONS),
         "stat_scope": ("batch", "group"),
         "sequence_mean_kind": ("arithmetic", "geometric"),
-        "shaped_zeros": ("kept", "left_out"),
     }
 )
 

@@ -56,7 +56,7 @@ def is_joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def abandon(status: int) -> NoReturn:
+def exit_without_barrier(status: int) -> NoReturn:
     """Leave without waiting for the others, as an ordinary exit would: they end when they miss our heartbeat."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,22 +64,22 @@ def abandon(status: int) -> NoReturn:
     os._exit(status)
 
 
-def from_all(tree: Any) -> Any:
+def process_allgather(tree: Any) -> Any:
     """Numbers that each process has -> those of all, stacked on a leading axis of processes."""
     return multihost_utils.process_allgather(tree)
 
 
-def from_first(tree: Any) -> Any:
+def broadcast_from_process0(tree: Any) -> Any:
     """Numbers as the first process has them."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether it is set in any process."""
-    return bool(from_all(np.asarray(flag)).any())
+    return bool(process_allgather(np.asarray(flag)).any())
 
 
-def fetched(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Global arrays -> numpy arrays, whole in every process."""
 
     def whole(x: Any) -> Any:
@@ -89,7 +89,7 @@ def fetched(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def placed(tree: Any, places: Any) -> Any:
+def make_global_array(tree: Any, places: Any) -> Any:
     """Numbers that are the same in all processes -> global arrays. places: their shardings."""
 
     def place(x: Any, sharding: Any) -> jax.Array:
@@ -99,50 +99,50 @@ def placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(place, tree, places)
 
 
-def make_rows(function: Callable[[int, int], Any], num_rows: int, mesh: Mesh) -> Any:
+def make_global_batch(function: Callable[[int, int], Any], num_rows: int, mesh: Mesh) -> Any:
     """A tree of global arrays, rows spread over the mesh. function: (first, number) -> these rows, as numpy arrays.
 
     Each process makes the rows of its own devices only.
     """
     place = NamedSharding(mesh, ROWS)
-    spans = {bounds(index, num_rows) for index in place.addressable_devices_indices_map((num_rows,)).values()}
+    spans = {row_bounds(index, num_rows) for index in place.addressable_devices_indices_map((num_rows,)).values()}
     pieces = {(first, end): function(first, end - first) for first, end in sorted(spans)}
 
     def join(*leaves: Any) -> jax.Array:
         of_span = dict(zip(pieces, leaves, strict=True))
         shape = (num_rows, *leaves[0].shape[1:])
-        return jax.make_array_from_callback(shape, place, lambda index: of_span[bounds(index, num_rows)])
+        return jax.make_array_from_callback(shape, place, lambda index: of_span[row_bounds(index, num_rows)])
 
     return jax.tree.map(join, *pieces.values())
 
 
-def own_rows(tree: Any) -> tuple[np.ndarray, Any]:
+def addressable_rows(tree: Any) -> tuple[np.ndarray, Any]:
     """-> (the numbers of the rows that this process answers for, those rows of each array). Every row is one process's."""
 
     def pieces(x: jax.Array) -> list[Any]:
         own = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-        return sorted(own, key=lambda shard: bounds(shard.index, len(x))[0])
+        return sorted(own, key=lambda shard: row_bounds(shard.index, len(x))[0])
 
     def rows(x: jax.Array) -> np.ndarray:
         return np.concatenate([np.zeros((0, *x.shape[1:]), x.dtype), *(np.asarray(shard.data) for shard in pieces(x))])
 
     first = jax.tree.leaves(tree)[0]
-    numbers = [np.arange(*bounds(shard.index, len(first))) for shard in pieces(first)]
+    numbers = [np.arange(*row_bounds(shard.index, len(first))) for shard in pieces(first)]
     return np.concatenate([np.arange(0), *numbers]), jax.tree.map(rows, tree)
 
 
-def joined(rows: np.ndarray, tree: Any, num_rows: int) -> Any:
-    """What each process has for its `own_rows` -> all rows, in every process."""
+def allgather_rows(rows: np.ndarray, tree: Any, num_rows: int) -> Any:
+    """What each process has for its `addressable_rows` -> all rows, in every process."""
 
     def spread(x: Any) -> np.ndarray:
         whole = np.zeros((num_rows, *x.shape[1:]), x.dtype)
         whole[rows] = x
         return whole
 
-    return jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), from_all(jax.tree.map(spread, tree)))
+    return jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), process_allgather(jax.tree.map(spread, tree)))
 
 
-def bounds(index: Any, num_rows: int) -> tuple[int, int]:
+def row_bounds(index: Any, num_rows: int) -> tuple[int, int]:
     """-> (first, end) of the rows of a shard."""
     first, end, _ = index[0].indices(num_rows)
     return first, end

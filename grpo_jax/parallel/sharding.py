@@ -23,9 +23,9 @@ ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batch
 REPLICATED = PartitionSpec()
 
 # What an axis of a parameter stands for -> the mesh axis that it is cut along.
-RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
+LOGICAL_AXIS_RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
 # What the matrices [out, in] of a layer map to what. Their biases and adapters follow.
-MATRICES = {
+PARAM_LOGICAL_AXES = {
     "q": ("heads", "width"),
     "k": ("kv_heads", "width"),
     "v": ("kv_heads", "width"),
@@ -86,7 +86,7 @@ def row_axes(mesh: Mesh) -> tuple[str, ...] | None:
     return ROW_AXES if num_row_shards(mesh) > 1 else None
 
 
-def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def shard_map_over_batch(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
 
     With one part of rows all of it does: the axes of `row_axes` have no names in the function then.
@@ -102,19 +102,19 @@ def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
 
 
-def names_of(path: Any) -> tuple[str, ...]:
+def path_names(path: Any) -> tuple[str, ...]:
     """A leaf's path in a pytree as plain names."""
     return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
 
 
-def meaning(names: tuple[str, ...]) -> tuple[str | None, ...]:
+def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
     """What the axes of a parameter stand for, by its name: () if nothing is cut. Optimizer state has the same names."""
     *_, module, name = ("", *names)
     if name in ("embed", "head"):
         return ("vocab", "width")
-    if module not in MATRICES:
+    if module not in PARAM_LOGICAL_AXES:
         return ()
-    num_out, num_in = MATRICES[module]  # behind the stacked layers
+    num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers
     of = {"weight": (None, num_out, num_in), "bias": (None, num_out), "lora_a": (None, None, num_in), "lora_b": (None, num_out)}
     return of.get(name, ())
 
@@ -124,7 +124,7 @@ def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_e
 
     min_elements: a layer's tensor of fewer is not cut along `fsdp`.
     """
-    cuts: list[str | None] = [RULES.get(axis or "") for axis in meaning(names)]
+    cuts: list[str | None] = [LOGICAL_AXIS_RULES.get(axis or "") for axis in logical_axes(names)]
     num_elements = math.prod(shape[1:] if "layers" in names else shape)
     for i, axis in enumerate(cuts):
         is_small = axis == "fsdp" and num_elements < min_elements
@@ -137,10 +137,10 @@ def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_e
 
 def specs_of(tree: Any, mesh: Mesh, min_elements: int) -> Any:
     """`param_spec` of every leaf (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: param_spec(names_of(path), x.shape, mesh, min_elements), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, x: param_spec(path_names(path), x.shape, mesh, min_elements), tree)
 
 
-def placed(tree: Any, mesh: Mesh, min_elements: int) -> Any:
+def with_shardings(tree: Any, mesh: Mesh, min_elements: int) -> Any:
     """Arrays or shapes -> shapes with the places they belong to."""
 
     def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -149,8 +149,8 @@ def placed(tree: Any, mesh: Mesh, min_elements: int) -> Any:
     return jax.tree.map(place, tree, specs_of(tree, mesh, min_elements))
 
 
-def on_host(like: Any) -> Any:
-    """What `placed` gives, with its arrays (numbers apart) in the page-locked memory of the device's host."""
+def offload_to_host(like: Any) -> Any:
+    """What `with_shardings` gives, with its arrays (numbers apart) in the page-locked memory of the device's host."""
 
     def move(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
@@ -160,22 +160,22 @@ def on_host(like: Any) -> Any:
     return jax.tree.map(move, like)
 
 
-def moved(tree: Any, space: Any) -> Any:
+def to_memory_space(tree: Any, space: Any) -> Any:
     """The arrays (numbers apart) of a traced tree in the memory of the host or of the device. space: `jax.memory.Space`."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 
-def places_of(like: Any) -> Any:
-    """The shardings of arrays or of what `placed` gives."""
+def shardings_of(like: Any) -> Any:
+    """The shardings of arrays or of what `with_shardings` gives."""
     return jax.tree.map(lambda x: x.sharding, like)
 
 
-def without(specs: Any, axis: str) -> Any:
+def drop_mesh_axis(specs: Any, axis: str) -> Any:
     """The same places without cuts along one mesh axis."""
     return jax.tree.map(lambda spec: PartitionSpec(*(None if cut == axis else cut for cut in spec)), specs)
 
 
-def for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
+def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
     """Weights as a rollout reads them at every token: whole but for `tensor`, in the compute dtype (which is what travels).
 
     Called once for any number of rollouts. Without fsdp the weights lie like this already, and nothing is done.
@@ -187,7 +187,7 @@ def for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
         if "fsdp" not in spec:
             return x
         small = constrain(x.astype(dtype), mesh, spec)  # or the cast might come after the gather
-        return constrain(small, mesh, without(spec, "fsdp"))
+        return constrain(small, mesh, drop_mesh_axis(spec, "fsdp"))
 
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
 

@@ -25,7 +25,7 @@ def is_informative(task_reward_PG):
     return task_reward_PG.max(-1) > task_reward_PG.min(-1)
 
 
-def shuffled(reward: Reward, key) -> Reward:
+def shuffle_rewards(reward: Reward, key) -> Reward:
     """The control experiment: the same rewards, handed to the wrong rows (permuted over the whole batch)."""
     task_PG, shaping_PG = (
         jax.random.permutation(key, x_PG.reshape(-1)).reshape(x_PG.shape) for x_PG in (reward.task_PG, reward.shaping_PG)
@@ -33,7 +33,7 @@ def shuffled(reward: Reward, key) -> Reward:
     return Reward(task_PG, shaping_PG, reward.metrics)
 
 
-def rewarded(rollout: Rollout, reward: Reward, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
+def make_batch(rollout: Rollout, reward: Reward, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
     """Rollout + reward -> Batch, the shaped reward beside the task's. step: whose policy sampled it."""
     lengths_PG = rollout.mask_PGT.sum(-1)
     punishment_PG = soft_overlong(

@@ -18,8 +18,8 @@ from grpo_jax.models.transformer import Decoder
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
 
-WHOLE_SLOTS = 64  # so many slots of a cache are not worth a loop of their own
-REFILL_SHARE = 8  # rows are refilled when one of so many has ended: then each row's prompt is copied to it
+MIN_SLOTS_TO_GROW = 64  # so many slots of a cache are not worth a loop of their own
+REFILL_FRACTION = 8  # rows are refilled when one of so many has ended: then each row's prompt is copied to it
 
 
 @flax.struct.dataclass
@@ -38,7 +38,7 @@ class Completions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class DecodeContext:
     """What both loops work on: B = P * G completions of P encoded prompts. layers: unstacked. keys_B: a key of each."""
 
     decoder: Decoder
@@ -78,7 +78,7 @@ class Decoding:
 
 
 @flax.struct.dataclass
-class _Together:
+class _BatchedState:
     """The loop's state: columns up to `t` are filled."""
 
     t: Any
@@ -89,36 +89,36 @@ class _Together:
 def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
     """Slots of the caches as a rollout goes on: half of them first, for attention costs what there is, not what is filled."""
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
-    return (num_slots,) if num_slots <= WHOLE_SLOTS else (-(-num_slots // 2), num_slots)
+    return (num_slots,) if num_slots <= MIN_SLOTS_TO_GROW else (-(-num_slots // 2), num_slots)
 
 
-def decode_together(job: Decoding) -> Completions:
+def decode_batched(ctx: DecodeContext) -> Completions:
     """Every completion has a row of its own; the loop ends with the longest."""
-    B, T = len(job.keys_B), job.max_completion_tokens
-    G = B // len(job.first_logits_PV)
+    B, T = len(ctx.keys_B), ctx.max_completion_tokens
+    G = B // len(ctx.first_logits_PV)
 
-    def record(carry: _Together, new: Draw) -> _Together:
+    def record(carry: _BatchedState, new: Draw) -> _BatchedState:
         """Write column t; rows that ended before it stay blank."""
         done = carry.done
         live_B = ~done.is_done_B
-        column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw(job.pad_id, 0.0, 0.0, 0))
+        column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw(ctx.pad_id, 0.0, 0.0, 0))
         done = Completions(
             drawn=jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), done.drawn, column),
             mask_BT=done.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
-            is_done_B=done.is_done_B | job.ends(column.token_B),
+            is_done_B=done.is_done_B | ctx.ends(column.token_B),
         )
         return dataclasses.replace(carry, t=carry.t + 1, done=done)
 
-    def step(carry: _Together) -> _Together:
+    def step(carry: _BatchedState) -> _BatchedState:
         last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
-        logits_BV, caches = job.next_logits(carry.caches, last_B, carry.t - 1, job.prefix)
-        return record(dataclasses.replace(carry, caches=caches), job.draw(logits_BV, job.keys_B, carry.t))
+        logits_BV, caches = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
+        return record(dataclasses.replace(carry, caches=caches), ctx.draw(logits_BV, ctx.keys_B, carry.t))
 
     sizes = cache_sizes(T)
-    carry = vary_like(_Together(jnp.int32(0), job.blank(), job.empty_caches(B, sizes[0])), job.prefix.lengths_P)
-    carry = record(carry, job.draw(jnp.repeat(job.first_logits_PV, G, axis=0), job.keys_B, 0))
+    carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), ctx.empty_caches(B, sizes[0])), ctx.prefix.lengths_P)
+    carry = record(carry, ctx.draw(jnp.repeat(ctx.first_logits_PV, G, axis=0), ctx.keys_B, 0))
     for num_slots in sizes:
-        carry = dataclasses.replace(carry, caches=[cache.widened(num_slots) for cache in carry.caches])
+        carry = dataclasses.replace(carry, caches=[cache.pad_to(num_slots) for cache in carry.caches])
         end = min(num_slots + 1, T)
         carry = jax.lax.while_loop(lambda c, end=end: (c.t < end) & ~c.done.is_done_B.all(), step, carry)
     return carry.done
@@ -128,7 +128,7 @@ def decode_together(job: Decoding) -> Completions:
 
 
 @flax.struct.dataclass
-class _Refilled:
+class _ContinuousState:
     """The loops' state, of R rows. next: the first completion that waits. of_R: the completion that a row is at, B where none
     is left. t_R: tokens it has. last_R: the last of them. is_free_R: it has ended.
     """
@@ -142,16 +142,16 @@ class _Refilled:
     caches: list[KVCache]
 
 
-def decode_refilled(job: Decoding, num_rows: int) -> Completions:
+def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
     """R = num_rows completions at a time, R < B. Rows that end take the next that wait: a long one idles its own row only.
 
     Caches are R rows instead of B. Rows of one prompt begin at different times and no longer stand together: each has a copy
     of its prompt's keys and values, made anew when rows are refilled.
     """
-    B, R, T = len(job.keys_B), num_rows, job.max_completion_tokens
-    G = B // len(job.first_logits_PV)
+    B, R, T = len(ctx.keys_B), num_rows, ctx.max_completion_tokens
+    G = B // len(ctx.first_logits_PV)
 
-    def refill(carry: _Refilled) -> _Refilled:
+    def refill(carry: _ContinuousState) -> _ContinuousState:
         """Free rows take what waits, in its order."""
         rank_R = jnp.cumsum(carry.is_free_R) - 1
         of_R = jnp.where(carry.is_free_R, jnp.minimum(carry.next + rank_R, B), carry.of_R)
@@ -163,13 +163,13 @@ def decode_refilled(job: Decoding, num_rows: int) -> Completions:
             is_free_R=of_R == B,
         )
 
-    def step(carry: _Refilled, prefix: Prefix, first_logits_RV, keys_R) -> _Refilled:
+    def step(carry: _ContinuousState, prefix: Prefix, first_logits_RV, keys_R) -> _ContinuousState:
         """One token more in every row that is not free; a row's first comes of its prompt."""
         slot_R = jnp.maximum(carry.t_R - 1, 0)
-        logits_RV, caches = job.next_logits(carry.caches, carry.last_R, slot_R, prefix)
-        new = job.draw(jnp.where(carry.t_R[:, None] == 0, first_logits_RV, logits_RV), keys_R, carry.t_R)
+        logits_RV, caches = ctx.next_logits(carry.caches, carry.last_R, slot_R, prefix)
+        new = ctx.draw(jnp.where(carry.t_R[:, None] == 0, first_logits_RV, logits_RV), keys_R, carry.t_R)
         to_R = jnp.where(carry.is_free_R, B, carry.of_R)  # row B is none: it is dropped
-        done, is_stop_R = carry.done, job.ends(new.token_B)
+        done, is_stop_R = carry.done, ctx.ends(new.token_B)
         done = Completions(
             drawn=jax.tree.map(lambda old_BT, x_R: old_BT.at[to_R, carry.t_R].set(x_R, mode="drop"), done.drawn, new),
             mask_BT=done.mask_BT.at[to_R, carry.t_R].set(1.0, mode="drop"),
@@ -177,30 +177,30 @@ def decode_refilled(job: Decoding, num_rows: int) -> Completions:
         )
         t_R = carry.t_R + ~carry.is_free_R
         is_free_R = carry.is_free_R | is_stop_R | (t_R == T)
-        return _Refilled(carry.next, carry.of_R, t_R, new.token_B, is_free_R, done, caches)
+        return _ContinuousState(carry.next, carry.of_R, t_R, new.token_B, is_free_R, done, caches)
 
-    def stretch(carry: _Refilled) -> _Refilled:
+    def decode_until_refill(carry: _ContinuousState) -> _ContinuousState:
         """Refill, and decode until it is worth refilling again, or to the end if nothing waits."""
         carry = refill(carry)
         of_R = jnp.minimum(carry.of_R, B - 1)
         prompt_R = of_R // G
-        prefix = jax.tree.map(lambda x: x[prompt_R], dataclasses.replace(job.prefix, cache=None))
-        prefix = dataclasses.replace(prefix, cache=jax.tree.map(lambda x: x[:, prompt_R], job.prefix.cache))
-        first_logits_RV, keys_R = job.first_logits_PV[prompt_R], job.keys_B[of_R]
-        most_free = jnp.where(carry.next < B, -(-R // REFILL_SHARE), R)
+        prefix = jax.tree.map(lambda x: x[prompt_R], dataclasses.replace(ctx.prefix, cache=None))
+        prefix = dataclasses.replace(prefix, cache=jax.tree.map(lambda x: x[:, prompt_R], ctx.prefix.cache))
+        first_logits_RV, keys_R = ctx.first_logits_PV[prompt_R], ctx.keys_B[of_R]
+        most_free = jnp.where(carry.next < B, -(-R // REFILL_FRACTION), R)
         return jax.lax.while_loop(
             lambda c: c.is_free_R.sum() < most_free, lambda c: step(c, prefix, first_logits_RV, keys_R), carry
         )
 
-    nothing = jnp.zeros(R, jnp.int32)
-    carry = _Refilled(
+    zeros_R = jnp.zeros(R, jnp.int32)
+    carry = _ContinuousState(
         next=jnp.int32(0),
-        of_R=nothing,
-        t_R=nothing,
-        last_R=nothing,
+        of_R=zeros_R,
+        t_R=zeros_R,
+        last_R=zeros_R,
         is_free_R=jnp.ones(R, bool),
-        done=job.blank(),
-        caches=job.empty_caches(R, cache_sizes(T)[-1]),
+        done=ctx.blank(),
+        caches=ctx.empty_caches(R, cache_sizes(T)[-1]),
     )
-    carry = vary_like(carry, job.prefix.lengths_P)
-    return jax.lax.while_loop(lambda c: (c.next < B) | ~c.is_free_R.all(), stretch, carry).done
+    carry = vary_like(carry, ctx.prefix.lengths_P)
+    return jax.lax.while_loop(lambda c: (c.next < B) | ~c.is_free_R.all(), decode_until_refill, carry).done

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout.decoding import Decoding, decode_refilled, decode_together
+from grpo_jax.rollout.decoding import DecodeContext, decode_batched, decode_continuous
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.types import Params, Prompts, Rollout
 
@@ -18,7 +18,7 @@ from grpo_jax.types import Params, Prompts, Rollout
 class RolloutSpec:
     """The static half of a rollout (hashable). stop_ids: a completion ends at any of them and keeps it.
 
-    live_rows: completions decoded at a time, 0: all.
+    max_live_sequences: completions decoded at a time, 0: all.
     """
 
     group_size: int
@@ -26,7 +26,7 @@ class RolloutSpec:
     sampling: Sampling
     stop_ids: tuple[int, ...]
     pad_id: int
-    live_rows: int = 0
+    max_live_sequences: int = 0
 
 
 def row_keys(key, num_prompts: int, group_size: int):
@@ -49,9 +49,9 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
     P, G = len(prompts.tokens_PS), spec.group_size
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
     head_VD = decoder.head_VD
-    job = Decoding(
+    ctx = DecodeContext(
         decoder,
-        decoder.unstacked_layers(),
+        decoder.unstack_layers(),
         head_VD,
         prefix,
         first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap),
@@ -61,8 +61,8 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         pad_id=spec.pad_id,
         max_completion_tokens=spec.max_completion_tokens,
     )
-    is_refilled = 0 < spec.live_rows < P * G
-    done = decode_refilled(job, spec.live_rows) if is_refilled else decode_together(job)
+    is_refilled = 0 < spec.max_live_sequences < P * G
+    done = decode_continuous(ctx, spec.max_live_sequences) if is_refilled else decode_batched(ctx)
     done = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), done)
     return Rollout(
         prompts=prompts,

@@ -43,7 +43,7 @@ class Draw(NamedTuple):
     support_B: Any
 
 
-def normalise(logits_CV, keep_CV=None):
+def log_partition_and_entropy(logits_CV, keep_CV=None):
     """float32 logits -> (log-partition, entropy), each [C] in nats, over the tokens kept. Two passes: maximum, then sums."""
     if keep_CV is not None:
         logits_CV = jnp.where(keep_CV, logits_CV, -jnp.inf)
@@ -106,7 +106,7 @@ def draw(logits_BV, keys_B, sampling: Sampling) -> Draw:
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
         candidates_BV = logits_BV if keep_BV is None else jnp.where(keep_BV, logits_BV, -jnp.inf)
         token_B = argmax(candidates_BV + noise_BV)
-    log_z_B, entropy_B = normalise(logits_BV, keep_BV)
+    log_z_B, entropy_B = log_partition_and_entropy(logits_BV, keep_BV)
     logp_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0] - log_z_B
     support_B = jnp.full_like(token_B, logits_BV.shape[-1]) if keep_BV is None else keep_BV.sum(-1)
     return Draw(token_B.astype(jnp.int32), logp_B, entropy_B, support_B.astype(jnp.int32))

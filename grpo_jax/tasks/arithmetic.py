@@ -107,15 +107,15 @@ class ArithmeticTask:
         pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
         return [[self.tokenizer.decode(t_T[m_T]).strip() for t_T, m_T in zip(*pair, strict=True)] for pair in pairs]
 
-    def supervised(self, key: Any, num_examples: int, careless_rate: float) -> tuple[Prompts, Any, Any]:
+    def supervised(self, key: Any, num_examples: int, label_noise: float) -> tuple[Prompts, Any, Any]:
         """Worked training examples for the warm start: (prompts, tokens_P1A, mask_P1A), each answer ended by a stop token.
 
-        careless_rate: share of the examples whose teacher forgot to carry or borrow.
+        label_noise: share of the examples whose teacher forgot to carry or borrow.
         """
         pick_key, error_key = jax.random.split(key)
         rows = self._train_rows[jax.random.randint(pick_key, (num_examples,), 0, len(self._train_rows))]
         prompts = jax.tree.map(lambda x: x[rows], self._table)
-        is_careless_P1 = jax.random.bernoulli(error_key, careless_rate, (num_examples, 1))
+        is_careless_P1 = jax.random.bernoulli(error_key, label_noise, (num_examples, 1))
         answer_PA = jnp.where(is_careless_P1, self._careless_NA[rows], prompts.answer)
         lengths_P1 = (answer_PA >= 0).sum(-1, keepdims=True)
         columns_1A = jnp.arange(answer_PA.shape[-1])[None]

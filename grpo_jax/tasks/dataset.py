@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, question_of, split
+from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
@@ -21,13 +21,13 @@ def load(config: TaskConfig, num_eval: int) -> Split:
     data = config.dataset
     questions = _questions(config, data.split)
     others = _questions(config, data.eval_split) if data.eval_split else None
-    return split(questions, others, num_eval, f"{data.path} ({data.split})")
+    return hold_out(questions, others, num_eval, f"{data.path} ({data.split})")
 
 
 def _questions(config: TaskConfig, name: str) -> list[Question]:
     path = config.dataset.path
     rows = _from_disk(path, name) if _is_saved(path) else _from_anywhere(path, config.dataset.subset, name)
-    return [question_of(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
+    return [make_question(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
 
 
 def _is_saved(path: str) -> bool:
@@ -53,7 +53,7 @@ def _from_anywhere(path: str, subset: str, name: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(path, subset or None, split=name)
+        return datasets.load_dataset(path, subset or None, hold_out=name)
     except Exception as error:  # missing, offline, no such subset or split: the library's own words say which
         field = "config.task.dataset"
         raise UserError(f"{field}.path = {path!r}, subset = {subset!r}, split = {name!r}: {_line(error)}") from error

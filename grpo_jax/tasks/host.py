@@ -1,4 +1,4 @@
-"""The task of all questions that live on the host: where they come from is a `Split`, what an answer is worth a `Judge`."""
+"""The task of all questions that live on the host: a `Split` says where they come from, a `RewardFunction` scores answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.judge import Judge
+from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.prompting import Prompting
-from grpo_jax.tasks.questions import Question, Split, choose, without
+from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
 from grpo_jax.types import Prompts, Reward
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class HostTask:
     The first `task.num_shots` training questions, in the order of a hash, become worked examples. Prompts longer than
     `task.max_prompt_tokens` are dropped; dropped: side -> reason -> how many questions were left out. S is the longest
     prompt kept. An epoch is `num_train` prompts.
-    Raises UserError if no question is short enough, and what `Judge` raises.
+    Raises UserError if no question is short enough, and what `RewardFunction` raises.
     """
 
     is_traceable = False
@@ -36,8 +36,8 @@ class HostTask:
         task = config.task
         self.tokenizer = tokenizer
         self.stop_ids = tokenizer.eos_ids
-        shots = choose(split.train, task.num_shots)
-        train = without(split.train, shots)
+        shots = choose_distinct(split.train, task.num_shots)
+        train = exclude(split.train, shots)
         if not train:
             raise UserError(f"config.task.num_shots = {task.num_shots}: no question is left to train on; lower it")
         self.dropped: dict[str, collections.Counter[str]] = {side: collections.Counter() for side in ("training", "held-out")}
@@ -55,7 +55,7 @@ class HostTask:
         self.num_train = len(kept_train)
         self.prompt_tokens = max(map(len, self._ids))
         self._order = training_order([question.stream for question, _ in kept_train], split.weights, config.seed)
-        self._judge = Judge(config.reward, task.name, config.rollout.max_completion_tokens)
+        self._judge = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
 
     def _fitting(
         self, questions: Sequence[Question], prompting: Prompting, limit: int, side: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grpo_jax.config import ColumnsConfig, TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, question_of, split
+from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
@@ -19,7 +19,7 @@ def load(config: TaskConfig, num_eval: int) -> Split:
     data = config.jsonl
     questions = read_questions(data.path, "config.task.jsonl.path", config.columns)
     others = read_questions(data.eval_path, "config.task.jsonl.eval_path", config.columns) if data.eval_path else None
-    return split(questions, others, num_eval, data.path)
+    return hold_out(questions, others, num_eval, data.path)
 
 
 def read_questions(path: str, field: str, columns: ColumnsConfig) -> list[Question]:
@@ -57,4 +57,4 @@ def _question(text: str, where: str, columns: ColumnsConfig) -> Question:
         raise UserError(f"{where}: nested too deeply; each line must be one flat JSON object") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with prompt and answer, got {text:.60}")
-    return question_of(row, columns, where)
+    return make_question(row, columns, where)

@@ -43,7 +43,7 @@ class Split:
     weights: Mapping[str, float]
 
 
-def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Question:
+def make_question(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Question:
     """One row -> a Question. where: the row's place, for messages. Raises UserError naming place and column.
 
     The final answer is the one that the answer column marks (`#### 42`, \\boxed{42}), else the whole of it.
@@ -84,15 +84,15 @@ def _short(value: Any) -> str:
     return f"{json.dumps(value, default=repr):.60}"
 
 
-def split(questions: Sequence[Question], others: Sequence[Question] | None, num_eval: int, where: str) -> Split:
+def hold_out(questions: Sequence[Question], others: Sequence[Question] | None, num_eval: int, where: str) -> Split:
     """Hold `num_eval` different questions out: of `others` if there are any, else of `questions`.
 
     A hash of the text decides which, so they are the same in every run, whatever the seed and the order of the rows. All
     copies of a held-out question, and all that is in `others`, leave the training side.
     Raises UserError naming `where` the questions came from if none is left to train on.
     """
-    held_out = choose(questions if others is None else others, num_eval)
-    train = without(questions, held_out if others is None else others)
+    held_out = choose_distinct(questions if others is None else others, num_eval)
+    train = exclude(questions, held_out if others is None else others)
     if not train:
         raise UserError(
             f"config.eval.num_prompts = {num_eval}: nothing is left of {where} to train on; "
@@ -101,7 +101,7 @@ def split(questions: Sequence[Question], others: Sequence[Question] | None, num_
     return Split(train, held_out, {"": 1.0})
 
 
-def choose(questions: Iterable[Question], num: int) -> list[Question]:
+def choose_distinct(questions: Iterable[Question], num: int) -> list[Question]:
     """`num` questions with different texts (all, if there are fewer), in the order of the texts' hashes."""
     different: dict[str, Question] = {}
     for question in questions:
@@ -110,7 +110,7 @@ def choose(questions: Iterable[Question], num: int) -> list[Question]:
     return [different[text] for text in chosen]
 
 
-def without(questions: Iterable[Question], others: Iterable[Question]) -> list[Question]:
+def exclude(questions: Iterable[Question], others: Iterable[Question]) -> list[Question]:
     """The questions whose text is not among the others'."""
     taken = {question.text for question in others}
     return [question for question in questions if question.text not in taken]

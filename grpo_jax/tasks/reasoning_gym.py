@@ -12,7 +12,7 @@ import numpy as np
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, choose, without
+from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
@@ -32,8 +32,8 @@ def load(config: TaskConfig, num_eval: int) -> Split:
     for name, num, num_held in zip(gym.datasets, shares(weights, gym.num_train), shares(weights, num_eval), strict=True):
         held_out += _generate(name, settings.get(name) or {}, "held out", num_held)
         train += _generate(name, settings.get(name) or {}, "train", num)
-    held_out = choose(held_out, num_eval)
-    train = without(train, held_out)
+    held_out = choose_distinct(held_out, num_eval)
+    train = exclude(train, held_out)
     missing = [name for name in gym.datasets if name not in {question.stream for question in train}]
     if missing:
         raise UserError(

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo_jax.config import Config, parse_config
+from grpo_jax.config.aliases import RENAMED, upgrade_setting
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import saved_steps
@@ -50,8 +51,8 @@ def load_config(name: str, field: str) -> Any:
     field: where the name was given, for the message.
     """
     path, _, scale = name.partition(":")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, located(path))
-    if spec is None or spec.loader is None or not located(path).is_file():
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, find_config_file(path))
+    if spec is None or spec.loader is None or not find_config_file(path).is_file():
         raise UserError(f"{field}: no file {path}; give configs/<variant>.py[:scale]")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,13 +62,13 @@ def load_config(name: str, field: str) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
-def located(path: str) -> pathlib.Path:
+def find_config_file(path: str) -> pathlib.Path:
     """A config file, seen from the working directory or else from where the package is: configs/dapo.py is found anywhere."""
     here, installed = pathlib.Path(path), INSTALLED / path
     return installed if installed.is_file() and not here.is_file() else here
 
 
-def step_of(workdir: pathlib.Path, step: int | None) -> int:
+def choose_step(workdir: pathlib.Path, step: int | None) -> int:
     """`step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none, or not that one."""
     steps = saved_steps(workdir)
     if not steps:
@@ -83,7 +84,7 @@ def fail(message: str) -> None:
     """One line, then out."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     if hosts.is_joined():
-        hosts.abandon(EXIT_BAD_INPUT)
+        hosts.exit_without_barrier(EXIT_BAD_INPUT)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -95,14 +96,14 @@ def _guarded(main: Callable[[], Any]) -> None:
     except BaseException:
         if hosts.is_joined():
             traceback.print_exc()
-            hosts.abandon(status=1)
+            hosts.exit_without_barrier(status=1)
         raise
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Flags and the config file they name. What the flag libraries raise is turned into one line."""
     try:
-        rest = flags.FLAGS(_with_config_file(argv))
+        rest = flags.FLAGS(_with_config_file([_upgraded(each) for each in argv]))
     except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
@@ -111,6 +112,15 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
+
+
+def _upgraded(arg: str) -> str:
+    """--config.<old name>=value under the field's new name; anything else as it is."""
+    name, equals, value = arg.partition("=")
+    if name.removeprefix("--config.") not in RENAMED:
+        return arg
+    new_name, value = upgrade_setting(name.removeprefix("--config."), value)
+    return f"--config.{new_name}{equals}{value}"
 
 
 def _unknown_field(text: str, argv: list[str]) -> str:
@@ -128,7 +138,7 @@ def _with_config_file(argv: list[str]) -> list[str]:
     if chosen is None:
         return argv
     name, colon, scale = chosen.partition(":")
-    path = located(name)
+    path = find_config_file(name)
     if not path.is_file():
         known = sorted(str(each) for each in path.parent.glob("*.py") if each.stem not in ("base", "__init__"))
         raise UserError(f"--config={chosen}: no file {path}; known here: {', '.join(known) or 'none'}")

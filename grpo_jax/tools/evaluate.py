@@ -20,7 +20,7 @@ from rich.table import Table
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.training.checkpoint import write_atomically
-from grpo_jax.training.run import initial_state, make_run, restored_policy
+from grpo_jax.training.run import initial_state, make_run, restore_policy
 from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
@@ -32,8 +32,8 @@ def main() -> None:
     run = make_run(config)
     try:
         if workdir:
-            step = cli.step_of(workdir, cli.STEP.value)
-            policy = restored_policy(run, workdir, step)
+            step = cli.choose_step(workdir, cli.STEP.value)
+            policy = restore_policy(run, workdir, step)
         else:
             step, policy = 0, initial_state(run).policy
         estimates = run.evaluate(policy)

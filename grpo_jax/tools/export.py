@@ -15,10 +15,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.export import DTYPES, export_folder
 from grpo_jax.models.folders import new_folder, require_new
 from grpo_jax.models.hf import stored_dtype
-from grpo_jax.models.lora import merged, split
+from grpo_jax.models.lora import merge_adapters, split_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run, restored_policy
+from grpo_jax.training.run import make_run, restore_policy
 from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
@@ -50,17 +50,17 @@ def export(
         raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
     require_new(pathlib.Path(out))  # before a long load
     dtype = dtype or stored_dtype(source)
-    step = cli.step_of(pathlib.Path(workdir), step)
+    step = cli.choose_step(pathlib.Path(workdir), step)
     run = make_run(config)
     try:
-        policy = restored_policy(run, pathlib.Path(workdir), step)
+        policy = restore_policy(run, pathlib.Path(workdir), step)
     finally:
         run.task.close()
     lora = run.model.lora
     if lora is not None and is_adapter:
         with new_folder(out) as folder:
-            save_adapters(folder, split(policy)[1], lora, source)
+            save_adapters(folder, split_adapters(policy)[1], lora, source)
         return step, "adapters"
-    weights = policy if lora is None else merged(*split(policy), lora)
+    weights = policy if lora is None else merge_adapters(*split_adapters(policy), lora)
     export_folder(out, weights, run.model.arch, source, dtype, max_shard_bytes)
     return step, dtype if lora is None else f"{dtype}, adapters merged"

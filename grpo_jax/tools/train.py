@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_jax import objectives
-from grpo_jax.caches import keep_compiled_for_accelerators
+from grpo_jax.caches import enable_compilation_cache_on_accelerators
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli
@@ -40,7 +40,7 @@ def main() -> None:
     workdir = pathlib.Path(cli.WORKDIR.value)
     profiled = steps_of(PROFILE.value) if PROFILE.value else None
     join_hosts()
-    keep_compiled_for_accelerators()
+    enable_compilation_cache_on_accelerators()
     summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
     if summary is None:  # another host speaks
         return

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
-from grpo_jax.learner.batching import widths
+from grpo_jax.learner.batching import length_buckets
 from grpo_jax.learner.train_step import UpdateSpec
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
@@ -84,7 +84,7 @@ def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> 
         return jax.jit(init, out_shardings=places)(key)
     whole = dataclasses.replace(model, lora=None)
     warm_start = make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)
-    return hosts.placed(hosts.from_first(warm_start(init(key), config.seed)), places)
+    return hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), places)
 
 
 def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
@@ -92,7 +92,7 @@ def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
     if config.lora.path:
         from grpo_jax.models.peft import load_adapters
 
-        return hosts.placed(load_adapters(config.lora.path, model), places)
+        return hosts.make_global_array(load_adapters(config.lora.path, model), places)
     init = functools.partial(init_adapters, model.param_shapes())
     return jax.jit(init, out_shardings=places)(key_for(config.seed, "adapters"))
 
@@ -110,7 +110,7 @@ def rollout_spec(config: Config, task: Task) -> RolloutSpec:
         sampling=sampling_of(config),
         stop_ids=task.stop_ids,
         pad_id=task.tokenizer.pad_id,
-        live_rows=config.rollout.live_rows,
+        max_live_sequences=config.rollout.max_live_sequences,
     )
 
 
@@ -124,7 +124,7 @@ def update_spec(config: Config) -> UpdateSpec:
         num_minibatches=config.learner.num_minibatches,
         num_microbatches=config.learner.num_microbatches,
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-        widths=widths(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
+        length_buckets=length_buckets(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
         old_logp=config.learner.old_logp,
         importance_cap=config.learner.importance_cap,
         filter_truncated=config.overlong.filter,

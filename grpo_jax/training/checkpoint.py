@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
+from grpo_jax.config.aliases import upgrade
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params, TrainState
@@ -40,7 +41,7 @@ class Checkpointer:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
         if self._manager.latest_step() == step:
             return
-        state = changing(state)
+        state = without_frozen(state)
         # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
         state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
@@ -48,7 +49,7 @@ class Checkpointer:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), changing(like))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), without_frozen(like))
         return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
@@ -87,25 +88,25 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
 
 
-def changing(state: TrainState) -> TrainState:
+def without_frozen(state: TrainState) -> TrainState:
     """The state without the weights that stay as they are."""
     return dataclasses.replace(state, base=None, ref_params=None)
 
 
-def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
+def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
     """Write the config into a new workdir; in an old one, refuse if it was made by another config.
 
     Raises: UserError naming the first fields that differ, or that the folder cannot be written.
     """
     if not allow_config_change:
-        require_same_config(workdir, config)
+        check_same_config(workdir, config)
     if hosts.is_first():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    hosts.from_first(np.zeros(()))  # it is written
+    hosts.broadcast_from_process0(np.zeros(()))  # it is written
     deadline = time.monotonic() + SEEN_WITHIN_SECS
     while not (workdir / "config.json").exists():
         if time.monotonic() > deadline:
@@ -113,12 +114,12 @@ def claim_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config
         time.sleep(1)
 
 
-def require_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises UserError naming the first fields that differ, if the workdir is that of a run with another config."""
     path = workdir / "config.json"
     if not path.exists():
         return
-    differences = list(_differences(json.loads(path.read_text()), json.loads(json.dumps(config)), "config"))
+    differences = list(_differences(upgrade(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
     if differences:
         raise UserError(
             f"{path}: written by another config: {'; '.join(differences[:3])}; "

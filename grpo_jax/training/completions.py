@@ -18,11 +18,11 @@ UNFINISHED = "\ufffd"  # what a tokenizer says for bytes that are not a characte
 def completion_rows(batch: Batch, adv_PGT: Any, grpo_PG: Any, tokenizer: Tokenizer, num_groups: int) -> list[dict[str, Any]]:
     """The first groups of a batch, one record a completion; dropped rows have none.
 
-    adv_PGT, grpo_PG: see `credit.recorded_advantages`. Lists have one entry a token: `token_text` (the pieces put together
+    adv_PGT, grpo_PG: see `advantages_with_grpo`. Lists have one entry a token: `token_text` (the pieces put together
     are the completion; a stop token's is empty, and so are all but the last of the tokens that share a character),
     `token_entropy` in nats, `token_advantage`. Numbers have four significant digits.
     """
-    few, adv_PGT, grpo_PG = hosts.fetched(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
+    few, adv_PGT, grpo_PG = hosts.gather_to_host(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
     rolled, rows = few.rollout, []
     for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
         num = int(rolled.mask_PGT[p, g].sum())

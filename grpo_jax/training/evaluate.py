@@ -57,17 +57,17 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
         batches = []
         for start in range(0, num, width):
             rows = np.minimum(np.arange(start, start + width), num - 1)
-            batch = hosts.make_rows(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
+            batch = hosts.make_global_batch(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
             batches.append(judged(rolled))
         return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
 
     def judged(rolled: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The fields of `Answers` for one batch."""
-        rows, (answer, tokens, mask) = hosts.own_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
+        rows, (answer, tokens, mask) = hosts.addressable_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
         is_right = np.asarray(task.reward(answer, tokens, mask).task_PG) >= config.objective.success_threshold
         own = is_right, mask.sum(-1), majority(task.final_answers(tokens, mask), is_right)
-        return hosts.joined(rows, own, width)
+        return hosts.allgather_rows(rows, own, width)
 
     def evaluate(params: Params) -> dict[str, Estimate]:
         params = sampler_weights(params)
@@ -95,7 +95,7 @@ def ks(num_samples: int) -> list[int]:
     return sorted({2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples} | {num_samples} - {1})
 
 
-def as_metrics(estimates: dict[str, Estimate]) -> dict[str, float]:
+def to_metrics(estimates: dict[str, Estimate]) -> dict[str, float]:
     """Flat, for a run's records: eval/<name>, eval/<name>_low, eval/<name>_high."""
     metrics = {}
     for name, each in estimates.items():

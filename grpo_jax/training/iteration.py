@@ -23,7 +23,7 @@ from grpo_jax.learner.train_step import TrainStep
 from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
-from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, for_decoding, over_rows
+from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, gather_params_for_decoding, shard_map_over_batch
 from grpo_jax.rewards import shaping as rewards
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
@@ -35,7 +35,7 @@ Collect = Callable[..., tuple[TrainState, Batch, dict[str, Metric]]]
 Iteration = Callable[[TrainState], tuple[TrainState, Batch, dict[str, Metric]]]
 
 
-class Gathering(NamedTuple):
+class SamplingCarry(NamedTuple):
     """What is carried from one sampling round to the next. rounds: int32, rounds done in this iteration."""
 
     buffer: GroupBuffer
@@ -48,7 +48,7 @@ def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Pa
 
     params: as `make_sampler_weights` gives them; in parts, they would be gathered in every call.
     """
-    sharded = over_rows(
+    sharded = shard_map_over_batch(
         lambda params, prompts, keys: rollout(model, params, prompts, keys, spec), mesh, (REPLICATED, ROWS, ROWS), ROWS
     )
 
@@ -63,7 +63,7 @@ def make_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[[Pa
 def make_sampler_weights(config: Config, mesh: Mesh) -> Callable[[Params], Params]:
     """The policy -> its weights as rollouts read them, to be made once for all rollouts of an iteration."""
     return functools.partial(
-        for_decoding, mesh=mesh, min_elements=config.mesh.fsdp_min_elements, dtype=jnp.dtype(config.model.dtype)
+        gather_params_for_decoding, mesh=mesh, min_elements=config.mesh.fsdp_min_elements, dtype=jnp.dtype(config.model.dtype)
     )
 
 
@@ -89,18 +89,18 @@ def make_collect(config: Config, task: Task, run_rollout: Callable[..., Rollout]
         assert state.pending is not None, "dynamic sampling without a buffer in the state"
         weights = sampler_weights(state.policy)
 
-        def add_round(done: Gathering) -> Gathering:
+        def add_round(done: SamplingCarry) -> SamplingCarry:
             batch, metrics = sample_round(state, weights, done.rounds)
             buffer = push(done.buffer, batch, rewards.is_informative(batch.task_reward_PG))
-            return Gathering(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
+            return SamplingCarry(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
 
-        def is_short(done: Gathering):
+        def is_short(done: SamplingCarry):
             return (done.buffer.count < P) & (done.rounds < config.dynamic_sampling.max_sampling_rounds)
 
         # The first round stands before the loop: a full buffer from last time must not leave a step without samples.
         batch, metrics = sample_round(state, weights, jnp.int32(0), meanwhile)
         buffer = push(state.pending, batch, rewards.is_informative(batch.task_reward_PG))
-        done = while_loop(is_short, add_round, Gathering(buffer, jnp.int32(1), metrics))
+        done = while_loop(is_short, add_round, SamplingCarry(buffer, jnp.int32(1), metrics))
         batch, buffer = pop(done.buffer, P)
         one = jnp.float32(1)
         metrics = {
@@ -142,37 +142,37 @@ def make_iterations(collect: Collect, train_step: TrainStep, num_steps: int) -> 
     return iterate
 
 
-def make_overlapped(collect: Collect, update: Callable[[TrainState], tuple[TrainState, dict[str, Metric]]]) -> Iteration:
+def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[TrainState, dict[str, Metric]]]) -> Iteration:
     """Collect and update side by side, for a task of the host: while the device trains on one batch, the next is judged.
 
     The next batch is sampled with the weights that this update begins with, so it is one step old when its turn comes; its
     old log-probs are its sampler's, and the ratio does the rest.
 
-    update: trains on `state.ahead` and donates the state. -> overlapped(state) -> (state, the batch sampled now, metrics).
+    update: trains on `state.next_batch` and donates the state. -> async_step(state) -> (state, the batch sampled now, metrics).
     """
     snapshot = jax.jit(sampling_state)
 
-    def overlapped(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
+    def async_step(state: TrainState) -> tuple[TrainState, Batch, dict[str, Metric]]:
         trained: list[Any] = []
         seen, batch, sampled = collect(snapshot(state), lambda: trained.extend(update(state)))
         state, updated = trained
         del updated["policy/sampler_logp_gap"]  # the learner has moved on since: there is nothing to compare
-        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "ahead": batch}
+        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "next_batch": batch}
         return dataclasses.replace(state, **moved_on), batch, metrics_lib.merge(sampled, updated)
 
-    return overlapped
+    return async_step
 
 
-def with_batch_ahead(collect: Collect, state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
+def prefetch_first_batch(collect: Collect, state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
     """-> (the state at step 0 with its first batch, sampled with nothing beside it; metrics of all sampled)."""
     before = dataclasses.replace(state, step=state.step - 1)  # the randomness of step 0 is the next batch's
     after, batch, sampled = collect(before)
-    return dataclasses.replace(after, step=state.step, ahead=batch), sampled
+    return dataclasses.replace(after, step=state.step, next_batch=batch), sampled
 
 
 def sampling_state(state: TrainState) -> TrainState:
     """A copy of what `collect` reads, which outlives the donated state."""
-    read = dataclasses.replace(state, params=state.policy, base=None, opt_state=None, ref_params=None, ahead=None)
+    read = dataclasses.replace(state, params=state.policy, base=None, opt_state=None, ref_params=None, next_batch=None)
     return jax.tree.map(jnp.copy, read)
 
 
@@ -183,13 +183,13 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
     """
     P = config.rollout.num_prompts
     run_rollout = run_rollout if task.is_traceable else jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
-    train_prompts = task.train_prompts if task.is_traceable else functools.partial(own_prompts, task, mesh)
-    reward = task.reward if task.is_traceable else functools.partial(own_reward, task)
+    train_prompts = task.train_prompts if task.is_traceable else functools.partial(local_prompts, task, mesh)
+    reward = task.reward if task.is_traceable else functools.partial(score_local_rows, task)
 
     def finish(rolled: Rollout, reward: Reward, key, step) -> tuple[Batch, dict[str, Metric]]:
         if config.shuffle_rewards:
-            reward = rewards.shuffled(reward, key)
-        batch = rewards.rewarded(
+            reward = rewards.shuffle_rewards(reward, key)
+        batch = rewards.make_batch(
             rolled,
             reward,
             step,
@@ -215,18 +215,18 @@ def make_sample_round(config: Config, task: Task, run_rollout: Callable[..., Rol
     return sample_round
 
 
-def own_prompts(task: Task, mesh: Mesh, position: Any, num_prompts: int) -> Prompts:
+def local_prompts(task: Task, mesh: Mesh, position: Any, num_prompts: int) -> Prompts:
     """`task.train_prompts` of a task on the host: each process reads the prompts of its own devices."""
     start = int(position)
-    return hosts.make_rows(lambda first, num: task.train_prompts(start + first, num), num_prompts, mesh)
+    return hosts.make_global_batch(lambda first, num: task.train_prompts(start + first, num), num_prompts, mesh)
 
 
-def own_reward(task: Task, answer_P: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+def score_local_rows(task: Task, answer_P: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
     """`task.reward` of a task on the host: each process judges its own rows, all of them get the whole."""
-    rows, own = hosts.own_rows((answer_P, tokens_PGT, mask_PGT))
+    rows, own = hosts.addressable_rows((answer_P, tokens_PGT, mask_PGT))
     reward = task.reward(*own)
-    task_PG, shaping_PG = hosts.joined(rows, (reward.task_PG, reward.shaping_PG), len(tokens_PGT))
-    return Reward(task_PG, shaping_PG, metrics_lib.reduce_stacked(hosts.from_all(reward.metrics)))
+    task_PG, shaping_PG = hosts.allgather_rows(rows, (reward.task_PG, reward.shaping_PG), len(tokens_PGT))
+    return Reward(task_PG, shaping_PG, metrics_lib.reduce_stacked(hosts.process_allgather(reward.metrics)))
 
 
 def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:

@@ -21,13 +21,13 @@ from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import Checkpointer, claim_workdir, write_atomically
+from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
 from grpo_jax.training.completions import completion_rows
-from grpo_jax.training.evaluate import as_metrics
-from grpo_jax.training.iteration import with_batch_ahead
+from grpo_jax.training.evaluate import to_metrics
+from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.plots import learning_curve
 from grpo_jax.training.provenance import provenance
-from grpo_jax.training.run import Run, initial_state, make_run, restored_state
+from grpo_jax.training.run import Run, initial_state, make_run, restore_state
 from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.types import Batch, TrainState
 
@@ -53,31 +53,33 @@ def train_run(
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already."""
     profiler = Profiler(workdir / "profile", profiled if hosts.is_first() else None)
-    with opened(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
+    with open_run(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
         loop.go(state, resumed)
-    return concluded(run.config, workdir) if hosts.is_first() else None
+    return finalize_run(run.config, workdir) if hosts.is_first() else None
 
 
 @contextlib.contextmanager
-def opened(
+def open_run(
     run: Run, workdir: pathlib.Path, profiler: Profiler, *, allow_config_change: bool
 ) -> Iterator[tuple[Loop, TrainState, int | None]]:
     """-> (the run's loop over its open files, its state, the step of the checkpoint that it goes on from or None)."""
     # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
-    is_begun, is_ended = hosts.from_first(np.asarray([(workdir / name).exists() for name in ("checkpoints", "summary.json")]))
+    is_begun, is_ended = hosts.broadcast_from_process0(
+        np.asarray([(workdir / name).exists() for name in ("checkpoints", "summary.json")])
+    )
     if is_ended and not is_begun:
         raise UserError(
             f"--workdir={workdir}: its run has ended and its checkpoints are gone (config.checkpoint.keep = 0 keeps none), so "
             "there is nothing to go on from; use another folder"
         )
-    state = None if is_begun else announced_initial_state(run)
-    claim_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
+    state = None if is_begun else announce_and_make_initial_state(run)
+    init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
     resumed = checkpointer.latest_step()
     if resumed is not None:
-        state = restored_state(run, checkpointer, resumed)
+        state = restore_state(run, checkpointer, resumed)
     elif state is None:  # killed before its first checkpoint
-        state = announced_initial_state(run)
+        state = announce_and_make_initial_state(run)
     log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps) if hosts.is_first() else None
     try:
         yield Loop(run, log, checkpointer, StopSignal(), profiler), state, resumed
@@ -87,7 +89,7 @@ def opened(
         checkpointer.close()
 
 
-def announced_initial_state(run: Run) -> TrainState:
+def announce_and_make_initial_state(run: Run) -> TrainState:
     """`initial_state`, with a line for those who wait for it."""
     config = run.config
     what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
@@ -123,7 +125,7 @@ class Profiler:
 
 
 @dataclasses.dataclass
-class Unwritten:
+class PendingMetrics:
     """What is known of the steps of one call before it is in the records. timing: of each; evaluated: after the last."""
 
     last_step: int
@@ -145,9 +147,9 @@ class Loop:
     def go(self, state: TrainState, resumed: int | None) -> None:
         """From step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
         state = self.begin(state, resumed)
-        unwritten: Unwritten | None = None
+        unwritten: PendingMetrics | None = None
         for step in self.calls(resumed):
-            if hosts.any_of(self.stop.is_set):
+            if hosts.any_process(self.stop.is_set):
                 break
             with self.profiler(step):
                 state, batch, unwritten = self.iterate(state, step, unwritten)
@@ -163,54 +165,54 @@ class Loop:
         """A fresh run is evaluated before its first step; with async_steps its first batch is sampled, nothing beside it."""
         if resumed is not None:
             return state
-        values = as_metrics(self.run.evaluate(state.policy))
+        values = to_metrics(self.run.evaluate(state.policy))
         if self.run.config.async_steps:
-            state, sampled = with_batch_ahead(self.run.collect, state)
+            state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
         self.write(0, values)
         return state
 
-    def after(self, state: TrainState, batch: Batch, unwritten: Unwritten) -> Unwritten | None:
+    def after(self, state: TrainState, batch: Batch, unwritten: PendingMetrics) -> PendingMetrics | None:
         """What is due after a call: completions, evaluation, saving. -> its records, if they are left to be written.
 
         The record of a step is written while the next one computes.
         """
         config, step = self.run.config, unwritten.last_step
         if config.log.completions_every and step % config.log.completions_every == 0:
-            adv_PGT, grpo_PG = self.run.credit(batch)
+            adv_PGT, grpo_PG = self.run.advantage_diagnostics(batch)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
             if self.log:
                 self.log.completions(step, rows)
         is_last = step == config.num_steps
         if is_last or (config.eval_every and step % config.eval_every == 0):
-            unwritten.evaluated = as_metrics(self.run.evaluate(state.policy))
+            unwritten.evaluated = to_metrics(self.run.evaluate(state.policy))
         if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.end(state, unwritten)
             return None
         return unwritten
 
-    def end(self, state: TrainState, unwritten: Unwritten | None) -> None:
+    def end(self, state: TrainState, unwritten: PendingMetrics | None) -> None:
         """Everything is on disk."""
-        self.write_out(unwritten)
+        self.flush_pending(unwritten)
         self.save(state)
 
-    def iterate(self, state: TrainState, step: int, unwritten: Unwritten | None):
+    def iterate(self, state: TrainState, step: int, unwritten: PendingMetrics | None):
         """One call, up to step `step`; what was left unwritten is written while the device works."""
         began = time.monotonic()
         timing: dict[str, float] = {}
         if self.run.config.steps_per_call:
             state, batch, metrics = self.run.iterate(state)
-            self.write_out(unwritten)
+            self.flush_pending(unwritten)
             jax.block_until_ready(state.step)
-            steps = metrics_lib.unstacked(jax.device_get(metrics), self.run.config.steps_per_call)
+            steps = metrics_lib.unstack_metrics(jax.device_get(metrics), self.run.config.steps_per_call)
         elif self.run.config.async_steps:
-            state, batch, metrics = self.run.overlapped(state)
-            self.write_out(unwritten)
+            state, batch, metrics = self.run.async_step(state)
+            self.flush_pending(unwritten)
             jax.block_until_ready(state.step)
             steps = [metrics]
         else:
             state, batch, sampled = self.run.collect(state)
-            self.write_out(unwritten)
+            self.flush_pending(unwritten)
             jax.block_until_ready(batch)
             timing["time/rollout_secs"] = time.monotonic() - began
             state, updated = self.run.update(state, batch)
@@ -218,9 +220,9 @@ class Loop:
             timing["time/update_secs"] = time.monotonic() - began - timing["time/rollout_secs"]
             steps = [metrics_lib.merge(sampled, updated)]
         timing["time/step_secs"] = (time.monotonic() - began) / len(steps)
-        return state, batch, Unwritten(step, steps, timing, {})
+        return state, batch, PendingMetrics(step, steps, timing, {})
 
-    def write_out(self, unwritten: Unwritten | None) -> None:
+    def flush_pending(self, unwritten: PendingMetrics | None) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
         if unwritten is None:
             return
@@ -242,7 +244,7 @@ class Loop:
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
 
 
-def concluded(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def finalize_run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """What is left to do for a run whose files are closed: its summary; checkpoints only for as long as they are wanted."""
     summary = summarise(config, workdir)
     if not config.checkpoint.keep and summary["steps"] == config.num_steps:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.config import WarmStartConfig
-from grpo_jax.learner.logprobs import score
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.sampling import Sampling
@@ -22,7 +22,7 @@ from grpo_jax.types import Params, Rollout
 def make_warm_start(model: ModelDef, task: Any, config: WarmStartConfig, chunk_tokens: int) -> Callable[[Params, Any], Params]:
     """-> warm_start(params, seed): minimise the mean negative log-probability of the answers for `num_steps` Adam steps.
 
-    One compiled call for all seeds. task: must offer `supervised(key, num_examples, careless_rate)`. The learning rate
+    One compiled call for all seeds. task: must offer `supervised(key, num_examples, label_noise)`. The learning rate
     rises for a tenth of the steps, then falls to zero.
     """
     rise = max(config.num_steps // 10, 1)
@@ -30,10 +30,10 @@ def make_warm_start(model: ModelDef, task: Any, config: WarmStartConfig, chunk_t
     optimizer = optax.adam(rate, b2=0.98)
 
     def nll(params: Params, key: Any):
-        prompts, tokens_P1A, mask_P1A = task.supervised(key, config.batch_size, config.careless_rate)
+        prompts, tokens_P1A, mask_P1A = task.supervised(key, config.batch_size, config.label_noise)
         blank = jnp.zeros_like(mask_P1A)
         examples = Rollout(prompts, tokens_P1A, mask_P1A, blank, blank, None, blank[..., 0] > 0)
-        logp_P1A, _ = score(model, params, examples, Sampling(), chunk_tokens)
+        logp_P1A, _ = policy_logprobs(model, params, examples, Sampling(), chunk_tokens)
         return -(logp_P1A * mask_P1A).sum() / mask_P1A.sum()
 
     @jax.jit

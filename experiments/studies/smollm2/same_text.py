@@ -23,7 +23,7 @@ from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
 from grpo_jax.rollout.sampling import GREEDY
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run, restored_policy
+from grpo_jax.training.run import make_run, restore_policy
 from grpo_jax.training.runlog import read_config
 from grpo_jax.types import Prompts
 
@@ -50,7 +50,7 @@ def main() -> None:
         raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
-    policy = restored_policy(run, workdir, cli.step_of(workdir, cli.STEP.value))
+    policy = restore_policy(run, workdir, cli.choose_step(workdir, cli.STEP.value))
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]

@@ -33,13 +33,13 @@ MEAN_TOKENS = 64
 ROWS = (0, 128, 64, 32, 16)
 
 
-def measure(live_rows: int, repeats: int = 3) -> tuple[float, Any, float]:
+def measure(max_live_sequences: int, repeats: int = 3) -> tuple[float, Any, float]:
     """-> (median seconds of a rollout, int[P, G] lengths, MB that the compiled call works in)."""
     arch = architecture("tiny")
     raw: Any = base.get_config()
     raw.mesh.data = 1
     stop_ids = tuple(range(arch.vocab_size // MEAN_TOKENS))
-    spec = RolloutSpec(G, T, Sampling(), stop_ids, pad_id=0, live_rows=live_rows)
+    spec = RolloutSpec(G, T, Sampling(), stop_ids, pad_id=0, max_live_sequences=max_live_sequences)
     prompts = FixedTask(workload.random_ids(P, S, arch.vocab_size, seed=0), workload.PAD).train_prompts(0, P)
     run = jax.jit(make_rollout(ModelDef(arch), spec, make_mesh(parse_config(raw).mesh.sizes)))
     params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(0))
@@ -61,7 +61,7 @@ def main() -> None:
     table = Table(
         title=f"{lengths.size} completions of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} in the mean"
     )
-    for name in ("live_rows", "seconds", "times as fast", "working memory, MB"):
+    for name in ("max_live_sequences", "seconds", "times as fast", "working memory, MB"):
         table.add_column(name, justify="right")
     for rows, (secs, _, megabytes) in results.items():
         table.add_row(str(rows), f"{secs:.2f}", f"{results[0][0] / secs:.2f}", f"{megabytes:.0f}")

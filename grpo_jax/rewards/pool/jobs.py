@@ -11,7 +11,7 @@ import numpy as np
 from grpo_jax.rewards.pool.serve import pack
 
 
-class Judged(NamedTuple):
+class ScoreResult(NamedTuple):
     """scores: scorer -> float32[P, G]. is_error_PG, is_timeout_PG: bool, some scorer failed or ran out of time there."""
 
     scores: dict[str, np.ndarray]
@@ -38,7 +38,7 @@ class JobBatch:
         self.waiting: collections.deque[int] = collections.deque()
         self.num_left = 0
         self.num_of, self.num_done, self.num_timeouts = (collections.Counter[str]() for _ in range(3))  # by scorer
-        self.judged = Judged({}, np.zeros(self.shape, bool), np.zeros(self.shape, bool))
+        self.judged = ScoreResult({}, np.zeros(self.shape, bool), np.zeros(self.shape, bool))
 
     def add_jobs(self, is_batch: Mapping[str, bool]) -> None:
         """is_batch: scorer -> whether it takes the completions of a prompt together."""

@@ -5,9 +5,9 @@ be blamed on. A job is one completion and one scorer; for a scorer that takes th
 What a fault costs:
 
 - A job has `time_limit_secs`; then its process is killed and it counts as a timeout.
-- A worker busy for more than a fiftieth of the limit is taken for hung, and a stand-in starts while it is waited out. So
+- A worker busy for more than a fiftieth of the limit is taken for hung, and a spare worker starts while it is waited out. So
   hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at most
-  N / 64 stand-ins for a batch of N jobs, but no fewer than 4 and no more than 32.
+  N / 64 spare workers for a batch of N jobs, but no fewer than 4 and no more than 32.
 - When more than 2 (num_workers + 4) jobs of a scorer, and more than a tenth of those done so far, have timed out, the
   rest of its jobs in the batch is counted as timed out unseen. A scorer that always hangs costs about three time limits a
   batch, and the other scorers nothing.
@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 
 from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.pool.jobs import JobBatch, Judged
+from grpo_jax.rewards.pool.jobs import JobBatch, ScoreResult
 from grpo_jax.rewards.pool.worker import Worker
 
 STARTUP_LIMIT_SECS = 120.0  # for importing the scorers: sympy on a busy machine takes 10 s
-HUNG_FRACTION = 0.02  # of the time limit, after which a stand-in starts
-MIN_STAND_INS, MAX_STAND_INS = 4, 32
+HUNG_FRACTION = 0.02  # of the time limit, after which a spare worker starts
+MIN_SPARE_WORKERS, MAX_SPARE_WORKERS = 4, 32
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ScoringPool:
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
-        self._num_vain_starts = 0
+        self._num_failed_starts = 0
         self._warned: set[str] = set()
         # To Linux, "dies with its parent" means with the thread that started it: so the pool has a thread for that.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="scoring")
@@ -67,7 +67,7 @@ class ScoringPool:
         with self._lock:
             self._await_ready()
 
-    def score(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]]) -> Judged:
+    def score(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]]) -> ScoreResult:
         """Score all completions of each item by every scorer.
 
         One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout; both
@@ -108,8 +108,8 @@ class ScoringPool:
 
     def _run(self, batch: JobBatch) -> None:
         num_workers = self._config.num_workers
-        max_workers = num_workers + min(MAX_STAND_INS, max(MIN_STAND_INS, len(batch.jobs) // 64))
-        patience = 2 * (num_workers + MIN_STAND_INS)  # timeouts
+        max_workers = num_workers + min(MAX_SPARE_WORKERS, max(MIN_SPARE_WORKERS, len(batch.jobs) // 64))
+        patience = 2 * (num_workers + MIN_SPARE_WORKERS)  # timeouts
         while batch.num_left:
             self._hand_out(batch)
             self._start_workers(len(batch.waiting), max_workers)
@@ -150,7 +150,7 @@ class ScoringPool:
             if worker.send(index, batch.frame(index)):
                 batch.waiting.popleft()
             else:
-                self._start_was_vain(self._discard(worker))
+                self._count_failed_start(self._discard(worker))
 
     def _start_workers(self, num_waiting: int, max_workers: int) -> None:
         """Have as many workers that are not hung as the pool should have, or as there are jobs for."""
@@ -185,12 +185,12 @@ class ScoringPool:
             try:
                 message = worker.receive()
             except EOFError:
-                self._bury(worker, batch)
+                self._on_worker_exit(worker, batch)
                 continue
             if message is not None:
-                self._take(worker, message, batch)
+                self._on_message(worker, message, batch)
 
-    def _take(self, worker: Worker, message: tuple[Any, str], batch: JobBatch) -> None:
+    def _on_message(self, worker: Worker, message: tuple[Any, str], batch: JobBatch) -> None:
         """A message: the first of a worker says whether it could import the scorers, each further one is a result."""
         value, error = message
         if not worker.is_ready:
@@ -199,25 +199,25 @@ class ScoringPool:
             self._is_batch, worker.is_ready = value, True
             return
         assert worker.index is not None
-        self._num_vain_starts = 0
+        self._num_failed_starts = 0
         if error:
             self._warn_once(batch.jobs[worker.index].scorer, error)
         batch.finish(worker.index, value, is_error=bool(error))
         worker.index = None
 
-    def _bury(self, worker: Worker, batch: JobBatch) -> None:
+    def _on_worker_exit(self, worker: Worker, batch: JobBatch) -> None:
         """A worker ended by itself; if it had a job, that is an error."""
         exit_code = self._discard(worker)
         if worker.index is None:
-            self._start_was_vain(exit_code)
+            self._count_failed_start(exit_code)
         else:
             self._warn_once(batch.jobs[worker.index].scorer, f"ended its process, exit code {exit_code}")
             batch.finish(worker.index, is_error=True)
 
-    def _start_was_vain(self, exit_code: int) -> None:
+    def _count_failed_start(self, exit_code: int) -> None:
         """A worker ended without a job: as an idle one may, killed from outside, but not all of them."""
-        self._num_vain_starts += 1
-        if self._num_vain_starts > 2 * self._config.num_workers + 2:
+        self._num_failed_starts += 1
+        if self._num_failed_starts > 2 * self._config.num_workers + 2:
             raise UserError(f"{self._names()}: its processes end before they score, exit code {exit_code}")
 
     def _discard(self, worker: Worker) -> int:

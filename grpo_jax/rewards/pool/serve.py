@@ -76,13 +76,13 @@ def serve(scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb:
         if memory_limit_mb:
             _limit_memory(memory_limit_mb)
         while (frame := _read_frame(requests)) is not None:
-            _send(replies, _judge(functions, frame))
+            _send(replies, _score(functions, frame))
     except BrokenPipeError:  # the parent is gone
         pass
     os._exit(0)  # threads that a scorer left behind must not keep the process alive
 
 
-def _judge(functions: Mapping[str, Function], frame: bytes) -> tuple[list[float], str]:
+def _score(functions: Mapping[str, Function], frame: bytes) -> tuple[list[float], str]:
     try:
         name, item, completions = pickle.loads(frame)
         function = functions[name]

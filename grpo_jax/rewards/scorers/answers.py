@@ -21,9 +21,9 @@ def final_answer(text: str) -> str:
     """
     marked = marked_answer(text)
     if marked is not None:
-        return normalise(marked)
+        return normalise_answer(marked)
     numbers = _NUMBER.findall(text.replace("\u2212", "-"))
-    return normalise(numbers[-1] if numbers else text)
+    return normalise_answer(numbers[-1] if numbers else text)
 
 
 def marked_answer(text: str) -> str | None:
@@ -58,7 +58,7 @@ def boxed_answer(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-def normalise(answer: str) -> str:
+def normalise_answer(answer: str) -> str:
     """Without dollar signs, thousands separators, a full stop at the end and superfluous white space."""
     text = answer.replace("\u2212", "-").replace("\\$", "").replace("$", "").replace("{,}", ",").replace("\\!", "")
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from grpo_jax.rewards.scorers.answers import marked_answer, normalise, tagged_answer
+from grpo_jax.rewards.scorers.answers import marked_answer, normalise_answer, tagged_answer
 
 _log = logging.getLogger("math_verify")
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -24,7 +24,7 @@ def math_verify_score(completion: str, item: dict[str, Any]) -> float:
     """
     answer = str(item["answer"])
     marked = marked_answer(completion)
-    given, expected = normalise(completion if marked is None else marked), normalise(answer)
+    given, expected = normalise_answer(completion if marked is None else marked), normalise_answer(answer)
     if given == expected:
         return 1.0
     if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(expected):  # most answers: a thousand times faster

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from grpo_jax.rewards.scorers.answers import final_answer, normalise
+from grpo_jax.rewards.scorers.answers import final_answer, normalise_answer
 
 
 def exact_score(completion: str, item: dict[str, Any]) -> float:
     """1.0 if the final answer is `item["answer"]`, up to white space, dollar signs and thousands separators."""
-    return float(final_answer(completion) == normalise(str(item["answer"])))
+    return float(final_answer(completion) == normalise_answer(str(item["answer"])))
 
 
 def regex_score(completion: str, item: dict[str, Any], *, pattern: str) -> float:
@@ -20,7 +20,7 @@ def regex_score(completion: str, item: dict[str, Any], *, pattern: str) -> float
         pass
     if last is None or not last.re.groups:
         return float(last is not None)
-    return float(normalise(last[1] or "") == normalise(str(item["answer"])))
+    return float(normalise_answer(last[1] or "") == normalise_answer(str(item["answer"])))
 
 
 def format_score(completion: str, item: dict[str, Any], *, pattern: str) -> float:

@@ -46,10 +46,10 @@ def compiled_update(job: Job) -> Any:
     """The train step as `trainer` calls it."""
     run = run_of(job)
     rolled = make_rollout(job.model, build.rollout_spec(run.config, run.task), run.mesh)
-    batch = example_batch(run.config, run.task, rolled, run.like.policy)
+    batch = example_batch(run.config, run.task, rolled, run.abstract_state.policy)
     rows = NamedSharding(run.mesh, ROWS)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
-    return run.update.lower(run.like, batch).compile()
+    return run.update.lower(run.abstract_state, batch).compile()
 
 
 def compiled_rollout(job: Job) -> Any:
@@ -60,7 +60,7 @@ def compiled_rollout(job: Job) -> Any:
     prompts = jax.eval_shape(lambda: run.task.train_prompts(0, run.config.rollout.num_prompts))
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = jax.jit(lambda policy, prompts, key: rolled(weights(policy), prompts, key))
-    return program.lower(run.like.policy, prompts, key).compile()
+    return program.lower(run.abstract_state.policy, prompts, key).compile()
 
 
 def temporary_bytes(program: Any) -> float:

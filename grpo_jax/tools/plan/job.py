@@ -19,7 +19,7 @@ from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.tools.roofline import Sizes
 from grpo_jax.training import build
-from grpo_jax.training.run import require_divisible
+from grpo_jax.training.run import check_batch_divisible
 
 # Public architecture numbers, from each model's config.json.
 SHAPES = {
@@ -70,9 +70,9 @@ class Job:
 
     @property
     def live_batch(self) -> Sizes:
-        """What one device decodes side by side: all of it, or `rollout.live_rows`, each with a copy of its prompt."""
-        batch, live_rows = self.local_batch, self.config.rollout.live_rows
-        return dataclasses.replace(batch, P=live_rows, G=1) if 0 < live_rows < batch.P * batch.G else batch
+        """What one device decodes side by side: all of it, or `rollout.max_live_sequences`, each with a copy of its prompt."""
+        batch, max_live_sequences = self.local_batch, self.config.rollout.max_live_sequences
+        return dataclasses.replace(batch, P=max_live_sequences, G=1) if 0 < max_live_sequences < batch.P * batch.G else batch
 
     @property
     def local_microbatch(self) -> Sizes:
@@ -109,7 +109,7 @@ def mesh_of(sizes: tuple[int, ...]) -> Any:
 def require_allowed(job: Job) -> None:
     """The decoder and the batch can be cut as the mesh asks. Raises UserError."""
     check_divisible(job.model.arch.sharded_sizes, job.mesh)
-    require_divisible(job.config, job.mesh)
+    check_batch_divisible(job.config, job.mesh)
 
 
 def allowed_meshes(job: Job) -> list[Job]:

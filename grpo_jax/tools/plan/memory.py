@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from grpo_jax.learner.logprobs import score
-from grpo_jax.models.lora import split
+from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.parallel.sharding import placed
+from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.tools.plan.job import Job, mesh_of
 from grpo_jax.tools.roofline import Sizes
 from grpo_jax.training import build, run
-from grpo_jax.types import Prompts, Rollout, TrainState, join
+from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
 F32 = 4  # bytes
 STATE, UPDATE, ROLLOUT = "state", "update", "rollout"
@@ -59,14 +59,14 @@ def peak_bytes(parts: list[Part]) -> float:
 def state_like(job: Job) -> TrainState:
     """Shapes and places of the state, as `run.assemble` has them."""
     alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1)))
-    return run.state_like(job.config, job.mesh, state_shapes(alone))
+    return run.abstract_state_of(job.config, job.mesh, state_shapes(alone))
 
 
 @functools.lru_cache(maxsize=1)
 def state_shapes(job: Job) -> TrainState:
-    base, adapters = split(job.model.param_shapes())
+    base, adapters = split_adapters(job.model.param_shapes())
     base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
-    return jax.eval_shape(run.make_parts(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
+    return jax.eval_shape(run.make_train_fns(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
 
 
 def state_parts(job: Job) -> list[Part]:
@@ -78,7 +78,7 @@ def state_parts(job: Job) -> list[Part]:
         held("optimizer state", state.opt_state),
         held("reference policy", state.ref_params),
         held("groups waiting (dynamic sampling)", state.pending),
-        held("the batch sampled ahead (async_steps)", state.ahead),
+        held("the batch sampled ahead (async_steps)", state.next_batch),
         held("the weights that sample it", state.policy if job.config.async_steps else None),
     ]
 
@@ -159,13 +159,13 @@ def saved_for_backward(job: Job, remat: str) -> list[Any]:
 
 @functools.lru_cache
 def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: bool, sampling: Any) -> list[Any]:
-    base, adapters = split(model.param_shapes())
+    base, adapters = split_adapters(model.param_shapes())
     frozen, trained = (base, adapters) if adapters else (None, base)
     frozen, trained = in_compute_dtype(frozen, model), in_compute_dtype(trained, model) if is_gathered else trained
 
     def kept(frozen: Any, trained: Any, rollout: Rollout) -> list[Any]:
         def logp(trained: Any):
-            return score(model, join(frozen, trained), rollout, sampling, chunk_tokens)[0]
+            return policy_logprobs(model, join_params(frozen, trained), rollout, sampling, chunk_tokens)[0]
 
         _, backward = jax.vjp(logp, trained)
         given = {id(x) for x in jax.tree.leaves((frozen, trained, rollout))}
@@ -175,7 +175,7 @@ def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: boo
 
 
 def rollout_like(sizes: Sizes, is_cut: bool) -> Rollout:
-    """The fields of a rollout that `score` reads, as shapes."""
+    """The fields of a rollout that `policy_logprobs` reads, as shapes."""
     P, G, S, T = int(sizes.P), sizes.G, int(sizes.S), int(sizes.T)
     tokens_PS, tokens_PGT = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((P, S), (P, G, T)))
     prompts = Prompts(tokens_PS, jax.ShapeDtypeStruct((P, S), bool), None)
@@ -205,7 +205,7 @@ def gathered_parts(job: Job) -> list[Part]:
     """Where fsdp cuts: what is whole for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
         return []
-    leaves = flatten_dict(split(whole_weights(job))[0])
+    leaves = flatten_dict(split_adapters(whole_weights(job))[0])
     tables, layers = [], []
     for path, leaf in leaves.items():
         (layers if "layers" in path else tables).append(numbers_here(leaf))
@@ -220,7 +220,7 @@ def gathered_parts(job: Job) -> list[Part]:
 def whole_weights(job: Job) -> Any:
     """The policy's weights, cut along `tensor` only."""
     _, _, tensor = job.mesh.shape.values()
-    return placed(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0)
+    return with_shardings(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0)
 
 
 def in_compute_dtype(tree: Any, model: ModelDef) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_jax.analysis import statistics
 from grpo_jax.config import Config, parse_config
+from grpo_jax.config.aliases import upgrade_setting
 from grpo_jax.config.strict import build
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
@@ -92,7 +93,7 @@ def changed(settings: dict[str, Any], changes: Mapping[str, Any], where: str) ->
     """Settings with some fields changed, validated. where: for messages. Raises UserError."""
     if "seed" in changes:
         raise UserError(f"{where}: 'seed' cannot be changed by a set; use config.seeds")
-    for dotted, value in changes.items():
+    for dotted, value in (upgrade_setting(*change) for change in changes.items()):
         *parents, last = dotted.split(".")
         node: Any = settings
         for parent in parents:

@@ -52,7 +52,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # only a new process reads it
-        process = context.Process(target=worker.serve, args=(theirs, num_threads), daemon=True)
+        process = context.Process(target=worker.serve_jobs, args=(theirs, num_threads), daemon=True)
         process.start()
         theirs.close()  # so that ours ends when the process does
         return cls(process, ours)

@@ -14,7 +14,7 @@ from grpo_jax.tools.sweep import plan, pool
 from grpo_jax.tools.sweep.board import Board
 from grpo_jax.tools.sweep.plan import Sweep
 from grpo_jax.tools.sweep.worker import jobs_of
-from grpo_jax.training.checkpoint import require_same_config
+from grpo_jax.training.checkpoint import check_same_config
 from grpo_jax.training.trainer import StopSignal
 
 
@@ -34,7 +34,7 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
     """
     specs = plan.expand(sweep, changes)
     for spec in specs:
-        require_same_config(workdir / spec.folder, spec.config.to_dict())
+        check_same_config(workdir / spec.folder, spec.config.to_dict())
     warning = plan.too_few_seeds(sweep)
     if warning:
         print(f"note: {warning}", file=sys.stderr)

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpo_jax.caches import keep_compiled
+from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
 from grpo_jax.tools.sweep.plan import RunSpec
-from grpo_jax.training import build, cohort, trainer
+from grpo_jax.training import build, shared_program, trainer
 from grpo_jax.training.checkpoint import saved_steps
-from grpo_jax.training.lockstep import train_together
 from grpo_jax.training.run import Run
+from grpo_jax.training.vmapped import train_vmapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Job:
 
 def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int, workdir: pathlib.Path) -> list[Job]:
     """What is to do, runs that share a program one after another; those that one call advances stand at the same step."""
-    shapes = list(dict.fromkeys(cohort.shape_of(spec.config) for spec in specs))
-    alike = {shape: tuple(spec.config for spec in specs if cohort.shape_of(spec.config) == shape) for shape in shapes}
+    shapes = list(dict.fromkeys(shared_program.static_key(spec.config) for spec in specs))
+    alike = {shape: tuple(spec.config for spec in specs if shared_program.static_key(spec.config) == shape) for shape in shapes}
 
     def place(spec: RunSpec) -> tuple[int, int]:
         step = -1 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=-1)
-        return shapes.index(cohort.shape_of(spec.config)), step
+        return shapes.index(shared_program.static_key(spec.config)), step
 
     jobs = []
     for (shape, _), group in itertools.groupby(sorted(to_do, key=place), key=place):
@@ -66,7 +66,7 @@ def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]
     return (tuple(specs[i : i + size]) for i in range(0, len(specs), size))
 
 
-def serve(connection: Connection, num_threads: int) -> None:
+def serve_jobs(connection: Connection, num_threads: int) -> None:
     """Jobs in, what went wrong with each (one line, or "") out, until the other end is closed. num_threads: for XLA."""
     os.environ["NPROC"] = str(num_threads)  # read when JAX makes its devices, which has not happened yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the sweep's process decides
@@ -100,7 +100,7 @@ def attempt(job: Job) -> str:
 
 def do(job: Job) -> None:
     """Train, from where each run left off."""
-    keep_compiled(job.workdir / "compiled")
+    enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
     if configs[0].task.name in build.SOURCES:  # scored on the host: nothing to share
@@ -108,17 +108,17 @@ def do(job: Job) -> None:
             trainer.train(config, workdir)
         return
     program = program_of(job.alike, is_vmapped=len(configs) > 1)
-    runs = [with_shared_weights(cohort.run_of(program, config), job.workdir / "weights") for config in configs]
+    runs = [with_shared_weights(shared_program.run_of(program, config), job.workdir / "weights") for config in configs]
     if len(runs) > 1:
-        train_together(program, runs, workdirs)
+        train_vmapped(program, runs, workdirs)
     else:
         trainer.train_run(runs[0], workdirs[0])
 
 
 @functools.lru_cache(maxsize=1)
-def program_of(alike: tuple[Config, ...], *, is_vmapped: bool) -> cohort.Program:
+def program_of(alike: tuple[Config, ...], *, is_vmapped: bool) -> shared_program.Program:
     """Jobs come sorted by shape, so the newest program is all there is to keep."""
-    return cohort.make_program(alike, is_vmapped=is_vmapped)
+    return shared_program.make_program(alike, is_vmapped=is_vmapped)
 
 
 def with_shared_weights(run: Run, folder: pathlib.Path) -> Run:
@@ -145,7 +145,7 @@ def kept(make: Callable[[], Any], path: pathlib.Path) -> Callable[[], Any]:
 def start_of(config: Config) -> str:
     """A name for the weights that a run begins with: a hash of all they depend on."""
     fields = ("seed", "model", "task", "warm_start", "learner.logprob_chunk_tokens", "eval.num_prompts")
-    values = [repr(cohort.value_of(config, field)) for field in (*fields, "rollout.max_completion_tokens")]
+    values = [repr(shared_program.value_of(config, field)) for field in (*fields, "rollout.max_completion_tokens")]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import RewardConfig, reward_parts
-from grpo_jax.config.reward_parts import Part
+from grpo_jax.config import RewardConfig, reward_expression
+from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import UserError
 from grpo_jax.metrics import Mean
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
@@ -19,7 +19,7 @@ from grpo_jax.types import Reward
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
 
 
-class Judge:
+class RewardFunction:
     """The parts of both expressions of config.reward and the worker processes that score them.
 
     task_name: whose own reward an empty config.reward.task stands for. max_completion_tokens: what `length` is a share of.
@@ -27,8 +27,8 @@ class Judge:
     """
 
     def __init__(self, config: RewardConfig, task_name: str, max_completion_tokens: int) -> None:
-        self._task = reward_parts.parse(config.task or reward_parts.OF_TASK[task_name], "config.reward.task")
-        self._shaping = reward_parts.parse(config.shaping, "config.reward.shaping")
+        self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
+        self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
         settings = {"regex": {"pattern": config.regex.pattern}, "format": {"pattern": config.format.pattern}}
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))

@@ -18,7 +18,7 @@ def trained_mask(rollout: Rollout, filter_truncated: bool):
     return rollout.mask_PGT * ~rollout.is_truncated_PG[..., None] if filter_truncated else rollout.mask_PGT
 
 
-def advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: AxisName | None = None):
+def batch_advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: AxisName | None = None):
     """`objectives.advantages` of a batch of whole groups -> float32[P, G, T], 0 where masked."""
     P, G, T = mask_PGT.shape
     adv_BT = objectives.advantages(
@@ -33,14 +33,14 @@ def advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: A
     return adv_BT.reshape(P, G, T)
 
 
-def recorded_advantages(obj: Objective, batch: Batch, filter_truncated: bool):
+def advantages_with_grpo(obj: Objective, batch: Batch, filter_truncated: bool):
     """-> (advantage float32[P, G, T], plain GRPO's advantage of each row, float32[P, G]), from the recorded entropy.
 
     These are the update's own numbers, but for learner.old_logp = "learner": there the update takes the entropy from a
     forward pass of its own, which differs from the sampler's by its numerics.
     """
     mask_PGT, entropy_PGT = trained_mask(batch.rollout, filter_truncated), batch.rollout.entropy_PGT
-    ours_PGT, grpo_PGT = (advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
+    ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
     return ours_PGT, grpo_PGT[..., 0]
 
 
@@ -51,7 +51,7 @@ def advantage_metrics(obj: Objective, batch: Batch, mask_PGT, adv_PGT) -> dict[s
     changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)
     of its completion; 0 where one of them is the same everywhere.
     """
-    grpo_PGT = advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
+    grpo_PGT = batch_advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
     is_different_PGT = jnp.abs(adv_PGT - grpo_PGT) > SAME * jnp.maximum(jnp.abs(adv_PGT), jnp.abs(grpo_PGT))
     is_success_PG1 = (batch.task_reward_PG >= obj.success_threshold)[..., None]
     return {

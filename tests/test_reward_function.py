@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_jax.config import Config, reward_parts
+from grpo_jax.config import Config, reward_expression
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.judge import Judge
+from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers import answers
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.rewards.scorers.math_answer import math_verify_score
@@ -119,7 +119,7 @@ def test_exact_regex_and_format() -> None:
 
 def test_expressions_are_sums_of_weighted_parts() -> None:
     def parsed(text: str) -> dict[str, float]:
-        return dict(reward_parts.parse(text, "f"))
+        return dict(reward_expression.parse(text, "f"))
 
     assert parsed("") == parsed("  ") == {}
     assert parsed("math_verify") == {"math_verify": 1}
@@ -170,9 +170,9 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJudge
     monkeypatch.syspath_prepend(str(tmp_path))
     judges = []
 
-    def make(task: str = "", shaping: str = "", **scoring: Any) -> Judge:
+    def make(task: str = "", shaping: str = "", **scoring: Any) -> RewardFunction:
         settings = {f"scoring__{name}": value for name, value in scoring.items()}
-        judges.append(Judge(config_of(task=task, shaping=shaping, **settings).reward, "jsonl", 10))
+        judges.append(RewardFunction(config_of(task=task, shaping=shaping, **settings).reward, "jsonl", 10))
         return judges[-1]
 
     yield make
@@ -286,7 +286,7 @@ def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Pat
         scoring__time_limit_secs=1.5,
         scoring__memory_limit_mb=512,
     )
-    each = Judge(config.reward, "jsonl", 10)
+    each = RewardFunction(config.reward, "jsonl", 10)
     completions_PG = [["ab", "a" * 40, "loop", "big"]]
     reward = each([{"answer": "ab"}], completions_PG, lengths(completions_PG))
     each.close()

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
-from grpo_jax.learner import credit
+from grpo_jax.learner.advantage_diagnostics import advantage_metrics, advantages_with_grpo, batch_advantages
 from grpo_jax.parallel.sharding import ROWS
 from tests import oracle, tiny
 
@@ -34,7 +34,7 @@ def by_oracle(obj, batch, mask_PGT):
 def test_recorded_advantages_on_8_devices_are_those_of_the_whole_batch(filter_truncated):
     """GTPO normalises over the batch: a device that looked at its own group only would record other numbers."""
     obj, batch = objectives.get("gtpo", stat_scope="batch"), batch_of(8)
-    recorded = jax.jit(lambda batch: credit.recorded_advantages(obj, batch, filter_truncated))
+    recorded = jax.jit(lambda batch: advantages_with_grpo(obj, batch, filter_truncated))
     adv_PGT, grpo_PG = recorded(batch)
     mask_PGT = np.asarray(batch.rollout.mask_PGT)
     if filter_truncated:
@@ -50,8 +50,8 @@ def test_recorded_advantages_on_8_devices_are_those_of_the_whole_batch(filter_tr
 def compiled_metrics():
     def every_metric(batch, mask_PGT):
         objs = {name: objectives.get(name) for name in NAMES}
-        advs = {name: credit.advantages(obj, batch, mask_PGT, batch.rollout.entropy_PGT) for name, obj in objs.items()}
-        return {name: credit.advantage_metrics(objs[name], batch, mask_PGT, advs[name]) for name in NAMES}
+        advs = {name: batch_advantages(obj, batch, mask_PGT, batch.rollout.entropy_PGT) for name, obj in objs.items()}
+        return {name: advantage_metrics(objs[name], batch, mask_PGT, advs[name]) for name in NAMES}
 
     return jax.jit(every_metric)
 

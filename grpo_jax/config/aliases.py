@@ -1,0 +1,45 @@
+"""Names that config fields had before. They are taken for one release, with a warning that says the new name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# Old name -> (new name, old value -> new value).
+RENAMED: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "rollout.live_rows": ("rollout.max_live_sequences", _as_it_is),
+    "warm_start.careless_rate": ("warm_start.label_noise", _as_it_is),
+    "objective.shaped_zeros": ("objective.include_other_side", lambda value: value != "left_out"),
+}
+
+
+def upgrade(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A nested mapping of settings with old names replaced by new ones; what is set under its new name stays.
+
+    Args:
+      values: settings, nested as a Config is. where: their dotted path, empty for a whole config.
+    """
+    new = {}
+    for name, value in values.items():
+        dotted = f"{where}{name}"
+        if dotted in RENAMED:
+            name, value = upgrade_setting(dotted, value)
+            new.setdefault(name.rpartition(".")[2], value)
+        else:
+            new[name] = upgrade(value, f"{dotted}.") if isinstance(value, Mapping) else value
+    return new
+
+
+def upgrade_setting(name: str, value: Any) -> tuple[str, Any]:
+    """One setting by its dotted name, under its new name. Warns (FutureWarning) if the name is an old one."""
+    if name not in RENAMED:
+        return name, value
+    new_name, convert = RENAMED[name]
+    warnings.warn(f"config.{name} is now config.{new_name}; the old name goes with the next release", FutureWarning, 2)
+    return new_name, convert(value)
