@@ -1,4 +1,6 @@
-"""Every knob with its unit. A variant's file changes what its method changes; the argument after the colon picks the scale.
+"""Every setting with its default and, in a comment, its effect and unit. A variant's file changes what its method changes.
+
+The argument after the colon picks the scale:
 
 :tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
 :smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
@@ -13,66 +15,69 @@ from ml_collections.config_dict import placeholder
 
 from grpo_jax import objectives
 from grpo_jax.caches import cache_folder
-from grpo_jax.config import validation
 
 
 def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     """The settings shared by all variants, at one scale."""
     config: Any = ConfigDict()
-    config.seed = 0
-    config.num_steps = 800  # optimisation steps (iterations of rollout and update)
+    # fields: begin (each is declared in grpo_jax/config/schema.py; python -m experiments.fields --write=configs/base.py)
+    config.seed = 0  # of weights, prompts and samples
+    config.num_steps = 800  # iterations of rollout and update [steps]
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
     config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
-    config.async_steps = 0  # 1: tasks of the host judge the next batch while this one is trained on; it is a step old then
+    # 0 | 1; 1: tasks on the host score the next batch while this one is trained on; it is a step old then [steps]
+    config.async_steps = 0
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
     config.objective = objective_of(variant)
 
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
-    config.model.dtype = "float32"  # of activations and matrix products; parameters are float32 masters
-    config.model.remat = "auto"  # recomputed going backward: none | dots (all but matrix products) | full | auto (by depth)
-    config.model.dim = 64
-    config.model.num_layers = 2
-    config.model.num_heads = 4
-    config.model.num_kv_heads = 2
-    config.model.ffn_dim = 256
+    config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
+    # auto | none | dots | full; what the backward pass computes again: dots all but matrix products, auto by depth
+    config.model.remat = "auto"
+    config.model.dim = 64  # width D of the fresh decoder
+    config.model.num_layers = 2  # its layers L
+    config.model.num_heads = 4  # its query heads N
+    config.model.num_kv_heads = 2  # its key and value heads K
+    config.model.ffn_dim = 256  # width F of its feed-forward layers
 
     config.lora = ConfigDict()
-    config.lora.rank = 0  # of the adapters; 0: all weights are trained
+    config.lora.rank = 0  # of the adapters; 0: none, all weights are trained
     config.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
-    config.lora.targets = validation.TARGETS  # matrices with adapters, by Hugging Face's names
-    config.lora.path = ""  # PEFT folder to go on from; empty: fresh adapters
+    # matrices with adapters, by Hugging Face's names
+    config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym
-    config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted
-    config.task.system_prompt = ""  # this and the next two: of all but arithmetic
+    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym; source of questions
+    config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
+    config.task.system_prompt = ""  # goes before every question; this and the next two: of all tasks but arithmetic
     config.task.use_chat_template = True  # False for base models: prompts as plain text
     config.task.num_shots = 0  # worked questions before each question; they leave the training data
-    config.task.columns = ConfigDict()  # of jsonl and dataset; rewards see the other columns too
+    config.task.columns = ConfigDict()
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
     config.task.columns.answer = "answer"  # text or a number; of a worked one, what follows #### or is boxed counts
     config.task.arithmetic = ConfigDict()
-    config.task.arithmetic.min_operand = 0
-    config.task.arithmetic.max_operand = 99
-    config.task.arithmetic.operators = "+"  # which signs occur; "+-" is harder and needs more warm-up
+    config.task.arithmetic.min_operand = 0  # smallest operand
+    config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
+    config.task.arithmetic.operators = "+"  # signs that occur; "+-" is harder and needs more warm-up
     config.task.arithmetic.num_shots = 0  # worked lines before the question, other ones for each
     config.task.jsonl = ConfigDict()
     config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
-    config.task.jsonl.eval_path = ""  # empty: eval.num_prompts lines are held out of `path`
+    config.task.jsonl.eval_path = ""  # held-out questions; empty: eval.num_prompts lines are held out of `path`
     config.task.dataset = ConfigDict()
     config.task.dataset.path = ""  # folder of datasets.save_to_disk, or a hub id or folder for datasets.load_dataset
     config.task.dataset.subset = ""  # the dataset's configuration, "main" of openai/gsm8k
-    config.task.dataset.split = "train"
-    config.task.dataset.eval_split = ""  # empty: eval.num_prompts rows are held out of `split`
+    config.task.dataset.split = "train"  # trained on
+    config.task.dataset.eval_split = ""  # held-out questions; empty: eval.num_prompts rows are held out of `split`
     config.task.reasoning_gym = ConfigDict()
     config.task.reasoning_gym.datasets = ("basic_arithmetic",)  # generators; several are mixed
     config.task.reasoning_gym.weights = ()  # share of each; empty: equal
     config.task.reasoning_gym.params = ""  # JSON, {"basic_arithmetic": {"max_terms": 3}}: settings of each; empty: its own
     config.task.reasoning_gym.num_train = 10_000  # questions generated for training
 
-    config.reward = ConfigDict()  # weighted sums: "math_verify", "0.2*format - 0.1*length", "my_rewards:brevity"
+    config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
     config.reward.regex = ConfigDict()
@@ -81,59 +86,59 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.format.pattern = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of a whole completion
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
-    config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted
-    config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none
+    config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted [seconds]
+    config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
 
     config.warm_start = ConfigDict()
-    config.warm_start.num_steps = 1200  # supervised steps first; 0: none
-    config.warm_start.batch_size = 128  # worked answers
-    config.warm_start.learning_rate = 3e-3
-    config.warm_start.label_noise = 0.8  # share of answers whose teacher forgot to carry: what reinforcement must mend
+    config.warm_start.num_steps = 1200  # supervised steps before reinforcement; 0: none
+    config.warm_start.batch_size = 128  # worked answers in a step
+    config.warm_start.learning_rate = 0.003  # peak, after a tenth of the steps
+    config.warm_start.label_noise = 0.8  # share of answers whose teacher forgot to carry: reinforcement has to correct it
 
     config.rollout = ConfigDict()
     config.rollout.num_prompts = 32  # P: groups in a batch
-    config.rollout.group_size = 8  # G: completions of each prompt
-    config.rollout.max_completion_tokens = 6  # generation budget, stop token included
-    config.rollout.temperature = 1.0
-    config.rollout.top_k = 0  # 0: all tokens
-    config.rollout.top_p = 1.0  # 1: all tokens
-    config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room; 0: all
+    config.rollout.group_size = 8  # G: completions of each prompt; at least 2
+    config.rollout.max_completion_tokens = 6  # generation budget, stop token included [tokens]
+    config.rollout.temperature = 1.0  # logits are divided by it
+    config.rollout.top_k = 0  # most probable tokens that are kept; 0: all
+    config.rollout.top_p = 1.0  # probability that the kept tokens reach together; 1: all tokens
+    config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()
     config.dynamic_sampling.enabled = False  # refill the batch until every group's rewards differ
-    config.dynamic_sampling.max_sampling_rounds = 4  # rounds of num_prompts prompts; then train on what there is
+    config.dynamic_sampling.max_sampling_rounds = 4  # rounds of num_prompts prompts; then the step trains on the groups it has
 
     config.overlong = ConfigDict()
     config.overlong.cache_tokens = 0  # L_cache: the last tokens of the budget, where the reward falls from 0 to -1
-    config.overlong.filter = False  # completions cut off by the budget leave the loss
+    config.overlong.filter = False  # completions truncated by the budget leave the loss
 
     config.learner = ConfigDict()
     config.learner.num_epochs = 1  # passes over a batch
     config.learner.num_minibatches = 1  # optimizer steps in each pass
     config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
-    config.learner.bucket_tokens = (
-        64  # compile the update for 64, 128, 256 ... tokens of completion and the budget; 0: that only
-    )
-    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time
-    config.learner.old_logp = "sampler"  # "learner": one more forward pass, for a sampler of other numerics (bfloat16)
+    # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
+    config.learner.bucket_tokens = 64
+    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
+    # sampler | learner; learner: one more forward pass, for a sampler of other numerics (bfloat16)
+    config.learner.old_logp = "sampler"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 6e-4
-    config.optimizer.schedule = "linear"  # constant | linear | cosine: after the warm-up, the last two down to zero
-    config.optimizer.warmup_steps = 10  # optimizer steps
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.max_grad_norm = 1.0
-    config.optimizer.offload = False  # Adam's moments wait in the host's memory, and are on the device only for their update
+    config.optimizer.learning_rate = 0.0006  # of AdamW, at its peak
+    config.optimizer.schedule = "linear"  # constant | linear | cosine; after the warm-up; linear and cosine go down to zero
+    config.optimizer.warmup_steps = 10  # the learning rate rises over these optimizer steps
+    config.optimizer.b1 = 0.9  # decay of the first moment
+    config.optimizer.b2 = 0.999  # decay of the second moment
+    config.optimizer.eps = 1e-8  # added to the root of the second moment
+    config.optimizer.weight_decay = 0.0  # of matrices; norms and biases have none
+    config.optimizer.max_grad_norm = 1.0  # gradients are clipped to this global norm
+    config.optimizer.offload = False  # Adam's moments wait in the host's memory and are on the device only for their update
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that rows are spread over; -1 (of one axis at most): all that the others leave
-    config.mesh.fsdp = 1  # devices that rows and the weights with their optimizer state are spread over
-    config.mesh.tensor = 1  # devices that share a row: attention heads, feed-forward width and vocabulary are spread
-    config.mesh.fsdp_min_elements = 2**16  # a layer's weight of fewer numbers lies whole on each device of fsdp
+    config.mesh.data = -1  # devices that rows are sharded over; -1 (of one axis at most): all that the others leave
+    config.mesh.fsdp = 1  # devices that rows and the weights with their optimizer state are sharded over
+    config.mesh.tensor = 1  # devices that share a row: attention heads, feed-forward width and vocabulary are sharded
+    config.mesh.fsdp_min_elements = 65_536  # a layer's weight of fewer numbers is replicated over fsdp
 
     config.eval = ConfigDict()
     config.eval.num_prompts = 512  # held-out questions
@@ -141,12 +146,13 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.eval.batch_size = 128  # prompts at a time
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 100  # steps; 0: only at the end and on SIGTERM
-    config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a run that has come to its end
+    config.checkpoint.every = 100  # steps between checkpoints; 0: only at the end and on SIGTERM
+    config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a finished run
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none
     config.log.num_groups = 2  # groups in each sample
+    # fields: end
 
     scales = {"tiny": tiny, "smollm2": smollm2, "runlocal": runlocal}
     if scale not in scales:

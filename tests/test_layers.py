@@ -1,6 +1,7 @@
 """The package is a house of rooms on floors: imports go down only, without a circle, and the pure core knows arrays alone."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import sys
@@ -10,7 +11,7 @@ from tests import mutate
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module imports from its own room and from rooms that stand above it in this list.
-GROUND = ("__init__", "errors", "types", "metrics", "masking", "rng", "caches")
+GROUND = ("__init__", "errors", "types", "metrics", "masking", "rng", "caches", "knobs")
 FLOORS = (
     GROUND,
     ("parallel", "objectives", "analysis"),
@@ -36,6 +37,7 @@ PURE = (
 PURE_MAY_IMPORT = {"jax", "numpy", "flax", "jaxtyping", "grpo_jax"}
 
 
+@functools.cache
 def modules():
     """Dotted name without the package -> file."""
     files = sorted(PACKAGE.glob("**/*.py"))

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
-from grpo_jax.config import validation
+from grpo_jax.config.schema import TARGETS
 from grpo_jax.errors import UserError
 from grpo_jax.learner.train_step import UpdateSpec, make_train_step
 from grpo_jax.models.export import export_folder
@@ -146,7 +146,7 @@ def folder(tmp_path):
 
 @peft_warns
 def test_peft_loads_what_we_save(tmp_path, folder):
-    lora = LoRA(rank=4, alpha=6.0, targets=validation.TARGETS)
+    lora = LoRA(rank=4, alpha=6.0, targets=TARGETS)
     model = ModelDef(read_architecture(folder), lora=lora)
     adapters = random_adapters(model)
     (tmp_path / "adapter").mkdir()

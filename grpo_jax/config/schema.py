@@ -1,201 +1,237 @@
-"""The configuration as frozen dataclasses: one per stage, no defaults (those live in configs/base.py)."""
+"""The configuration: one frozen dataclass a stage. Each field is declared once, with default, comment, unit and range.
+
+configs/base.py, the list of fields (`python -m experiments.fields`) and the checks of ranges are made from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from grpo_jax.knobs import knob
 from grpo_jax.objectives import Objective
+
+TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("auto", "none", "dots", "full")
+OLD_LOGP = ("sampler", "learner")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
+SCHEDULES = ("constant", "linear", "cosine")
+GRPO = Objective()
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which decoder. With `path` (a Hugging Face folder or hub id) the architecture comes from its config.json."""
+    """The decoder. With `path` (a Hugging Face folder or hub id) the architecture comes from its config.json."""
 
-    path: str
-    dtype: str
-    remat: str
-    dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_dim: int
+    path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
+    dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
+    remat: str = knob(
+        "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
+    )
+    dim: int = knob(64, "width D of the fresh decoder", at_least=2)
+    num_layers: int = knob(2, "its layers L", at_least=1)
+    num_heads: int = knob(4, "its query heads N", at_least=1)
+    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1)
+    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    path: str
+    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
+    alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
+    path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticConfig:
     """Sums and differences as text; `num_shots` worked examples stand before the question."""
 
-    min_operand: int
-    max_operand: int
-    operators: str
-    num_shots: int
+    min_operand: int = knob(0, "smallest operand", at_least=0)
+    max_operand: int = knob(99, "largest operand; above min_operand")
+    operators: str = knob("+", 'signs that occur; "+-" is harder and needs more warm-up')
+    num_shots: int = knob(0, "worked lines before the question, other ones for each", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Which columns of a jsonl or dataset row are the prompt and the answer."""
+    """Columns of a jsonl or dataset row; rewards see the other columns too."""
 
-    prompt: str
-    answer: str
+    prompt: str = knob("prompt", 'text, or chat messages [{"role": ..., "content": ...}, ...]')
+    answer: str = knob("answer", "text or a number; of a worked one, what follows #### or is boxed counts")
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlConfig:
     """A file with one object a line."""
 
-    path: str
-    eval_path: str
+    path: str = knob("", 'one {"prompt": ..., "answer": ...} a line')
+    eval_path: str = knob("", "held-out questions; empty: eval.num_prompts lines are held out of `path`")
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
     """A Hugging Face dataset: a folder of `save_to_disk`, or what `load_dataset` takes."""
 
-    path: str
-    subset: str
-    split: str
-    eval_split: str
+    path: str = knob("", "folder of datasets.save_to_disk, or a hub id or folder for datasets.load_dataset")
+    subset: str = knob("", 'the dataset\'s configuration, "main" of openai/gsm8k')
+    split: str = knob("train", "trained on")
+    eval_split: str = knob("", "held-out questions; empty: eval.num_prompts rows are held out of `split`")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningGymConfig:
     """Generators of the reasoning-gym library, mixed by weight. `params`: JSON, {generator: {setting: value}}."""
 
-    datasets: tuple[str, ...]
-    weights: tuple[float, ...]
-    params: str
-    num_train: int
+    datasets: tuple[str, ...] = knob(("basic_arithmetic",), "generators; several are mixed")
+    weights: tuple[float, ...] = knob((), "share of each; empty: equal")
+    params: str = knob("", 'JSON, {"basic_arithmetic": {"max_terms": 3}}: settings of each; empty: its own')
+    num_train: int = knob(10_000, "questions generated for training", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Where questions come from, and how they are put to the model."""
+    """The source of questions, and how they are put to the model."""
 
-    name: str
-    max_prompt_tokens: int
-    system_prompt: str
-    use_chat_template: bool
-    num_shots: int
-    columns: ColumnsConfig
-    arithmetic: ArithmeticConfig
-    jsonl: JsonlConfig
-    dataset: DatasetConfig
-    reasoning_gym: ReasoningGymConfig
+    name: str = knob("arithmetic", "source of questions", choices=TASKS)
+    max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", unit="tokens", at_least=1)
+    system_prompt: str = knob("", "goes before every question; this and the next two: of all tasks but arithmetic")
+    use_chat_template: bool = knob(True, "False for base models: prompts as plain text")
+    num_shots: int = knob(0, "worked questions before each question; they leave the training data", at_least=0)
+    columns: ColumnsConfig = ColumnsConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    jsonl: JsonlConfig = JsonlConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class PatternConfig:
-    """A regular expression."""
+class RegexConfig:
+    """Settings of the part `regex`."""
 
-    pattern: str
+    pattern: str = knob("", "must occur; its group, if it has one, must equal the answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatConfig:
+    """Settings of the part `format`."""
+
+    pattern: str = knob(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", "of a whole completion")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
-    num_workers: int
-    time_limit_secs: float
-    memory_limit_mb: int
+    num_workers: int = knob(2, "processes, beside each process that trains", at_least=1)
+    time_limit_secs: float = knob(5.0, "for one answer; then it scores 0 and is counted", unit="seconds", above=0)
+    memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What an answer is worth: two expressions of named parts (reward_expression.py) and the parts' settings."""
+    """Two weighted sums of named parts (reward_expression.py), "0.2*format + my_rewards:brevity", and the parts' settings."""
 
-    task: str
-    shaping: str
-    regex: PatternConfig
-    format: PatternConfig
-    scoring: ScoringConfig
+    task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
+    shaping: str = knob("", "only added to what the advantage sees")
+    regex: RegexConfig = RegexConfig()
+    format: FormatConfig = FormatConfig()
+    scoring: ScoringConfig = ScoringConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
     """Supervised steps on the task's own answers before reinforcement begins (embedded task only)."""
 
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    label_noise: float
+    num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
+    batch_size: int = knob(128, "worked answers in a step", at_least=1)
+    learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0)
+    label_noise: float = knob(
+        0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are drawn."""
+    """The batch that is sampled, and the distribution it is drawn from."""
 
-    num_prompts: int
-    group_size: int
-    max_completion_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    max_live_sequences: int
+    num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
+    group_size: int = knob(8, "G: completions of each prompt; at least 2")
+    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
+    temperature: float = knob(1.0, "logits are divided by it", above=0)
+    top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
+    top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
+    max_live_sequences: int = knob(
+        0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSamplingConfig:
     """DAPO eq. 11: keep sampling until the batch is full of groups whose rewards differ."""
 
-    enabled: bool
-    max_sampling_rounds: int
+    enabled: bool = knob(False, "refill the batch until every group's rewards differ")
+    max_sampling_rounds: int = knob(4, "rounds of num_prompts prompts; then the step trains on the groups it has", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class OverlongConfig:
     """DAPO eq. 13. `cache_tokens` = 0: no punishment. `filter`: truncated rows leave the loss."""
 
-    cache_tokens: int
-    filter: bool
+    cache_tokens: int = knob(
+        0, "L_cache: the last tokens of the budget, where the reward falls from 0 to -1", unit="tokens", at_least=0
+    )
+    filter: bool = knob(False, "completions truncated by the budget leave the loss")
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
-    """How one batch becomes optimizer steps."""
+    """The way from one batch to optimizer steps."""
 
-    num_epochs: int
-    num_minibatches: int
-    num_microbatches: int
-    bucket_tokens: int
-    logprob_chunk_tokens: int
-    old_logp: str
-    importance_cap: float
+    num_epochs: int = knob(1, "passes over a batch", at_least=1)
+    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1)
+    num_microbatches: int = knob(1, "gradient accumulation in each optimizer step, on each device", at_least=1)
+    bucket_tokens: int = knob(
+        64,
+        "the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only",
+        unit="tokens",
+        at_least=0,
+    )
+    logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
+    old_logp: str = knob(
+        "sampler", "learner: one more forward pass, for a sampler of other numerics (bfloat16)", choices=OLD_LOGP
+    )
+    importance_cap: float = knob(
+        0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a schedule after it. offload: its state waits in the host's memory."""
+    """AdamW with linear warm-up and a schedule after it."""
 
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    offload: bool
+    learning_rate: float = knob(6e-4, "of AdamW, at its peak", at_least=0)
+    schedule: str = knob("linear", "after the warm-up; linear and cosine go down to zero", choices=SCHEDULES)
+    warmup_steps: int = knob(10, "the learning rate rises over these optimizer steps", unit="steps", at_least=0)
+    b1: float = knob(0.9, "decay of the first moment", at_least=0, below=1)
+    b2: float = knob(0.999, "decay of the second moment", at_least=0, below=1)
+    eps: float = knob(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = knob(0.0, "of matrices; norms and biases have none", at_least=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm", above=0)
+    offload: bool = knob(False, "Adam's moments wait in the host's memory and are on the device only for their update")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left. `fsdp_min_elements`: smaller weights are not cut."""
+    """Devices along each mesh axis."""
 
-    data: int
-    fsdp: int
-    tensor: int
-    fsdp_min_elements: int
+    data: int = knob(-1, "devices that rows are sharded over; -1 (of one axis at most): all that the others leave")
+    fsdp: int = knob(1, "devices that rows and the weights with their optimizer state are sharded over")
+    tensor: int = knob(1, "devices that share a row: attention heads, feed-forward width and vocabulary are sharded")
+    fsdp_min_elements: int = knob(2**16, "a layer's weight of fewer numbers is replicated over fsdp", at_least=0)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -207,52 +243,62 @@ class MeshConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    num_prompts: int
-    num_samples: int
-    batch_size: int
+    num_prompts: int = knob(512, "held-out questions", at_least=1)
+    num_samples: int = knob(4, "completions of each at rollout.temperature, beside the greedy one; 0: greedy only", at_least=0)
+    batch_size: int = knob(128, "prompts at a time", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept in the run's folder. keep 0: one checkpoint to resume from, and none once the run has come to its end."""
+    """Checkpoints in the run's folder."""
 
-    every: int
-    keep: int
+    every: int = knob(100, "steps between checkpoints; 0: only at the end and on SIGTERM", unit="steps", at_least=0)
+    keep: int = knob(2, "newest checkpoints kept; 0: one to resume from, and none of a finished run", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """How much of the sampled text is kept: `num_groups` groups every `completions_every` steps."""
+    """The sampled text that is kept: `num_groups` groups every `completions_every` steps."""
 
-    completions_every: int
-    num_groups: int
+    completions_every: int = knob(10, "steps between samples in completions.jsonl; 0: none", unit="steps", at_least=0)
+    num_groups: int = knob(2, "groups in each sample", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    seed: int
-    num_steps: int
-    eval_every: int
-    steps_per_call: int
-    async_steps: int
-    shuffle_rewards: bool
-    objective: Objective
-    model: ModelConfig
-    lora: LoRAConfig
-    task: TaskConfig
-    reward: RewardConfig
-    warm_start: WarmStartConfig
-    rollout: RolloutConfig
-    dynamic_sampling: DynamicSamplingConfig
-    overlong: OverlongConfig
-    learner: LearnerConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
-    eval: EvalConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
+    seed: int = knob(0, "of weights, prompts and samples", at_least=0, below=2**31)
+    num_steps: int = knob(800, "iterations of rollout and update", unit="steps", at_least=0)
+    eval_every: int = knob(100, "steps between held-out evaluations; 0: only before and after", unit="steps", at_least=0)
+    steps_per_call: int = knob(
+        0,
+        "steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart",
+        unit="steps",
+        at_least=0,
+    )
+    async_steps: int = knob(
+        0,
+        "1: tasks on the host score the next batch while this one is trained on; it is a step old then",
+        unit="steps",
+        choices=(0, 1),
+    )
+    shuffle_rewards: bool = knob(False, "control experiment: rewards go to the wrong rows, nothing may be learnt")
+    objective: Objective = GRPO
+    model: ModelConfig = ModelConfig()
+    lora: LoRAConfig = LoRAConfig()
+    task: TaskConfig = TaskConfig()
+    reward: RewardConfig = RewardConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    overlong: OverlongConfig = OverlongConfig()
+    learner: LearnerConfig = LearnerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def num_updates(self) -> int:

@@ -8,22 +8,16 @@ from typing import Any
 
 from grpo_jax import objectives
 from grpo_jax.config import reward_expression
-from grpo_jax.config.schema import Config
+from grpo_jax.config.schema import TARGETS, Config
 from grpo_jax.errors import UserError
+from grpo_jax.knobs import walk
 from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
-
-TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
-DTYPES = ("float32", "bfloat16")
-REMATS = ("auto", "none", "dots", "full")
-OLD_LOGP = ("sampler", "learner")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 def validate(config: Config) -> None:
     """Check values and combinations that types cannot. Raises UserError naming the field, its value and the fix."""
-    _require_ranges(config)
-    _require_choices(config)
+    _check_knobs(config)
+    _check_operands(config)
     _require_objective(config)
     _require_reward(config)
     _require_generators(config)
@@ -172,89 +166,16 @@ def _require_generators(config: Config) -> None:
         raise UserError(f"{field}.params: {unknown[0]!r} is not among {field}.datasets = {gym.datasets!r}")
 
 
-def _require_choices(config: Config) -> None:
-    choices: dict[str, tuple[Any, ...]] = {
-        "async_steps": (0, 1),
-        "task.name": TASKS,
-        "model.dtype": DTYPES,
-        "model.remat": REMATS,
-        "learner.old_logp": OLD_LOGP,
-        "optimizer.schedule": SCHEDULES,
-    }
-    for name, known in choices.items():
-        value = _field(config, name)
-        if value not in known:
-            raise UserError(f"config.{name} = {value!r}: unknown; known: {', '.join(map(str, known))}")
+def _check_knobs(config: Config) -> None:
+    """Every field is in the range, and among the choices, that its declaration gives."""
+    for name, value, declared in walk(config):
+        complaint = declared.complaint(value) if declared else ""
+        if complaint:
+            raise UserError(f"config.{name} = {value!r}: {complaint}")
 
 
-# Lowest allowed values, inclusive; "> 0" fields are listed apart because they are real numbers.
-AT_LEAST = {
-    "seed": 0,
-    "num_steps": 0,
-    "eval_every": 0,
-    "steps_per_call": 0,
-    "lora.rank": 0,
-    "model.num_layers": 1,
-    "model.num_heads": 1,
-    "model.num_kv_heads": 1,
-    "model.ffn_dim": 1,
-    "task.max_prompt_tokens": 1,
-    "task.num_shots": 0,
-    "task.arithmetic.num_shots": 0,
-    "task.arithmetic.min_operand": 0,
-    "task.reasoning_gym.num_train": 1,
-    "reward.scoring.num_workers": 1,
-    "reward.scoring.memory_limit_mb": 0,
-    "warm_start.num_steps": 0,
-    "warm_start.batch_size": 1,
-    "warm_start.label_noise": 0,
-    "rollout.num_prompts": 1,
-    "rollout.max_completion_tokens": 1,
-    "rollout.top_k": 0,
-    "rollout.max_live_sequences": 0,
-    "dynamic_sampling.max_sampling_rounds": 1,
-    "overlong.cache_tokens": 0,
-    "learner.num_epochs": 1,
-    "learner.num_minibatches": 1,
-    "learner.num_microbatches": 1,
-    "learner.bucket_tokens": 0,
-    "learner.logprob_chunk_tokens": 1,
-    "learner.importance_cap": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0,
-    "mesh.fsdp_min_elements": 0,
-    "eval.num_prompts": 1,
-    "eval.num_samples": 0,
-    "eval.batch_size": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 0,
-    "log.completions_every": 0,
-    "log.num_groups": 1,
-}
-ABOVE_ZERO = (
-    "lora.alpha",
-    "rollout.temperature",
-    "rollout.top_p",
-    "optimizer.max_grad_norm",
-    "optimizer.eps",
-    "reward.scoring.time_limit_secs",
-)
-
-
-def _require_ranges(config: Config) -> None:
-    for name, low in AT_LEAST.items():
-        value = _field(config, name)
-        if not value >= low:
-            raise UserError(f"config.{name} = {value!r}: must be at least {low}")
-    for name in ABOVE_ZERO:
-        value = _field(config, name)
-        if not value > 0:
-            raise UserError(f"config.{name} = {value!r}: must be above 0")
-    if config.seed >= 2**31:
-        raise UserError(f"config.seed = {config.seed}: must be below 2**31, for it travels as an int32")
-    if config.rollout.top_p > 1:
-        raise UserError(f"config.rollout.top_p = {config.rollout.top_p!r}: a probability, at most 1 (1 keeps every token)")
+def _check_operands(config: Config) -> None:
+    """The arithmetic task has problems."""
     if config.task.arithmetic.max_operand <= config.task.arithmetic.min_operand:
         raise UserError(
             f"config.task.arithmetic.max_operand = {config.task.arithmetic.max_operand}: must be above "

@@ -1,0 +1,61 @@
+"""A field of a config that knows all there is to know about it: default, comment, unit, range. Nothing else repeats these."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """Metadata of one field.
+
+    about: what it sets, in a few words. unit: of its number. at_least, above, at_most, below: bounds, None for none.
+    choices: the only values it may have; empty: any.
+    """
+
+    about: str
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    def complaint(self, value: Any) -> str:
+        """What is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
+        if self.choices and value not in self.choices:
+            return f"unknown; known: {', '.join(map(str, self.choices))}"
+        if self.at_least is not None and not value >= self.at_least:
+            return f"must be at least {self.at_least}"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above}"
+        if self.at_most is not None and not value <= self.at_most:
+            return f"must be at most {self.at_most}"
+        if self.below is not None and not value < self.below:
+            return f"must be below {self.below}"
+        return ""
+
+    @property
+    def range(self) -> str:
+        """The allowed values in short: ">= 0, < 1", "a | b"; empty if any will do."""
+        if self.choices:
+            return " | ".join(map(str, self.choices))
+        bounds = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
+        return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
+
+
+def knob(default: Any, about: str, **limits: Any) -> Any:
+    """Declare a field of a frozen dataclass; limits: the other fields of Knob."""
+    return dataclasses.field(default=default, metadata={"knob": Knob(about, **limits)})
+
+
+def walk(config: Any, where: str = "") -> Iterator[tuple[str, Any, Knob | None]]:
+    """Yield (dotted name, value, its Knob or None) of every field of nested dataclasses, in the order they are declared."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{where}{field.name}.")
+        else:
+            yield f"{where}{field.name}", value, field.metadata.get("knob")
