@@ -30,9 +30,8 @@ from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tools import cli, roofline
 from grpo_jax.tools.plan.fixed_task import FixedTask
-from grpo_jax.training import build
-from grpo_jax.training.iteration import make_rollout
-from grpo_jax.training.run import Run, assemble, check_batch_divisible, initial_state, make_run
+from grpo_jax.training.run import Run, assemble, check_batch_divisible, make_run
+from grpo_jax.training.samplers import end_tokens, make_rollout
 from grpo_jax.types import Rollout, TrainState
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -64,7 +63,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     """The run to measure, and its state. Raises UserError."""
     if args.config:
         run = make_run(with_flags(cli.load_config(args.config, "--config"), args))
-        return run, initial_state(run)
+        return run, run.initial_state()
     raw = base.get_config()
     raw.update_from_flattened_dict(
         {"warm_start.num_steps": 0, "optimizer.learning_rate": workload.LEARNING_RATE, "eval.num_samples": 0, "mesh.data": 1}
@@ -75,7 +74,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
     task = FixedTask(workload.random_ids(args.prompts, args.prompt_len, shape.vocab_size, seed=0), workload.PAD)
     run = assemble(config, mesh, task, model)
-    return run, initial_state(run)
+    return run, run.initial_state()
 
 
 def with_flags(raw: Any, args: argparse.Namespace) -> Config:
@@ -127,7 +126,7 @@ def described(run: Run, args: argparse.Namespace) -> Workload:
     return Workload(
         model=args.config or args.model,
         what=args.what,
-        beta=config.objective.kl_coef,
+        beta=float(config.objective.kl_coef),
         dtype=run.model.dtype,
         remat=run.model.remat == "full",
         microbatch=rollout.num_prompts * rollout.group_size // cuts if cuts > 1 else 0,
@@ -141,7 +140,7 @@ def described(run: Run, args: argparse.Namespace) -> Workload:
 
 
 def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
-    rollout = jax.jit(make_rollout(run.model, build.rollout_spec(run.config, run.task), run.mesh))
+    rollout = jax.jit(make_rollout(run.model, run.config.rollout, end_tokens(run.task), run.mesh))
     prompts = run.task.train_prompts(0, run.config.rollout.num_prompts)
     last = []
 
@@ -207,7 +206,7 @@ def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: r
         flops += roofline.forward_flops(arch, sampled)
     if what != "rollout":
         passes = (2 if run.model.lora else 3) * config.learner.num_epochs  # forward, by activations, by weights
-        passes += (config.objective.kl_coef > 0) + (config.learner.old_logp == "learner")
+        passes += config.objective.has_kl + (config.learner.old_logp == "learner")
         flops += passes * roofline.forward_flops(arch, trained)
     shares: dict[str, float] = {
         "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),

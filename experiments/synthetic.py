@@ -8,7 +8,7 @@ import numpy as np
 from experiments.peers import workload
 from experiments.peers.workload import SHAPES
 from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.training import build
+from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.training.run import Run
 from grpo_jax.types import Batch, Rollout
 
@@ -25,7 +25,7 @@ def random_batch(run: Run) -> Batch:
     rollout, vocab_size = run.config.rollout, run.model.arch.vocab_size
     P, G, T = rollout.num_prompts, rollout.group_size, rollout.max_completion_tokens
     uniform_PGT = jnp.full((P, G, T), np.log(vocab_size), jnp.float32)
-    is_cut = build.sampling_of(run.config).is_cut
+    is_cut = sampling_of(run.config.rollout).is_cut
     reward_PG = jnp.asarray([[float(workload.advantage(g) > 0) for g in range(G)]] * P)
     return Batch(
         rollout=Rollout(

@@ -90,6 +90,24 @@ class GroupBuffer:
 
 
 @flax.struct.dataclass
+class Hyperparams:
+    """Numbers of a config that no shape and no branch of a program depends on: data of the state, not constants of the program.
+
+    Runs that differ in these alone share their compiled programs, and many such runs are one run vmapped over states.
+    seed: int32. The others: float32 scalars, named as the config names them. kl_coef is never 0 where there is a reference.
+    """
+
+    seed: Any
+    clip_low: Any
+    clip_high: Any
+    kl_coef: Any
+    entropy_weight: Any
+    learning_rate: Any
+    weight_decay: Any
+    max_grad_norm: Any
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that changes while a run goes on; the whole of it is checkpointed.
 
@@ -98,7 +116,8 @@ class TrainState:
     ref_params: the reference policy; None unless kl_coef > 0, and with LoRA, whose base it is.
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
     next_batch: the batch of the next update, sampled one step early; None without async_steps.
-    `base` and `ref_params` never change and are left out of checkpoints.
+    hyperparams: see there; None only in checkpoints and in states that nothing is trained with.
+    `base`, `ref_params` and `hyperparams` never change and are left out of checkpoints.
     """
 
     step: jax.Array
@@ -109,6 +128,7 @@ class TrainState:
     num_prompts_drawn: jax.Array
     pending: GroupBuffer | None
     next_batch: Batch | None = None
+    hyperparams: Hyperparams | None = None
 
     @property
     def policy(self) -> Params:

@@ -130,15 +130,15 @@ BUGS = [
     (
         "inner epochs ignored",
         "grpo_jax/learner/train_step.py",
-        "(spec.num_epochs, *x.shape)",
+        "(config.num_epochs, *x.shape)",
         "(1, *x.shape)",
         "tests/test_train_step.py",
     ),
     (
         "dynamic sampling judged on the shaped reward",
         "grpo_jax/training/iteration.py",
-        "rewards.is_informative(batch.task_reward_PG)",
-        "rewards.is_informative(batch.reward_PG)",
+        "is_informative(batch.task_reward_PG)",
+        "is_informative(batch.reward_PG)",
         "tests/test_dynamic_sampling.py",
     ),
     (
@@ -151,8 +151,8 @@ BUGS = [
     (
         "reference kept although kl_coef is 0",
         "grpo_jax/training/run.py",
-        " if has_copy else None",
-        "",
+        "if config.objective.has_kl and adapters is None:",
+        "if adapters is None:",
         "tests/test_train_step.py",
     ),
     (
@@ -213,9 +213,9 @@ BUGS = [
     ),
     (
         "the data begins again at every step",
-        "grpo_jax/training/iteration.py",
-        "train_prompts(state.num_prompts_drawn + number * P, P)",
-        "train_prompts(number * P, P)",
+        "grpo_jax/training/samplers.py",
+        "start = int(state.num_prompts_drawn + number * P)",
+        "start = int(number * P)",
         "tests/test_host_training.py -k very_next",
     ),
     (

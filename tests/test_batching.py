@@ -11,7 +11,8 @@ import pytest
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.learner import batching
-from grpo_jax.learner.train_step import UpdateSpec, make_train_step
+from grpo_jax.learner.hyperparams import with_fields
+from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.rollout.sampling import Sampling
 from tests import tiny
 
@@ -21,18 +22,15 @@ T, PAD = 6, 0
 
 def update(spec, batch, params, num_devices=1):
     """One step of the bigram model; -> (new parameters, metrics)."""
-    step = jax.jit(make_train_step(tiny.Bigram(), SGD, spec, tiny.mesh_of(num_devices)))
+    step = jax.jit(make_train_step(tiny.Bigram(), lambda _: SGD, spec, tiny.mesh_of(num_devices)))
     reference = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.kl_coef else None
-    after, metrics = step(tiny.state_of(params, SGD, reference), batch)
+    after, metrics = step(tiny.state_of(params, SGD, reference, config=spec), batch)
     return after.params, metrics_lib.to_floats(metrics)
 
 
 def spec_of(name, **changes):
-    fields = dict(
-        num_epochs=1, num_minibatches=1, num_microbatches=1, logprob_chunk_tokens=16, length_buckets=(T,), old_logp="learner"
-    )
-    fields |= {"importance_cap": 0.0, "filter_truncated": False, "seed": 0, "fsdp_min_elements": 0, **changes}
-    return UpdateSpec(objective=objectives.get(name), sampling=Sampling(0.7), max_completion_tokens=T, **fields)
+    learner = {"logprob_chunk_tokens": 16, "old_logp": "learner", **changes}
+    return tiny.update_config(objectives.get(name), Sampling(0.7), T, **learner)
 
 
 def short_groups(batch):
@@ -48,7 +46,7 @@ def test_the_update_is_the_same_at_any_choice_of_widths(name, num_microbatches, 
     batch, params = short_groups(tiny.random_batch(8, 4, T)), tiny.bigram_params()
     spec = spec_of(name, num_microbatches=num_microbatches)
     expected, expected_metrics = update(spec, batch, params, num_devices)
-    found, metrics = update(dataclasses.replace(spec, length_buckets=(2, 4, T)), batch, params, num_devices)
+    found, metrics = update(with_fields(spec, {"learner.bucket_tokens": 2}), batch, params, num_devices)
     steps = [jax.tree.map(jnp.subtract, each, params) for each in (found, expected)]
     assert tiny.largest_difference(*steps) < 1e-5
     assert metrics.keys() == expected_metrics.keys()
@@ -67,8 +65,8 @@ def test_padding_beyond_the_width_is_never_computed():
     batch = tiny.with_rollout(batch, prompts=dataclasses.replace(prompts, tokens_PS=jnp.maximum(prompts.tokens_PS, 1)))
     params = tiny.bigram_params()
     params["embed"] = params["embed"].at[PAD].set(jnp.nan)
-    for length_buckets, is_finite in (((T,), False), ((2, T), True)):
-        after, _ = update(spec_of("dapo", length_buckets=length_buckets, num_microbatches=2), batch, params)
+    for bucket_tokens, is_finite in ((0, False), (2, True)):
+        after, _ = update(spec_of("dapo", bucket_tokens=bucket_tokens, num_microbatches=2), batch, params)
         assert np.isfinite(after["head"]).all() == is_finite
 
 

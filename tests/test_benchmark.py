@@ -168,7 +168,7 @@ def test_rollout_is_a_pytree_of_the_random_task(small):
     """The random batch has the shapes that a rollout of the same run would have."""
     run, state = benchmark.prepare(benchmark.parse([*small, "--what=update"]))
     batch = synthetic.random_batch(run)
-    rollout = benchmark.make_rollout(run.model, benchmark.build.rollout_spec(run.config, run.task), run.mesh)
+    rollout = benchmark.make_rollout(run.model, run.config.rollout, benchmark.end_tokens(run.task), run.mesh)
     prompts = run.task.train_prompts(0, 2)
     sampled = jax.eval_shape(rollout, state.policy, prompts, jax.random.key(0))
     assert isinstance(sampled, Rollout)

@@ -14,7 +14,7 @@ from grpo_jax import objectives
 from grpo_jax.config import parse_config
 from grpo_jax.tools.advantages import FIVE
 from grpo_jax.tools.sweep import plan
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.run import make_run
 from tests import oracle
 from tests.test_objectives import (
     ENTROPY_NAMES,
@@ -240,7 +240,7 @@ def test_every_config_fits_together(name):
     raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
     raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "learner.num_minibatches": 2})
     run = make_run(parse_config(raw))
-    state = jax.eval_shape(lambda: initial_state(run))
+    state = jax.eval_shape(lambda: run.initial_state())
     after, _, metrics = jax.eval_shape(run.iterate, state)
     assert jax.tree.structure(after) == jax.tree.structure(state) and state.ref_params is None
     assert {"loss/total", "policy/ratio", "policy/clip_fraction_low"} < set(metrics)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from grpo_jax import metrics as metrics_lib
+from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.rewards import shaping as rewards
 from grpo_jax.training import dynamic_sampling
-from grpo_jax.training.iteration import make_collect
+from grpo_jax.training.iteration import Collect
+from grpo_jax.training.samplers import DeviceSampler, HostSampler
 from grpo_jax.types import Prompts, Reward, Rollout, TrainState
 from tests import tiny
 
@@ -34,7 +36,8 @@ class NumberedTask:
         self.is_informative_N, self.is_traceable, self.otherwise = is_informative_N, is_traceable, otherwise
         self.shaping = shaping
 
-    def train_prompts(self, position, num_prompts):
+    def train_prompts(self, position, num_prompts, seed=None):
+        del seed
         number_P = position + jnp.arange(num_prompts)
         return Prompts(number_P[:, None], jnp.ones((num_prompts, 1), bool), number_P)
 
@@ -77,7 +80,12 @@ def example_batch(position=0):
 
 def empty_state(step=0):
     pending = dynamic_sampling.empty_buffer(jax.eval_shape(example_batch))
-    return TrainState(jnp.int32(step), {}, None, None, None, jnp.int32(0), pending)
+    return TrainState(jnp.int32(step), {}, None, None, None, jnp.int32(0), pending, hyperparams=hyperparams_of(config_of()))
+
+
+def make_collect(config, task, run_rollout, mesh):
+    kind = DeviceSampler if task.is_traceable else HostSampler
+    return Collect(config, kind(config, task, run_rollout, mesh))
 
 
 # ---------------------------------------------------------------------------------------------------------- the buffer

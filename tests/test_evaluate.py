@@ -15,7 +15,7 @@ from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.tasks.tokenizers import HFTokenizer
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.run import make_run
 from tests import programs, tiny
 from tests.test_tasks_host import save_hf_tokenizer
 
@@ -65,7 +65,7 @@ def test_always_right_and_never_right(folder, tmp_path, answer, expected):
     raw.update_from_flattened_dict(settings(folder, tmp_path, answer))
     run = make_run(parse_config(raw))
     try:
-        params = initial_state(run).policy
+        params = run.initial_state().policy
         estimates = run.evaluate(params)
         assert run.evaluate(params) == estimates
     finally:

@@ -18,7 +18,7 @@ from grpo_jax.models.folders import INDEX, SINGLE
 from grpo_jax.models.hf import stored_dtype
 from grpo_jax.tools.export import export
 from grpo_jax.training.checkpoint import Checkpointer, init_workdir
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.run import make_run
 from tests import tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
 from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer
@@ -127,7 +127,7 @@ def trained(tmp_path):
     init_workdir(workdir, config.to_dict(), allow_config_change=False)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     for step in (1, 2):
-        state = initial_state(run)
+        state = run.initial_state()
         state.params["embed"] = jnp.full_like(state.params["embed"], step)
         checkpointer.save(step, state.replace(step=jnp.int32(step)), config.to_dict())
     checkpointer.close()

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_jax.config import RolloutConfig
 from grpo_jax.errors import UserError
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.architecture import Rope
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys, sampling_of
 from tests import tiny
 from tests.hf_models import MODELS, SIZES, WINDOW, exact_logits, jax_logits, left_padded, load, torch_logits, torch_model
 
@@ -49,12 +49,12 @@ def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_laye
     torchs = torch_model(name, num_hidden_layers=num_layers)
     torchs.save_pretrained(tmp_path)
     model, params, prompts = ModelDef(read_architecture(tmp_path)), load(tmp_path), tiny.random_prompts(P, S, vocab=61)
-    spec = RolloutSpec(G, T, Sampling(TEMPERATURE), stop_ids=(), pad_id=0)
+    config = RolloutConfig(group_size=G, max_completion_tokens=T, temperature=TEMPERATURE)
 
     @jax.jit
     def sample_and_score(params, prompts, keys_PG):
-        drawn = rollout(model, params, prompts, keys_PG, spec)
-        return drawn, policy_logprobs(model, params, drawn, spec.sampling, 16)
+        drawn = rollout(model, params, prompts, keys_PG, config, EndTokens((), 0))
+        return drawn, policy_logprobs(model, params, drawn, sampling_of(config), 16)
 
     drawn, (logp_PGT, entropy_PGT) = jax.device_get(sample_and_score(params, prompts, row_keys(jax.random.key(0), P, G)))
     rows = [np.repeat(x, G, axis=0) for x in (prompts.tokens_PS, prompts.mask_PS)]

@@ -15,7 +15,7 @@ from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
 from grpo_jax.training import trainer
 from grpo_jax.training.iteration import make_async_step
-from grpo_jax.training.run import initial_state, make_run, restore_policy
+from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
 from tests import programs
 from tests.hf_models import torch_model
@@ -164,7 +164,7 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
     events = []
     judge = run.task.reward
     monkeypatch.setattr(run.task, "reward", lambda *args: events.append("judged") or judge(*args))
-    state = initial_state(run)
+    state = run.initial_state()
     held, batch, _ = run.collect(dataclasses.replace(state, step=state.step - 1))
     state = dataclasses.replace(held, step=state.step)
     try:
@@ -174,14 +174,14 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
             state, _ = run.update(state, batch)
             state = dataclasses.replace(state, num_prompts_drawn=held.num_prompts_drawn, pending=held.pending)
             batch = ahead
-        jax.tree.map(np.testing.assert_array_equal, state.params, restore_policy(run, tmp_path / "torn", 4))
+        jax.tree.map(np.testing.assert_array_equal, state.params, run.restore_policy(tmp_path / "torn", 4))
         del events[:]
 
         def update(state):
             events.append("trained")
             return run.update(state, jax.tree.map(jnp.copy, state.next_batch))
 
-        make_async_step(run.collect, update)(dataclasses.replace(state, next_batch=batch))
+        make_async_step(run.fns.collect, update)(dataclasses.replace(state, next_batch=batch))
         assert events[:2] == ["trained", "judged"]
     finally:
         run.task.close()

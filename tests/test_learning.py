@@ -15,7 +15,7 @@ from grpo_jax.rng import key_for
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.training import build, trainer
 from grpo_jax.training.checkpoint import saved_steps
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.run import make_run
 from grpo_jax.types import Prompts, Reward
 from tests import programs, tiny
 
@@ -33,8 +33,9 @@ class Repeat:
         self.seed, self.tokenizer = seed, CharTokenizer(LETTERS)
         self.stop_ids = self.tokenizer.eos_ids
 
-    def train_prompts(self, position, num_prompts):
-        keys = jax.vmap(lambda i: key_for(self.seed, "prompts", i))(position + jnp.arange(num_prompts))
+    def train_prompts(self, position, num_prompts, seed=None):
+        seed = self.seed if seed is None else seed
+        keys = jax.vmap(lambda i: key_for(seed, "prompts", i))(position + jnp.arange(num_prompts))
         return self.ask(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(LETTERS)))(keys))
 
     def eval_prompts(self):
@@ -69,7 +70,7 @@ def success_by_step(monkeypatch, variant, *, is_shuffled=False, num_steps=60):
     config.mesh.data = 1
     monkeypatch.setattr(build, "make_task", lambda config: Repeat(config.seed))
     run = make_run(parse_config(config))
-    state = initial_state(run)
+    state = run.initial_state()
     curve = []
     for _ in range(0, num_steps, config.steps_per_call):
         state, _, metrics = run.iterate(state)

@@ -16,7 +16,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config.schema import TARGETS
 from grpo_jax.errors import UserError
-from grpo_jax.learner.train_step import UpdateSpec, make_train_step
+from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters, merge_adapters, split_adapters
@@ -25,7 +25,7 @@ from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import Checkpointer
-from grpo_jax.training.run import initial_state, make_run, restore_policy, restore_state
+from grpo_jax.training.run import make_run
 from grpo_jax.types import join_params
 from tests import programs, tiny
 from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
@@ -70,19 +70,20 @@ def test_one_step_is_the_chain_rule_through_merged_weights():
     """Against training all weights from the merged ones, with the base as reference: W' = W + s B A."""
     objective = objectives.get("grpo")
     assert objective.kl_coef > 0
-    spec = UpdateSpec(objective, Sampling(0.7), 5, 1, 1, 2, 32, (2, 5), "learner", 0.0, False, 0, 0)
+    learner = {"num_microbatches": 2, "logprob_chunk_tokens": 32, "bucket_tokens": 2, "old_logp": "learner"}
+    config = tiny.update_config(objective, Sampling(0.7), **learner)
     batch, sgd = tiny.random_batch(), optax.sgd(1.0)
     base, adapters = tiny.random_params(tiny.LLAMA), random_adapters(MODEL)
     whole = merge_adapters(base, adapters, LORA)
 
     def step(model, state):
-        train_step = jax.jit(make_train_step(model, sgd, spec, tiny.mesh_of(2)))
+        train_step = jax.jit(make_train_step(model, lambda _: sgd, config, tiny.mesh_of(2)))
         after, metrics = train_step(state, batch)
         return after, metrics_lib.to_floats(metrics)
 
-    low_rank = tiny.state_of(adapters, sgd).replace(base=base)
+    low_rank = tiny.state_of(adapters, sgd, config=config).replace(base=base)
     after, metrics = step(MODEL, low_rank)
-    full = tiny.state_of(whole, sgd, ref_params=base)
+    full = tiny.state_of(whole, sgd, ref_params=base, config=config)
     full_after, full_metrics = step(WHOLE, full)
 
     assert metrics["policy/kl_ref"] > 0.01
@@ -117,15 +118,15 @@ def test_what_never_changes_is_not_saved_and_comes_back_as_it_was(tmp_path, rank
     """The reference or the base: here from the seed, in a run with a model folder from the folder."""
     config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": rank})
     run = make_run(config)
-    state = initial_state(run)
+    state = run.initial_state()
     checkpointer = Checkpointer(tmp_path, config.checkpoint)
     moved = state.replace(step=jnp.int32(1), params=jax.tree.map(lambda x: x + 1, state.params))
     checkpointer.save(1, moved, config.to_dict())
-    restored = restore_state(run, checkpointer, 1)
+    restored = run.restore_state(checkpointer, 1)
     checkpointer.close()
     jax.tree.map(np.testing.assert_array_equal, restored, moved)
     assert (restored.base is None) == (rank == 0) and (restored.ref_params is None) == (rank > 0)
-    jax.tree.map(np.testing.assert_array_equal, restore_policy(run, tmp_path, 1), moved.policy)
+    jax.tree.map(np.testing.assert_array_equal, run.restore_policy(tmp_path, 1), moved.policy)
     saved = json.loads((tmp_path / "checkpoints" / "1" / "state" / "_METADATA").read_text())["tree_metadata"]
     names = {entry["key_metadata"][0]["key"] for entry in saved.values() if entry["value_metadata"]["value_type"] != "None"}
     assert {"params", "opt_state"} <= names and not names & {"base", "ref_params"}

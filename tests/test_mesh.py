@@ -15,18 +15,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
+from grpo_jax.config import RolloutConfig
+from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.fsdp import gather
 from grpo_jax.models.lora import LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import make_mesh, param_spec, shardings_of, with_shardings
-from grpo_jax.rollout.rollout import RolloutSpec
-from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.training.build import update_spec
+from grpo_jax.rollout.rollout import EndTokens
 from grpo_jax.training.checkpoint import Checkpointer
-from grpo_jax.training.iteration import make_rollout, make_sampler_weights
-from grpo_jax.training.run import initial_state, make_run, restore_state
+from grpo_jax.training.run import make_run
+from grpo_jax.training.samplers import make_rollout, make_sampler_weights
 from grpo_jax.types import join_params
 from tests import tiny
 
@@ -60,15 +60,16 @@ def collectives(program, kind):
 def updated(sizes, num_microbatches, variant="gtpo"):
     """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
-    spec = dataclasses.replace(update_spec(config), objective=objectives.get(variant))
+    config = dataclasses.replace(config, objective=objectives.get(variant))
     model, mesh = ModelDef(ARCH), make_mesh(config.mesh.sizes)
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    optimizer_of = functools.partial(make_optimizer, config.optimizer, config.num_updates)
+    optimizer = optimizer_of(hyperparams_of(config))
     params = tiny.random_params(ARCH)
-    ref_params = jax.tree.map(lambda x: 0.9 * x, params) if spec.objective.has_kl else None
-    state = tiny.state_of(params, optimizer, ref_params)
+    ref_params = jax.tree.map(lambda x: 0.9 * x, params) if config.objective.has_kl else None
+    state = tiny.state_of(params, optimizer, ref_params, config=config)
     places = shardings_of(with_shardings(state, mesh, config.mesh.fsdp_min_elements))
     state = jax.device_put(state, places)
-    step = jax.jit(make_train_step(model, optimizer, spec, mesh), out_shardings=(places, None))
+    step = jax.jit(make_train_step(model, optimizer_of, config, mesh), out_shardings=(places, None))
     program, metrics = step.lower(state, batch_of(0)).compile(), []
     for seed in range(3):
         state, each = program(state, batch_of(seed))
@@ -136,6 +137,9 @@ def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_flo
 # ---------------------------------------------------------------------------------------------------------- the rollout
 
 
+ROLLOUT = RolloutConfig(group_size=4, max_completion_tokens=6)
+
+
 @functools.cache
 def sampled(sizes):
     """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
@@ -144,7 +148,7 @@ def sampled(sizes):
     adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split_adapters(model.param_shapes())[1])
     policy = join_params(tiny.random_params(SHALLOW), adapters)
     policy = jax.device_put(policy, shardings_of(with_shardings(policy, mesh, config.mesh.fsdp_min_elements)))
-    weights, run = make_sampler_weights(config, mesh), make_rollout(model, RolloutSpec(4, 6, Sampling(), (3, 18), 0), mesh)
+    weights, run = make_sampler_weights(config, mesh), make_rollout(model, ROLLOUT, EndTokens((3, 18), 0), mesh)
     program = jax.jit(lambda policy, prompts, key: run(weights(policy), prompts, key))
     arguments = policy, tiny.random_prompts(8, 4, ARCH.vocab_size), jax.random.key(0)
     program = program.lower(*arguments).compile()
@@ -204,14 +208,14 @@ def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
 
     sizes = {"num_prompts": 4, "group_size": 8, "max_tokens": away.config.rollout.max_completion_tokens}
     batch = tiny.random_batch(**sizes, prompt_width=away.task.prompt_tokens, vocab=away.model.arch.vocab_size)
-    state, expected = initial_state(away), initial_state(here)
-    assert kinds(state) == kinds(away.like) == {(True, "pinned_host"), (False, "device")}
+    state, expected = away.initial_state(), here.initial_state()
+    assert kinds(state) == kinds(away.abstract_state) == {(True, "pinned_host"), (False, "device")}
     state, expected = (run.update(each, batch)[0] for run, each in ((away, state), (here, expected)))
     assert kinds(state) == {(True, "pinned_host"), (False, "device")}
     checkpointer = Checkpointer(tmp_path, away.config.checkpoint)
     try:
         checkpointer.save(1, state, away.config.to_dict())
-        state = restore_state(away, checkpointer, 1)
+        state = away.restore_state(checkpointer, 1)
     finally:
         checkpointer.close()
     assert kinds(state) == {(True, "pinned_host"), (False, "device")}
@@ -227,7 +231,7 @@ def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_pa
         return make_run(config_of(sizes, small))
 
     there = run_on(*EIGHT)
-    state = initial_state(there)
+    state = there.initial_state()
     up = [tree["layers"]["mlp"]["up"]["weight"] for tree in (state.params, state.opt_state[1][0].mu, state.opt_state[1][0].nu)]
     assert {leaf.addressable_shards[0].data.shape for leaf in up} == {(1, 12, 8)} and up[0].shape == (1, 24, 16)
     state = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state), step=state.step + 7)
@@ -237,9 +241,9 @@ def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_pa
         checkpointer = Checkpointer(tmp_path / str(number), here.config.checkpoint)
         try:
             checkpointer.save(7, state, here.config.to_dict())
-            after = restore_state(here, checkpointer, 7)
+            after = here.restore_state(checkpointer, 7)
         finally:
             checkpointer.close()
-        assert shardings_of(after) == shardings_of(here.like)
+        assert shardings_of(after) == shardings_of(here.abstract_state)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
         state = after

@@ -61,7 +61,7 @@ def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_networ
 @pytest.mark.parametrize("changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}, {"optimizer.offload": True}])
 def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
-    like = compiled.run_of(planned).like
+    like = compiled.run_of(planned).abstract_state
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
     counters = 2 * 4  # step and num_prompts_drawn, int32
     there = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind == "device"]

@@ -8,29 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.config import RolloutConfig
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import decoding
 from grpo_jax.rollout.decoding import cache_sizes
-from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
+from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from grpo_jax.rollout.sampling import GREEDY, Sampling
-from grpo_jax.training.iteration import make_rollout
+from grpo_jax.training.samplers import make_rollout
 from tests import tiny
 
 MODEL = ModelDef(tiny.LLAMA)
 P, G, S, T = 8, 3, 4, 7
 STOPS, PAD = (3, 11), 5  # on purpose not 0: a zero-filled buffer would pass for padding
-SPEC = RolloutSpec(G, T, Sampling(), STOPS, PAD)
 CUT = Sampling(temperature=0.7, top_k=20, top_p=0.9)
 
+
+def spec_of(sampling=Sampling(), stop_ids=STOPS, **changes):  # noqa: B008
+    """-> (config, end tokens) of a rollout."""
+    config = RolloutConfig(group_size=G, max_completion_tokens=T, **dataclasses.asdict(sampling))
+    return dataclasses.replace(config, **changes), EndTokens(stop_ids, PAD)
+
+
+SPEC = spec_of()
 
 ARGUMENTS = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S), key_for(0, "rollout", 0)
 
 
 @functools.cache
 def sampler(spec=SPEC, num_devices=1):
-    return jax.jit(make_rollout(MODEL, spec, tiny.mesh_of(num_devices)))
+    return jax.jit(make_rollout(MODEL, *spec, tiny.mesh_of(num_devices)))
 
 
 @functools.cache
@@ -73,7 +81,7 @@ def test_a_row_ends_with_any_stop_token_keeps_it_and_is_blank_after():
 
 
 def test_recorded_support_is_the_samplers_and_blank_after_the_end():
-    got = sampled(dataclasses.replace(SPEC, sampling=CUT))
+    got = sampled(spec_of(sampling=CUT))
     active = got.mask_PGT > 0
     assert (got.support_PGT[active] >= 1).all() and (got.support_PGT[active] <= CUT.top_k).all()
     assert (got.support_PGT[~active] == 0).all() and len(np.unique(got.support_PGT[active])) > 3
@@ -81,7 +89,7 @@ def test_recorded_support_is_the_samplers_and_blank_after_the_end():
 
 
 def test_one_token_completions():
-    got, longer = sampled(dataclasses.replace(SPEC, max_completion_tokens=1)), sampled()
+    got, longer = sampled(spec_of(max_completion_tokens=1)), sampled()
     assert got.tokens_PGT.shape == (P, G, 1)
     np.testing.assert_array_equal(got.tokens_PGT, longer.tokens_PGT[..., :1])
     np.testing.assert_array_equal(got.mask_PGT, 1.0)
@@ -98,7 +106,7 @@ def test_a_row_does_not_depend_on_the_other_rows():
     params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
     keys_PG = row_keys(key_for(0, "rollout", 0), P, G)[jnp.array(few)]
     fewer = jax.tree.map(lambda x: x[jnp.array(few)], prompts)
-    alone = jax.jit(lambda *args: rollout(MODEL, *args, SPEC))(params, fewer, keys_PG)
+    alone = jax.jit(lambda *args: rollout(MODEL, *args, *SPEC))(params, fewer, keys_PG)
     assert_same(alone, jax.tree.map(lambda x: x[few], dataclasses.replace(sampled(), support_PGT=None)))
 
 
@@ -134,7 +142,7 @@ def learners_view(got, sampling):
 @pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
 def test_the_learner_agrees_with_the_sampler(sampling):
     """To 1e-4 nats at every token, the stop token included; a learner that ignored the temperature would not."""
-    got = sampled(dataclasses.replace(SPEC, sampling=sampling))
+    got = sampled(spec_of(sampling=sampling))
     active = got.mask_PGT > 0
     is_stop = active & np.isin(got.tokens_PGT, STOPS)
     assert is_stop.sum() > 3
@@ -147,7 +155,7 @@ def test_the_learner_agrees_with_the_sampler(sampling):
 
 def test_greedy_is_the_chain_of_argmaxes():
     """Each token is the best one after the tokens before it, by a plain forward over prompt and completion."""
-    got = sampled(dataclasses.replace(SPEC, sampling=GREEDY))
+    got = sampled(spec_of(sampling=GREEDY))
     prompts = tiny.random_prompts(P, S)
     tokens_BX = jnp.concatenate([jnp.repeat(prompts.tokens_PS, G, 0), got.tokens_PGT.reshape(-1, T)], 1)
     mask_BX = jnp.concatenate([jnp.repeat(prompts.mask_PS, G, 0), got.mask_PGT.reshape(-1, T) > 0], 1)
@@ -171,7 +179,7 @@ def jaxpr_of(function):
 
 
 def test_no_token_passes_through_the_host():
-    run = make_rollout(MODEL, SPEC, tiny.mesh_of(1))
+    run = make_rollout(MODEL, *SPEC, tiny.mesh_of(1))
 
     def with_callback(*args):
         return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((P, G, T), jnp.int32), run(*args).tokens_PGT)
@@ -193,8 +201,8 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
     few = jnp.array([1, 2])
     prompts = jax.tree.map(lambda x: x[few], tiny.random_prompts(P, S))
     keys_PG = row_keys(jax.random.key(2), 2, G)
-    spec = dataclasses.replace(SPEC, stop_ids=stop_ids, max_completion_tokens=40)
-    got = jax.jit(lambda *args: rollout(MODEL, *args, spec))(tiny.random_params(tiny.LLAMA), prompts, keys_PG)
+    spec = spec_of(stop_ids=stop_ids, max_completion_tokens=40)
+    got = jax.jit(lambda *args: rollout(MODEL, *args, *spec))(tiny.random_params(tiny.LLAMA), prompts, keys_PG)
     jax.effects_barrier()
     longest = int(got.mask_PGT.sum(-1).max())
     assert longest < 40 and not got.is_truncated_PG.any()
@@ -204,14 +212,14 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
 
 @pytest.mark.parametrize("stop_ids", [STOPS, (9999,)], ids=["some stop", "none"])
 def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
-    spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
+    spec = spec_of(stop_ids=stop_ids)
     monkeypatch.setattr(decoding, "MIN_SLOTS_TO_GROW", 2)
     sizes = cache_sizes(T)
     assert sizes == (T // 2, T - 1) and cache_sizes(3) == (2,) and cache_sizes(1) == (1,)
-    text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
+    text = str(jax.make_jaxpr(make_rollout(MODEL, *spec, tiny.mesh_of(1)))(*ARGUMENTS))
     K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
     assert all(f"f32[{P * G},{K},{num_slots},{H}]" in text for num_slots in sizes)
-    grown = jax.jit(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS)
+    grown = jax.jit(make_rollout(MODEL, *spec, tiny.mesh_of(1)))(*ARGUMENTS)
     assert_same(grown, sampled(spec))
 
 
@@ -223,7 +231,7 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
         return forward(self, layer, x_BTD)
 
     monkeypatch.setattr(Decoder, "_scan_layers", counted)
-    jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), SPEC))
+    jaxpr_of(lambda params, prompts, key: rollout(MODEL, params, prompts, row_keys(key, P, G), *SPEC))
     assert widths == [(P, S)]
 
 
@@ -233,8 +241,9 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 @pytest.mark.parametrize("max_live_sequences", [1, 5, P * G - 1])
 @pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
 def test_rows_that_are_refilled_draw_the_same(max_live_sequences, sampling):
-    spec = dataclasses.replace(SPEC, sampling=sampling)
-    got, side_by_side = sampled(dataclasses.replace(spec, max_live_sequences=max_live_sequences)), sampled(spec)
+    spec = spec_of(sampling=sampling)
+    got = sampled(spec_of(sampling=sampling, max_live_sequences=max_live_sequences))
+    side_by_side = sampled(spec)
     assert_same(got, side_by_side)
     if sampling.is_cut:
         np.testing.assert_array_equal(got.support_PGT, side_by_side.support_PGT)
@@ -242,15 +251,15 @@ def test_rows_that_are_refilled_draw_the_same(max_live_sequences, sampling):
 
 @pytest.mark.parametrize("stop_ids", [(9999,), tuple(range(tiny.VOCAB))], ids=["none stops", "all at once"])
 def test_refilled_rows_of_one_length(stop_ids):
-    spec = dataclasses.replace(SPEC, stop_ids=stop_ids)
-    assert_same(sampled(dataclasses.replace(spec, max_live_sequences=4)), sampled(spec))
+    spec = spec_of(stop_ids=stop_ids)
+    assert_same(sampled(spec_of(stop_ids=stop_ids, max_live_sequences=4)), sampled(spec))
 
 
 def test_refilled_rows_on_several_devices():
     """max_live_sequences are each device's: 3 of 2 prompts' 6 completions here, of 8 prompts' 24 on one."""
-    spec = dataclasses.replace(SPEC, max_live_sequences=3)
+    spec = spec_of(max_live_sequences=3)
     assert_same(sampled(spec, num_devices=4), sampled(SPEC))
-    assert_same(sampled(dataclasses.replace(spec, max_live_sequences=P * G)), sampled(SPEC))
+    assert_same(sampled(spec_of(max_live_sequences=P * G)), sampled(SPEC))
 
 
 def test_a_long_completion_idles_its_own_row_only(monkeypatch):
@@ -262,9 +271,9 @@ def test_a_long_completion_idles_its_own_row_only(monkeypatch):
         return decode_step(*args)
 
     monkeypatch.setattr(Decoder, "decode_step", counted)
-    spec = dataclasses.replace(SPEC, max_completion_tokens=40, max_live_sequences=4)
+    spec = spec_of(max_completion_tokens=40, max_live_sequences=4)
     params, prompts = tiny.random_params(tiny.LLAMA), tiny.random_prompts(P, S)
-    got = jax.jit(lambda *args: rollout(MODEL, *args, spec))(params, prompts, row_keys(jax.random.key(2), P, G))
+    got = jax.jit(lambda *args: rollout(MODEL, *args, *spec))(params, prompts, row_keys(jax.random.key(2), P, G))
     jax.effects_barrier()
     lengths = np.asarray(got.mask_PGT.sum(-1))
     in_turns = sum(lengths.ravel()[i : i + 4].max() for i in range(0, P * G, 4))
@@ -275,7 +284,7 @@ def test_a_long_completion_idles_its_own_row_only(monkeypatch):
 
 def test_rows_take_less_memory_than_completions():
     """The caches are those of the live rows: none is as large as all completions'."""
-    spec = dataclasses.replace(SPEC, max_live_sequences=3)
-    text = str(jax.make_jaxpr(make_rollout(MODEL, spec, tiny.mesh_of(1)))(*ARGUMENTS))
+    spec = spec_of(max_live_sequences=3)
+    text = str(jax.make_jaxpr(make_rollout(MODEL, *spec, tiny.mesh_of(1)))(*ARGUMENTS))
     K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
     assert f"f32[3,{K},{T - 1},{H}]" in text and f"f32[{P * G},{K},{T - 1},{H}]" not in text

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from grpo_jax.training import shared_program, trainer
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.learner.hyperparams import static_key
+from grpo_jax.training import trainer
+from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
-from grpo_jax.training.vmapped import train_vmapped
 from tests import programs, tiny
 
 CHANGES = {
@@ -40,12 +40,11 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("is_vmapped", [False, True], ids=["in turn", "vmapped"])
 def test_runs_of_one_program_are_the_single_runs(tmp_path, alone, is_vmapped):
     configs = [config_of(*run) for run in RUNS]
-    program = shared_program.make_program(configs, is_vmapped=is_vmapped)
-    assert program.names == ("seed", "objective.kl_coef")
+    template = make_run(configs[0])
     folders = [tmp_path / str(i) for i in range(len(RUNS))]
-    runs = [shared_program.run_of(program, config) for config in configs]
+    runs = [template.with_config(config) for config in configs]
     if is_vmapped:
-        train_vmapped(program, runs, folders)
+        trainer.train_vmapped(runs, folders)
         assert len({json.dumps(programs.records(folder)) for folder in folders}) == 4, "a number does nothing"
     else:  # its numbers are not those that the program's first run has
         trainer.train_run(runs[-1], folders[-1])
@@ -70,11 +69,11 @@ def sampled(folder):
 
 
 def test_what_may_share_a_program():
-    first = shared_program.static_key(config_of(0, 0.04))
+    first = static_key(config_of(0, 0.04))
     for changes in ({"seed": 7}, {"objective.kl_coef": 0.5}, {"objective.clip_high": 0.3, "optimizer.learning_rate": 1e-5}):
-        assert shared_program.static_key(tiny.config_of("grpo", CHANGES | changes)) == first
+        assert static_key(tiny.config_of("grpo", CHANGES | changes)) == first
     for changes in ({"objective.kl_coef": 0.0}, {"rollout.group_size": 4}, {"shuffle_rewards": True}, {"num_steps": 6}):
-        assert shared_program.static_key(tiny.config_of("grpo", CHANGES | changes)) != first
+        assert static_key(tiny.config_of("grpo", CHANGES | changes)) != first
 
 
 def test_settings_are_paired_by_seed():
@@ -82,7 +81,7 @@ def test_settings_are_paired_by_seed():
 
     def start(variant, seed):
         run = make_run(tiny.config_of(variant, CHANGES | {"seed": seed}))
-        return initial_state(run).params, run.task.train_prompts(0, 32).tokens_PS
+        return run.initial_state().params, run.task.train_prompts(0, 32).tokens_PS
 
     grpo, gtpo, other = start("grpo", 0), start("gtpo", 0), start("grpo", 1)
     assert tiny.largest_difference(grpo, gtpo) == 0

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from grpo_jax.config import RolloutConfig
 from grpo_jax.errors import UserError
 from grpo_jax.models import hf
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.rollout.sampling import GREEDY
+from grpo_jax.rollout.rollout import EndTokens, greedy, rollout, row_keys
 from grpo_jax.tasks.tokenizers import HFTokenizer
 from grpo_jax.tools import smollm2
 from grpo_jax.types import Prompts
@@ -260,8 +260,8 @@ def test_greedy_completions_equal_torch(prompts, ours, torch_logits):
     """Given the same text so far, each token is the one torch likes best: so, by induction, is the whole completion."""
     tokens_PS, mask_PS = prompts
     model, params = ours
-    spec = RolloutSpec(1, MAX_TOKENS, GREEDY, stop_ids=(2,), pad_id=2)
-    sample = jax.jit(lambda params, prompts, keys: rollout(model, params, prompts, keys, spec))
+    config, ends = greedy(RolloutConfig(max_completion_tokens=MAX_TOKENS)), EndTokens((2,), 2)
+    sample = jax.jit(lambda params, prompts, keys: rollout(model, params, prompts, keys, config, ends))
     drawn = sample(params, Prompts(tokens_PS, mask_PS, None), row_keys(jax.random.key(0), len(QUESTIONS), 1))
     tokens_PT, mask_PT = np.asarray(drawn.tokens_PGT)[:, 0], np.asarray(drawn.mask_PGT)[:, 0] > 0
     every, seen = np.concatenate([tokens_PS, tokens_PT], 1), np.concatenate([mask_PS, mask_PT], 1)

@@ -13,12 +13,13 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.learner import batching, train_step
 from grpo_jax.learner.advantage_diagnostics import batch_advantages
+from grpo_jax.learner.hyperparams import hyperparams_of, with_fields
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.learner.optimizer import learning_rate, make_optimizer
-from grpo_jax.learner.train_step import UpdateSpec, make_train_step
+from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.training.run import initial_state, make_run
+from grpo_jax.training.run import make_run
 from tests import tiny
 
 NAMES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
@@ -26,32 +27,20 @@ P, G, S, T = 8, 4, 4, 5
 BUDGET = 9  # max_completion_tokens, on purpose not T: Dr. GRPO divides by the budget
 SAMPLING = Sampling(temperature=0.7)
 SGD = optax.sgd(1.0)  # parameters before minus parameters after is the gradient, at its true size
-SPEC = UpdateSpec(
-    objective=objectives.get("grpo"),
-    sampling=SAMPLING,
-    max_completion_tokens=BUDGET,
-    num_epochs=1,
-    num_minibatches=1,
-    num_microbatches=1,
-    logprob_chunk_tokens=32,
-    length_buckets=(BUDGET,),
-    old_logp="sampler",
-    importance_cap=0.0,
-    filter_truncated=False,
-    seed=0,
-    fsdp_min_elements=2**20,  # rows are spread over fsdp, weights are not; see test_mesh.py
-)
+SPEC = tiny.update_config(objectives.get("grpo"), SAMPLING, BUDGET, logprob_chunk_tokens=32)
 BIGRAM = tiny.Bigram()
 every_variant = pytest.mark.parametrize("name", NAMES)
 
 
 def spec_of(name, **changes):
-    return dataclasses.replace(SPEC, objective=objectives.get(name), **changes)
+    return tiny.update_config(objectives.get(name), SAMPLING, BUDGET, **{"logprob_chunk_tokens": 32, **changes})
 
 
 @functools.cache
 def step_of(spec, num_devices=1, model=BIGRAM, optimizer=SGD):
-    return jax.jit(make_train_step(model, optimizer, spec, tiny.mesh_of(num_devices, fsdp=2 if num_devices > 1 else 1)))
+    return jax.jit(
+        make_train_step(model, lambda _: optimizer, spec, tiny.mesh_of(num_devices, fsdp=2 if num_devices > 1 else 1))
+    )
 
 
 @functools.cache
@@ -63,7 +52,7 @@ def start(spec, params=None, step=0, optimizer=SGD):
     """A state whose reference, where there is one, is another model than the policy."""
     params = tiny.bigram_params() if params is None else params
     ref_params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(10 * x), params) if spec.objective.kl_coef else None
-    return tiny.state_of(params, optimizer, ref_params, step)
+    return tiny.state_of(params, optimizer, ref_params, step, config=spec)
 
 
 def moved(before, after):
@@ -218,8 +207,10 @@ def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs,
 
     target = train_step.make_target(BIGRAM, state, batch, spec)
     np.testing.assert_array_equal(target.old_logp_PGT, batch.rollout.sampler_logp_PGT)
-    minibatches = train_step.split_minibatches(target, state.step, spec)
-    gradients = jax.jit(lambda params, target: train_step.compute_gradients(BIGRAM, params, None, target, spec)[0])
+    minibatches = train_step.split_minibatches(target, 0, state.step, spec.learner)
+    gradients = jax.jit(
+        lambda params, target: train_step.compute_gradients(BIGRAM, params, None, target, spec.objective, spec)[0]
+    )
     params = state.params
     for i in range(num_epochs * num_minibatches):
         minibatch = jax.tree.map(lambda x: x[i], minibatches)  # noqa: B023
@@ -233,19 +224,19 @@ def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():
     batch = tiny.with_rollout(batch_of(), tokens_PGT=number_PGT)
     target = train_step.Target(batch.rollout, jnp.ones((P, G), bool), number_PGT, number_PGT, None, None)
 
-    def orders(step, spec=spec):
-        cut = train_step.split_minibatches(target, jnp.int32(step), spec)
+    def orders(step, seed=0):
+        cut = train_step.split_minibatches(target, seed, jnp.int32(step), spec.learner)
         # A group stays whole, beside its own prompt.
         np.testing.assert_array_equal(cut.rollout.tokens_PGT, cut.advantage_PGT)
         np.testing.assert_array_equal(cut.rollout.prompts.answer, cut.advantage_PGT[..., 0, 0])
         assert (cut.advantage_PGT == cut.advantage_PGT[..., :1, :1]).all()
         return cut.advantage_PGT[..., 0, 0].reshape(3, P).tolist()
 
-    assert train_step.split_minibatches(target, jnp.int32(0), spec).advantage_PGT.shape == (12, 2, G, T)
+    assert train_step.split_minibatches(target, 0, jnp.int32(0), spec.learner).advantage_PGT.shape == (12, 2, G, T)
     assert all(sorted(order) == list(range(P)) for order in orders(0))
     distinct = {tuple(order) for step in range(3) for order in orders(step)}
     assert len(distinct) == 9  # epochs and steps
-    assert orders(0) == orders(0) != orders(0, dataclasses.replace(spec, seed=1))
+    assert orders(0) == orders(0) != orders(0, seed=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -254,7 +245,7 @@ def test_minibatches_hold_every_group_once_an_epoch_in_a_fresh_order():
 @every_variant
 def test_a_reference_is_held_if_and_only_if_it_is_paid_for(name):
     run = make_run(tiny.config_of(name))
-    state = jax.eval_shape(lambda: initial_state(run))
+    state = jax.eval_shape(lambda: run.initial_state())
     assert (state.ref_params is not None) == (run.config.objective.kl_coef > 0) == (name in ("grpo", "dr_grpo"))
 
 
@@ -267,15 +258,15 @@ def test_a_forward_pass_runs_only_for_what_is_asked(kl_coef, old_logp, passes, m
         return policy_logprobs(model, params, *args)
 
     monkeypatch.setattr(train_step, "policy_logprobs", counted)
-    spec = dataclasses.replace(SPEC, objective=objectives.get("grpo", kl_coef=kl_coef), old_logp=old_logp)
-    jax.eval_shape(make_train_step(BIGRAM, SGD, spec, tiny.mesh_of(1)), start(spec), batch_of())
+    spec = with_fields(SPEC, {"objective.kl_coef": kl_coef, "learner.old_logp": old_logp})
+    jax.eval_shape(make_train_step(BIGRAM, lambda _: SGD, spec, tiny.mesh_of(1)), start(spec), batch_of())
     assert len(scored) == passes
 
 
 def test_kl_without_a_reference_is_an_error():
     state = dataclasses.replace(start(SPEC), ref_params=None)
     with pytest.raises(AssertionError, match="reference"):
-        jax.eval_shape(make_train_step(BIGRAM, SGD, SPEC, tiny.mesh_of(1)), state, batch_of())
+        jax.eval_shape(make_train_step(BIGRAM, lambda _: SGD, SPEC, tiny.mesh_of(1)), state, batch_of())
 
 
 def test_kl_alone_pulls_towards_the_reference():
@@ -382,7 +373,7 @@ def test_the_learners_old_logp_is_the_samplers_when_on_policy():
 def test_truncated_importance_weighs_each_token_by_learner_over_sampler():
     """The gradient is the policy gradient under min(learner's / sampler's probability, cap), token by token."""
     cap, spec = 1.5, spec_of("gtpo", old_logp="learner")
-    corrected = dataclasses.replace(spec, importance_cap=cap)
+    corrected = with_fields(spec, {"learner.importance_cap": cap})
     state = start(spec)
     batch = on_policy(batch_of(), state.params)
     rollout = batch.rollout
@@ -432,7 +423,7 @@ def test_sampler_gap_is_over_fresh_groups_only():
 
 def optimizer_of(num_updates=10, **changes):
     config = tiny.config_of(changes={f"optimizer.{key}": value for key, value in changes.items()})
-    return config.optimizer, make_optimizer(config.optimizer, num_updates)
+    return config.optimizer, make_optimizer(config.optimizer, num_updates, hyperparams_of(config))
 
 
 def test_weight_decay_is_for_matrices_only():
@@ -476,13 +467,13 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_learning_rate_warms_up_and_follows_its_schedule(schedule, expected):
     """Four warm-up steps, from a quarter; ten updates in all. No update is at rate 0."""
     config, _ = optimizer_of(schedule=schedule, warmup_steps=4, learning_rate=0.5)
-    rate = learning_rate(config, num_updates=10)
+    rate = learning_rate(config.learning_rate, config, num_updates=10)
     np.testing.assert_allclose([rate(i) for i in range(11)], 0.5 * np.array(expected), atol=1e-6)
 
 
 def test_no_warm_up_starts_at_the_full_rate():
     config, _ = optimizer_of(schedule="constant", warmup_steps=0, learning_rate=0.5)
-    assert float(learning_rate(config, num_updates=10)(0)) == 0.5
+    assert float(learning_rate(config.learning_rate, config, num_updates=10)(0)) == 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------- compiling
@@ -503,7 +494,7 @@ def test_a_whole_run_compiles_once():
         "optimizer.learning_rate": 1e-2,
     }
     run = make_run(tiny.config_of("dapo", changes))
-    state = initial_state(run)
+    state = run.initial_state()
     before = jax.tree.map(np.asarray, state.params)
     with tiny.compilations() as first:
         state, _, metrics = run.iterate(state)

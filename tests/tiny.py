@@ -10,9 +10,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from configs import base
-from grpo_jax.config import parse_config
+from grpo_jax.config import Config, LearnerConfig, MeshConfig, OverlongConfig, RolloutConfig, parse_config
+from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.models.transformer import Architecture, init_params
 from grpo_jax.parallel.sharding import AXES
+from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.types import Batch, Prompts, Rollout, TrainState
 
 VOCAB = 23
@@ -91,8 +93,29 @@ def with_rollout(batch, **changes):
     return batch.replace(rollout=batch.rollout.replace(**changes))
 
 
-def state_of(params, optimizer, ref_params=None, step=0, pending=None):
-    return TrainState(jnp.int32(step), params, optimizer.init(params), None, ref_params, jnp.int32(0), pending)
+def state_of(params, optimizer, ref_params=None, step=0, pending=None, config=None):
+    """A state to train with by an optax optimizer; its numbers are those of `config` (default: the defaults)."""
+    state = TrainState(jnp.int32(step), params, optimizer.init(params), None, ref_params, jnp.int32(0), pending)
+    return dataclasses.replace(state, hyperparams=hyperparams_of(config or Config()))
+
+
+def update_config(objective, sampling=None, max_completion_tokens=5, filter_truncated=False, seed=0, **learner):
+    """The parts of a Config that an update reads. learner: fields of LearnerConfig; the one bucket is the whole budget."""
+    sampling = sampling or Sampling()
+    rollout = RolloutConfig(
+        max_completion_tokens=max_completion_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
+    return Config(
+        seed=seed,
+        objective=objective,
+        rollout=rollout,
+        learner=LearnerConfig(**{"bucket_tokens": 0, **learner}),
+        overlong=OverlongConfig(filter=filter_truncated),
+        mesh=MeshConfig(fsdp_min_elements=2**20),  # rows are spread over fsdp, weights are not; see test_mesh.py
+    )
 
 
 def mesh_of(num_devices, fsdp=1):

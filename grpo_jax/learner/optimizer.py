@@ -8,6 +8,7 @@ import jax
 import optax
 
 from grpo_jax.config import OptimizerConfig
+from grpo_jax.types import Hyperparams
 
 
 def is_decayed(params: Any) -> Any:
@@ -20,27 +21,42 @@ def is_decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(by_name, params)
 
 
-def learning_rate(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """Linear warm-up over warmup_steps, then constant, or down to zero at the last of num_updates (linear, cosine)."""
-    rate, warmup = config.learning_rate, config.warmup_steps
-    after = {
-        "constant": optax.constant_schedule(rate),
-        "linear": optax.linear_schedule(rate, 0.0, max(num_updates - warmup, 1)),
-        "cosine": optax.cosine_decay_schedule(rate, max(num_updates - warmup, 1)),
-    }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(rate / max(warmup, 1), rate, max(warmup, 1)), after], [warmup])
+def learning_rate(peak: Any, config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """Linear warm-up to the peak over warmup_steps, then constant, or down to zero at the last update (linear, cosine).
+
+    Args:
+      peak: the highest rate, a number or a traced scalar. config: its schedule and warmup_steps are read.
+      num_updates: optimizer steps of the whole run.
+    Returns: optimizer step -> rate.
+    """
+    warmup, num_after = config.warmup_steps, max(num_updates - config.warmup_steps, 1)
+    schedules = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, num_after),
+        "cosine": optax.cosine_decay_schedule(peak, num_after),
+    }
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1))
+    return optax.join_schedules([rise, schedules[config.schedule]], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101). num_updates: optimizer steps of the run."""
+def make_optimizer(config: OptimizerConfig, num_updates: int, hyperparams: Hyperparams) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    It is made inside the traced update, from the numbers in the state: optax's transformations are pure functions, so this
+    costs nothing, and their state holds moments and counts only.
+
+    Args:
+      config: schedule, warm-up, b1, b2 and eps. num_updates: optimizer steps of the run.
+      hyperparams: learning rate, weight decay and the norm that gradients are clipped to.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.clip_by_global_norm(hyperparams.max_grad_norm),
         optax.adamw(
-            learning_rate(config, num_updates),
+            learning_rate(hyperparams.learning_rate, config, num_updates),
             config.b1,
             config.b2,
             config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=hyperparams.weight_decay,
             mask=is_decayed,
         ),
     )

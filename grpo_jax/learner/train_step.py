@@ -21,8 +21,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
+from grpo_jax.config import Config, LearnerConfig
 from grpo_jax.learner import batching
 from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, trained_mask
+from grpo_jax.learner.hyperparams import with_hyperparams
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.metrics import Max, Mean, Metric
 from grpo_jax.models.transformer import ModelDef
@@ -40,37 +42,10 @@ from grpo_jax.parallel.sharding import (
     vary_like,
 )
 from grpo_jax.rng import key_for
-from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.types import AxisName, Batch, Params, Rollout, TrainState, join_params
+from grpo_jax.rollout.rollout import sampling_of
+from grpo_jax.types import AxisName, Batch, Hyperparams, Params, Rollout, TrainState, join_params
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateSpec:
-    """The static half of an update.
-
-    length_buckets: completion lengths that it is compiled for; each microbatch takes the shortest that fits (`batching`).
-    old_logp: "sampler" (what was recorded) or "learner" (one more forward pass). importance_cap: of truncated importance
-    sampling, 0: none.
-    fsdp_min_elements: smaller weights are not cut (`sharding.param_spec`).
-    offload: the optimizer's state waits in the host's memory.
-    """
-
-    objective: Objective
-    sampling: Sampling
-    max_completion_tokens: int
-    num_epochs: int
-    num_minibatches: int
-    num_microbatches: int
-    logprob_chunk_tokens: int
-    length_buckets: tuple[int, ...]
-    old_logp: str
-    importance_cap: float
-    filter_truncated: bool
-    seed: int
-    fsdp_min_elements: int
-    offload: bool = False
 
 
 @flax.struct.dataclass
@@ -89,67 +64,95 @@ class Target:
     importance_PGT: Any
 
 
-def make_train_step(model: ModelDef, optimizer: optax.GradientTransformation, spec: UpdateSpec, mesh: Mesh) -> TrainStep:
-    """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes."""
+def make_train_step(
+    model: ModelDef, make_optimizer: Callable[[Hyperparams], optax.GradientTransformation], config: Config, mesh: Mesh
+) -> TrainStep:
+    """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes.
+
+    Args:
+      model: decoder, with its adapters if only these are trained. make_optimizer: from the numbers in the state.
+      config: objective, learner, rollout (distribution and budget), overlong.filter, optimizer.offload and
+        mesh.fsdp_min_elements are read; the fields of `Hyperparams` are not, they come from the state.
+      mesh: rows are sharded over its axes data and fsdp, weights over fsdp and tensor.
+    Returns: train_step(state, batch) -> (state, metrics of the update).
+    """
+    axis_name = row_axes(mesh)
+    min_elements = config.mesh.fsdp_min_elements
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
-        axis_name = row_axes(mesh)
+        assert state.hyperparams is not None, "a state to train with has its hyperparams"
+        optimizer = make_optimizer(state.hyperparams)
         policies = dataclasses.replace(state, opt_state=None, pending=None, next_batch=None)
-        parts = drop_mesh_axis(specs_of(policies, mesh, spec.fsdp_min_elements), "tensor")
+        parts = drop_mesh_axis(specs_of(policies, mesh, min_elements), "tensor")
         prepare = shard_map_over_batch(
-            lambda state, batch: make_target(model, state, batch, spec, axis_name=axis_name), mesh, (parts, ROWS), ROWS
+            lambda state, batch: make_target(model, state, batch, config, axis_name=axis_name), mesh, (parts, ROWS), ROWS
         )
         target = prepare(policies, constrain(batch, mesh, ROWS))
-        cuts = (parts.params, parts.base) if axis_name else None
+        shards = (parts.params, parts.base) if axis_name else None
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
-            grads, metrics = sharded_gradients(params, state.base, constrain(minibatch, mesh, ROWS))
-            if spec.offload:
+            grads, metrics = sharded_gradients(params, state.base, state.hyperparams, constrain(minibatch, mesh, ROWS))
+            # Adam's moments are twice the weights: with offload they visit the device for the update only.
+            if config.optimizer.offload:
                 opt_state = to_memory_space(opt_state, jax.memory.Space.Device)
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            if spec.offload:
+            if config.optimizer.offload:
                 opt_state = to_memory_space(opt_state, jax.memory.Space.Host)
             metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         sharded_gradients = shard_map_over_batch(
-            lambda params, base, minibatch: compute_gradients(model, params, base, minibatch, spec, cuts),
+            lambda params, base, hyperparams, minibatch: compute_gradients(
+                model, params, base, minibatch, with_hyperparams(config.objective, hyperparams), config, shards
+            ),
             mesh,
-            (parts.params, parts.base, ROWS),
+            (parts.params, parts.base, REPLICATED, ROWS),
             (parts.params, REPLICATED),
         )
-        minibatches = split_minibatches(target, state.step, spec)
+        minibatches = split_minibatches(target, state.hyperparams.seed, state.step, config.learner)
         (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
         metrics = metrics_lib.reduce_stacked(stacked)
         # Only before the first optimizer step do sampler and learner hold the same weights.
         metrics["policy/sampler_logp_gap"] = jax.tree.map(lambda x: x[0], stacked["policy/sampler_logp_gap"])
-        metrics.update(advantage_metrics(spec.objective, batch, target.rollout.mask_PGT, target.advantage_PGT))
+        obj = with_hyperparams(config.objective, state.hyperparams)
+        metrics.update(advantage_metrics(obj, batch, target.rollout.mask_PGT, target.advantage_PGT))
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
 
-def make_target(
-    model: ModelDef, state: TrainState, batch: Batch, spec: UpdateSpec, axis_name: AxisName | None = None
-) -> Target:
-    """Batch -> Target: credit and the log-probs that stay fixed. Runs on whole groups, before any split."""
-    rollout, obj = batch.rollout, spec.objective
-    rollout = dataclasses.replace(rollout, mask_PGT=trained_mask(rollout, spec.filter_truncated))
-    P, G, _ = rollout.mask_PGT.shape
+def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config, axis_name: AxisName | None = None) -> Target:
+    """Compute what stays fixed during an update: advantages, old and reference log-probabilities.
+
+    It runs on whole groups, before any split: a microbatch of one row must not turn a group statistic into another one.
+
+    Args:
+      model: decoder. state: the policy, its reference and the hyperparams. batch: whole groups, on this device.
+      config: as in `make_train_step`. axis_name: mesh axes that batch statistics go over, inside `shard_map`.
+    Returns: the Target of the batch.
+    """
+    assert state.hyperparams is not None
+    obj = with_hyperparams(config.objective, state.hyperparams)
+    mask_PGT = trained_mask(batch.rollout, config.overlong.filter)
+    rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
+    P, G, _ = mask_PGT.shape
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
-    if spec.old_logp == "learner":  # of groups that waited in the buffer the sampler was an older policy: its word stands
-        scored = logprobs_in_microbatches(model, state.policy, rollout, spec)
+    if config.learner.old_logp == "learner":
+        # Groups that waited in the buffer were sampled by an older policy: for them the recorded values are used.
+        recomputed = logprobs_in_microbatches(model, state.policy, rollout, config)
         recorded = (old_logp_PGT, entropy_PGT)
-        old_logp_PGT, entropy_PGT = (jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(scored, recorded, strict=True))
-    adv_PGT = batch_advantages(obj, batch, rollout.mask_PGT, entropy_PGT, axis_name)
+        old_logp_PGT, entropy_PGT = (
+            jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(recomputed, recorded, strict=True)
+        )
+    adv_PGT = batch_advantages(obj, batch, mask_PGT, entropy_PGT, axis_name)
     ref_logp_PGT = None
     if obj.has_kl:
-        ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, spec)
+        ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, config)
     importance_PGT = None
-    if spec.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
-        importance_PGT = jnp.exp(objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, rollout.mask_PGT))
+    if config.learner.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
+        importance_PGT = jnp.exp(objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, mask_PGT))
     return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT, importance_PGT)
 
 
@@ -160,100 +163,144 @@ def reference_policy(model: ModelDef, state: TrainState) -> tuple[ModelDef, Para
     return dataclasses.replace(model, lora=None), ref_params
 
 
-def logprobs_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, spec: UpdateSpec):
-    """`policy_logprobs` with the update's peak memory; -> (logp_PGT, entropy_PGT)."""
+def logprobs_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, config: Config):
+    """`policy_logprobs` with the update's peak memory; -> (logp_PGT, entropy_PGT), float32 nats.
+
+    Args:
+      model, params: the policy that is asked. rollout: completions [P, G, T] with their prompts.
+      config: learner (microbatches, buckets, chunks) and the rollout's distribution are read.
+    """
     shape = rollout.tokens_PGT.shape
+    buckets = buckets_of(config)
 
-    def score_piece(piece: Rollout):
-        scored = policy_logprobs(model, params, piece, spec.sampling, spec.logprob_chunk_tokens)
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))), scored)
+    def logprobs_of(piece: Rollout):
+        found = policy_logprobs(model, params, piece, sampling_of(config.rollout), config.learner.logprob_chunk_tokens)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))), found)
 
-    def at_own_width(piece: Rollout):
-        return batching.run_at_bucket(score_piece, piece, piece.mask_PGT, spec.length_buckets)
+    def at_bucket(piece: Rollout):
+        return batching.run_at_bucket(logprobs_of, piece, piece.mask_PGT, buckets)
 
-    if spec.num_microbatches == 1:
-        return at_own_width(rollout)
+    num_microbatches = config.learner.num_microbatches
+    if num_microbatches == 1:
+        return at_bucket(rollout)
     order = batching.length_order(rollout.mask_PGT)
     ordered = jax.tree.map(lambda x: x[order], rollout)
-    pieces = jax.lax.map(at_own_width, batching.split_microbatches(ordered, ordered, spec.num_microbatches))
+    pieces = jax.lax.map(at_bucket, batching.split_microbatches(ordered, ordered, num_microbatches))
     return jax.tree.map(lambda x: x.reshape(shape)[jnp.argsort(order)], pieces)
 
 
-def compute_gradients(
-    model: ModelDef, params: Params, base: Params | None, target: Target, spec: UpdateSpec, parts: tuple[Any, Any] | None = None
-):
-    """-> (gradient of the global loss by `params`, metrics), both summed over devices once, after all microbatches.
+def buckets_of(config: Config) -> tuple[int, ...]:
+    """The completion lengths, in tokens, that the update is compiled for."""
+    return batching.length_buckets(config.rollout.max_completion_tokens, config.learner.bucket_tokens)
 
-    parts: inside `shard_map_over_batch`, where rows are sharded, the specs of params and base. The gradient of a weight that
-    fsdp shards is summed over that axis as it leaves its layer, in every microbatch.
+
+def compute_gradients(
+    model: ModelDef,
+    params: Params,
+    base: Params | None,
+    target: Target,
+    obj: Objective,
+    config: Config,
+    shards: tuple[Any, Any] | None = None,
+):
+    """Differentiate the global loss by `params`: a sum over microbatches, then one sum over devices.
+
+    Args:
+      model, params, base: what is trained, and the frozen weights under adapters or None.
+      target: this device's groups of a minibatch. obj: the objective with the state's numbers.
+      config: as in `make_train_step`.
+      shards: inside `shard_map_over_batch`, where rows are sharded, the specs of params and base; else None.
+    Returns: (gradients like params, metrics), both of the global batch.
     """
-    axis_name = ROW_AXES if parts else None
+    axis_name = ROW_AXES if shards else None
     mask_PGT = target.rollout.mask_PGT
     T = mask_PGT.shape[-1]
+    # Weights and the one denominator depend on the mask alone, so they are global before anything is differentiated: how the
+    # batch is split over microbatches and devices cannot change the result.
     weight_BT, denom = objectives.weights(
-        spec.objective,
+        obj,
         mask_PGT.reshape(-1, T),
-        max_completion_length=spec.max_completion_tokens,
+        max_completion_length=config.rollout.max_completion_tokens,
         axis_name=axis_name,
     )
-    if parts:  # differentiate with respect to this device's copy: otherwise every microbatch would be psummed
+    if shards:
+        # Differentiate with respect to this device's copy: a gradient by the replicated weight would be summed over devices
+        # in every microbatch. Weights that fsdp shards are summed over that axis anyway, as they leave their layer.
         params, base = jax.tree.map(
-            lambda x, spec: jax.lax.pcast(x, replicated_axes(spec), to="varying"), (params, base), parts
+            lambda x, spec: jax.lax.pcast(x, replicated_axes(spec), to="varying"), (params, base), shards
         )
 
     def gradients_of(piece_and_weight):
         piece, weight_PGT = piece_and_weight
         (loss, metrics), grads = jax.value_and_grad(
-            lambda trained: microbatch_loss(model, join_params(base, trained), piece, weight_PGT, spec), has_aux=True
+            lambda trained: microbatch_loss(model, join_params(base, trained), piece, weight_PGT, obj, config), has_aux=True
         )(params)
         metrics["loss/total"] = Mean(loss, jnp.zeros_like(loss))
         return grads, metrics
 
-    def microbatch_gradients(piece_and_weight):
-        return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, spec.length_buckets)
-
     pieces = (target, (weight_BT / denom).reshape(mask_PGT.shape))
-    if spec.num_microbatches == 1:
-        grads, metrics = microbatch_gradients(pieces)
-    else:
-        order = batching.length_order(mask_PGT)
-        pieces = jax.tree.map(lambda x: x[order], pieces)
-        pieces = batching.split_microbatches(pieces, target.rollout, spec.num_microbatches)
-        shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        zeros = vary_like(zeros, target.rollout.tokens_PGT)
-
-        def accumulate(total, piece):
-            grads, metrics = microbatch_gradients(piece)
-            return jax.tree.map(jnp.add, total, grads), metrics
-
-        grads, stacked = jax.lax.scan(accumulate, zeros, pieces)
-        metrics = metrics_lib.reduce_stacked(stacked)
-    if parts:
-        grads = jax.tree.map(lambda grad, spec: jax.lax.psum(grad, replicated_axes(spec)), grads, parts[0])
+    grads, metrics = sum_over_microbatches(gradients_of, pieces, config)
+    if shards:
+        grads = jax.tree.map(lambda grad, spec: jax.lax.psum(grad, replicated_axes(spec)), grads, shards[0])
         metrics = metrics_lib.psum(metrics, ROW_AXES)
     metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
     return grads, metrics
 
 
+def sum_over_microbatches(gradients_of: Callable[[Any], Any], pieces: tuple[Target, Any], config: Config):
+    """Add up gradients_of(microbatch) -> (grads, metrics), each microbatch at the shortest bucket that holds it.
+
+    Groups are sorted by length first: neighbours then need about the same bucket, and short microbatches cost little.
+    """
+    num_microbatches, buckets = config.learner.num_microbatches, buckets_of(config)
+
+    def microbatch_gradients(piece_and_weight):
+        return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, buckets)
+
+    if num_microbatches == 1:
+        return microbatch_gradients(pieces)
+    rollout = pieces[0].rollout
+    order = batching.length_order(rollout.mask_PGT)
+    pieces = jax.tree.map(lambda x: x[order], pieces)
+    pieces = batching.split_microbatches(pieces, rollout, num_microbatches)
+    shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    zeros = vary_like(zeros, rollout.tokens_PGT)
+
+    def accumulate(total, piece):
+        grads, metrics = microbatch_gradients(piece)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    grads, stacked = jax.lax.scan(accumulate, zeros, pieces)
+    return grads, metrics_lib.reduce_stacked(stacked)
+
+
 def replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The axes of rows that a weight is copied over."""
+    """The row axes that a weight is replicated over."""
     return tuple(axis for axis in ROW_AXES if axis not in spec)
 
 
-def microbatch_loss(model: ModelDef, params: Params, target: Target, weight_PGT, spec: UpdateSpec):
-    """sum(loss * weight) of one microbatch, the weight being its share of the global loss; and its metrics."""
+def microbatch_loss(model: ModelDef, params: Params, target: Target, weight_PGT, obj: Objective, config: Config):
+    """Compute sum(loss * weight) of one microbatch, the weight being its share of the global loss.
+
+    Args:
+      model, params: the policy. target: the microbatch. weight_PGT: float32, each token's weight over the global denominator.
+      obj: the objective with the state's numbers. config: learner and the rollout's distribution are read.
+    Returns: (scalar, metrics by name).
+    """
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]
-    logp_PGT, entropy_PGT = policy_logprobs(model, params, rollout, spec.sampling, spec.logprob_chunk_tokens)
+    logp_PGT, entropy_PGT = policy_logprobs(
+        model, params, rollout, sampling_of(config.rollout), config.learner.logprob_chunk_tokens
+    )
 
     def rows(x: Any) -> Any:
         return None if x is None else x.reshape(-1, T)
 
     mask_BT = rows(rollout.mask_PGT)
-    adv_PGT, importance_metrics = weight_by_importance(target, spec.importance_cap)
+    adv_PGT, importance_metrics = weight_by_importance(target, config.learner.importance_cap)
     loss_BT, aux = objectives.token_loss(
-        spec.objective,
+        obj,
         rows(logp_PGT),
         rows(target.old_logp_PGT),
         rows(target.ref_logp_PGT),
@@ -288,12 +335,16 @@ def weight_by_importance(target: Target, cap: float) -> tuple[Any, dict[str, Met
     return target.advantage_PGT * weight_PGT, metrics
 
 
-def split_minibatches(target: Target, step, spec: UpdateSpec) -> Target:
-    """[P, ...] -> [epochs * minibatches, P / minibatches, ...]: groups in a fresh order each epoch, none left out."""
+def split_minibatches(target: Target, seed: Any, step: Any, config: LearnerConfig) -> Target:
+    """[P, ...] -> [epochs * minibatches, P / minibatches, ...]: groups in a fresh order each epoch, none left out.
+
+    Args:
+      target: whole batch. seed, step: of the order (they may be traced). config: num_epochs and num_minibatches.
+    """
     P = len(target.advantage_PGT)
-    if spec.num_minibatches == 1:
-        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (spec.num_epochs, *x.shape)), target)
-    keys = jax.random.split(key_for(spec.seed, "minibatches", step), spec.num_epochs)
+    if config.num_minibatches == 1:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (config.num_epochs, *x.shape)), target)
+    keys = jax.random.split(key_for(seed, "minibatches", step), config.num_epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, P))(keys)
-    order = order.reshape(spec.num_epochs * spec.num_minibatches, P // spec.num_minibatches)
+    order = order.reshape(config.num_epochs * config.num_minibatches, P // config.num_minibatches)
     return jax.tree.map(lambda x: x[order], target)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+
+Number = float | jax.Array  # an array where it is a number of the state, inside a compiled step
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -24,11 +28,11 @@ class Objective:
     advantage: str = "group_norm"
     ratio: str = "token"
     surrogate: str = "ppo_clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: Number = 0.2
+    clip_high: Number = 0.2
     dual_clip: float | None = None
     aggregation: str = "sequence_mean"
-    kl_coef: float = 0.04
+    kl_coef: Number = 0.04
     kl_estimator: str = "k3"
     std_ddof: int = 1
     adv_eps: float = 1e-6
@@ -36,7 +40,7 @@ class Objective:
     entropy_floor: float = 1e-4
     entropy_clip: tuple[float, ...] | None = None
     base_weight: float = 1.0
-    entropy_weight: float = 0.1
+    entropy_weight: Number = 0.1
     stat_scope: str = "batch"
     sequence_mean_kind: str = "arithmetic"
     include_other_side: bool = True
@@ -45,6 +49,8 @@ class Objective:
         at_least = {"clip_low": 0, "clip_high": 0, "kl_coef": 0, "std_ddof": 0, "adv_eps": 0, "entropy_weight": 0}
         for field, low in at_least.items():
             value = getattr(self, field)
+            if isinstance(value, jax.Array):  # a number of the state: it was checked with its config
+                continue
             if not (value >= low and math.isfinite(value)):
                 raise ValueError(f"objective.{field} = {value!r}: must be a finite number >= {low}")
         if self.entropy_floor <= 0:
@@ -59,7 +65,7 @@ class Objective:
 
     @property
     def has_kl(self) -> bool:
-        """Whether there is a KL term, and so a reference. A traced coefficient (`cohort`) is one: 0 is never traced."""
+        """Whether there is a KL term, and so a reference. A traced coefficient is one: 0 is never traced."""
         return not isinstance(self.kl_coef, int | float) or self.kl_coef > 0
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.config import RolloutConfig
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.decoding import DecodeContext, decode_batched, decode_continuous
@@ -14,19 +16,21 @@ from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.types import Params, Prompts, Rollout
 
 
-@dataclasses.dataclass(frozen=True)
-class RolloutSpec:
-    """The static half of a rollout (hashable). stop_ids: a completion ends at any of them and keeps it.
+class EndTokens(NamedTuple):
+    """Ids that a completion ends with. stop_ids: the first of them ends it, and is kept. pad_id: fills the slots behind."""
 
-    max_live_sequences: completions decoded at a time, 0: all.
-    """
-
-    group_size: int
-    max_completion_tokens: int
-    sampling: Sampling
     stop_ids: tuple[int, ...]
     pad_id: int
-    max_live_sequences: int = 0
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    """The distribution that a rollout draws from."""
+    return Sampling(config.temperature, config.top_k, config.top_p)
+
+
+def greedy(config: RolloutConfig) -> RolloutConfig:
+    """The same rollout with the most probable token at every position, once for each prompt."""
+    return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0)
 
 
 def row_keys(key, num_prompts: int, group_size: int):
@@ -35,18 +39,25 @@ def row_keys(key, num_prompts: int, group_size: int):
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows).reshape(num_prompts, group_size)
 
 
-def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec: RolloutSpec) -> Rollout:
+def rollout(
+    model: ModelDef, params: Params, prompts: Prompts, row_keys_PG: Any, config: RolloutConfig, ends: EndTokens
+) -> Rollout:
     """Sample G completions of each prompt.
 
     The loop ends with the longest live row. Token t of a row is drawn with fold_in(row key, t), whatever else is in the
     batch. What is recorded (log-probability, entropy, support) is of the distribution really drawn from.
 
     Args:
-      params: in any dtype; computed with in the model's. prompts: [P, S], left-padded. row_keys_PG: from `row_keys`.
-    Returns: a Rollout with T = spec.max_completion_tokens.
+      model: decoder. params: its weights in any dtype; computed with in the model's.
+      prompts: [P, S], left-padded. row_keys_PG: a PRNG key for each completion, from `row_keys`.
+      config: group size G, budget T in tokens, distribution, and how many completions are decoded at a time.
+      ends: the ids that completions end with.
+    Returns: a Rollout with T = config.max_completion_tokens slots.
     """
-    decoder = model.bind(jax.tree.map(lambda x: x.astype(model.dtype), params))  # cast once, not at every token
-    P, G = len(prompts.tokens_PS), spec.group_size
+    # Cast once here, not at every token: the loop would read float32 masters T times.
+    decoder = model.bind(jax.tree.map(lambda x: x.astype(model.dtype), params))
+    P, G = len(prompts.tokens_PS), config.group_size
+    sampling = sampling_of(config)
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
     head_VD = decoder.head_VD
     ctx = DecodeContext(
@@ -56,13 +67,15 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         prefix,
         first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap),
         keys_B=row_keys_PG.reshape(P * G),
-        sampling=spec.sampling,
-        stop_ids=spec.stop_ids,
-        pad_id=spec.pad_id,
-        max_completion_tokens=spec.max_completion_tokens,
+        sampling=sampling,
+        stop_ids=ends.stop_ids,
+        pad_id=ends.pad_id,
+        max_completion_tokens=config.max_completion_tokens,
     )
-    is_refilled = 0 < spec.max_live_sequences < P * G
-    done = decode_continuous(ctx, spec.max_live_sequences) if is_refilled else decode_batched(ctx)
+    if 0 < config.max_live_sequences < P * G:
+        done = decode_continuous(ctx, config.max_live_sequences)
+    else:
+        done = decode_batched(ctx)
     done = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), done)
     return Rollout(
         prompts=prompts,
@@ -70,6 +83,6 @@ def rollout(model: ModelDef, params: Params, prompts: Prompts, row_keys_PG, spec
         mask_PGT=done.mask_BT,
         sampler_logp_PGT=done.drawn.logp_B,
         entropy_PGT=done.drawn.entropy_B,
-        support_PGT=done.drawn.support_B if spec.sampling.is_cut else None,
+        support_PGT=done.drawn.support_B if sampling.is_cut else None,
         is_truncated_PG=~done.is_done_B,
     )

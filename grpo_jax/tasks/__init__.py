@@ -57,3 +57,11 @@ class Task(Protocol):
     def close(self) -> None:
         """Release what the task holds (worker processes)."""
         ...
+
+
+class TraceableTask(Task, Protocol):
+    """A task whose prompts and reward are pure JAX functions. `is_traceable` is True."""
+
+    def train_prompts(self, position: Any, num_prompts: int, seed: Any = None) -> Prompts:
+        """The prompts of an order that `seed` decides (it may be traced); None: of the seed the task was made with."""
+        ...

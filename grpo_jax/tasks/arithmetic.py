@@ -80,9 +80,15 @@ class ArithmeticTask:
             answer_NA[row, : len(answer)] = answer
         return Prompts(tokens_NS, mask_NS, answer_NA)
 
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        """Training prompts number position.. : each drawn uniformly with a key made from its own number."""
-        keys = jax.vmap(lambda i: key_for(self.seed, "prompts", i))(position + jnp.arange(num_prompts))
+    def train_prompts(self, position: Any, num_prompts: int, seed: Any = None) -> Prompts:
+        """Training prompts number position.. : each drawn uniformly with a key made from its own number.
+
+        Args:
+          position: int32, of the first one. num_prompts: P. seed: of the order, may be traced; None: the task's own.
+        Returns: Prompts [P, S].
+        """
+        seed = self.seed if seed is None else seed
+        keys = jax.vmap(lambda i: key_for(seed, "prompts", i))(position + jnp.arange(num_prompts))
         picks = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self._train_rows)))(keys)
         return jax.tree.map(lambda x: x[self._train_rows[picks]], self._table)
 

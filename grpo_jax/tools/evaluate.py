@@ -20,7 +20,7 @@ from rich.table import Table
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.training.checkpoint import write_atomically
-from grpo_jax.training.run import initial_state, make_run, restore_policy
+from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
@@ -33,9 +33,9 @@ def main() -> None:
     try:
         if workdir:
             step = cli.choose_step(workdir, cli.STEP.value)
-            policy = restore_policy(run, workdir, step)
+            policy = run.restore_policy(workdir, step)
         else:
-            step, policy = 0, initial_state(run).policy
+            step, policy = 0, run.initial_state().policy
         estimates = run.evaluate(policy)
         num_prompts = len(run.task.eval_prompts().tokens_PS)
     finally:

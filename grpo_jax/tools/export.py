@@ -18,7 +18,7 @@ from grpo_jax.models.hf import stored_dtype
 from grpo_jax.models.lora import merge_adapters, split_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run, restore_policy
+from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
@@ -53,7 +53,7 @@ def export(
     step = cli.choose_step(pathlib.Path(workdir), step)
     run = make_run(config)
     try:
-        policy = restore_policy(run, pathlib.Path(workdir), step)
+        policy = run.restore_policy(pathlib.Path(workdir), step)
     finally:
         run.task.close()
     lora = run.model.lora

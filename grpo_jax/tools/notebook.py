@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from grpo_jax.rng import key_for
-from grpo_jax.rollout.sampling import GREEDY
-from grpo_jax.training import build
+from grpo_jax.rollout.rollout import greedy
 from grpo_jax.training.evaluate import compiled_rollout
-from grpo_jax.training.iteration import make_sampler_weights
 from grpo_jax.training.run import Run
+from grpo_jax.training.samplers import end_tokens, make_sampler_weights
 from grpo_jax.types import Params
 
 if TYPE_CHECKING:
@@ -37,9 +36,9 @@ class Answer:
 def greedy_answers(run: Run, policy: Params) -> list[Answer]:
     """To the first eval.batch_size held-out questions: the program is the one that evaluates."""
     prompts = jax.tree.map(lambda x: x[: run.config.eval.batch_size], jax.device_get(run.task.eval_prompts()))
-    spec = dataclasses.replace(build.rollout_spec(run.config, run.task), group_size=1, sampling=GREEDY)
+    rollout = compiled_rollout(run.model, greedy(run.config.rollout), end_tokens(run.task), run.mesh)
     weights = jax.jit(make_sampler_weights(run.config, run.mesh))(policy)
-    rolled = compiled_rollout(run.model, spec, run.mesh)(weights, prompts, key_for(run.config.seed, "evaluate"))
+    rolled = rollout(weights, prompts, key_for(run.config.seed, "evaluate"))
     tokens_PT, mask_PT = np.asarray(rolled.tokens_PGT)[:, 0], np.asarray(rolled.mask_PGT)[:, 0]
     reward_P = np.asarray(run.task.reward(prompts.answer, tokens_PT[:, None], mask_PT[:, None]).task_PG)[:, 0]
 

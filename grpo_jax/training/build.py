@@ -10,15 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
-from grpo_jax.learner.batching import length_buckets
-from grpo_jax.learner.train_step import UpdateSpec
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
 from grpo_jax.rng import key_for
-from grpo_jax.rollout.rollout import RolloutSpec
-from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.tasks import Task, Tokenizer, dataset, jsonl, reasoning_gym
 from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
 from grpo_jax.tasks.host import HostTask
@@ -95,40 +91,3 @@ def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
         return hosts.make_global_array(load_adapters(config.lora.path, model), places)
     init = functools.partial(init_adapters, model.param_shapes())
     return jax.jit(init, out_shardings=places)(key_for(config.seed, "adapters"))
-
-
-def sampling_of(config: Config) -> Sampling:
-    """The distribution that training samples from."""
-    return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
-
-
-def rollout_spec(config: Config, task: Task) -> RolloutSpec:
-    """The rollout's static half."""
-    return RolloutSpec(
-        group_size=config.rollout.group_size,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        sampling=sampling_of(config),
-        stop_ids=task.stop_ids,
-        pad_id=task.tokenizer.pad_id,
-        max_live_sequences=config.rollout.max_live_sequences,
-    )
-
-
-def update_spec(config: Config) -> UpdateSpec:
-    """The update's static half."""
-    return UpdateSpec(
-        objective=config.objective,
-        sampling=sampling_of(config),
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        num_epochs=config.learner.num_epochs,
-        num_minibatches=config.learner.num_minibatches,
-        num_microbatches=config.learner.num_microbatches,
-        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-        length_buckets=length_buckets(config.rollout.max_completion_tokens, config.learner.bucket_tokens),
-        old_logp=config.learner.old_logp,
-        importance_cap=config.learner.importance_cap,
-        filter_truncated=config.overlong.filter,
-        seed=config.seed,
-        fsdp_min_elements=config.mesh.fsdp_min_elements,
-        offload=config.optimizer.offload,
-    )

@@ -26,7 +26,7 @@ SEEN_WITHIN_SECS = 60.0  # a network's file system may show a file so late to th
 class Checkpointer:
     """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
 
-    Weights that never change (`base`, `ref_params`) are left out: they are had again from where they first came.
+    What never changes (`base`, `ref_params`, `hyperparams`) is left out and reloaded from its source.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
@@ -89,8 +89,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
 
 
 def without_frozen(state: TrainState) -> TrainState:
-    """The state without the weights that stay as they are."""
-    return dataclasses.replace(state, base=None, ref_params=None)
+    """The state without the weights and numbers that stay as they are."""
+    return dataclasses.replace(state, base=None, ref_params=None, hyperparams=None)
 
 
 def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:

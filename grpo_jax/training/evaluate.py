@@ -12,15 +12,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.analysis.estimates import Estimate, estimate, majority, pass_at_k
-from grpo_jax.config import Config
+from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import ROWS, num_row_shards
 from grpo_jax.rng import key_for
-from grpo_jax.rollout.rollout import RolloutSpec
-from grpo_jax.rollout.sampling import GREEDY
+from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
-from grpo_jax.training.iteration import make_rollout, make_sampler_weights
+from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
 from grpo_jax.types import Params, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
@@ -35,7 +34,7 @@ class Answers:
     majority_P: np.ndarray
 
 
-def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Evaluate:
+def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Evaluate:
     """-> evaluate(params) -> {name: Estimate over all held-out prompts}.
 
     "success": the greedy answer is right. "length_mean": of the greedy answers, tokens.
@@ -50,8 +49,9 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
     width = -(-min(config.eval.batch_size, num) // shards) * shards
     n = config.eval.num_samples
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
-    greedy = compiled_rollout(model, dataclasses.replace(spec, group_size=1, sampling=GREEDY), mesh)
-    sampled = compiled_rollout(model, dataclasses.replace(spec, group_size=max(n, 1)), mesh)
+    ends = end_tokens(task)
+    greedily = compiled_rollout(model, greedy(config.rollout), ends, mesh)
+    sampled = compiled_rollout(model, dataclasses.replace(config.rollout, group_size=max(n, 1)), ends, mesh)
 
     def answer(rollout: Any, params: Params) -> Answers:
         batches = []
@@ -71,7 +71,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
 
     def evaluate(params: Params) -> dict[str, Estimate]:
         params = sampler_weights(params)
-        best = answer(greedy, params)
+        best = answer(greedily, params)
         values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
         if n:
             drawn = answer(sampled, params)
@@ -85,9 +85,9 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, spec: RolloutSpec
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_rollout(model: ModelDef, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Any]:
+def compiled_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh) -> Callable[..., Any]:
     """`make_rollout`, compiled once for all runs of one process."""
-    return jax.jit(make_rollout(model, spec, mesh), out_shardings=NamedSharding(mesh, ROWS))
+    return jax.jit(make_rollout(model, config, ends, mesh), out_shardings=NamedSharding(mesh, ROWS))
 
 
 def ks(num_samples: int) -> list[int]:

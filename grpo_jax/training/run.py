@@ -1,4 +1,4 @@
-"""A run's parts, built from its config, and its state: at step 0, or as a checkpoint has it."""
+"""A run: a config bound to its task, its model and a mesh, with its compiled functions and its state."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learner.advantage_diagnostics import advantages_with_grpo
+from grpo_jax.learner.hyperparams import hyperparams_of, static_key, with_hyperparams
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import TrainStep, make_train_step
 from grpo_jax.models.lora import split_adapters
@@ -34,45 +34,155 @@ from grpo_jax.tasks import Task
 from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer, restore_params
 from grpo_jax.training.dynamic_sampling import empty_buffer
-from grpo_jax.training.evaluate import Evaluate, make_evaluate
-from grpo_jax.training.iteration import Collect, Iteration, make_async_step, make_collect, make_iterations, make_rollout
-from grpo_jax.types import Batch, Params, Rollout, TrainState, join_params
+from grpo_jax.training.evaluate import make_evaluate
+from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
+from grpo_jax.training.samplers import DeviceSampler, make_sampler
+from grpo_jax.types import Batch, Hyperparams, Params, TrainState, join_params
+
+
+class TrainFns:
+    """The functions of a run before they are compiled. They depend on `static_key` of the config only.
+
+    collect, update, iterate: the halves of a step, and num_steps whole ones in a call. With a traceable task all are pure.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, task: Task, model: ModelDef):
+        self.config, self.task = static_key(config), task
+        self.optimizer = functools.partial(make_optimizer, self.config.optimizer, config.num_updates)
+        self.sampler: DeviceSampler = make_sampler(self.config, task, model, mesh)
+        self.collect = Collect(self.config, self.sampler)
+        self.update: TrainStep = make_train_step(model, self.optimizer, self.config, mesh)
+        self.iterate: Iteration = make_iterations(self.collect, self.update, max(config.steps_per_call, 1))
+
+    def init(self, weights: Params, adapters: Params | None, hyperparams: Hyperparams) -> TrainState:
+        """The state at step 0.
+
+        Args:
+          weights: all weights but adapters. adapters: what is trained instead, on frozen weights; None: the weights are.
+          hyperparams: the numbers that the run goes by.
+        """
+        config = self.config
+        base, trained = None, weights
+        if adapters is not None:
+            base, trained = weights, adapters
+        state = TrainState(
+            step=jnp.int32(0),
+            params=trained,
+            opt_state=self.optimizer(hyperparams).init(trained),
+            base=base,
+            ref_params=None,
+            num_prompts_drawn=jnp.int32(0),
+            pending=None,
+            hyperparams=hyperparams,
+        )
+        if config.objective.has_kl and adapters is None:
+            state = dataclasses.replace(state, ref_params=jax.tree.map(jnp.copy, weights))
+        if config.dynamic_sampling.enabled:
+            state = dataclasses.replace(state, pending=empty_buffer(self.example_batch(state.policy)))
+        if config.async_steps:
+            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.example_batch(state.policy))
+            state = dataclasses.replace(state, next_batch=blank)
+        return state
+
+    def example_batch(self, policy: Params) -> Batch:
+        """The shapes of a batch, without computing one. policy: all weights, or their shapes."""
+        P, G = self.config.rollout.num_prompts, self.config.rollout.group_size
+        rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
+        row = jax.ShapeDtypeStruct((P, G), jnp.float32)
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
+
+    def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Any, Any]:
+        """`advantages_with_grpo` of a batch."""
+        obj = with_hyperparams(self.config.objective, hyperparams)
+        return advantages_with_grpo(obj, batch, filter_truncated=self.config.overlong.filter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, bound to one config. collect, update and iterate are compiled; each donates the state.
+    """A config bound to a task, a model and a mesh.
 
-    async_step: with async_steps, instead of collect and update.
-
-    abstract_state: shapes and shardings of the state. start: (weights, adapters or None) -> the state at step 0; donates them.
-    advantage_diagnostics: `advantages_with_grpo` of a batch.
-    weights: loads or warm-starts what the run begins with, without adapters.
+    fns: the functions before they are compiled. abstract_state: shapes and shardings of the state.
+    init, collect, update, iterate, async_step: compiled; each donates the state. Runs of one static key share them
+    (`with_config`), and so jit's cache. load_weights: loads or warm-starts all weights but adapters.
     """
 
     config: Config
     mesh: Mesh
     task: Task
     model: ModelDef
+    fns: TrainFns
     abstract_state: TrainState
-    start: Callable[[Params, Params | None], TrainState]
-    collect: Collect
+    init: Callable[[Params, Params | None, Hyperparams], TrainState]
+    collect: Any
     update: Any
     iterate: Any
-    async_step: Iteration
-    advantage_diagnostics: Any
-    evaluate: Evaluate
-    weights: Callable[[], Params]
+    async_step: Callable[[TrainState], Collected]
+    load_weights: Callable[[], Params]
+    _advantages: Callable[[Hyperparams, Batch], tuple[Any, Any]]
 
+    @functools.cached_property
+    def evaluate(self):
+        """evaluate(params) -> {name: Estimate}; see `make_evaluate`."""
+        return make_evaluate(self.config, self.task, self.model, self.mesh)
 
-class TrainFns(NamedTuple):
-    """The functions of a run, not compiled yet. With a traceable task they are pure."""
+    @property
+    def hyperparams(self) -> Hyperparams:
+        """The config's numbers, on every device."""
+        return jax.device_put(hyperparams_of(self.config), NamedSharding(self.mesh, REPLICATED))
 
-    start: Callable[[Params, Params | None], TrainState]
-    collect: Collect
-    update: TrainStep
-    iterate: Iteration
-    advantage_diagnostics: Callable[[Batch], tuple[Any, Any]]
+    def advantages(self, batch: Batch) -> tuple[Any, Any]:
+        """The advantages of a batch and plain GRPO's of its rows; see `advantages_with_grpo`."""
+        return self._advantages(self.hyperparams, batch)
+
+    def with_config(self, config: Config) -> Run:
+        """The run of another config of the same static key, with the same compiled functions.
+
+        Raises: ValueError if the static keys differ.
+        """
+        if static_key(config) != static_key(self.config):
+            raise ValueError("these configs do not share a program: fields differ that are no hyperparams")
+        load = functools.partial(load_weights, config, self.model, self.task, self.abstract_state)
+        return dataclasses.replace(self, config=config, load_weights=load)
+
+    def initial_weights(self) -> Params:
+        """All weights at step 0 but adapters, each in its sharding."""
+        return jax.device_put(self.load_weights(), shardings_of(base_of(self.abstract_state)))
+
+    def initial_state(self) -> TrainState:
+        """The state at step 0: weights loaded or warm-started, each in its sharding."""
+        weights, adapters = self.initial_weights(), None
+        if self.model.lora is not None:
+            adapters = build.initial_adapters(self.config, self.model, shardings_of(self.abstract_state.params))
+        return self.init(weights, adapters, self.hyperparams)
+
+    def restore_state(self, checkpointer: Checkpointer, step: int) -> TrainState:
+        """The state after `step`: what changes is read from the checkpoint, frozen weights are reloaded from their source."""
+        like = self.abstract_state
+        state = dataclasses.replace(checkpointer.restore(step, like), hyperparams=self.hyperparams)
+        if like.base is None and like.ref_params is None:
+            return state
+        weights = self.initial_weights()
+        return dataclasses.replace(state, base=like.base and weights, ref_params=like.ref_params and weights)
+
+    def restore_policy(self, workdir: pathlib.Path, step: int) -> Params:
+        """The policy's weights after `step` of the run in `workdir`, and nothing else."""
+        trained = restore_params(workdir, step, self.abstract_state.params)
+        if self.model.lora is None:
+            return trained
+        return join_params(self.initial_weights(), trained)
+
+    def vmapped(self) -> Run:
+        """The same run with functions that advance many states of its static key: each takes and gives stacked ones."""
+        states = jax.tree.map(
+            lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), shardings_of(self.abstract_state)
+        )
+        collect, update, iterate = map(jax.vmap, (self.fns.collect, self.fns.update, self.fns.iterate))
+        return dataclasses.replace(
+            self,
+            collect=jax.jit(collect, donate_argnums=0, out_shardings=(states, None, None)),
+            update=jax.jit(update, donate_argnums=0, out_shardings=(states, None)),
+            iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(states, None, None)),
+        )
 
 
 def make_run(config: Config) -> Run:
@@ -84,7 +194,65 @@ def make_run(config: Config) -> Run:
 
 
 def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
-    """Bind a config to a task and a model. Raises UserError if the task or the model cannot do what the config asks."""
+    """Bind a config to a task and a model.
+
+    Args:
+      config: checked. mesh: of its sizes. task: where prompts and rewards come from. model: the decoder's static half.
+    Raises: UserError if the task or the model cannot do what the config asks.
+    """
+    check_task_suits(config, task)
+    check_divisible(model.arch.sharded_sizes, mesh)
+    fns = TrainFns(config, mesh, task, model)
+    base, adapters = split_adapters(model.param_shapes())
+    hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
+    like = abstract_state_of(config, mesh, jax.eval_shape(fns.init, base, adapters or None, hyperparams))
+    states, everywhere = shardings_of(like), NamedSharding(mesh, REPLICATED)
+    sampled = (states, NamedSharding(mesh, ROWS), everywhere)  # of the state, and the batch and metrics beside it
+    collect: Any = fns.collect
+    if task.is_traceable:
+        collect = jax.jit(collect, donate_argnums=0, out_shardings=sampled)
+    return Run(
+        config=config,
+        mesh=mesh,
+        task=task,
+        model=model,
+        fns=fns,
+        abstract_state=like,
+        init=jax.jit(fns.init, donate_argnums=(0, 1), out_shardings=states),
+        collect=collect,
+        update=jax.jit(fns.update, donate_argnums=0, out_shardings=(states, everywhere)),
+        iterate=jax.jit(fns.iterate, donate_argnums=0, out_shardings=sampled),
+        async_step=make_async_step(
+            fns.collect,
+            jax.jit(lambda state: fns.update(state, state.next_batch), donate_argnums=0, out_shardings=(states, everywhere)),
+        ),
+        load_weights=functools.partial(load_weights, config, model, task, like),
+        _advantages=jax.jit(fns.advantages),
+    )
+
+
+def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: TrainState) -> Params:
+    """`build.initial_params`, in the shardings of a state."""
+    return build.initial_params(config, model, task, shardings_of(base_of(abstract_state)))
+
+
+def base_of(state: TrainState) -> Params:
+    """All of the policy's weights but adapters."""
+    return state.params if state.base is None else state.base
+
+
+def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
+    """The shapes of a state with the shardings they belong to."""
+    like = with_shardings(shapes, mesh, config.mesh.fsdp_min_elements)
+    if config.optimizer.offload:
+        like = dataclasses.replace(like, opt_state=offload_to_host(like.opt_state))
+    rows = NamedSharding(mesh, ROWS)
+    next_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), like.next_batch)
+    return dataclasses.replace(like, next_batch=next_batch)
+
+
+def check_task_suits(config: Config, task: Task) -> None:
+    """The task can be run as the config asks. Raises UserError naming the field."""
     if config.async_steps and task.is_traceable:
         raise UserError(
             f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "
@@ -94,66 +262,6 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
-    check_divisible(model.arch.sharded_sizes, mesh)
-    parts = make_train_fns(config, mesh, task, model)
-    base, adapters = split_adapters(model.param_shapes())
-    like = abstract_state_of(config, mesh, jax.eval_shape(parts.start, base, adapters or None))
-    places = shardings_of(like)
-    everywhere = NamedSharding(mesh, REPLICATED)
-    sampled = (places, NamedSharding(mesh, ROWS), everywhere)  # where the state goes, and the batch and metrics beside it
-    return Run(
-        config=config,
-        mesh=mesh,
-        task=task,
-        model=model,
-        abstract_state=like,
-        start=jax.jit(parts.start, donate_argnums=(0, 1), out_shardings=places),
-        collect=jax.jit(parts.collect, donate_argnums=0, out_shardings=sampled) if task.is_traceable else parts.collect,
-        update=jax.jit(parts.update, donate_argnums=0, out_shardings=(places, everywhere)),
-        iterate=jax.jit(parts.iterate, donate_argnums=0, out_shardings=sampled),
-        async_step=make_async_step(
-            parts.collect,
-            jax.jit(lambda state: parts.update(state, state.next_batch), donate_argnums=0, out_shardings=(places, everywhere)),
-        ),
-        advantage_diagnostics=jax.jit(parts.advantage_diagnostics),
-        evaluate=make_evaluate(config, task, model, build.rollout_spec(config, task), mesh),
-        weights=lambda: build.initial_params(config, model, task, shardings_of(base_of(like))),
-    )
-
-
-def make_train_fns(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> TrainFns:
-    """The functions that a run is made of."""
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
-    run_rollout = make_rollout(model, build.rollout_spec(config, task), mesh)
-    collect = make_collect(config, task, run_rollout, mesh)
-    update = make_train_step(model, optimizer, build.update_spec(config), mesh)
-    return TrainFns(
-        start=functools.partial(
-            make_initial_state, config, optimizer, functools.partial(example_batch, config, task, run_rollout)
-        ),
-        collect=collect,
-        update=update,
-        iterate=make_iterations(collect, update, max(config.steps_per_call, 1)),
-        advantage_diagnostics=functools.partial(
-            advantages_with_grpo, config.objective, filter_truncated=config.overlong.filter
-        ),
-    )
-
-
-def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
-    """The shapes of a state with the places they belong to."""
-    like = with_shardings(shapes, mesh, config.mesh.fsdp_min_elements)
-    rows = NamedSharding(mesh, ROWS)
-    return dataclasses.replace(
-        like,
-        opt_state=offload_to_host(like.opt_state) if config.optimizer.offload else like.opt_state,
-        next_batch=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), like.next_batch),
-    )
-
-
-def base_of(state: TrainState) -> Params:
-    """All of the policy's weights but adapters."""
-    return state.params if state.base is None else state.base
 
 
 def check_batch_divisible(config: Config, mesh: Mesh) -> None:
@@ -172,62 +280,3 @@ def check_batch_divisible(config: Config, mesh: Mesh) -> None:
             f"config.learner.num_microbatches = {cuts}: must divide a device's {groups} groups, "
             f"or be a multiple of them that also divides group_size = {config.rollout.group_size}"
         )
-
-
-def initial_state(run: Run) -> TrainState:
-    """The state at step 0: weights loaded or warm-started, each where it belongs."""
-    weights = initial_weights(run)
-    if run.model.lora is None:
-        return run.start(weights, None)
-    return run.start(weights, build.initial_adapters(run.config, run.model, shardings_of(run.abstract_state.params)))
-
-
-def initial_weights(run: Run) -> Params:
-    """All weights at step 0 but adapters, each where it belongs."""
-    return jax.device_put(run.weights(), shardings_of(base_of(run.abstract_state)))
-
-
-def restore_state(run: Run, checkpointer: Checkpointer, step: int) -> TrainState:
-    """The state as it was after `step`: what changes is read from the checkpoint, what stays is had as at step 0."""
-    state, like = checkpointer.restore(step, run.abstract_state), run.abstract_state
-    if like.base is None and like.ref_params is None:
-        return state
-    weights = initial_weights(run)
-    return dataclasses.replace(state, base=like.base and weights, ref_params=like.ref_params and weights)
-
-
-def restore_policy(run: Run, workdir: pathlib.Path, step: int) -> Params:
-    """The policy's weights after `step` of the run in `workdir`, and nothing else."""
-    trained = restore_params(workdir, step, run.abstract_state.params)
-    return join_params(None if run.model.lora is None else initial_weights(run), trained)
-
-
-def make_initial_state(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    example: Callable[[Params], Batch],
-    weights: Params,
-    adapters: Params | None,
-) -> TrainState:
-    """Step 0 with these weights; with adapters, it is the adapters that will be trained. example: `example_batch`."""
-    base, trained = (None, weights) if adapters is None else (weights, adapters)
-    batch = example(join_params(base, trained)) if config.dynamic_sampling.enabled or config.async_steps else None
-    has_copy = config.objective.has_kl and adapters is None
-    return TrainState(
-        step=jnp.int32(0),
-        params=trained,
-        opt_state=optimizer.init(trained),
-        base=base,
-        ref_params=jax.tree.map(jnp.copy, weights) if has_copy else None,
-        num_prompts_drawn=jnp.int32(0),
-        pending=empty_buffer(batch) if batch and config.dynamic_sampling.enabled else None,
-        next_batch=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch) if config.async_steps else None,
-    )
-
-
-def example_batch(config: Config, task: Task, run_rollout: Callable[..., Rollout], params: Params) -> Batch:
-    """The shapes of a batch, without computing one."""
-    P, G = config.rollout.num_prompts, config.rollout.group_size
-    rollout = jax.eval_shape(run_rollout, params, task.train_prompts(0, P), jax.random.key(0))
-    row = jax.ShapeDtypeStruct((P, G), jnp.float32)
-    return Batch(rollout, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))

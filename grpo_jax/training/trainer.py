@@ -1,19 +1,22 @@
-"""The loop around the pure core: the only file that may know every other."""
+"""The loop around the pure core: calls of compiled functions, and between them evaluation, records and checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
@@ -27,7 +30,7 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.plots import learning_curve
 from grpo_jax.training.provenance import provenance
-from grpo_jax.training.run import Run, initial_state, make_run, restore_state
+from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.types import Batch, TrainState
 
@@ -35,11 +38,17 @@ from grpo_jax.types import Batch, TrainState
 def train(
     config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
 ) -> dict[str, Any] | None:
-    """Run `config` in `workdir` from where it left off; -> the summary that is also written to summary.json.
+    """Run `config` in `workdir` from where it left off.
 
-    profiled: steps whose calls jax.profiler traces into <workdir>/profile.
-    SIGTERM: saves after the iteration under way and returns. Raises: UserError on bad input, before anything is written.
-    On several hosts only the first writes, checkpoints apart, and has a summary; SIGTERM to any of them stops all.
+    SIGTERM: saves after the iteration under way and returns. On several hosts only the first writes, checkpoints apart, and
+    has a summary; SIGTERM to any of them stops all.
+
+    Args:
+      config: of the run. workdir: its folder, new or that of the same run.
+      allow_config_change: go on though the folder was written by another config.
+      profiled: steps whose calls jax.profiler traces into <workdir>/profile.
+    Returns: the summary that is also written to summary.json; None on hosts that do not write.
+    Raises: UserError on bad input, before anything is written.
     """
     run = make_run(config)
     try:
@@ -52,51 +61,91 @@ def train_run(
     run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already."""
-    profiler = Profiler(workdir / "profile", profiled if hosts.is_first() else None)
-    with open_run(run, workdir, profiler, allow_config_change=allow_config_change) as (loop, state, resumed), loop.stop:
-        loop.go(state, resumed)
-    return finalize_run(run.config, workdir) if hosts.is_first() else None
+    if not hosts.is_first():
+        profiled = None
+    profiler = Profiler(workdir / "profile", profiled)
+    return train_members(run, [run], [workdir], profiler, allow_config_change=allow_config_change)[0]
+
+
+def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> None:
+    """`train` for runs of one static key, in one program: every call advances all, and each leaves its own ordinary folder.
+
+    A step takes as long as the slowest run of it, and its recorded seconds are the share of one run. SIGTERM saves all.
+
+    Args:
+      runs: from `Run.with_config`. workdirs: one for each.
+    Raises: ValueError if the runs are not all at one step.
+    """
+    train_members(runs[0].vmapped(), runs, workdirs, Profiler(workdirs[0], None), allow_config_change=False)
+
+
+def train_members(
+    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, *, allow_config_change: bool
+) -> list[dict[str, Any] | None]:
+    """Open the folders of some runs, loop, and finish each; -> their summaries.
+
+    Args:
+      fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
+      profiler: of the calls. allow_config_change: as in `train`.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(open_run(run, workdir, allow_config_change=allow_config_change))
+            for run, workdir in zip(runs, workdirs, strict=True)
+        ]
+        members, states, resumed = zip(*opened, strict=True)
+        if len(set(resumed)) > 1:
+            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+        stop = stack.enter_context(StopSignal())
+        Loop(fns, members, stop, profiler).run(list(states), resumed[0])
+    if not hosts.is_first():
+        return [None] * len(runs)
+    return [finalize_run(run.config, workdir) for run, workdir in zip(runs, workdirs, strict=True)]
 
 
 @contextlib.contextmanager
-def open_run(
-    run: Run, workdir: pathlib.Path, profiler: Profiler, *, allow_config_change: bool
-) -> Iterator[tuple[Loop, TrainState, int | None]]:
-    """-> (the run's loop over its open files, its state, the step of the checkpoint that it goes on from or None)."""
+def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> Iterator[tuple[Member, TrainState, int | None]]:
+    """Open a run's files; -> (the run with them, its state, the step of the checkpoint it resumes from or None)."""
     # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
-    is_begun, is_ended = hosts.broadcast_from_process0(
-        np.asarray([(workdir / name).exists() for name in ("checkpoints", "summary.json")])
-    )
+    names = ("checkpoints", "summary.json")
+    is_begun, is_ended = hosts.broadcast_from_process0(np.asarray([(workdir / name).exists() for name in names]))
     if is_ended and not is_begun:
         raise UserError(
             f"--workdir={workdir}: its run has ended and its checkpoints are gone (config.checkpoint.keep = 0 keeps none), so "
             "there is nothing to go on from; use another folder"
         )
-    state = None if is_begun else announce_and_make_initial_state(run)
+    state = None
+    if not is_begun:
+        state = announced_initial_state(run)
     init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
     resumed = checkpointer.latest_step()
     if resumed is not None:
-        state = restore_state(run, checkpointer, resumed)
+        state = run.restore_state(checkpointer, resumed)
     elif state is None:  # killed before its first checkpoint
-        state = announce_and_make_initial_state(run)
-    log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps) if hosts.is_first() else None
+        state = announced_initial_state(run)
+    log = None
+    if hosts.is_first():
+        log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps)
     try:
-        yield Loop(run, log, checkpointer, StopSignal(), profiler), state, resumed
+        yield Member(run, log, checkpointer), state, resumed
     finally:
         if log:
             log.close()
         checkpointer.close()
 
 
-def announce_and_make_initial_state(run: Run) -> TrainState:
-    """`initial_state`, with a line for those who wait for it."""
+def announced_initial_state(run: Run) -> TrainState:
+    """`Run.initial_state`, with a line for those who wait for it."""
     config = run.config
-    what = "loading weights" if config.model.path else f"warm start, {config.warm_start.num_steps} supervised steps"
+    what = f"warm start, {config.warm_start.num_steps} supervised steps"
+    if config.model.path:
+        what = "loading weights"
     if hosts.is_first():
-        where = f"{run.mesh.size} device(s)" + (f" of {num} processes" if (num := jax.process_count()) > 1 else "")
+        num = jax.process_count()
+        where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
         print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
-    return initial_state(run)
+    return run.initial_state()
 
 
 class StopSignal:
@@ -126,7 +175,7 @@ class Profiler:
 
 @dataclasses.dataclass
 class PendingMetrics:
-    """What is known of the steps of one call before it is in the records. timing: of each; evaluated: after the last."""
+    """The steps of one call before they are in the records. timing: of each; evaluated: after the last."""
 
     last_step: int
     steps: list[dict[str, Any]]
@@ -135,36 +184,19 @@ class PendingMetrics:
 
 
 @dataclasses.dataclass
-class Loop:
-    """Iterations, with evaluation, logging and saving between them. log: None on hosts that do not write."""
+class Member:
+    """A run with its open files: what is written between calls. log: None on hosts that do not write.
+
+    pending: the metrics of the newest call. They are read and written while the next one computes.
+    """
 
     run: Run
     log: RunLog | None
     checkpointer: Checkpointer
-    stop: StopSignal
-    profiler: Profiler
+    pending: PendingMetrics | None = None
 
-    def go(self, state: TrainState, resumed: int | None) -> None:
-        """From step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
-        state = self.begin(state, resumed)
-        unwritten: PendingMetrics | None = None
-        for step in self.calls(resumed):
-            if hosts.any_process(self.stop.is_set):
-                break
-            with self.profiler(step):
-                state, batch, unwritten = self.iterate(state, step, unwritten)
-            unwritten = self.after(state, batch, unwritten)
-        self.end(state, unwritten)
-
-    def calls(self, resumed: int | None) -> range:
-        """The last step of each call."""
-        num = max(self.run.config.steps_per_call, 1)
-        return range((resumed or 0) + num, self.run.config.num_steps + 1, num)
-
-    def begin(self, state: TrainState, resumed: int | None) -> TrainState:
-        """A fresh run is evaluated before its first step; with async_steps its first batch is sampled, nothing beside it."""
-        if resumed is not None:
-            return state
+    def begin(self, state: TrainState) -> TrainState:
+        """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
         values = to_metrics(self.run.evaluate(state.policy))
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
@@ -172,76 +204,141 @@ class Loop:
         self.write(0, values)
         return state
 
-    def after(self, state: TrainState, batch: Batch, unwritten: PendingMetrics) -> PendingMetrics | None:
-        """What is due after a call: completions, evaluation, saving. -> its records, if they are left to be written.
+    def after_step(self, state: TrainState, batch: Batch, pending: PendingMetrics) -> None:
+        """Do what is due after a call: completions, evaluation, saving.
 
-        The record of a step is written while the next one computes.
+        Args:
+          state, batch: as the call left them. pending: its metrics; written here if the state is saved, else in the next call.
         """
-        config, step = self.run.config, unwritten.last_step
+        config, step = self.run.config, pending.last_step
+        self.pending = pending
         if config.log.completions_every and step % config.log.completions_every == 0:
-            adv_PGT, grpo_PG = self.run.advantage_diagnostics(batch)
+            adv_PGT, grpo_PG = self.run.advantages(batch)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
             if self.log:
                 self.log.completions(step, rows)
         is_last = step == config.num_steps
         if is_last or (config.eval_every and step % config.eval_every == 0):
-            unwritten.evaluated = to_metrics(self.run.evaluate(state.policy))
+            pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            self.end(state, unwritten)
-            return None
-        return unwritten
+            self.save(state)
 
-    def end(self, state: TrainState, unwritten: PendingMetrics | None) -> None:
-        """Everything is on disk."""
-        self.flush_pending(unwritten)
-        self.save(state)
-
-    def iterate(self, state: TrainState, step: int, unwritten: PendingMetrics | None):
-        """One call, up to step `step`; what was left unwritten is written while the device works."""
-        began = time.monotonic()
-        timing: dict[str, float] = {}
-        if self.run.config.steps_per_call:
-            state, batch, metrics = self.run.iterate(state)
-            self.flush_pending(unwritten)
-            jax.block_until_ready(state.step)
-            steps = metrics_lib.unstack_metrics(jax.device_get(metrics), self.run.config.steps_per_call)
-        elif self.run.config.async_steps:
-            state, batch, metrics = self.run.async_step(state)
-            self.flush_pending(unwritten)
-            jax.block_until_ready(state.step)
-            steps = [metrics]
-        else:
-            state, batch, sampled = self.run.collect(state)
-            self.flush_pending(unwritten)
-            jax.block_until_ready(batch)
-            timing["time/rollout_secs"] = time.monotonic() - began
-            state, updated = self.run.update(state, batch)
-            jax.block_until_ready(state.step)
-            timing["time/update_secs"] = time.monotonic() - began - timing["time/rollout_secs"]
-            steps = [metrics_lib.merge(sampled, updated)]
-        timing["time/step_secs"] = (time.monotonic() - began) / len(steps)
-        return state, batch, PendingMetrics(step, steps, timing, {})
-
-    def flush_pending(self, unwritten: PendingMetrics | None) -> None:
+    def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
-        if unwritten is None:
+        pending, self.pending = self.pending, None
+        if pending is None:
             return
-        first = unwritten.last_step - len(unwritten.steps) + 1
-        for step, metrics in enumerate(unwritten.steps, first):
+        first = pending.last_step - len(pending.steps) + 1
+        for step, metrics in enumerate(pending.steps, first):
             num_tokens = float(metrics["completion/length_mean"].total)
-            values = {**metrics_lib.to_floats(metrics), **unwritten.timing}
-            values["tokens/s"] = num_tokens / unwritten.timing["time/step_secs"]
-            self.write(step, values | unwritten.evaluated if step == unwritten.last_step else values)
+            values = {**metrics_lib.to_floats(metrics), **pending.timing}
+            values["tokens/s"] = num_tokens / pending.timing["time/step_secs"]
+            if step == pending.last_step:
+                values |= pending.evaluated
+            self.write(step, values)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a record."""
         if self.log:
             self.log.metrics(step, values)
 
     def save(self, state: TrainState) -> None:
-        """The log first, then the checkpoint: a resumed run then never lacks a record."""
+        """Put everything on disk; the log first, then the checkpoint: a resumed run then never lacks a record."""
+        self.flush_pending()
         if self.log:
             self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
+
+
+@dataclasses.dataclass
+class Loop:
+    """Calls of compiled functions, with evaluation, logging and saving between them, for one run or for many in lockstep.
+
+    fns: a run whose functions advance all members: with several of them, stacked on a leading axis.
+    """
+
+    fns: Run
+    members: Sequence[Member]
+    stop: StopSignal
+    profiler: Profiler
+
+    def run(self, states: list[TrainState], resumed: int | None) -> None:
+        """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
+        if resumed is None:
+            states = [member.begin(state) for member, state in zip(self.members, states, strict=True)]
+        state = self.stack(states)
+        del states  # the calls donate it
+        for step in self.calls(resumed):
+            if hosts.any_process(self.stop.is_set):
+                break
+            with self.profiler(step):
+                state, batch, pending = self.advance(state, step)
+            each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
+            for member, member_state, member_batch, member_pending in each:
+                member.after_step(member_state, member_batch, member_pending)
+        for member, member_state in zip(self.members, self.unstack(state), strict=True):
+            member.save(member_state)
+
+    def calls(self, resumed: int | None) -> range:
+        """The last step of each call."""
+        num = max(self.fns.config.steps_per_call, 1)
+        return range((resumed or 0) + num, self.fns.config.num_steps + 1, num)
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Batch, list[PendingMetrics]]:
+        """Make one call, up to step `step`; what is pending from the last one is written while the device works."""
+        config, began = self.fns.config, time.monotonic()
+        timing: dict[str, float] = {}
+        if config.steps_per_call:
+            state, batch, metrics = self.fns.iterate(state)
+        elif config.async_steps:
+            state, batch, metrics = self.fns.async_step(state)
+        else:
+            state, batch, sampled = self.fns.collect(state)
+            self.flush_pending()
+            jax.block_until_ready(batch)
+            timing["time/rollout_secs"] = time.monotonic() - began
+            state, updated = self.fns.update(state, batch)
+            metrics = metrics_lib.merge(sampled, updated)
+        self.flush_pending()
+        jax.block_until_ready(state.step)
+        secs = time.monotonic() - began
+        if timing:
+            timing["time/update_secs"] = secs - timing["time/rollout_secs"]
+        timing["time/step_secs"] = secs / max(config.steps_per_call, 1)
+        timing = {name: each / len(self.members) for name, each in timing.items()}
+        return state, batch, [PendingMetrics(step, steps, timing, {}) for steps in self.steps_of(metrics)]
+
+    def steps_of(self, metrics: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """The metrics of a call -> for each member, those of its steps."""
+        num_steps = self.fns.config.steps_per_call
+        if num_steps or len(self.members) > 1:
+            metrics = jax.device_get(metrics)
+        if not num_steps:
+            return [[one] for one in self.unstack(metrics)]
+        return [metrics_lib.unstack_metrics(one, num_steps) for one in self.unstack(metrics)]
+
+    def flush_pending(self) -> None:
+        """`Member.flush_pending` of all."""
+        for member in self.members:
+            member.flush_pending()
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """The trees of all members -> one, with a leading axis of members; that of a single one stays as it is."""
+        if len(trees) == 1:
+            return trees[0]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def unstack(self, tree: Any) -> list[Any]:
+        """The inverse of `stack`."""
+        if len(self.members) == 1:
+            return [tree]
+        return split_leading_axis(tree, len(self.members))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def split_leading_axis(tree: Any, num: int) -> list[Any]:
+    """A tree of arrays [num, ...] -> num trees."""
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(num)]
 
 
 def finalize_run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

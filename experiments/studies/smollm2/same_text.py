@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from grpo_jax.config import RolloutConfig
 from grpo_jax.errors import UserError
 from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
-from grpo_jax.rollout.rollout import RolloutSpec, rollout, row_keys
-from grpo_jax.rollout.sampling import GREEDY
+from grpo_jax.rollout.rollout import EndTokens, greedy, rollout, row_keys
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run, restore_policy
+from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_config
 from grpo_jax.types import Prompts
 
@@ -50,15 +50,16 @@ def main() -> None:
         raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
-    policy = restore_policy(run, workdir, cli.choose_step(workdir, cli.STEP.value))
+    policy = run.restore_policy(workdir, cli.choose_step(workdir, cli.STEP.value))
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     width = max(map(len, prompts))
     mask_PS = np.arange(width)[None] >= np.array([width - len(ids) for ids in prompts])[:, None]
     tokens_PS = np.array([[0] * (width - len(ids)) + ids for ids in prompts], np.int32)
-    spec = RolloutSpec(1, NUM_TOKENS, GREEDY, tokenizer.eos_ids, tokenizer.pad_id)
-    rolled = jax.jit(lambda params, prompts, keys: rollout(run.model, params, prompts, keys, spec))(
+    config = greedy(RolloutConfig(max_completion_tokens=NUM_TOKENS))
+    ends = EndTokens(tokenizer.eos_ids, tokenizer.pad_id)
+    rolled = jax.jit(lambda params, prompts, keys: rollout(run.model, params, prompts, keys, config, ends))(
         policy,
         Prompts(jnp.asarray(tokens_PS), jnp.asarray(mask_PS), jnp.arange(len(prompts))),
         row_keys(jax.random.key(0), len(prompts), 1),

@@ -26,7 +26,7 @@ from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tasks.arithmetic import ArithmeticTask
 from grpo_jax.tools import roofline
 from grpo_jax.training import build
-from grpo_jax.training.run import assemble, initial_state
+from grpo_jax.training.run import assemble
 from grpo_jax.types import Prompts, Reward
 
 STEPS_PER_CALL, NUM_STEPS, REPEATS = 20, 40, 7
@@ -66,7 +66,7 @@ def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float,
     model = build.make_model(config, task.tokenizer)
     task = Staged(task) if is_staged else task
     run = assemble(config, make_mesh(config.mesh.sizes), task, model)
-    held: list[Any] = [initial_state(run)]
+    held: list[Any] = [run.initial_state()]
 
     def block() -> None:
         for _ in range(NUM_STEPS // max(steps_per_call, 1)):

@@ -19,14 +19,13 @@ from rich.table import Table
 from configs import base
 from experiments.peers import workload
 from experiments.synthetic import architecture
-from grpo_jax.config import parse_config
+from grpo_jax.config import RolloutConfig, parse_config
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel.sharding import make_mesh
-from grpo_jax.rollout.rollout import RolloutSpec
-from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.rollout import EndTokens
 from grpo_jax.tools.plan.compiled import temporary_bytes
 from grpo_jax.tools.plan.fixed_task import FixedTask
-from grpo_jax.training.iteration import make_rollout
+from grpo_jax.training.samplers import make_rollout
 
 P, G, S, T = 32, 8, 64, 512
 MEAN_TOKENS = 64
@@ -39,9 +38,10 @@ def measure(max_live_sequences: int, repeats: int = 3) -> tuple[float, Any, floa
     raw: Any = base.get_config()
     raw.mesh.data = 1
     stop_ids = tuple(range(arch.vocab_size // MEAN_TOKENS))
-    spec = RolloutSpec(G, T, Sampling(), stop_ids, pad_id=0, max_live_sequences=max_live_sequences)
+    config = RolloutConfig(group_size=G, max_completion_tokens=T, max_live_sequences=max_live_sequences)
+    ends = EndTokens(stop_ids, pad_id=0)
     prompts = FixedTask(workload.random_ids(P, S, arch.vocab_size, seed=0), workload.PAD).train_prompts(0, P)
-    run = jax.jit(make_rollout(ModelDef(arch), spec, make_mesh(parse_config(raw).mesh.sizes)))
+    run = jax.jit(make_rollout(ModelDef(arch), config, ends, make_mesh(parse_config(raw).mesh.sizes)))
     params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(0))
     compiled = run.lower(params, prompts, jax.random.key(0)).compile()
     lengths: list[Any] = []

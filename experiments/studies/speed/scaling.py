@@ -31,7 +31,7 @@ from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tools import roofline
 from grpo_jax.tools.plan.fixed_task import FixedTask
-from grpo_jax.training.run import assemble, initial_state
+from grpo_jax.training.run import assemble
 
 HERE = pathlib.Path(__file__).parent
 NUM_PROMPTS, WARMUP, REPEATS = 4, 2, 9
@@ -75,7 +75,7 @@ def prepared(point: Point) -> tuple[Callable[[], None], float]:
     is_real_T = jnp.arange(batch.rollout.mask_PGT.shape[-1]) < point.completion
     rollout = dataclasses.replace(batch.rollout, mask_PGT=batch.rollout.mask_PGT * is_real_T[None, None])
     batch = dataclasses.replace(batch, rollout=rollout)
-    held: list[Any] = [initial_state(run)]
+    held: list[Any] = [run.initial_state()]
 
     def call() -> None:
         held[:] = run.update(held[0], batch)

@@ -14,9 +14,8 @@ from jax.sharding import NamedSharding
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.sharding import AXES, ROWS, make_mesh
 from grpo_jax.tools.plan.job import Job
-from grpo_jax.training import build
-from grpo_jax.training.iteration import make_rollout, make_sampler_weights
-from grpo_jax.training.run import Run, assemble, example_batch
+from grpo_jax.training.run import Run, assemble
+from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
 
 MAX_DEVICES = 256
 
@@ -45,8 +44,7 @@ def run_of(job: Job) -> Run:
 def compiled_update(job: Job) -> Any:
     """The train step as `trainer` calls it."""
     run = run_of(job)
-    rolled = make_rollout(job.model, build.rollout_spec(run.config, run.task), run.mesh)
-    batch = example_batch(run.config, run.task, rolled, run.abstract_state.policy)
+    batch = run.fns.example_batch(run.abstract_state.policy)
     rows = NamedSharding(run.mesh, ROWS)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
     return run.update.lower(run.abstract_state, batch).compile()
@@ -56,7 +54,7 @@ def compiled_rollout(job: Job) -> Any:
     """Weights made ready and completions sampled, in one program, as a traceable task has it."""
     run = run_of(job)
     weights = make_sampler_weights(run.config, run.mesh)
-    rolled = make_rollout(job.model, build.rollout_spec(run.config, run.task), run.mesh)
+    rolled = make_rollout(job.model, run.config.rollout, end_tokens(run.task), run.mesh)
     prompts = jax.eval_shape(lambda: run.task.train_prompts(0, run.config.rollout.num_prompts))
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = jax.jit(lambda policy, prompts, key: rolled(weights(policy), prompts, key))

@@ -24,8 +24,8 @@ class FixedTask:
         self.prompt_tokens = self.tokens_PS.shape[1]
         self.tokenizer: Any = types.SimpleNamespace(pad_id=pad_id)
 
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        del position
+    def train_prompts(self, position: Any, num_prompts: int, seed: Any = None) -> Prompts:
+        del position, seed
         tokens_PS = jnp.asarray(self.tokens_PS)
         assert len(tokens_PS) == num_prompts
         return Prompts(tokens_PS, jnp.ones_like(tokens_PS, bool), jnp.zeros(num_prompts, jnp.int32))

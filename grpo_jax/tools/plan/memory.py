@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import with_shardings
+from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.tools.plan.job import Job, mesh_of
 from grpo_jax.tools.roofline import Sizes
-from grpo_jax.training import build, run
+from grpo_jax.training import run
 from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
 F32 = 4  # bytes
@@ -66,7 +68,9 @@ def state_like(job: Job) -> TrainState:
 def state_shapes(job: Job) -> TrainState:
     base, adapters = split_adapters(job.model.param_shapes())
     base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
-    return jax.eval_shape(run.make_train_fns(job.config, job.mesh, job.task, job.model).start, base, adapters or None)
+    hyperparams = jax.eval_shape(functools.partial(hyperparams_of, job.config))
+    fns = run.TrainFns(job.config, job.mesh, job.task, job.model)
+    return jax.eval_shape(fns.init, base, adapters or None, hyperparams)
 
 
 def state_parts(job: Job) -> list[Part]:
@@ -153,7 +157,7 @@ def saved_for_backward(job: Job, remat: str) -> list[Any]:
     sizes = job.local_microbatch
     model = dataclasses.replace(job.model, arch=job.local_arch, remat=remat)
     return residuals(
-        model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, build.sampling_of(job.config)
+        model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, sampling_of(job.config.rollout)
     )
 
 

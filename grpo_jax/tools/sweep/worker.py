@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -21,11 +20,11 @@ from typing import Any
 
 from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
+from grpo_jax.learner.hyperparams import static_key, value_of
 from grpo_jax.tools.sweep.plan import RunSpec
-from grpo_jax.training import build, shared_program, trainer
+from grpo_jax.training import build, trainer
 from grpo_jax.training.checkpoint import saved_steps
-from grpo_jax.training.run import Run
-from grpo_jax.training.vmapped import train_vmapped
+from grpo_jax.training.run import Run, make_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +46,12 @@ class Job:
 
 def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int, workdir: pathlib.Path) -> list[Job]:
     """What is to do, runs that share a program one after another; those that one call advances stand at the same step."""
-    shapes = list(dict.fromkeys(shared_program.static_key(spec.config) for spec in specs))
-    alike = {shape: tuple(spec.config for spec in specs if shared_program.static_key(spec.config) == shape) for shape in shapes}
+    shapes = list(dict.fromkeys(static_key(spec.config) for spec in specs))
+    alike = {shape: tuple(spec.config for spec in specs if static_key(spec.config) == shape) for shape in shapes}
 
     def place(spec: RunSpec) -> tuple[int, int]:
         step = -1 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=-1)
-        return shapes.index(shared_program.static_key(spec.config)), step
+        return shapes.index(static_key(spec.config)), step
 
     jobs = []
     for (shape, _), group in itertools.groupby(sorted(to_do, key=place), key=place):
@@ -107,23 +106,32 @@ def do(job: Job) -> None:
         for config, workdir in zip(configs, workdirs, strict=True):
             trainer.train(config, workdir)
         return
-    program = program_of(job.alike, is_vmapped=len(configs) > 1)
-    runs = [with_shared_weights(shared_program.run_of(program, config), job.workdir / "weights") for config in configs]
+    template = template_of(static_key(configs[0]), configs[0])
+    runs = [with_shared_weights(template.with_config(config), job.workdir / "weights") for config in configs]
     if len(runs) > 1:
-        train_vmapped(program, runs, workdirs)
+        trainer.train_vmapped(runs, workdirs)
     else:
         trainer.train_run(runs[0], workdirs[0])
 
 
-@functools.lru_cache(maxsize=1)
-def program_of(alike: tuple[Config, ...], *, is_vmapped: bool) -> shared_program.Program:
-    """Jobs come sorted by shape, so the newest program is all there is to keep."""
-    return shared_program.make_program(alike, is_vmapped=is_vmapped)
+_templates: dict[Config, Run] = {}
+
+
+def template_of(key: Config, config: Config) -> Run:
+    """A run whose compiled functions all runs of one static key share. Jobs come sorted by it, so only the newest is kept."""
+    if key not in _templates:
+        _templates.clear()
+        _templates[key] = make_run(config)
+    return _templates[key]
 
 
 def with_shared_weights(run: Run, folder: pathlib.Path) -> Run:
     """The run, with its warm start made only once for all runs that begin with the same weights."""
-    return run if run.config.model.path else dataclasses.replace(run, weights=kept(run.weights, folder / start_of(run.config)))
+    return (
+        run
+        if run.config.model.path
+        else dataclasses.replace(run, load_weights=kept(run.load_weights, folder / start_of(run.config)))
+    )
 
 
 def kept(make: Callable[[], Any], path: pathlib.Path) -> Callable[[], Any]:
@@ -145,7 +153,7 @@ def kept(make: Callable[[], Any], path: pathlib.Path) -> Callable[[], Any]:
 def start_of(config: Config) -> str:
     """A name for the weights that a run begins with: a hash of all they depend on."""
     fields = ("seed", "model", "task", "warm_start", "learner.logprob_chunk_tokens", "eval.num_prompts")
-    values = [repr(shared_program.value_of(config, field)) for field in (*fields, "rollout.max_completion_tokens")]
+    values = [repr(value_of(config, field)) for field in (*fields, "rollout.max_completion_tokens")]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
