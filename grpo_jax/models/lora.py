@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.types import Params
@@ -34,15 +33,11 @@ class LoRA:
         return self.alpha / self.rank
 
 
-def attach_adapters(decoder: nnx.Module, lora: LoRA) -> None:
-    """Give the decoder's targets adapters of the right shape (all zero: the values come with the parameters)."""
-    module: Any
-    for path, module in nnx.iter_modules(decoder):
-        if path and f"{path[-1]}_proj" in lora.targets:
-            L, num_out, num_in = module.weight.shape
-            module.lora_a = nnx.Param(jnp.zeros((L, lora.rank, num_in)))
-            module.lora_b = nnx.Param(jnp.zeros((L, num_out, lora.rank)))
-            module.lora_scale = lora.scale
+def adapter_of(lora: LoRA | None, name: str) -> LoRA | None:
+    """Return `lora` if the matrix of this Hugging Face name ("q_proj") gets an adapter, else None."""
+    if lora is None or name not in lora.targets:
+        return None
+    return lora
 
 
 def init_adapters(shapes: Params, key: Any) -> Params:

@@ -19,9 +19,9 @@ from flax import nnx
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, rotate, select_view
-from grpo_jax.models.fsdp import all_gather_params, apply_remat, sharded_axis
+from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
-from grpo_jax.models.lora import LoRA, attach_adapters
+from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.types import Params
 
 MAX_UNROLLED = 4  # so few layers are unrolled: a scan would stack and copy what the backward pass needs
@@ -29,20 +29,30 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), W stored [out, in]; with adapters (`lora.attach_adapters`) also + scale * (x A^T) B^T."""
+    """y = x W^T (+ b), W stored [out, in]; with an adapter also + alpha / rank * (x A^T) B^T."""
 
-    def __init__(self, num_in: int, num_out: int, *, use_bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        use_bias: bool = False,
+        scale: float = 1.0,
+        lora: LoRA | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
         self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
-        self.lora_a: nnx.Param | None = nnx.data(None)  # filled by `lora.attach_adapters`
-        self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora = lora
+        if lora is not None:  # zeros: their values come with the parameters (`lora.init_adapters`)
+            self.lora_a = nnx.Param(jnp.zeros((lora.rank, num_in)))
+            self.lora_b = nnx.Param(jnp.zeros((num_out, lora.rank)))
 
     def __call__(self, x):
         y = project(x, self.weight[...].astype(x.dtype))
-        if self.lora_a is not None and self.lora_b is not None:
+        if self.lora is not None:
             low = project(x, self.lora_a[...].astype(x.dtype))
-            y = y + self.lora_scale * project(low, self.lora_b[...].astype(x.dtype))
+            y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + _like(self.bias[...].astype(x.dtype), y)
 
 
@@ -64,13 +74,14 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.arch = arch
+        adapter = functools.partial(adapter_of, lora)
         q_dim, kv_dim = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.o = Linear(q_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, rngs=rngs)
+        self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
+        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
+        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
+        self.o = Linear(q_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("o_proj"), rngs=rngs)
         self.q_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
 
@@ -90,11 +101,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.arch = arch
-        self.gate = Linear(arch.dim, arch.ffn_dim, rngs=rngs)
-        self.up = Linear(arch.dim, arch.ffn_dim, rngs=rngs)
-        self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, rngs=rngs)
+        adapter = functools.partial(adapter_of, lora)
+        self.gate = Linear(arch.dim, arch.ffn_dim, lora=adapter("gate_proj"), rngs=rngs)
+        self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
+        self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
 
     def __call__(self, x):
         return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x))
@@ -103,12 +115,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer; with `post_norms` what it adds is normed too."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(arch.dim, arch)
-        self.attn = Attention(arch, rngs=rngs)
+        self.attn = Attention(arch, lora=lora, rngs=rngs)
         self.attn_post_norm = RMSNorm(arch.dim, arch) if arch.post_norms else None
         self.mlp_norm = RMSNorm(arch.dim, arch)
-        self.mlp = MLP(arch, rngs=rngs)
+        self.mlp = MLP(arch, lora=lora, rngs=rngs)
         self.mlp_post_norm = RMSNorm(arch.dim, arch) if arch.post_norms else None
 
     def __call__(self, x_BTD, view: AttentionView, prefix: KVCache | None = None, cache: KVCache | None = None, slot=0):
@@ -121,11 +133,25 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.learner.logprobs`)."""
 
-    def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
-        self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
-        self.gather: Callable[[Any], Any] | None = None  # filled by `ModelDef.bind`: a layer's weights, whole
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        lora: LoRA | None = None,
+        gather: GatherLayer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draw fresh parameters.
+
+        Args:
+          dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
+          lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
+        """
+        self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
-        self.layers = nnx.vmap(lambda r: Block(arch, rngs=r))(rngs.split(arch.num_layers))
+        self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
         self.head = (
             None
@@ -273,26 +299,20 @@ class ModelDef:
 
         Where fsdp has cut them, those of the layers are gathered layer by layer, the others here.
         """
-        abstract = self._abstract()
-        shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
-        layer_shapes = shapes.pop("layers")
-        params = {**all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype), "layers": params["layers"]}
-        decoder = nnx.merge(nnx.graphdef(abstract), nnx.State(params))
-        axes = jax.tree.map(sharded_axis, params["layers"], layer_shapes)
-        if jax.tree.leaves(axes):  # None is no leaf
-            of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer_shapes)
-            decoder.gather = lambda weights: nnx.State(all_gather_params(nnx.to_pure_dict(weights), of_one, self.dtype))
-        return decoder
+        shapes, layers = self.param_shapes(), params["layers"]
+        abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
+        others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
 
     def param_shapes(self) -> Params:
         """The tree that `bind` takes, adapters included, as shapes."""
         return nnx.to_pure_dict(nnx.state(self._abstract(), nnx.Param))
 
-    def _abstract(self) -> Decoder:
+    def _abstract(self, gather: GatherLayer | None = None) -> Decoder:
+        """The decoder with shapes in place of its parameters."""
+
         def build() -> Decoder:
-            decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat_policy, rngs=nnx.Rngs(0))
-            if self.lora is not None:
-                attach_adapters(decoder, self.lora)
-            return decoder
+            remat, rngs = self.remat_policy, nnx.Rngs(0)
+            return Decoder(self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, rngs=rngs)
 
         return nnx.eval_shape(build)
