@@ -1,4 +1,7 @@
-"""The shape of a decoder in plain, hashable facts: what a Hugging Face config.json says, in our words."""
+"""The shape of a decoder in plain, hashable facts, read from a Hugging Face config.json.
+
+Hashable, because an `Architecture` is a static argument of compiled programs: equal ones share a program.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import dataclasses
 class Rope:
     """Rotary position embedding (Su et al., arXiv 2104.09864): channel pair i of H/2 turns by theta^(-2i/H) a token.
 
-    factor: how many times slower the pairs turn; all of them (linear scaling), or with `llama3` only those that turn
+    factor: the pairs turn so many times slower; all of them (linear scaling), or with `llama3` only those that turn
     fewer than low_freq_factor times in the original context; those above high_freq_factor keep their speed, and the
     speeds in between are blended. llama3: (low_freq_factor, high_freq_factor, original context in tokens).
     """
@@ -21,7 +24,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one decoder from another. `models/families.py` reads it from a model's folder."""
+    """All that distinguishes one decoder from another. `models/families.py` reads it from a model's folder."""
 
     vocab_size: int
     dim: int
@@ -46,8 +49,17 @@ class Architecture:
     local_rope: Rope | None = None  # of those layers; None: `rope`
 
     @property
+    def attention_scale(self) -> float:
+        """The factor of attention scores."""
+        if self.query_scale is not None:
+            return self.query_scale
+        return self.head_dim**-0.5
+
+    @property
     def sharded_sizes(self) -> dict[str, dict[str, int]]:
-        """Mesh axis -> the sizes that it must divide. (A vocabulary that does not divide stays whole.)"""
+        """Mesh axis -> the sizes that it must divide."""
+        # Query and key/value heads are sharded alike: a device that held a query without its key would have to fetch it.
+        # The vocabulary is missing on purpose: one that does not divide is replicated (`sharding.param_spec`).
         return {
             "tensor": {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "ffn_dim": self.ffn_dim},
             "fsdp": {"dim": self.dim},

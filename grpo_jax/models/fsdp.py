@@ -12,9 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names
+from grpo_jax.types import Params
+
+GatherLayer = Callable[[nnx.State], nnx.State]  # one layer's weights as this device holds them -> in full
 
 # model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs.
 REMAT = {
@@ -22,6 +26,20 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def make_layer_gather(layers: Params, shapes: Params, dtype: Any) -> GatherLayer | None:
+    """Return the function that gathers one layer's weights; None if none of them is sharded along `fsdp`.
+
+    Args:
+      layers: the stacked layers' parameters [L, ...], as this device holds them. shapes: the same tree, as full shapes.
+      dtype: of the gathered weights.
+    """
+    axes = jax.tree.map(sharded_axis, layers, shapes)
+    if not jax.tree.leaves(axes):  # None is no leaf
+        return None
+    of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    return lambda weights: nnx.State(all_gather_params(nnx.to_pure_dict(weights), of_one, dtype))
 
 
 def all_gather_params(parts: Any, shapes: Any, dtype: Any) -> Any:

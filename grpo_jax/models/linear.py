@@ -6,37 +6,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 FEW_ROWS = 128  # measured on 2 cores: 1.6 to 2 times as fast from 2 rows on, no faster beyond 256
 
 
-def project(x, weight_OI, dtype: Any = None):
-    """[..., I] and [O, I] -> [..., O]. dtype: of the result and of its sums; None: x's own.
+def project(x: Float[Array, "*lead I"], weight_OI: Float[Array, "O I"], dtype: Any = None) -> Float[Array, "*lead O"]:
+    """Multiply rows by a weight matrix.
 
-    XLA's CPU products repack their right factor at every call. Of a few rows that is most of the work, so the weight goes
-    on the left. The barrier keeps the compiler from swapping the factors back.
+    Args:
+      x: rows. weight_OI: the matrix as it is stored, of the same dtype.
+      dtype: of the result and of its sums; None: x's own.
+    Returns: x W^T.
     """
+    # XLA's CPU products repack their right factor at every call. Of a few rows that is most of the work, so the weight goes
+    # on the left. A single row is a product with a vector, where nothing is repacked; other backends do not care.
     rows = x.size // x.shape[-1]
     if jax.default_backend() != "cpu" or rows == 1:
         return jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype)
     if rows > FEW_ROWS:
         return _cotangent_once(jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype))
     y_OB = jnp.einsum("oi,bi->ob", weight_OI, x.reshape(rows, -1), preferred_element_type=dtype)
+    # Without the barrier the compiler sees a product and its transpose, and swaps the factors back.
     return jax.lax.optimization_barrier(y_OB).T.reshape(*x.shape[:-1], -1)
 
 
-def head_logits(hidden_CD, head_VD, cap: float | None):
-    """float32 logits from hidden states and the output matrix, both in the compute dtype.
+def head_logits(hidden_CD: Float[Array, "C D"], head_VD: Float[Array, "V D"], cap: float | None) -> Float[Array, "C V"]:
+    """Compute float32 logits from hidden states.
 
-    cap: they become cap * tanh(logits / cap), where the architecture says so; None: they stay as they are.
+    Args:
+      hidden_CD: in the compute dtype. head_VD: the output matrix, in the compute dtype.
+      cap: logits become cap * tanh(logits / cap), where the architecture says so; None: they stay as they are.
+    Returns: float32 [C, V].
     """
+    # float32 from the product on: a log-probability is a small difference of large logits, and bfloat16 would round it away.
     logits_CV = project(hidden_CD, head_VD, jnp.float32)
-    return logits_CV if cap is None else cap * jnp.tanh(logits_CV / cap)
+    if cap is None:
+        return logits_CV
+    return cap * jnp.tanh(logits_CV / cap)
 
 
 @jax.custom_vjp
 def _cotangent_once(y):
-    """y. Its cotangent is a factor of two products, and XLA would compute it for each of them, transposed for one.
+    """Return y. Its cotangent is a factor of two products, and XLA would compute it for each of them, transposed for one.
 
     For the gate of a SiLU that was 7 % of an update of SmolLM2's shape, as exp in the order of columns is slow.
     """

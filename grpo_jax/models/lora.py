@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 
 from grpo_jax.types import Params
 
@@ -22,7 +22,7 @@ ADAPTERS = ("lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which matrices get adapters (by Hugging Face's names, in every layer), of what rank, scaled by alpha / rank."""
+    """The adapters of a model: their rank, alpha, and the matrices that have one (Hugging Face's names, in every layer)."""
 
     rank: int
     alpha: float
@@ -30,49 +30,56 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of the adapters is multiplied by."""
+        """The factor of the product B A."""
+        # Divided by the rank, so that a learning rate found at one rank serves at another.
         return self.alpha / self.rank
 
 
-def attach_adapters(decoder: nnx.Module, lora: LoRA) -> None:
-    """Give the decoder's targets adapters of the right shape (all zero: the values come with the parameters)."""
-    module: Any
-    for path, module in nnx.iter_modules(decoder):
-        if path and f"{path[-1]}_proj" in lora.targets:
-            L, num_out, num_in = module.weight.shape
-            module.lora_a = nnx.Param(jnp.zeros((L, lora.rank, num_in)))
-            module.lora_b = nnx.Param(jnp.zeros((L, num_out, lora.rank)))
-            module.lora_scale = lora.scale
+def adapter_of(lora: LoRA | None, name: str) -> LoRA | None:
+    """Return `lora` if the matrix of this Hugging Face name ("q_proj") gets an adapter, else None."""
+    if lora is None or name not in lora.targets:
+        return None
+    return lora
 
 
-def init_adapters(shapes: Params, key: Any) -> Params:
-    """Fresh float32 adapters for a tree of parameter shapes: A uniform within 1 / sqrt(in), B zero (as PEFT has it)."""
+def init_adapters(shapes: Params, key: Array) -> Params:
+    """Draw float32 adapters for a tree of parameter shapes: A uniform within 1 / sqrt(in), B zero (as PEFT has it)."""
     flat: dict[Any, Any] = flatten_dict(split_adapters(shapes)[1])
 
-    def fresh(number: int, name: str, shape: Any):
+    def draw(number: int, name: str, shape: jax.ShapeDtypeStruct) -> Array:
+        # Only one of the two is zero: with both no gradient would reach either. Zero B keeps A's gradient at 0 for one step.
         if name == "lora_b":
             return jnp.zeros(shape.shape)
         bound = shape.shape[-1] ** -0.5
         return jax.random.uniform(jax.random.fold_in(key, number), shape.shape, minval=-bound, maxval=bound)
 
-    return unflatten_dict({path: fresh(i, path[-1], shape) for i, (path, shape) in enumerate(sorted(flat.items()))})
+    # Sorted: the number that an adapter's random key is made of must not depend on the order of a dict.
+    return unflatten_dict({path: draw(i, path[-1], shape) for i, (path, shape) in enumerate(sorted(flat.items()))})
 
 
 def split_adapters(params: Params) -> tuple[Params, Params]:
-    """-> (base weights, adapters), the inverse of `types.join_params`."""
+    """Split parameters -> (base weights, adapters); the inverse of `types.join_params`."""
     flat: dict[Any, Any] = flatten_dict(params)
     adapters = {path: leaf for path, leaf in flat.items() if path[-1] in ADAPTERS}
     return unflatten_dict({path: leaf for path, leaf in flat.items() if path not in adapters}), unflatten_dict(adapters)
 
 
 def merge_adapters(base: Params, adapters: Params, lora: LoRA) -> Params:
-    """Ordinary float32 weights, W + alpha / rank * B A: the policy as a model without adapters."""
+    """Compute ordinary float32 weights, W + alpha / rank * B A: the policy as a model without adapters.
+
+    Args:
+      base: the frozen weights, of any dtype. adapters: of `split_adapters`. lora: gives the scale.
+    Returns: float32, the tree of `base`.
+    """
     flat: dict[Any, Any] = flatten_dict(base)
     low_rank: dict[Any, Any] = flatten_dict(adapters)
 
-    def weight(path: tuple[str, ...], W: Any):
+    def merge(path: tuple[str, ...], W: Array) -> Array:
         a, b = (low_rank.get((*path[:-1], name)) for name in ADAPTERS)
+        # float32 before the sum: a base in bfloat16 has too few digits for a small difference, and would swallow it.
         W = jnp.asarray(W, jnp.float32)
-        return W if path[-1] != "weight" or a is None else W + lora.scale * jnp.einsum("lor,lri->loi", b, a)
+        if path[-1] != "weight" or a is None:
+            return W
+        return W + lora.scale * jnp.einsum("lor,lri->loi", b, a)
 
-    return unflatten_dict({path: weight(path, W) for path, W in flat.items()})
+    return unflatten_dict({path: merge(path, W) for path, W in flat.items()})

@@ -16,145 +16,226 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, rotate, select_view
-from grpo_jax.models.fsdp import all_gather_params, apply_remat, sharded_axis
+from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
-from grpo_jax.models.lora import LoRA, attach_adapters
+from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.types import Params
 
-MAX_UNROLLED = 4  # so few layers are unrolled: a scan would stack and copy what the backward pass needs
+# So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
+# all the same, because the time to compile it would grow with its layers.
+MAX_UNROLLED = 4
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), W stored [out, in]; with adapters (`lora.attach_adapters`) also + scale * (x A^T) B^T."""
+    """y = x W^T (+ b), W stored [out, in]; with an adapter also + alpha / rank * (x A^T) B^T."""
 
-    def __init__(self, num_in: int, num_out: int, *, use_bias: bool = False, scale: float = 1.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        use_bias: bool = False,
+        scale: float = 1.0,
+        lora: LoRA | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draw the weight from N(0, scale^2 / num_in); the bias is zero.
+
+        Args:
+          scale: below 1 for what is added to the residual stream, so that its variance does not grow with the layers.
+          lora: rank and scale of this matrix's adapter, or None.
+        """
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
         self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
-        self.lora_a: nnx.Param | None = nnx.data(None)  # filled by `lora.attach_adapters`
-        self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora = lora
+        if lora is not None:
+            # Zeros, and no random numbers: their values come from `lora.init_adapters`, and the base weights must be drawn
+            # alike with and without adapters.
+            self.lora_a = nnx.Param(jnp.zeros((lora.rank, num_in)))
+            self.lora_b = nnx.Param(jnp.zeros((num_out, lora.rank)))
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
         y = project(x, self.weight[...].astype(x.dtype))
-        if self.lora_a is not None and self.lora_b is not None:
+        if self.lora is not None:
+            # Two thin products: W + scale * B A would build a full matrix, and its full gradient, for each layer.
             low = project(x, self.lora_a[...].astype(x.dtype))
-            y = y + self.lora_scale * project(low, self.lora_b[...].astype(x.dtype))
-        return y if self.bias is None else y + _like(self.bias[...].astype(x.dtype), y)
+            y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + _like(self.bias[...].astype(x.dtype), y)
+        return y
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis, the statistics in float32."""
 
     def __init__(self, dim: int, arch: Architecture):
-        self.weight = nnx.Param(jnp.zeros(dim) if arch.norm_plus_one else jnp.ones(dim))
+        fill = jnp.zeros if arch.norm_plus_one else jnp.ones  # a fresh norm multiplies by 1
+        self.weight = nnx.Param(fill(dim))
         self.eps, self.plus_one = arch.norm_eps, arch.norm_plus_one
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        # The families differ in where they round: Gemma multiplies by 1 + weight in float32, as bfloat16 has no 1.001; Llama
+        # rounds first. Loaded weights give the same logits only if it is done their way.
         if self.plus_one:
             return (normed * _like(1 + self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
         return normed.astype(x.dtype) * _like(self.weight[...].astype(x.dtype), x)
 
 
+def _norm_if(is_present: bool, dim: int, arch: Architecture) -> Callable[[Array], Array]:
+    """Return a norm, or the identity for a family that has none there: it has no parameters and is no branch."""
+    if is_present:
+        return RMSNorm(dim, arch)
+    return _identity
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.arch = arch
+        adapter = functools.partial(adapter_of, lora)
         q_dim, kv_dim = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, rngs=rngs)
-        self.o = Linear(q_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, rngs=rngs)
-        self.q_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
+        self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
+        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
+        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
+        self.o = Linear(q_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("o_proj"), rngs=rngs)
+        self.q_norm = _norm_if(arch.qk_norm, arch.head_dim, arch)
+        self.k_norm = _norm_if(arch.qk_norm, arch.head_dim, arch)
 
-    def __call__(self, x_BTD, view: AttentionView, prefix: KVCache | None, cache: KVCache | None, slot):
-        """-> (output_BTD, this call's keys and values, or `cache` with them written from `slot` on)."""
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        view: AttentionView,
+        prefix: KVCache | None,
+        cache: KVCache | None,
+        slot: int | Int[Array, "..."],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Attend to this call's keys, to those in the cache and to those of the prompt.
+
+        Args:
+          x_BTD: normed hidden states, in the compute dtype. view: positions and masks.
+          prefix: the prompts' keys and values, [P, ...] of this layer, or None. Rows p*G .. p*G+G-1 see prompt p.
+          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
+        Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
+        """
         heads = (*x_BTD.shape[:2], -1, self.arch.head_dim)
         q_BTNH, k_BTKH, v_BTKH = (proj(x_BTD).reshape(heads) for proj in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
         own = KVCache.of(rotate(k_BTKH, view.rope), v_BTKH)
-        own = own if cache is None else cache.update(own, slot)
-        scale = self.arch.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
-        out_BTNH = attend(rotate(q_BTNH, view.rope), own, view, prefix, scale)
+        if cache is not None:
+            own = cache.update(own, slot)
+        out_BTNH = attend(rotate(q_BTNH, view.rope), own, view, prefix, self.arch.attention_scale)
         return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
 
 
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.arch = arch
-        self.gate = Linear(arch.dim, arch.ffn_dim, rngs=rngs)
-        self.up = Linear(arch.dim, arch.ffn_dim, rngs=rngs)
-        self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, rngs=rngs)
+        adapter = functools.partial(adapter_of, lora)
+        self.gate = Linear(arch.dim, arch.ffn_dim, lora=adapter("gate_proj"), rngs=rngs)
+        self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
+        self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
     """One pre-norm layer; with `post_norms` what it adds is normed too."""
 
-    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(arch.dim, arch)
-        self.attn = Attention(arch, rngs=rngs)
-        self.attn_post_norm = RMSNorm(arch.dim, arch) if arch.post_norms else None
+        self.attn = Attention(arch, lora=lora, rngs=rngs)
+        self.attn_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
         self.mlp_norm = RMSNorm(arch.dim, arch)
-        self.mlp = MLP(arch, rngs=rngs)
-        self.mlp_post_norm = RMSNorm(arch.dim, arch) if arch.post_norms else None
+        self.mlp = MLP(arch, lora=lora, rngs=rngs)
+        self.mlp_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
 
-    def __call__(self, x_BTD, view: AttentionView, prefix: KVCache | None = None, cache: KVCache | None = None, slot=0):
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        view: AttentionView,
+        prefix: KVCache | None = None,
+        cache: KVCache | None = None,
+        slot: int | Int[Array, "..."] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Run the layer.
+
+        Args: as `Attention.__call__` has them; x_BTD is the residual stream.
+        Returns: (the residual stream after this layer, keys and values as `Attention` gives them).
+        """
         attn_BTD, kv = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
-        x_BTD = x_BTD + (attn_BTD if self.attn_post_norm is None else self.attn_post_norm(attn_BTD))
-        mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + (mlp_BTD if self.mlp_post_norm is None else self.mlp_post_norm(mlp_BTD)), kv
+        x_BTD = x_BTD + self.attn_post_norm(attn_BTD)
+        return x_BTD + self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))), kv
 
 
 class Decoder(nnx.Module):
     """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.learner.logprobs`)."""
 
-    def __init__(self, arch: Architecture, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
-        self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
-        self.gather: Callable[[Any], Any] | None = None  # filled by `ModelDef.bind`: a layer's weights, whole
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        lora: LoRA | None = None,
+        gather: GatherLayer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draw fresh parameters.
+
+        Args:
+          dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
+          lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
+        """
+        self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
-        self.layers = nnx.vmap(lambda r: Block(arch, rngs=r))(rngs.split(arch.num_layers))
+        self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
-        self.head = (
-            None
-            if arch.tie_embeddings
-            else nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * arch.dim**-0.5)
-        )
+        if arch.tie_embeddings:
+            self.head = None
+        else:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * arch.dim**-0.5)
 
     @property
-    def head_VD(self):
+    def head_VD(self) -> Float[Array, "V D"]:
         """The output matrix, in the compute dtype."""
-        return (self.embed if self.head is None else self.head)[...].astype(self.dtype)
+        matrix = self.embed if self.head is None else self.head
+        return matrix[...].astype(self.dtype)
 
     @property
     def logit_cap(self) -> float | None:
-        """What the head's logits are capped at, softly (`models.linear.head_logits`); None: not at all."""
+        """The bound of the head's logits, a soft one (`models.linear.head_logits`); None: they have none."""
         return self.arch.logit_cap
 
-    def embed_tokens(self, tokens):
-        """What enters the first layer, [..., D] in the compute dtype."""
+    def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
+        """Return what enters the first layer, in the compute dtype."""
         x = self.embed[...].astype(self.dtype)[tokens]
-        return x if self.arch.embed_scale == 1 else x * jnp.asarray(self.arch.embed_scale, self.dtype)
+        if self.arch.embed_scale != 1:
+            # Rounded to the compute dtype first, as Gemma's own code does: in bfloat16 sqrt(640) = 25.298 is 25.25.
+            x = x * jnp.asarray(self.arch.embed_scale, self.dtype)
+        return x
 
-    def __call__(self, tokens_BT, mask_BT):
-        """Full causal forward of rows by themselves.
+    def __call__(self, tokens_BT: Int[Array, "B T"], mask_BT: Shaped[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Run rows by themselves, in one causal forward pass.
 
         Args:
-          tokens_BT: int. mask_BT: bool, False on padding (either side).
-        Returns:
-          hidden_BTD after the final norm (undefined but finite, on padding).
+          tokens_BT: int. mask_BT: True (or not 0) on tokens, False on padding (either side).
+        Returns: hidden_BTD after the final norm, in the compute dtype (undefined but finite, on padding).
         """
         views = self._views(mask_BT)
 
@@ -164,8 +245,8 @@ class Decoder(nnx.Module):
         hidden_BTD, _ = self._scan_layers(layer, self.embed_tokens(tokens_BT))
         return self.final_norm(hidden_BTD)
 
-    def encode_prompts(self, tokens_PS, mask_PS):
-        """Left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
+    def encode_prompts(self, tokens_PS: Int[Array, "P S"], mask_PS: Shaped[Array, "P S"]) -> tuple[Float[Array, "P D"], Prefix]:
+        """Run left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
@@ -174,12 +255,21 @@ class Decoder(nnx.Module):
         hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
         return self.final_norm(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
 
-    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
-        """Left-padded prompts and the B = P * G completions on top of them, in one pass over the layers.
+    def forward_with_prefix(
+        self,
+        tokens_PS: Int[Array, "P S"],
+        mask_PS: Shaped[Array, "P S"],
+        tokens_BT: Int[Array, "B T"],
+        mask_BT: Shaped[Array, "B T"],
+    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"]]:
+        """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
-        -> (hidden_PD at each prompt's last token, hidden_BTD). Each prompt is run once; a layer's weights are needed, and their
-        gradient is there, once.
+        Args:
+          tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
+        Returns: (hidden_PD at each prompt's last token, hidden_BTD), after the final norm.
         """
+        # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
+        # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
         prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
 
         def layer(block: Block, x, is_local):
@@ -192,8 +282,9 @@ class Decoder(nnx.Module):
         return self.final_norm(x_PSD[:, -1]), self.final_norm(x_BTD)
 
     def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
-        """What causal rows see, where they continue prompts also of those."""
+        """Return what causal rows see of themselves and, where they continue prompts, of those."""
         mask_BT = mask_BT.astype(bool)
+        # Positions count tokens, not slots: padding on the left must not turn the first token.
         positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
         if prefix is not None:
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
@@ -201,54 +292,69 @@ class Decoder(nnx.Module):
         return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
 
     def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
-        """layer(block, x, is_local as `select_view` takes it) -> (x, what to keep), of one layer after the other."""
+        """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other."""
         graphdef, stacked = nnx.split(self.layers)
 
         def step(x, weights_and_kind):
             weights, is_local = weights_and_kind
-            weights = weights if self.gather is None else self.gather(weights)
+            if self.gather is not None:
+                weights = self.gather(weights)
             return layer(nnx.merge(graphdef, weights), x, is_local)
 
         L, local = self.arch.num_layers, self.arch.local_layers
         is_unrolled = L <= MAX_UNROLLED
+        # The gathering is inside what is recomputed: outside, every layer's full weights would wait for the backward pass.
         step = apply_remat(step, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
-        is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local)) if 0 < len(local) < L else None
-        return jax.lax.scan(step, x, (stacked, is_local_L), unroll=L if is_unrolled else 1)
+        is_local_L = None
+        if 0 < len(local) < L:  # one program for all layers: their kind is data
+            is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local))
+        return jax.lax.scan(step, x, (stacked, is_local_L), unroll=is_unrolled)
 
-    def unstack_layers(self) -> list[Any]:
-        """The layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
+    def unstack_layers(self) -> list[nnx.State]:
+        """Return the layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
         _, stacked = nnx.split(self.layers)
         return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.arch.num_layers)]
 
-    def decode_step(self, layers: list[Any], caches: list[KVCache], tokens_B, slot, prefix: Prefix):
-        """One token a row, written to cache slot `slot` (one for all rows, or [B]).
+    def decode_step(
+        self,
+        layers: list[nnx.State],
+        caches: list[KVCache],
+        tokens_B: Int[Array, " B"],
+        slot: int | Int[Array, "..."],
+        prefix: Prefix,
+    ) -> tuple[Float[Array, "B D"], list[KVCache]]:
+        """Run one token of each row and write its keys and values to the caches.
 
         Args:
           layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
-        Returns: hidden_BD, and the caches with slot `slot` filled.
+          slot: where they are written, one for all rows or [B]. prefix: of the P prompts; B is a multiple of P.
+        Returns: (hidden_BD after the final norm, the caches with slot `slot` filled).
         """
+        # Later slots are masked, not cut off: the cache's size is static, and they may hold anything.
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
         slots_1U, slot_B1 = jnp.arange(caches[0].num_slots)[None], jnp.reshape(slot, (-1, 1))
         mask_B1U = (slots_1U <= slot_B1)[:, None]
         views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
         graphdef, _ = nnx.split(self.layers)
         x_B1D = self.embed_tokens(tokens_B)[:, None]
+        # A Python loop over layers: their weights are separate arrays (`unstack_layers` says why), and as each layer's kind is
+        # static, its view needs no select.
         filled = []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
-            its_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
+            layer_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
             view = views[i in self.arch.local_layers]
-            x_B1D, cache = nnx.merge(graphdef, weights)(x_B1D, view, its_prefix, cache, slot)
+            x_B1D, cache = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
             filled.append(cache)
         return self.final_norm(x_B1D)[:, 0], filled
 
 
-def _like(vector, x):
-    """A vector with leading axes of size 1, for the same rank as x (implicit rank promotion is an error in our tests)."""
+def _like(vector: Array, x: Array) -> Array:
+    """Return a vector with leading axes of size 1: the rank of x (implicit rank promotion is an error in our tests)."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def init_params(arch: Architecture, key) -> Params:
-    """Fresh float32 parameters as a nested dict of arrays."""
+def init_params(arch: Architecture, key: Array) -> Params:
+    """Draw fresh float32 parameters, a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(Decoder(arch, rngs=nnx.Rngs(key)), nnx.Param))
 
 
@@ -263,36 +369,33 @@ class ModelDef:
 
     @property
     def remat_policy(self) -> str:
-        """`remat`, decided. auto: few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
         if self.remat != "auto":
             return self.remat
-        return "none" if self.arch.num_layers <= MAX_UNROLLED else "dots"
+        if self.arch.num_layers <= MAX_UNROLLED:
+            return "none"
+        return "dots"
 
     def bind(self, params: Params) -> Decoder:
-        """The decoder with these parameters (cheap: call it inside the traced function).
+        """Return the decoder with these parameters (cheap: call it inside the traced function).
 
-        Where fsdp has cut them, those of the layers are gathered layer by layer, the others here.
+        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here.
         """
-        abstract = self._abstract()
-        shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
-        layer_shapes = shapes.pop("layers")
-        params = {**all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype), "layers": params["layers"]}
-        decoder = nnx.merge(nnx.graphdef(abstract), nnx.State(params))
-        axes = jax.tree.map(sharded_axis, params["layers"], layer_shapes)
-        if jax.tree.leaves(axes):  # None is no leaf
-            of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layer_shapes)
-            decoder.gather = lambda weights: nnx.State(all_gather_params(nnx.to_pure_dict(weights), of_one, self.dtype))
-        return decoder
+        # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
+        shapes, layers = self.param_shapes(), params["layers"]
+        abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
+        others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
 
     def param_shapes(self) -> Params:
-        """The tree that `bind` takes, adapters included, as shapes."""
+        """Return the tree that `bind` takes, adapters included, as shapes."""
         return nnx.to_pure_dict(nnx.state(self._abstract(), nnx.Param))
 
-    def _abstract(self) -> Decoder:
+    def _abstract(self, gather: GatherLayer | None = None) -> Decoder:
+        """Return the decoder with shapes in place of its parameters."""
+
         def build() -> Decoder:
-            decoder = Decoder(self.arch, dtype=self.dtype, remat=self.remat_policy, rngs=nnx.Rngs(0))
-            if self.lora is not None:
-                attach_adapters(decoder, self.lora)
-            return decoder
+            remat, rngs = self.remat_policy, nnx.Rngs(0)
+            return Decoder(self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, rngs=rngs)
 
         return nnx.eval_shape(build)

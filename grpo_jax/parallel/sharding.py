@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from grpo_jax.errors import UserError
 
@@ -192,11 +192,20 @@ def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
 
 
-def vary_like(tree: Any, reference_ints: jax.Array) -> Any:
-    """Mark every leaf as varying over the mesh axes that `reference_ints` (an integer array) varies over.
+def vary_like(tree: Any, reference_ints: Int[Array, "..."]) -> Any:
+    """Mark every leaf as varying over the mesh axes that `reference_ints` varies over.
 
-    Constants that enter a loop beside per-device data need it: a loop's carry must keep its type. Adding an integer zero
-    made from the reference does this in every JAX version, and compiles to nothing.
+    Constants that enter a loop beside per-device data need it: a loop's carry must keep its type.
     """
+    # `jax.lax.pcast` does this for axes that are named. The rollout and the log-probabilities are the same code in and out of
+    # `shard_map`, and know no axes. JAX knows them from the reference's type, but has no public attribute for it: `vma` became
+    # `manual_axis_type` in 0.10. A zero made from the reference varies as it does, in every version, and compiles to nothing.
+    # Of integers, because x * 0 is no 0 where a float is inf or NaN, so that the compiler would have to keep it.
     zero = reference_ints.ravel()[0] * 0
-    return jax.tree.map(lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(jnp.asarray(x).dtype), tree)
+
+    def mark(x: Array) -> Array:
+        if x.dtype == bool:
+            return x | (zero != 0)
+        return x + zero.astype(x.dtype)
+
+    return jax.tree.map(mark, tree)
