@@ -75,7 +75,7 @@ BUGS = [
         "stop token not trained",
         "grpo_jax/rollout/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~job.ends(column.token_B)).astype(jnp.float32)",
+        "(live_B & ~ctx.ends(column.token_B)).astype(jnp.float32)",
         "tests/test_rollout.py",
     ),
     (

@@ -38,7 +38,7 @@ def length_order(mask_PGT):
 def length_buckets(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
     """The completion widths that the update is compiled for: bucket_tokens doubled until max_tokens (0: only the last).
 
-    >>> widths(300, 64), widths(6, 64), widths(300, 0)
+    >>> length_buckets(300, 64), length_buckets(6, 64), length_buckets(300, 0)
     ((64, 128, 256, 300), (6,), (300,))
     """
     shorter = []

@@ -53,7 +53,7 @@ def _from_anywhere(path: str, subset: str, name: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(path, subset or None, hold_out=name)
+        return datasets.load_dataset(path, subset or None, split=name)
     except Exception as error:  # missing, offline, no such subset or split: the library's own words say which
         field = "config.task.dataset"
         raise UserError(f"{field}.path = {path!r}, subset = {subset!r}, split = {name!r}: {_line(error)}") from error
