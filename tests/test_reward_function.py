@@ -55,7 +55,7 @@ def test_final_answer(text: str, answer: str) -> None:
 
 
 def test_doctests_of_answers_and_expressions() -> None:
-    for module in (answers, reward_parts):
+    for module in (answers, reward_expression):
         results = doctest.testmod(module)
         assert results.attempted and not results.failed
 
