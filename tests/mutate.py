@@ -277,8 +277,8 @@ BUGS = [
     (
         "no correction for the number of comparisons",
         "grpo_jax/analysis/statistics.py",
-        "np.arange(len(p_K), 0, -1) * p_K[order]",
-        "p_K[order]",
+        "np.arange(len(p_values), 0, -1) * p_values[order]",
+        "p_values[order]",
         "tests/test_statistics.py -k holm",
     ),
     (
