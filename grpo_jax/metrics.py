@@ -1,4 +1,4 @@
-"""Metrics that survive being cut into microbatches, devices and steps: sums and counts, never means of means."""
+"""Metrics that are the same however a batch is split over microbatches and devices: sums and counts, not means of means."""
 
 from __future__ import annotations
 
@@ -10,37 +10,46 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Real, Shaped
 
-from grpo_jax.types import AxisName
+from grpo_jax.masking import ROUNDING
+from grpo_jax.types import Arrays, AxisName
 
-ROUNDING = 1e-6  # relative; a few units in the last place of float32
+# One number, on a device or on the host; `lax.scan` stacks them on a leading axis.
+Number = jax.Array | np.ndarray | np.float32
 
 
 @flax.struct.dataclass
 class Mean:
     """A weighted mean kept as (total, count); `merge` adds, `value` divides (0 where nothing was counted)."""
 
-    total: Any
-    count: Any
+    total: Number
+    count: Number
 
     @classmethod
-    def of(cls, values: Any, weight: Any = None) -> Mean:
+    def of(cls, values: Real[Arrays, "..."] | Bool[Arrays, "..."], weight: Shaped[Arrays, "..."] | None = None) -> Mean:
         """Mean of `values` under `weight` (same shape, >= 0; default all ones). Values with weight 0 may be NaN."""
         if weight is None:
             weight = jnp.ones_like(values, dtype=jnp.float32)
         weight = weight.astype(jnp.float32)
+        # A select, for a weight of 0 times NaN would be NaN.
         return cls(jnp.where(weight > 0, values * weight, 0.0).sum(), weight.sum())
 
     def merge(self, other: Mean) -> Mean:
+        """Return the mean of both."""
         return Mean(self.total + other.total, self.count + other.count)
 
     def psum(self, axis_name: AxisName) -> Mean:
+        """Merge over the devices of a mesh axis."""
         return jax.lax.psum(self, axis_name)
 
     def reduce(self) -> Mean:
+        """Merge over the leading axis."""
         return Mean(self.total.sum(0), self.count.sum(0))
 
-    def value(self) -> Any:
+    def value(self) -> Number:
+        """Return the mean itself."""
+        # The total is 0 wherever the count is, so any small divisor will do.
         return self.total / np.maximum(self.count, 1e-9)
 
 
@@ -48,18 +57,22 @@ class Mean:
 class Max:
     """The largest value seen."""
 
-    largest: Any
+    largest: Number
 
     def merge(self, other: Max) -> Max:
+        """Return the larger of both."""
         return Max(jnp.maximum(self.largest, other.largest))
 
     def psum(self, axis_name: AxisName) -> Max:
+        """Merge over the devices of a mesh axis. The name is that of the other metrics' method; it is a maximum."""
         return jax.lax.pmax(self, axis_name)
 
     def reduce(self) -> Max:
+        """Merge over the leading axis."""
         return Max(self.largest.max(0))
 
-    def value(self) -> Any:
+    def value(self) -> Number:
+        """Return the maximum itself."""
         return self.largest
 
 
@@ -70,33 +83,45 @@ class Correlation:
     Kept as count, means and centred second moments: plain sums of squares would lose their digits to an offset.
     """
 
-    count: Any
-    mean_x: Any
-    mean_y: Any
-    moment_xx: Any
-    moment_yy: Any
-    moment_xy: Any
+    count: Number
+    mean_x: Number
+    mean_y: Number
+    moment_xx: Number
+    moment_yy: Number
+    moment_xy: Number
 
     @classmethod
-    def of(cls, x: Any, y: Any, weight: Any) -> Correlation:
-        """Of pairs (x, y) under `weight` (all of one shape, weight >= 0). Pairs with weight 0 may be NaN."""
+    def of(cls, x: Shaped[Arrays, "*axes"], y: Shaped[Arrays, "*axes"], weight: Shaped[Arrays, "*axes"]) -> Correlation:
+        """Correlate pairs (x, y) under a weight.
+
+        Args:
+          x, y: numbers or bools; pairs with weight 0 may be NaN.
+          weight: >= 0.
+        Returns: their Correlation.
+        """
         x, y = (jnp.where(weight > 0, values, 0.0) for values in (x, y))
         zero = jnp.zeros_like(x)
-        return cls(weight.astype(jnp.float32), x, y, zero, zero, zero)._pooled(jnp.sum)  # each pair is a part of its own
+        # Each pair is first a correlation of its own, with its values for means and no moments, and then all are pooled: one
+        # formula serves for pairs, microbatches, devices and steps.
+        return cls(weight.astype(jnp.float32), x, y, zero, zero, zero)._pool(jnp.sum)
 
     def merge(self, other: Correlation) -> Correlation:
+        """Return the correlation of all pairs of both."""
         return jax.tree.map(lambda *each: jnp.stack(each), self, other).reduce()
 
     def psum(self, axis_name: AxisName) -> Correlation:
-        return self._pooled(lambda x: jax.lax.psum(x, axis_name))
+        """Merge over the devices of a mesh axis."""
+        return self._pool(lambda x: jax.lax.psum(x, axis_name))
 
     def reduce(self) -> Correlation:
-        return self._pooled(lambda x: x.sum(0))
+        """Merge over the leading axis."""
+        return self._pool(lambda x: x.sum(0))
 
-    def _pooled(self, total: Callable[[Any], Any]) -> Correlation:
-        """The whole, of parts that `total` adds up (Chan, Golub and LeVeque's pairwise update)."""
+    def _pool(self, total: Callable[[Any], jax.Array]) -> Correlation:
+        """Merge the correlations that `total` adds up (Chan, Golub and LeVeque's pairwise update)."""
         count = total(self.count)
         mean_x, mean_y = (total(self.count * mean) / jnp.maximum(count, 1e-9) for mean in (self.mean_x, self.mean_y))
+        # A second moment about the common mean is the moments about the own means plus what the means lie apart.
         off_x, off_y = self.mean_x - mean_x, self.mean_y - mean_y
         moments = (
             (self.moment_xx, off_x * off_x),
@@ -105,7 +130,9 @@ class Correlation:
         )
         return Correlation(count, mean_x, mean_y, *(total(inner + self.count * between) for inner, between in moments))
 
-    def value(self) -> Any:
+    def value(self) -> np.ndarray:
+        """Return the coefficient itself."""
+        # Constant values come out of the update with a moment of rounding errors, relative to their mean: no spread.
         spread_x = self.moment_xx > self.count * (ROUNDING * self.mean_x) ** 2
         spread_y = self.moment_yy > self.count * (ROUNDING * self.mean_y) ** 2
         scale = np.sqrt(np.maximum(self.moment_xx, 1e-30)) * np.sqrt(np.maximum(self.moment_yy, 1e-30))
@@ -122,17 +149,17 @@ def merge(left: Metrics, right: Metrics) -> dict[str, Metric]:
     return {**left, **right, **both}
 
 
-def _merge_one(left: Any, right: Any) -> Metric:
+def _merge_one(left: Any, right: Any) -> Metric:  # of one type, which a union cannot say
     return left.merge(right)
 
 
 def reduce_stacked(stacked: Metrics) -> dict[str, Metric]:
-    """Metrics stacked on a leading axis (what `lax.scan` returns) -> one."""
+    """Merge metrics that are stacked on a leading axis, as `lax.scan` returns them."""
     return {name: metric.reduce() for name, metric in stacked.items()}
 
 
 def unstack_metrics(stacked: Metrics, num: int) -> list[dict[str, Metric]]:
-    """Metrics stacked on a leading axis of length num -> one dict for each place on it."""
+    """Split metrics that are stacked on a leading axis of length num into one dict for each place on it."""
     return [{name: jax.tree.map(operator.itemgetter(i), metric) for name, metric in stacked.items()} for i in range(num)]
 
 

@@ -1,37 +1,52 @@
-"""What crosses from one stage to the next, and the letters its axes are named by.
+"""The data that crosses from one stage to the next, and the letters that name its axes.
 
-    P  prompts of a batch             S  prompt slots (left-padded)
-    G  completions of each prompt     T  completion slots (right-padded)
-    B  rows, P * G, groups contiguous V  vocabulary
-    D  model width   N  query heads   K  key/value heads   H  head width   L  layers
+    P  prompts                        G  completions of each prompt      B  rows, P * G, a group's side by side
+    S  prompt slots (left-padded)     T  completion slots (right-padded) U  slots of a key/value cache
+    V  vocabulary                     A  slots of an answer's tokens
+    D  model width                    H  head width                      L  layers
+    N  query heads                    K  key/value heads                 R  query heads of each key/value head
+    O  outputs of a matrix            I  inputs of a matrix
+    F  flattened positions, P * G * T C  positions of a chunk of them    J  ranks of sorted logits, the largest first
+    W  rows of a decoding loop that has fewer than B
+    E  evaluations along a run        M  seeds of a setting              Z  bootstrap resamples
+    1  an axis of that size           x  any axes, in statistics
 
-Everything here is a pytree with the prompt axis first, so that sharding over devices, cutting into minibatches and
-dynamic sampling are all operations on axis 0 and a group is never torn apart by accident.
+An array's name ends in its axes: `adv_BT`, `first_logits_PV`.
+
+Everything here is a pytree with the prompt axis first, so that sharding over devices, minibatches and dynamic sampling are all
+operations on axis 0 and a group is never torn apart by accident.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
+Arrays = jax.Array | np.ndarray  # on a device, or on the host
+# An array; but trees of the same classes also hold shapes, shardings, specs or None in its place, to compile a program or to
+# restore a checkpoint before any array exists. So nothing checks these fields when an object is made.
+Leaf = Any
 AxisName = str | tuple[str, ...]  # one or several axes of a mesh
 Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
 
 
 @flax.struct.dataclass
 class Prompts:
-    """What a task hands to the rollout.
+    """Prompts as a task hands them to the rollout.
 
-    tokens_PS: int32, left-padded. mask_PS: bool, True on real tokens (at least one a row).
-    answer: whatever the task's reward needs, leading axis P (traceable tasks: arrays; host tasks: int32 row numbers).
+    tokens_PS: int32, left-padded. mask_PS: True on real tokens (at least one a row).
+    answer: whatever the task's reward needs (traceable tasks: arrays; host tasks: int32 row numbers).
     """
 
-    tokens_PS: Any
-    mask_PS: Any
-    answer: Any
+    tokens_PS: Int[Leaf, "P S"]
+    mask_PS: Bool[Leaf, "P S"]
+    answer: Shaped[Leaf, "P ..."]
 
 
 @flax.struct.dataclass
@@ -40,53 +55,56 @@ class Rollout:
 
     tokens_PGT: int32, pad id after the stop token. mask_PGT: float32, 1 through the stop token *included*.
     sampler_logp_PGT, entropy_PGT: float32, nats, of the distribution sampled from (temperature, top-k and top-p included).
-    support_PGT: int32, how many tokens that distribution kept; None when nothing was cut off (no top-k, no top-p).
-    is_truncated_PG: bool, ran into the length limit without a stop token.
+    support_PGT: int32, how many tokens that distribution kept; None when it kept all (no top-k, no top-p).
+    is_truncated_PG: True if the completion ran into the length limit without a stop token.
     """
 
     prompts: Prompts
-    tokens_PGT: Any
-    mask_PGT: Any
-    sampler_logp_PGT: Any
-    entropy_PGT: Any
-    support_PGT: Any
-    is_truncated_PG: Any
+    tokens_PGT: Int[Leaf, "P G T"]
+    mask_PGT: Float[Leaf, "P G T"]
+    sampler_logp_PGT: Float[Leaf, "P G T"]
+    entropy_PGT: Float[Leaf, "P G T"]
+    support_PGT: Int[Leaf, "P G T"] | None
+    is_truncated_PG: Bool[Leaf, "P G"]
 
 
 @flax.struct.dataclass
 class Reward:
-    """What a task says about the completions of a round.
+    """A task's rewards for the completions of a round.
 
     task_PG: float32, what counts: success, dynamic sampling and O+/O- look at this one only.
     shaping_PG: float32, only added to what the advantage is computed from. metrics: the task's own, name -> Metric.
     """
 
-    task_PG: Any
-    shaping_PG: Any
-    metrics: Any
+    task_PG: Float[Arrays, "P G"]
+    shaping_PG: Float[Arrays, "P G"]
+    metrics: Mapping[str, Any]
 
 
 @flax.struct.dataclass
 class Batch:
     """A rollout with its rewards: all that an update needs.
 
-    task_reward_PG: float32, what the task says; success, O+/O- and dynamic sampling look at this one only.
+    task_reward_PG: float32, the task's own; success, O+/O- and dynamic sampling look at this one only.
     reward_PG: float32, task reward plus shaping and overlong punishment; what the advantage is computed from.
     sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
     """
 
     rollout: Rollout
-    task_reward_PG: Any
-    reward_PG: Any
-    sampled_at_P: Any
+    task_reward_PG: Float[Leaf, "P G"]
+    reward_PG: Float[Leaf, "P G"]
+    sampled_at_P: Int[Leaf, " P"]
 
 
 @flax.struct.dataclass
 class GroupBuffer:
-    """Informative groups waiting to be trained on (dynamic sampling). Static shape; slots from `count` on are undefined."""
+    """Informative groups that wait to be trained on (dynamic sampling).
+
+    The number of slots is static, as compiled programs need it; slots from `count` (int32) on are undefined.
+    """
 
     batch: Batch
-    count: Any  # int32 scalar
+    count: Int[Leaf, ""]
 
 
 @flax.struct.dataclass
@@ -97,19 +115,19 @@ class Hyperparams:
     seed: int32. The others: float32 scalars, named as the config names them. kl_coef is never 0 where there is a reference.
     """
 
-    seed: Any
-    clip_low: Any
-    clip_high: Any
-    kl_coef: Any
-    entropy_weight: Any
-    learning_rate: Any
-    weight_decay: Any
-    max_grad_norm: Any
+    seed: Int[Leaf, ""]
+    clip_low: Float[Leaf, ""]
+    clip_high: Float[Leaf, ""]
+    kl_coef: Float[Leaf, ""]
+    entropy_weight: Float[Leaf, ""]
+    learning_rate: Float[Leaf, ""]
+    weight_decay: Float[Leaf, ""]
+    max_grad_norm: Float[Leaf, ""]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes while a run goes on; the whole of it is checkpointed.
+    """Everything that changes while a run goes on, and the frozen weights beside it.
 
     step: int32, updates done. num_prompts_drawn: int32, the data position.
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
@@ -117,15 +135,15 @@ class TrainState:
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
     next_batch: the batch of the next update, sampled one step early; None without async_steps.
     hyperparams: see there; None only in checkpoints and in states that nothing is trained with.
-    `base`, `ref_params` and `hyperparams` never change and are left out of checkpoints.
+    Checkpoints hold all of it but `base`, `ref_params` and `hyperparams`, which never change.
     """
 
-    step: jax.Array
+    step: Int[jax.Array, ""]
     params: Params
-    opt_state: Any
+    opt_state: PyTree
     base: Params | None
     ref_params: Params | None
-    num_prompts_drawn: jax.Array
+    num_prompts_drawn: Int[jax.Array, ""]
     pending: GroupBuffer | None
     next_batch: Batch | None = None
     hyperparams: Hyperparams | None = None
@@ -137,5 +155,7 @@ class TrainState:
 
 
 def join_params(base: Params | None, trained: Params) -> Params:
-    """Frozen and trained weights, which have no leaf in common, as one tree."""
-    return trained if base is None else unflatten_dict({**flatten_dict(base), **flatten_dict(trained)})
+    """Merge frozen and trained weights, which have no leaf in common, into one tree."""
+    if base is None:
+        return trained
+    return unflatten_dict({**flatten_dict(base), **flatten_dict(trained)})

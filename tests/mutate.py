@@ -75,14 +75,14 @@ BUGS = [
         "stop token not trained",
         "grpo_jax/rollout/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~job.ends(column.token_B)).astype(jnp.float32)",
+        "(live_B & ~ctx.is_stop(column.token_B)).astype(jnp.float32)",
         "tests/test_rollout.py",
     ),
     (
         "a refilled row keeps its first prompt",
         "grpo_jax/rollout/decoding.py",
-        "prompt_R = of_R // G",
-        "prompt_R = jnp.arange(R) // G",
+        "prompt_W = completion_W // ctx.group_size",
+        "prompt_W = jnp.arange(len(completion_W)) // ctx.group_size",
         "tests/test_rollout.py",
     ),
     (
@@ -277,8 +277,8 @@ BUGS = [
     (
         "no correction for the number of comparisons",
         "grpo_jax/analysis/statistics.py",
-        "np.arange(len(p_K), 0, -1) * p_K[order]",
-        "p_K[order]",
+        "np.arange(len(p_values), 0, -1) * p_values[order]",
+        "p_values[order]",
         "tests/test_statistics.py -k holm",
     ),
     (

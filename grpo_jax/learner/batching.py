@@ -1,46 +1,57 @@
-"""How a batch is cut for the update: into microbatches, and to the length that their completions really have."""
+"""Batches as the update reads them: in microbatches, and at the length that their completions really have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int, Shaped
 
 from grpo_jax.types import Prompts, Rollout
 
+Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
-def split_microbatches(tree: Any, rollout: Rollout, num_microbatches: int) -> Any:
-    """Cut [P, G, ...] leaves into [num_microbatches, p, g, ...]: by groups, and within groups once P is used up.
 
-    A group's prompt is then repeated for each part of it. Leaves of `Prompts` are [P, ...] without G.
+def split_microbatches(tree: Tree, rollout: Rollout, num_microbatches: int) -> Tree:
+    """Split [P, G, ...] leaves into microbatches: by groups, and within groups once P is used up.
+
+    Args:
+      tree: leaves [P, G, ...], but [P, ...] inside of `Prompts`. A group that is split has its prompt in each of its pieces.
+      rollout: gives P and G.
+      num_microbatches: a divisor of P, or P times a divisor of G.
+    Returns: the tree, its leaves [num_microbatches, prompts, completions of each, ...].
     """
     P, G = rollout.tokens_PGT.shape[:2]
-    parts = max(1, num_microbatches // P)  # of each group
+    # Whole groups come first, for each piece of a group runs its prompt through the layers once more. Advantages are computed
+    # before: no group statistic is taken of a piece.
+    pieces = max(1, num_microbatches // P)  # of each group
 
-    def cut_prompts(x):
-        return jnp.repeat(x, parts, axis=0).reshape(num_microbatches, P * parts // num_microbatches, *x.shape[1:])
+    def split_prompts(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, pieces, axis=0).reshape(num_microbatches, P * pieces // num_microbatches, *x.shape[1:])
 
-    def cut(x):
+    def split(x: jax.Array | Prompts) -> jax.Array | Prompts:
         if isinstance(x, Prompts):
-            return jax.tree.map(cut_prompts, x)
-        return x.reshape(num_microbatches, P * parts // num_microbatches, G // parts, *x.shape[2:])
+            return jax.tree.map(split_prompts, x)
+        return x.reshape(num_microbatches, P * pieces // num_microbatches, G // pieces, *x.shape[2:])
 
-    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Prompts))
+    return jax.tree.map(split, tree, is_leaf=_is_prompts)
 
 
-def length_order(mask_PGT):
-    """Groups by their longest completion, int[P]: neighbours need about the same width."""
+def length_order(mask_PGT: Shaped[jax.Array, "P G T"]) -> Int[jax.Array, " P"]:
+    """Sort groups by their longest completion: neighbours need about the same width."""
     return jnp.argsort(completion_lengths(mask_PGT).max(-1))
 
 
 def length_buckets(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
-    """The completion widths that the update is compiled for: bucket_tokens doubled until max_tokens (0: only the last).
+    """List the completion widths that the update is compiled for: bucket_tokens doubled until max_tokens (0: only the last).
 
-    >>> widths(300, 64), widths(6, 64), widths(300, 0)
+    >>> length_buckets(300, 64), length_buckets(6, 64), length_buckets(300, 0)
     ((64, 128, 256, 300), (6,), (300,))
     """
+    # Each width is a program to compile, so there should be few; doubled ones, beyond the first, are more than half full.
     shorter = []
     while 0 < bucket_tokens < max_tokens:
         shorter.append(bucket_tokens)
@@ -48,27 +59,42 @@ def length_buckets(max_tokens: int, bucket_tokens: int) -> tuple[int, ...]:
     return (*shorter, max_tokens)
 
 
-def run_at_bucket(function: Callable[[Any], Any], tree: Any, mask_PGT, choices: tuple[int, ...]) -> Any:
-    """function(tree cut to the least of `choices` that holds every real token). Compiled once for each choice.
+def run_at_bucket(
+    function: Callable[[Tree], Result], tree: Tree, mask_PGT: Shaped[jax.Array, "P G T"], choices: tuple[int, ...]
+) -> Result:
+    """Call a function on a tree that is truncated to the least width that holds every real token.
 
-    What is cut off is padding in every row, so the result is the same but for the order of sums; its shapes must not
-    depend on the width.
+    What is left out is padding in every row, so the result is the same but for the order of sums.
+
+    Args:
+      function: compiled once for each choice; the shapes of its result must not depend on the width.
+      tree: as `truncate_length` takes it. mask_PGT: > 0 on real tokens.
+      choices: widths in tokens, rising; the last is T.
+    Returns: function(truncated tree).
     """
     if len(choices) == 1:
         return function(tree)
+    # Lengths are data of a compiled program, so a switch on the device chooses; the update never waits for the host.
     place = (jnp.asarray(choices) < completion_lengths(mask_PGT).max()).sum()
     return jax.lax.switch(place, [lambda tree, width=width: function(truncate_length(tree, width)) for width in choices], tree)
 
 
-def truncate_length(tree: Any, width: int) -> Any:
-    """The first `width` completion slots of [P, G, T] leaves; others and prompts stay."""
+def truncate_length(tree: Tree, width: int) -> Tree:
+    """Keep the first `width` completion slots of [P, G, T] leaves; others and prompts stay."""
 
-    def cut(x):
-        return x if isinstance(x, Prompts) or x.ndim < 3 else x[:, :, :width]
+    def truncate(x: jax.Array | Prompts) -> jax.Array | Prompts:
+        if isinstance(x, Prompts) or x.ndim < 3:
+            return x
+        return x[:, :, :width]
 
-    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, Prompts))
+    return jax.tree.map(truncate, tree, is_leaf=_is_prompts)
 
 
-def completion_lengths(mask_PGT):
-    """Slots up to the last real token, int[P, G]."""
+def completion_lengths(mask_PGT: Shaped[jax.Array, "P G T"]) -> Int[jax.Array, "P G"]:
+    """Count the slots up to the last real token."""
     return ((mask_PGT > 0) * (jnp.arange(mask_PGT.shape[-1]) + 1)[None, None]).max(-1)
+
+
+def _is_prompts(x: object) -> bool:
+    """Stop at `Prompts`: their leaves have no axis G, and S is not T."""
+    return isinstance(x, Prompts)

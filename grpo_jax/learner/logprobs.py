@@ -1,7 +1,7 @@
 """Hidden states -> log-probability of given tokens and entropy of the distribution, in chunks: never [B, T, V] in float32.
 
 The gradient is written by hand: d logp / d logits = onehot - p, recomputed chunk by chunk, so that neither direction keeps
-more than one [chunk, V] block of logits.
+more than one [C, V] block of logits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
@@ -18,29 +19,38 @@ from grpo_jax.rollout.sampling import Sampling, log_partition_and_entropy, suppo
 from grpo_jax.types import Params, Rollout
 
 
-def token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling: Sampling, chunk_tokens: int, cap: float | None):
-    """Log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
+def token_logprobs(
+    hidden_FD: Float[jax.Array, "F D"],
+    head_VD: Float[jax.Array, "V D"],
+    targets_F: Int[jax.Array, " F"],
+    support_F: Int[jax.Array, " F"] | None,
+    sampling: Sampling,
+    chunk_tokens: int,
+    cap: float | None,
+) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
+    """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
     Args:
-      hidden_ND: the state that predicts each target. head_VD: output matrix. targets_N: int32.
-      support_N: int32, how many tokens the sampler kept at each position, or None if it kept all.
+      hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
+      support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
       cap: of the logits, as in `head_logits`.
-    Returns: (logp_N, entropy_N), float32 nats. Gradient flows through logp_N to hidden and head; none through entropy_N.
+    Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
     """
-    num = len(targets_N)
+    num = len(targets_F)
     chunk = min(chunk_tokens, num)
     padding = -num % chunk
 
-    def cut(x):
-        return None if x is None else jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    logp, entropy = _chunked(sampling, cap, cut(hidden_ND), head_VD, cut(targets_N), cut(support_N))  # pyright: ignore[reportGeneralTypeIssues]
+    hidden, targets, support = jax.tree.map(split, (hidden_FD, targets_F, support_F))  # None stays None
+    logp, entropy = _chunked(sampling, cap, hidden, head_VD, targets, support)  # pyright: ignore[reportGeneralTypeIssues]
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
 
-def _logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
-    """Tempered logits [C, V] and which of them are in the support (None: all)."""
+def _chunk_logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
+    """Compute logits [C, V], divided by the temperature, and the tokens in the support (None: all)."""
     logits_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
     if not sampling.is_cut:
         return logits_CV, None
@@ -53,9 +63,11 @@ def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, su
 
 
 def _forward(sampling, cap, hidden, head_VD, targets, support):
+    """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
+
     def chunk(_, xs):
         hidden_CD, targets_C, support_C = xs
-        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
+        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
         log_z_C, entropy_C = log_partition_and_entropy(logits_CV, keep_CV)
         logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
         return None, (logp_C, entropy_C, log_z_C)
@@ -65,18 +77,22 @@ def _forward(sampling, cap, hidden, head_VD, targets, support):
 
 
 def _backward(sampling, cap, residuals, cotangents):
+    """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
     hidden, head_VD, targets, support, log_z = residuals
     d_logp, _ = cotangents  # entropy carries no gradient
 
     def chunk(d_head_VD, xs):
         hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
-        logits_CV, keep_CV = _logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
+        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        p_CV = p_CV if keep_CV is None else jnp.where(keep_CV, p_CV, 0.0)
+        if keep_CV is not None:
+            p_CV = jnp.where(keep_CV, p_CV, 0.0)
         is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
         if cap is not None:  # the slope of tanh
             d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
+        # Both products take the compute dtype's factors, as the forward pass does. The head's gradient is a sum over all
+        # chunks, so it is carried in float32: in bfloat16 later chunks would be rounded away.
         d_logits_CV = d_logits_CV.astype(head_VD.dtype)
         d_hidden_CD = jnp.einsum("cv,vd->cd", d_logits_CV, head_VD)
         d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
@@ -90,15 +106,24 @@ def _backward(sampling, cap, residuals, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-def policy_logprobs(model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int):
-    """-> (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
+def policy_logprobs(
+    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
+    """Compute the log-probability of each completion token under the policy, and the entropy of its distribution.
 
     Each prompt runs through the layers once for its whole group.
+
+    Args:
+      params: all weights of the policy. rollout: G completions of each of P prompts.
+      sampling: the settings that the rollout was sampled with, so that both speak of one distribution.
+      chunk_tokens: positions whose logits exist at a time.
+    Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
+    # The last token of a completion predicts nothing, so it is no input; a completion of one token has no input at all.
     if T == 1:
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
@@ -109,13 +134,13 @@ def policy_logprobs(model: ModelDef, params: Params, rollout: Rollout, sampling:
         later = [later_BTD]
     # The prompt's last state predicts the first token.
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
-    logp_N, entropy_N = token_logprobs(
+    logp_F, entropy_F = token_logprobs(
         hidden_BTD.reshape(P * G * T, -1),
         decoder.head_VD,
         tokens_BT.reshape(-1),
-        None if rollout.support_PGT is None else rollout.support_PGT.reshape(-1),
+        jax.tree.map(lambda x: x.reshape(-1), rollout.support_PGT),  # None stays None
         sampling,
         chunk_tokens,
         decoder.logit_cap,
     )
-    return logp_N.reshape(P, G, T), entropy_N.reshape(P, G, T)
+    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)

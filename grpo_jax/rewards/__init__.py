@@ -1,1 +1,1 @@
-"""Completions -> worth: scorers, the worker processes they run in, and shaping."""
+"""Completions -> rewards: scorers, the worker processes they run in, and shaping."""

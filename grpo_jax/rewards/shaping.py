@@ -1,18 +1,29 @@
-"""What happens to a task's reward before the objective sees it; the task reward itself is kept beside it, untouched."""
+"""Changes of a task's reward before the objective sees it; the task reward itself is kept beside it, untouched."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key, Real
 
-from grpo_jax.types import Batch, Reward, Rollout
+from grpo_jax.types import Arrays, Batch, Reward, Rollout
 
 
-def soft_overlong(lengths, is_truncated, *, max_completion_tokens: int, cache_tokens: int):
-    """Soft overlong punishment in [-1, 0], added to the reward (DAPO, arXiv 2503.14476, eq. 13). Lengths in tokens.
+def soft_overlong(
+    lengths: Real[Arrays, "*axes"],
+    is_truncated: Bool[Arrays, "*axes"],
+    *,
+    max_completion_tokens: int,
+    cache_tokens: int,
+) -> Float[jax.Array, "*axes"]:
+    """Compute the soft overlong punishment, which is added to the reward (DAPO, arXiv 2503.14476, eq. 13).
 
     0 up to L_max - L_cache, then linear down to -1 at L_max; -1 for a completion that hit L_max without a stop token.
-    cache_tokens = 0: no punishment at all.
+
+    Args:
+      lengths: tokens. is_truncated: True where a completion has no stop token.
+      max_completion_tokens: L_max. cache_tokens: L_cache; 0: no punishment at all.
+    Returns: float32 in [-1, 0].
     """
     if cache_tokens == 0:
         return jnp.zeros_like(lengths, dtype=jnp.float32)
@@ -20,21 +31,30 @@ def soft_overlong(lengths, is_truncated, *, max_completion_tokens: int, cache_to
     return jnp.where(is_truncated, -1.0, -jnp.clip(beyond, 0.0, 1.0))
 
 
-def is_informative(task_reward_PG):
-    """bool[P]: the group's rewards differ, so it says something about what is better (DAPO, arXiv 2503.14476, eq. 11)."""
+def is_informative(task_reward_PG: Real[Arrays, "P G"]) -> Bool[Arrays, " P"]:
+    """Tell which groups have task rewards that differ, so that they say what is better (DAPO, arXiv 2503.14476, eq. 11)."""
     return task_reward_PG.max(-1) > task_reward_PG.min(-1)
 
 
-def shuffle_rewards(reward: Reward, key) -> Reward:
-    """The control experiment: the same rewards, handed to the wrong rows (permuted over the whole batch)."""
+def shuffle_rewards(reward: Reward, key: Key[jax.Array, ""]) -> Reward:
+    """Permute the rewards over the whole batch: a control experiment, in which reward says nothing about a completion."""
+    # One key for both arrays is one permutation for both, so that a row's task reward and shaping stay together.
     task_PG, shaping_PG = (
         jax.random.permutation(key, x_PG.reshape(-1)).reshape(x_PG.shape) for x_PG in (reward.task_PG, reward.shaping_PG)
     )
     return Reward(task_PG, shaping_PG, reward.metrics)
 
 
-def make_batch(rollout: Rollout, reward: Reward, step, *, max_completion_tokens: int, cache_tokens: int) -> Batch:
-    """Rollout + reward -> Batch, the shaped reward beside the task's. step: whose policy sampled it."""
+def make_batch(
+    rollout: Rollout, reward: Reward, step: int | Int[Arrays, ""], *, max_completion_tokens: int, cache_tokens: int
+) -> Batch:
+    """Join a rollout and its reward, with the shaped reward beside the task's.
+
+    Args:
+      rollout: of P prompts. reward: [P, G]. step: the update whose policy sampled it.
+      max_completion_tokens, cache_tokens: those of `soft_overlong`.
+    Returns: a Batch of float32 rewards.
+    """
     lengths_PG = rollout.mask_PGT.sum(-1)
     punishment_PG = soft_overlong(
         lengths_PG, rollout.is_truncated_PG, max_completion_tokens=max_completion_tokens, cache_tokens=cache_tokens

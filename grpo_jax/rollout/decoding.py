@@ -1,16 +1,19 @@
-"""The loops that draw tokens until every completion has ended: all side by side, or few rows that take one after another.
+"""The loops that draw tokens until every completion has ended.
 
-Token t of completion b is drawn with fold_in(its key, t) in both, so they draw the same tokens.
+`decode_batched` decodes all completions side by side. `decode_continuous` has a few rows, and each takes the next completion
+as soon as its own has ended. Token t of completion b is drawn with fold_in(its key, t) in both, so they draw the same tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int, Key
 
 from grpo_jax.models.attention import KVCache, Prefix
 from grpo_jax.models.linear import head_logits
@@ -18,20 +21,30 @@ from grpo_jax.models.transformer import Decoder
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
 
-MIN_SLOTS_TO_GROW = 64  # so many slots of a cache are not worth a loop of their own
-REFILL_FRACTION = 8  # rows are refilled when one of so many has ended: then each row's prompt is copied to it
+MIN_SLOTS_TO_GROW = 64  # a cache of no more slots is not worth a second loop
+REFILL_FRACTION = 8  # rows are refilled when 1 in 8 has ended, since every refill copies the prompts of all rows
 
 
 @flax.struct.dataclass
 class Completions:
-    """What has been drawn, B rows of T slots: blank (pad_id, zeros) where nothing was. is_done_B: ended by a stop token."""
+    """B completions of up to T tokens; pad_id and zeros where no token has been drawn.
+
+    drawn: a Draw whose arrays are [B, T]. mask_BT: float32, 1 on drawn tokens. is_done_B: ended by a stop token.
+    """
 
     drawn: Draw
-    mask_BT: Any
-    is_done_B: Any
+    mask_BT: Float[jax.Array, "B T"]
+    is_done_B: Bool[jax.Array, " B"]
 
     @classmethod
     def blank(cls, num_rows: int, num_tokens: int, pad_id: int) -> Completions:
+        """Make room for tokens, none drawn yet.
+
+        Args:
+          num_rows: B. num_tokens: T.
+          pad_id: the token of every empty slot.
+        Returns: Completions with an empty mask.
+        """
         shape = (num_rows, num_tokens)
         drawn = Draw(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
         return cls(drawn, jnp.zeros(shape), jnp.zeros(num_rows, bool))
@@ -39,38 +52,63 @@ class Completions:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeContext:
-    """What both loops work on: B = P * G completions of P encoded prompts. layers: unstacked. keys_B: a key of each."""
+    """Everything that stays the same while B = P * G completions of P encoded prompts are decoded.
+
+    layers: the weights of each layer, unstacked. first_logits_PV: float32, of the token after each prompt. keys_B: a random
+    key of each completion.
+    """
 
     decoder: Decoder
-    layers: list[Any]
-    head_VD: Any
+    layers: list[nnx.State]
+    head_VD: Float[jax.Array, "V D"]
     prefix: Prefix
-    first_logits_PV: Any
-    keys_B: Any
+    first_logits_PV: Float[jax.Array, "P V"]
+    keys_B: Key[jax.Array, " B"]
     sampling: Sampling
     stop_ids: tuple[int, ...]
     pad_id: int
     max_completion_tokens: int
 
-    def draw(self, logits_BV, keys_B, t) -> Draw:
-        """Token t of each row (one t for all, or one each)."""
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt, G."""
+        return len(self.keys_B) // len(self.first_logits_PV)
+
+    def draw(self, logits_BV: Float[jax.Array, "B V"], keys_B: Key[jax.Array, " B"], t: int | Int[jax.Array, " *B"]) -> Draw:
+        """Draw token t of each row.
+
+        Args:
+          logits_BV: of that token. keys_B: the key of each row's completion.
+          t: the token's number in its completion, one for all rows or one for each.
+        Returns: a Draw, [B].
+        """
         t_B = jnp.broadcast_to(t, keys_B.shape)
         return draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, t_B), self.sampling)
 
-    def next_logits(self, caches: list[KVCache], last_B, slot, prefix: Prefix) -> tuple[Any, list[KVCache]]:
-        """After the token `last_B`, which goes to `slot` of the caches (`Decoder.decode_step`)."""
+    def next_logits(
+        self, caches: list[KVCache], last_B: Int[jax.Array, " B"], slot: Int[jax.Array, " *B"], prefix: Prefix
+    ) -> tuple[Float[jax.Array, "B V"], list[KVCache]]:
+        """Compute the logits of the token after `last_B`.
+
+        Args:
+          caches: keys and values of each layer. last_B: the last token of each row, which `slot` of the caches takes.
+          slot: one for all rows, or one for each. prefix: the rows' prompts.
+        Returns: (float32 logits [B, V], the caches with `slot` filled).
+        """
         hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
         return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap), caches
 
-    def ends(self, token_B):
-        """bool: a stop token."""
+    def is_stop(self, token_B: Int[jax.Array, " B"]) -> Bool[jax.Array, " B"]:
+        """Tell which tokens end their completion."""
         return (token_B[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None]).any(-1)
 
     def empty_caches(self, num_rows: int, num_slots: int) -> list[KVCache]:
+        """Make the caches of all layers."""
         arch = self.decoder.arch
         return [KVCache.empty(num_rows, num_slots, arch, self.decoder.dtype)] * arch.num_layers
 
     def blank(self) -> Completions:
+        """Make the completions before anything is drawn."""
         return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.pad_id)
 
 
@@ -79,49 +117,60 @@ class DecodeContext:
 
 @flax.struct.dataclass
 class _BatchedState:
-    """The loop's state: columns up to `t` are filled."""
+    """The loop's state. t: int32, the columns of `done` before it are filled. caches: one for each layer."""
 
-    t: Any
+    t: Int[jax.Array, ""]
     done: Completions
     caches: list[KVCache]
 
 
 def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
-    """Slots of the caches as a rollout goes on: half of them first, for attention costs what there is, not what is filled."""
+    """Slots of the caches, one number for each loop of a rollout: half of them first, then all."""
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
-    return (num_slots,) if num_slots <= MIN_SLOTS_TO_GROW else (-(-num_slots // 2), num_slots)
+    if num_slots <= MIN_SLOTS_TO_GROW:
+        return (num_slots,)
+    # Attention reads an empty slot like a filled one, so the first half of the steps gets caches of half the slots. Each size
+    # is one more loop to compile, with every layer in it: two, not more.
+    return -(-num_slots // 2), num_slots
 
 
 def decode_batched(ctx: DecodeContext) -> Completions:
-    """Every completion has a row of its own; the loop ends with the longest."""
+    """Decode all completions side by side, each in a row of its own, until the longest has ended."""
     B, T = len(ctx.keys_B), ctx.max_completion_tokens
-    G = B // len(ctx.first_logits_PV)
-
-    def record(carry: _BatchedState, new: Draw) -> _BatchedState:
-        """Write column t; rows that ended before it stay blank."""
-        done = carry.done
-        live_B = ~done.is_done_B
-        column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw(ctx.pad_id, 0.0, 0.0, 0))
-        done = Completions(
-            drawn=jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), done.drawn, column),
-            mask_BT=done.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
-            is_done_B=done.is_done_B | ctx.ends(column.token_B),
-        )
-        return dataclasses.replace(carry, t=carry.t + 1, done=done)
-
-    def step(carry: _BatchedState) -> _BatchedState:
-        last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
-        logits_BV, caches = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
-        return record(dataclasses.replace(carry, caches=caches), ctx.draw(logits_BV, ctx.keys_B, carry.t))
-
     sizes = cache_sizes(T)
+    # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
+    # must have that type already, or the loop's carry would change its type on the way.
     carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), ctx.empty_caches(B, sizes[0])), ctx.prefix.lengths_P)
-    carry = record(carry, ctx.draw(jnp.repeat(ctx.first_logits_PV, G, axis=0), ctx.keys_B, 0))
+    carry = _write_column(ctx, carry, ctx.draw(jnp.repeat(ctx.first_logits_PV, ctx.group_size, axis=0), ctx.keys_B, 0))
     for num_slots in sizes:
         carry = dataclasses.replace(carry, caches=[cache.pad_to(num_slots) for cache in carry.caches])
-        end = min(num_slots + 1, T)
-        carry = jax.lax.while_loop(lambda c, end=end: (c.t < end) & ~c.done.is_done_B.all(), step, carry)
+        end = min(num_slots + 1, T)  # a cache holds all tokens but the one that was drawn last
+        carry = jax.lax.while_loop(
+            lambda c, end=end: (c.t < end) & ~c.done.is_done_B.all(), lambda c: _step_batched(ctx, c), carry
+        )
     return carry.done
+
+
+def _step_batched(ctx: DecodeContext, carry: _BatchedState) -> _BatchedState:
+    """Draw one more token in every row."""
+    last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
+    logits_BV, caches = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
+    return _write_column(ctx, dataclasses.replace(carry, caches=caches), ctx.draw(logits_BV, ctx.keys_B, carry.t))
+
+
+def _write_column(ctx: DecodeContext, carry: _BatchedState, new: Draw) -> _BatchedState:
+    """Write column t of the completions; rows that ended before it stay blank."""
+    done = carry.done
+    # Rows that have ended are decoded on, for shapes are static. What is drawn for them is replaced before it is written, so
+    # that slots behind a stop token hold pad_id and zeros. The stop token itself is still live: it is trained on.
+    live_B = ~done.is_done_B
+    column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw._make((ctx.pad_id, 0.0, 0.0, 0)))
+    done = Completions(
+        drawn=jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), done.drawn, column),
+        mask_BT=done.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
+        is_done_B=done.is_done_B | ctx.is_stop(column.token_B),
+    )
+    return dataclasses.replace(carry, t=carry.t + 1, done=done)
 
 
 # ------------------------------------------------------------------------------------------------- one after the other
@@ -129,78 +178,104 @@ def decode_batched(ctx: DecodeContext) -> Completions:
 
 @flax.struct.dataclass
 class _ContinuousState:
-    """The loops' state, of R rows. next: the first completion that waits. of_R: the completion that a row is at, B where none
-    is left. t_R: tokens it has. last_R: the last of them. is_free_R: it has ended.
+    """The loops' state, of W rows.
+
+    next_completion: the first one that waits. completion_W: the one that a row decodes, B where none is left. t_W: tokens
+    that it has. last_W: the last of them. is_free_W: it has ended. caches: one for each layer.
     """
 
-    next: Any
-    of_R: Any
-    t_R: Any
-    last_R: Any
-    is_free_R: Any
+    next_completion: Int[jax.Array, ""]
+    completion_W: Int[jax.Array, " W"]
+    t_W: Int[jax.Array, " W"]
+    last_W: Int[jax.Array, " W"]
+    is_free_W: Bool[jax.Array, " W"]
     done: Completions
     caches: list[KVCache]
 
 
+class _RowInputs(NamedTuple):
+    """Inputs of W rows, from one refill to the next: each row has its own copy of its prompt, its first logits and its key."""
+
+    prefix: Prefix
+    first_logits_WV: Float[jax.Array, "W V"]
+    keys_W: Key[jax.Array, " W"]
+
+
 def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
-    """R = num_rows completions at a time, R < B. Rows that end take the next that wait: a long one idles its own row only.
+    """Decode num_rows completions at a time. A row that ends takes the next that waits: a long one delays its own row only.
 
-    Caches are R rows instead of B. Rows of one prompt begin at different times and no longer stand together: each has a copy
-    of its prompt's keys and values, made anew when rows are refilled.
+    Caches are num_rows rows instead of B. Rows of one prompt begin at different times and are no longer neighbours: each has a
+    copy of its prompt's keys and values, made anew when rows are refilled. num_rows must be less than B.
     """
-    B, R, T = len(ctx.keys_B), num_rows, ctx.max_completion_tokens
-    G = B // len(ctx.first_logits_PV)
-
-    def refill(carry: _ContinuousState) -> _ContinuousState:
-        """Free rows take what waits, in its order."""
-        rank_R = jnp.cumsum(carry.is_free_R) - 1
-        of_R = jnp.where(carry.is_free_R, jnp.minimum(carry.next + rank_R, B), carry.of_R)
-        return dataclasses.replace(
-            carry,
-            next=jnp.minimum(carry.next + carry.is_free_R.sum(), B),
-            of_R=of_R,
-            t_R=jnp.where(carry.is_free_R, 0, carry.t_R),
-            is_free_R=of_R == B,
-        )
-
-    def step(carry: _ContinuousState, prefix: Prefix, first_logits_RV, keys_R) -> _ContinuousState:
-        """One token more in every row that is not free; a row's first comes of its prompt."""
-        slot_R = jnp.maximum(carry.t_R - 1, 0)
-        logits_RV, caches = ctx.next_logits(carry.caches, carry.last_R, slot_R, prefix)
-        new = ctx.draw(jnp.where(carry.t_R[:, None] == 0, first_logits_RV, logits_RV), keys_R, carry.t_R)
-        to_R = jnp.where(carry.is_free_R, B, carry.of_R)  # row B is none: it is dropped
-        done, is_stop_R = carry.done, ctx.ends(new.token_B)
-        done = Completions(
-            drawn=jax.tree.map(lambda old_BT, x_R: old_BT.at[to_R, carry.t_R].set(x_R, mode="drop"), done.drawn, new),
-            mask_BT=done.mask_BT.at[to_R, carry.t_R].set(1.0, mode="drop"),
-            is_done_B=done.is_done_B.at[to_R].set(is_stop_R, mode="drop"),
-        )
-        t_R = carry.t_R + ~carry.is_free_R
-        is_free_R = carry.is_free_R | is_stop_R | (t_R == T)
-        return _ContinuousState(carry.next, carry.of_R, t_R, new.token_B, is_free_R, done, caches)
-
-    def decode_until_refill(carry: _ContinuousState) -> _ContinuousState:
-        """Refill, and decode until it is worth refilling again, or to the end if nothing waits."""
-        carry = refill(carry)
-        of_R = jnp.minimum(carry.of_R, B - 1)
-        prompt_R = of_R // G
-        prefix = jax.tree.map(lambda x: x[prompt_R], dataclasses.replace(ctx.prefix, cache=None))
-        prefix = dataclasses.replace(prefix, cache=jax.tree.map(lambda x: x[:, prompt_R], ctx.prefix.cache))
-        first_logits_RV, keys_R = ctx.first_logits_PV[prompt_R], ctx.keys_B[of_R]
-        most_free = jnp.where(carry.next < B, -(-R // REFILL_FRACTION), R)
-        return jax.lax.while_loop(
-            lambda c: c.is_free_R.sum() < most_free, lambda c: step(c, prefix, first_logits_RV, keys_R), carry
-        )
-
-    zeros_R = jnp.zeros(R, jnp.int32)
+    B = len(ctx.keys_B)
+    zeros_W = jnp.zeros(num_rows, jnp.int32)
     carry = _ContinuousState(
-        next=jnp.int32(0),
-        of_R=zeros_R,
-        t_R=zeros_R,
-        last_R=zeros_R,
-        is_free_R=jnp.ones(R, bool),
+        next_completion=jnp.int32(0),
+        completion_W=zeros_W,
+        t_W=zeros_W,
+        last_W=zeros_W,
+        is_free_W=jnp.ones(num_rows, bool),  # so that the first refill gives every row its first completion
         done=ctx.blank(),
-        caches=ctx.empty_caches(R, cache_sizes(T)[-1]),
+        caches=ctx.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens)[-1]),
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)
-    return jax.lax.while_loop(lambda c: (c.next < B) | ~c.is_free_R.all(), decode_until_refill, carry).done
+    return jax.lax.while_loop(
+        lambda c: (c.next_completion < B) | ~c.is_free_W.all(), lambda c: _decode_until_refill(ctx, c), carry
+    ).done
+
+
+def _decode_until_refill(ctx: DecodeContext, carry: _ContinuousState) -> _ContinuousState:
+    """Refill, and decode until it is worth refilling again, or to the end if nothing waits."""
+    B, W = len(ctx.keys_B), len(carry.t_W)
+    carry = _refill(carry, B)
+    inputs = _gather_row_inputs(ctx, carry.completion_W)
+    # A refill copies prompts and a free row draws for nothing: waiting until a few rows are free keeps both small.
+    most_free = jnp.where(carry.next_completion < B, -(-W // REFILL_FRACTION), W)
+    return jax.lax.while_loop(lambda c: c.is_free_W.sum() < most_free, lambda c: _step_continuous(ctx, inputs, c), carry)
+
+
+def _refill(carry: _ContinuousState, num_completions: int) -> _ContinuousState:
+    """Give free rows the completions that wait, in their order."""
+    B = num_completions
+    rank_W = jnp.cumsum(carry.is_free_W) - 1
+    completion_W = jnp.where(carry.is_free_W, jnp.minimum(carry.next_completion + rank_W, B), carry.completion_W)
+    # The caches need no clearing: a row that begins again at slot 0 sees no slot beyond the one it has just written.
+    return dataclasses.replace(
+        carry,
+        next_completion=jnp.minimum(carry.next_completion + carry.is_free_W.sum(), B),
+        completion_W=completion_W,
+        t_W=jnp.where(carry.is_free_W, 0, carry.t_W),
+        is_free_W=completion_W == B,
+    )
+
+
+def _gather_row_inputs(ctx: DecodeContext, completion_W: Int[jax.Array, " W"]) -> _RowInputs:
+    """Copy to each row what its completion's prompt has."""
+    completion_W = jnp.minimum(completion_W, len(ctx.keys_B) - 1)  # a row without one needs some index; it writes nothing
+    prompt_W = completion_W // ctx.group_size
+    prefix = jax.tree.map(lambda x: x[prompt_W], dataclasses.replace(ctx.prefix, cache=None))
+    # The caches have the layers before the prompts.
+    prefix = dataclasses.replace(prefix, cache=jax.tree.map(lambda x: x[:, prompt_W], ctx.prefix.cache))
+    return _RowInputs(prefix, ctx.first_logits_PV[prompt_W], ctx.keys_B[completion_W])
+
+
+def _step_continuous(ctx: DecodeContext, inputs: _RowInputs, carry: _ContinuousState) -> _ContinuousState:
+    """Draw one more token in every row that is not free."""
+    B = len(ctx.keys_B)
+    # A row's first token comes of its prompt's logits. What the decoder computes for it in that step, from the last token of
+    # the completion before, is not used, and slot 0 is written again in the next step, before anything reads it.
+    slot_W = jnp.maximum(carry.t_W - 1, 0)
+    logits_WV, caches = ctx.next_logits(carry.caches, carry.last_W, slot_W, inputs.prefix)
+    logits_WV = jnp.where(carry.t_W[:, None] == 0, inputs.first_logits_WV, logits_WV)
+    new = ctx.draw(logits_WV, inputs.keys_W, carry.t_W)
+    # Row B does not exist and mode="drop" leaves its writes out: no spare row, and no select over [B, T] at every token.
+    to_W = jnp.where(carry.is_free_W, B, carry.completion_W)
+    done, is_stop_W = carry.done, ctx.is_stop(new.token_B)
+    done = Completions(
+        drawn=jax.tree.map(lambda old_BT, x_W: old_BT.at[to_W, carry.t_W].set(x_W, mode="drop"), done.drawn, new),
+        mask_BT=done.mask_BT.at[to_W, carry.t_W].set(1.0, mode="drop"),
+        is_done_B=done.is_done_B.at[to_W].set(is_stop_W, mode="drop"),
+    )
+    t_W = carry.t_W + ~carry.is_free_W
+    is_free_W = carry.is_free_W | is_stop_W | (t_W == ctx.max_completion_tokens)
+    return _ContinuousState(carry.next_completion, carry.completion_W, t_W, new.token_B, is_free_W, done, caches)

@@ -35,7 +35,10 @@ class Function(NamedTuple):
 
 
 def load(path: str, settings: Mapping[str, Any]) -> Function:
-    """Import "package.module:function". Raises whatever the import raises, and TypeError for what is no scorer."""
+    """Import "package.module:function" and bind its settings.
+
+    Raises whatever the import raises, and TypeError for what is no scorer.
+    """
     module, _, name = path.partition(":")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
@@ -55,7 +58,9 @@ def pack(message: Any) -> bytes:
 def serve(scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb: int, parent_pid: int) -> None:
     """Answer frames from file descriptor 0 until it ends; the body of a worker process, never returns.
 
-    scorers: name -> ("module:function", settings). memory_limit_mb: beyond what the imports take; 0: none.
+    Args:
+      scorers: name -> ("module:function", settings).
+      memory_limit_mb: MiB beyond what the imports take; 0: no limit. parent_pid: the process to end with.
     """
     _die_with_parent(parent_pid)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -73,6 +78,7 @@ def serve(scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb:
                 _send(replies, (None, f"{path}: {_describe(error)}"))
                 os._exit(1)
         _send(replies, ({name: function.is_batch for name, function in functions.items()}, ""))
+        # After the imports: the limit is for what a scorer does with an answer, not for the size of its libraries.
         if memory_limit_mb:
             _limit_memory(memory_limit_mb)
         while (frame := _read_frame(requests)) is not None:
@@ -83,6 +89,8 @@ def serve(scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb:
 
 
 def _score(functions: Mapping[str, Function], frame: bytes) -> tuple[list[float], str]:
+    """Run one job -> (scores, ""), or ([], error in one line)."""
+    # Unpickling is inside the try too: it imports what the item's objects are made of, and a failure is that job's error.
     try:
         name, item, completions = pickle.loads(frame)
         function = functions[name]
@@ -95,6 +103,8 @@ def _score(functions: Mapping[str, Function], frame: bytes) -> tuple[list[float]
 
 
 def _as_score(value: Any) -> float:
+    """Turn what a scorer returned into a float that float32 can hold. Raises TypeError or ValueError if it is none."""
+    # float("0.5") would pass, but a scorer that returns text has returned the wrong thing.
     if isinstance(value, str | bytes):
         raise TypeError(f"the scorer returned {value!r:.80}, not a number")
     score = float(value)
@@ -104,7 +114,8 @@ def _as_score(value: Any) -> float:
 
 
 def _limit_memory(limit_mb: int) -> None:
-    """Have allocations fail beyond what is in use now and `limit_mb` more (Linux, where that can be read)."""
+    """Let allocations fail beyond what is in use now and `limit_mb` more (Linux, where that can be read)."""
+    # An allocation that fails is a MemoryError of this job; without a limit the kernel might end the trainer instead.
     status = Path("/proc/self/statm")
     if status.exists():
         import resource
@@ -125,7 +136,9 @@ def _read_frame(stream: io.BufferedIOBase) -> bytes | None:
         return None
     (length,) = HEADER.unpack(header)
     body = stream.read(length)
-    return body if len(body) == length else None
+    if len(body) < length:
+        return None
+    return body
 
 
 def _send(stream: io.BufferedIOBase, message: Any) -> None:
@@ -134,7 +147,7 @@ def _send(stream: io.BufferedIOBase, message: Any) -> None:
 
 
 def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process when its parent ends, however it ends (Linux; elsewhere end-of-file has to do).
+    """Ask the kernel to end this process when its parent ends, however it ends (Linux; elsewhere end-of-file has to do).
 
     A worker stuck in its scorer does not read its pipe, so it would never notice a parent that was killed.
     """

@@ -23,6 +23,7 @@ class Worker:
     def __init__(
         self, scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb: int, selector: selectors.BaseSelector
     ) -> None:
+        # The worker imports what this process can import: the same sys.path, in which an empty entry means the current folder.
         path = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
         setup = f"import sys; sys.path[:] = {path!r}; from grpo_jax.rewards.pool.serve import serve"
         command = [sys.executable, "-c", f"{setup}; serve({dict(scorers)!r}, {memory_limit_mb}, {os.getpid()})"]
@@ -38,12 +39,14 @@ class Worker:
         self.is_ready = False
         self.index: int | None = None
         self.since = time.monotonic()
+        # One thread serves all workers, so no pipe may make it wait: a hung worker does not read a frame larger than its pipe.
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
         selector.register(self._stdout, selectors.EVENT_READ, self)
 
     @property
     def is_idle(self) -> bool:
+        """True if a job can be sent."""
         return self.is_ready and self.index is None
 
     def send(self, index: int, frame: bytes) -> bool:
@@ -70,7 +73,7 @@ class Worker:
             self._selector.unregister(self._stdin)
 
     def receive(self) -> tuple[Any, str] | None:
-        """The next message if it has arrived whole. Raises EOFError if the process has ended."""
+        """Return the next message if all of it has arrived, else None. Raises EOFError if the process has ended."""
         try:
             data = os.read(self._stdout.fileno(), 1 << 16)
         except BlockingIOError:
@@ -96,6 +99,7 @@ class Worker:
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
             pipe.close()
+        # Listed before the kill: afterwards the children have another parent and could not be found.
         children = _descendants(self._process.pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, and so has all it started
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -106,7 +110,7 @@ class Worker:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The processes below one (Linux; none elsewhere, where those in its group have to do)."""
+    """List the processes below one (Linux; none elsewhere, where only those of its group are ended)."""
     parents: dict[int, list[int]] = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended a moment ago

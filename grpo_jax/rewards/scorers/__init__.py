@@ -1,11 +1,11 @@
-"""What judges completions, in processes of their own.
+"""Scorers of completions, which run in processes of their own.
 
 A scorer is a function `f(completion: str, item: dict, **settings) -> float`, or one for all completions of a prompt,
 `f(completions: list[str], item: dict, **settings) -> list[float]`; the name of the first parameter tells which. `item` is
 the prompt's row of data, its final answer under "answer".
 
 One module per library. It imports what it needs at its top, since a time limit runs from when the module is there; and
-none of it is JAX, for which a process that compares answers should not wait. So this is not in `tasks/`.
+none of it is JAX, for which a process that compares answers should not wait. So they are not in `tasks/`.
 """
 
 # The parts that config.reward knows by a short name; `length` is counted where the tokens are.

@@ -1,4 +1,4 @@
-"""Where a text says what its answer is. Pure, and linear in the text's length: it runs on whatever a model writes."""
+"""The answer that a text gives. Pure, and linear in the text's length: it runs on whatever a model writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:/\d
 
 
 def final_answer(text: str) -> str:
-    """The answer a text ends on, normalised; "" for none.
+    """Find the answer a text ends on, normalised; "" for none.
 
     The last <answer>...</answer>, else the last balanced \\boxed{...}, else the line after the last `####`, else the
     last number, else all of the text.
@@ -22,30 +22,41 @@ def final_answer(text: str) -> str:
     marked = marked_answer(text)
     if marked is not None:
         return normalise_answer(marked)
-    numbers = _NUMBER.findall(text.replace("\u2212", "-"))
-    return normalise_answer(numbers[-1] if numbers else text)
+    numbers = _NUMBER.findall(text.replace("\u2212", "-"))  # the minus sign of typeset mathematics
+    return normalise_answer((numbers or [text])[-1])
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a text marks as such, as it stands there; None if there is no mark."""
+    """Find the answer that a text marks as such, unchanged; None if there is no mark."""
     tagged = tagged_answer(text)
-    inside = boxed_answer(text if tagged is None else tagged)
-    if inside is not None or tagged is not None:
-        return tagged if inside is None else inside
+    # A box inside the tags is the answer; one outside of them belongs to the reasoning.
+    if tagged is not None:
+        boxed = boxed_answer(tagged)
+        return tagged if boxed is None else boxed
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
     _, mark, after = text.rpartition("####")
     lines = after.strip().splitlines()
-    return lines[0].strip() if mark and lines else None
+    if not mark or not lines:
+        return None
+    return lines[0].strip()
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands in the last <answer>...</answer>."""
+    """Find the text inside the last <answer>...</answer>."""
+    # From the end, by plain searches: a regular expression would go over the whole text for every tag that is never closed.
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+    if start < 0:
+        return None
+    return text[start + len("<answer>") : end].strip()
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{...} whose braces balance; of nested ones the innermost."""
+    """Find the text inside the last \\boxed{...} whose braces balance; of nested ones the innermost."""
+    # One pass with a stack of open braces. Braces nest, so no regular expression finds their end, and counting anew from each
+    # box would be quadratic in a text of many open ones.
     opened: list[tuple[int, bool]] = []
     last = None
     for match in _BRACES.finditer(text):
@@ -55,11 +66,13 @@ def boxed_answer(text: str) -> str | None:
             start, is_box = opened.pop()
             if is_box and (last is None or start > last[0]):
                 last = (start, match.start())
-    return None if last is None else text[last[0] : last[1]].strip()
+    if last is None:
+        return None
+    return text[last[0] : last[1]].strip()
 
 
 def normalise_answer(answer: str) -> str:
-    """Without dollar signs, thousands separators, a full stop at the end and superfluous white space."""
+    """Remove dollar signs, thousands separators, a full stop at the end and superfluous white space."""
     text = answer.replace("\u2212", "-").replace("\\$", "").replace("$", "").replace("{,}", ",").replace("\\!", "")
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     return " ".join(text.split()).removesuffix(".").rstrip()

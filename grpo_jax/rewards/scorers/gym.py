@@ -1,4 +1,4 @@
-"""What reasoning-gym says about an answer."""
+"""Scores of reasoning-gym's own generators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _generators: dict[str, ProceduralDataset] = {}  # kept, since some load word lis
 
 
 def reasoning_gym_score(completion: str, item: dict[str, Any]) -> float:
-    """`score_answer` of the item's generator, in [0, 1].
+    """Score an answer by `score_answer` of the item's generator, in [0, 1].
 
     item: what the generator returned, and `generator` (its name) and `settings`.
     The answer is the text inside the last <answer>...</answer>, or the stripped completion if there is none.
@@ -22,4 +22,6 @@ def reasoning_gym_score(completion: str, item: dict[str, Any]) -> float:
     if key not in _generators:
         _generators[key] = create_dataset(item["generator"], **item["settings"])
     answer = tagged_answer(completion)
-    return _generators[key].score_answer(completion.strip() if answer is None else answer, item)
+    if answer is None:
+        answer = completion.strip()
+    return _generators[key].score_answer(answer, item)
