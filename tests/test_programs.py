@@ -1,4 +1,4 @@
-"""Bad input to the programs: one clear line, status 2, nothing written."""
+"""The programs' --help, and bad input to them: one clear line, status 2, nothing written."""
 
 import pytest
 
@@ -30,3 +30,11 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
     status, output = programs.run("experiments.evaluate", f"--workdir={tmp_path}")
     assert status == 2
     assert "must be the folder of a training run" in output
+
+
+def test_help_says_what_the_program_does_and_lists_its_flags():
+    status, output = programs.run("experiments.evaluate", "--help")
+    assert status in (0, 1), output
+    assert output.startswith("Held-out success of a run, a model or an adapter, with 95 % intervals:\n\n    python -m")
+    for flag in ("--config:", "--workdir:", "--step:", "--out:"):
+        assert f"\n  {flag}" in output, flag

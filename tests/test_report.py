@@ -251,7 +251,7 @@ def test_legends_lie_within_the_picture_and_cover_no_curve(draw, num_settings):
 
 
 def test_unequal_seeds_are_listed_for_each_setting():
-    assert document.seeds_of(study_of({"grpo": GRPO[:3], "dapo": GRPO[:2]})) == "grpo: 3 (0, 1, 2); dapo: 2 (0, 1)"
+    assert document.list_seeds(study_of({"grpo": GRPO[:3], "dapo": GRPO[:2]})) == "grpo: 3 (0, 1, 2); dapo: 2 (0, 1)"
 
 
 def test_the_page_is_one_file_that_needs_nothing_else(sweep):
@@ -334,4 +334,4 @@ def test_the_readme_keeps_all_but_its_table(sweep, tmp_path):
     table = document.main_table(analyse(*load([sweep], METRIC), METRIC, None))
     assert readme.read_text() == f"{said}<!-- report:begin -->\n{table}<!-- report:end -->\nafter\n"
     assert table in (sweep / "report/report.md").read_text() + "\n"
-    assert document.with_table(readme.read_text(), table, "") == readme.read_text()
+    assert document.insert_table(readme.read_text(), table, "") == readme.read_text()

@@ -187,10 +187,10 @@ def test_a_thousand_completions_of_two_hundred_tokens_fit_in_5_mb(tmp_path):
 
 def test_more_than_that_leaves_out_steps_evenly(monkeypatch):
     rows = completions_of(num_steps=30, num_groups=2, group_size=2, num_tokens=10, pieces=["x"])
-    recorded = page_lib.by_step(list(rows))
-    assert page_lib.thinned(recorded) == recorded
+    recorded = page_lib.group_by_step(list(rows))
+    assert page_lib.thin_steps(recorded) == recorded
     monkeypatch.setattr(page_lib, "MAX_TOKENS", 400)  # a third of the 1200 there are
-    assert [step for step, _ in page_lib.thinned(recorded)] == [1, 4, 7, 11, 14, 17, 20, 24, 27, 30]
+    assert [step for step, _ in page_lib.thin_steps(recorded)] == [1, 4, 7, 11, 14, 17, 20, 24, 27, 30]
 
 
 def test_hostile_text_comes_out_as_it_went_in(tmp_path):

@@ -1,4 +1,4 @@
-"""What a variant makes of one group of completions, as numbers and as a picture: a cell for each token."""
+"""Advantages that a variant gives one group of completions, as numbers and as a picture: a cell for each token."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ Blue becomes more likely, orange less likely."""
 class Group:
     """Completions of one prompt, made up by hand.
 
-    rewards_B: 1 for a right one, 0 for a wrong one. lengths_B: tokens. entropy_BT: of the sampling policy, nats; what stands
-    behind a completion's end does not matter. budget: tokens that a completion may have.
+    rewards_B: float32, 1 for a right one, 0 for a wrong one. lengths_B: int, tokens. entropy_BT: float32, of the sampling
+    policy, nats; values behind a completion's end do not matter. budget: tokens that a completion may have.
     """
 
     rewards_B: np.ndarray
@@ -51,6 +51,7 @@ class Group:
 
     @property
     def mask_BT(self) -> np.ndarray:
+        """Mask of the completions' tokens, float32."""
         return (np.arange(self.entropy_BT.shape[1]) < self.lengths_B[:, None]).astype(np.float32)
 
 
@@ -71,7 +72,8 @@ EXAMPLE = Group(
 
 
 def credit(group: Group, variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (advantage, what multiplies a token's gradient on the first update: advantage * weight / denominator), both [B, T]."""
+    """Return float32 [B, T], the advantage, and the factor of a token's gradient: advantage * weight / denominator."""
+    # On the first update the ratio is 1 and nothing is clipped: the factor is all that a variant does, but for its KL penalty.
     obj, mask_BT = objectives.get(variant), group.mask_BT
     adv_BT = objectives.advantages(obj, group.rewards_B, mask_BT, group.entropy_BT, group_size=len(group.rewards_B))
     weight_BT, denom = objectives.weights(obj, mask_BT, max_completion_length=group.budget)
@@ -79,7 +81,7 @@ def credit(group: Group, variant: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(group: Group, variants: Sequence[str]) -> bytes:
-    """PNG: a row of panels for each variant, advantage on the left, gradient coefficient on the right; entropy on top."""
+    """Draw a PNG: panels for each variant, advantage on the left, gradient coefficient on the right; entropy on top."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from PIL import Image  # matplotlib brings it
@@ -92,6 +94,7 @@ def draw(group: Group, variants: Sequence[str]) -> bytes:
     axes[0, 0].set_title("Given: entropy of the sampling policy, nats", loc="left", fontsize=11)
     axes[0, 1].set_axis_off()
     axes[0, 1].text(0, 0.5, EXPLANATION.format(budget=group.budget), va="center", fontsize=10)
+    # One scale for all variants: a colour means the same in every row, or the rows could not be compared. White is 0.
     for variant, (left, right) in zip(variants, axes[1:], strict=True):
         adv_BT, coefficient_BT = credit(group, variant)
         heat(left, group, adv_BT, "{:+.2f}", credit_colours, -1.6, 1.6)
@@ -105,10 +108,20 @@ def draw(group: Group, variants: Sequence[str]) -> bytes:
 
 
 def heat(ax, group: Group, values_BT: np.ndarray, form: str, colours: Colormap, low: float, high: float) -> None:
-    """A cell for each token, its number written in it; nothing where there is no token."""
+    """Draw a cell for each token, its number written in it; nothing where there is no token.
+
+    Args:
+      ax: panel to draw in.
+      group: whose mask says where tokens are.
+      values_BT: float32 [B, T], the numbers.
+      form: format of a number.
+      colours: from `low` to `high`.
+      low, high: values at the ends of the colours.
+    """
     scaled_BT, (B, T) = (values_BT - low) / (high - low), group.mask_BT.shape
     ax.imshow(np.ma.masked_where(group.mask_BT == 0, scaled_BT), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for row, t in np.argwhere(group.mask_BT):
+        # White on dark cells, black on light ones. The colour decides, not the value: both ends of the credit scale are dark.
         is_dark = np.mean(colours(scaled_BT[row, t])[:3]) < 0.5
         text = form.format(values_BT[row, t]).replace("-", "\N{MINUS SIGN}")
         ax.text(t, row, text, ha="center", va="center", fontsize=9.5, color="white" if is_dark else "black")

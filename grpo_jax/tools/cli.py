@@ -1,4 +1,4 @@
-"""What the programs share: flags, and errors as one line with exit status 2."""
+"""Common to the programs: flags, --help, and errors as one line with exit status 2."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpo_jax.training.checkpoint import saved_steps
 
 EXIT_BAD_INPUT = 2
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
-INSTALLED = pathlib.Path(__file__).parent.parent.parent  # where `configs` lies, in a clone and where pip puts it
+INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `configs`, in a clone and where pip puts it
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )
@@ -32,63 +32,83 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, 
 def run(main: Callable[[], Any]) -> None:
     """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    _add_to_help(main.__module__)
+    # Flags are parsed before `_call` begins, so what they raise is caught here.
     try:
-        app.run(lambda _: _guarded(main), flags_parser=_parse)
+        app.run(lambda _: _call(main), flags_parser=_parse)
     except UserError as error:
         fail(str(error))
 
 
+def _add_to_help(command: str) -> None:
+    """Make --help show a command's docstring and flags. command: name of its module."""
+    # absl shows those of the main module alone, which for most programs is three lines that import the command.
+    for module in (command, __name__):
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    about = sys.modules[command].__doc__ or ""
+    sys.modules["__main__"].__doc__ = about.replace("%", "%%")  # absl takes a docstring for a format of printf
+
+
 def config_from_flags() -> Config:
-    """The validated config of --config and its overrides. Raises UserError."""
+    """Return the validated config of --config and its overrides. Raises UserError."""
     if CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/dapo.py:tiny")
     return parse_config(CONFIG.value)
 
 
 def load_config(name: str, field: str) -> Any:
-    """configs/dapo.py:tiny -> its ConfigDict, to be changed or to become a Config. Raises UserError if there is no such one.
+    """Load configs/dapo.py:tiny as a ConfigDict, to be changed or to become a Config. Raises UserError if it does not exist.
 
     field: where the name was given, for the message.
     """
     path, _, scale = name.partition(":")
+    # By its file, not imported by its name: `configs` need not be on the path, and a user's own file may be anywhere.
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, find_config_file(path))
     if spec is None or spec.loader is None or not find_config_file(path).is_file():
         raise UserError(f"{field}: no file {path}; give configs/<variant>.py[:scale]")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    scales = [scale] if scale else []  # without one the file's own default
     try:
-        return module.get_config(*([scale] if scale else []))
+        return module.get_config(*scales)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def find_config_file(path: str) -> pathlib.Path:
-    """A config file, seen from the working directory or else from where the package is: configs/dapo.py is found anywhere."""
+    """Find a config file, seen from the working directory or else from the package: configs/dapo.py is found anywhere."""
     here, installed = pathlib.Path(path), INSTALLED / path
-    return installed if installed.is_file() and not here.is_file() else here
+    if not here.is_file() and installed.is_file():
+        return installed
+    return here  # also if it is absent: the message then names the path as it was given
 
 
 def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """`step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none, or not that one."""
+    """Return `step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none or not that one."""
     steps = saved_steps(workdir)
     if not steps:
         raise UserError(
             f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
         )
-    if step is not None and step not in steps:
+    if step is None:
+        return steps[-1]
+    if step not in steps:
         raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
+    return step
 
 
 def fail(message: str) -> None:
-    """One line, then out."""
+    """Write one line on stderr and end the process with status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
     if hosts.is_joined():
         hosts.exit_without_barrier(EXIT_BAD_INPUT)
     sys.exit(EXIT_BAD_INPUT)
 
 
-def _guarded(main: Callable[[], Any]) -> None:
+def _call(main: Callable[[], Any]) -> None:
+    """Call `main`, so that an error of one process ends it at once also where others run beside it."""
     try:
         main()
     except UserError as error:
@@ -101,11 +121,12 @@ def _guarded(main: Callable[[], Any]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags and the config file they name. What the flag libraries raise is turned into one line."""
+    """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
+    # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
     try:
-        rest = flags.FLAGS(_with_config_file([_upgraded(each) for each in argv]))
+        rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
     except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(str(error), argv)) from None
+        raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
         last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
         raise UserError(last.removeprefix("ValueError: ")) from None
@@ -114,8 +135,8 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _upgraded(arg: str) -> str:
-    """--config.<old name>=value under the field's new name; anything else as it is."""
+def _upgrade(arg: str) -> str:
+    """Return --config.<old name>=value under the field's new name; anything else as it is."""
     name, equals, value = arg.partition("=")
     if name.removeprefix("--config.") not in RENAMED:
         return arg
@@ -123,17 +144,20 @@ def _upgraded(arg: str) -> str:
     return f"--config.{new_name}{equals}{value}"
 
 
-def _unknown_field(text: str, argv: list[str]) -> str:
-    """ConfigDict's complaint about an unknown key -> the flag that has it, and the suggestion if there is one."""
+def _explain_unknown_field(text: str, argv: list[str]) -> str:
+    """Turn ConfigDict's complaint about an unknown key into the flag that has it, and the suggestion if there is one."""
+    # The complaint names the last part of the field alone: the flag is found by looking which one has a part of that name.
     names = re.findall(r"\w+", text)
     overrides = [arg.split("=")[0] for arg in argv if arg.startswith("--config.")]
     flag = next((each for each in overrides if set(each.split(".")) & set(names)), "--config")
     close = re.search(r'Did you mean "(\w+)"', text)
-    return f"{flag}: unknown field; " + (f"did you mean {close[1]!r}?" if close else "configs/base.py lists them all")
+    if close:
+        return f"{flag}: unknown field; did you mean {close[1]!r}?"
+    return f"{flag}: unknown field; configs/base.py lists them all"
 
 
-def _with_config_file(argv: list[str]) -> list[str]:
-    """The flags, with the config file where it lies."""
+def _locate_config_file(argv: list[str]) -> list[str]:
+    """Return the flags, with the config file's path where it was found."""
     chosen = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
     if chosen is None:
         return argv

@@ -17,6 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.training.checkpoint import write_atomically
@@ -27,9 +28,11 @@ OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evalu
 
 
 def main() -> None:
+    """Run the command: evaluate, write the results, show them as a table."""
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
-    config = cli.config_from_flags() if cli.CONFIG.value is not None or not workdir else read_config(workdir)
+    config = choose_config(workdir)
     run = make_run(config)
+    # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
             step = cli.choose_step(workdir, cli.STEP.value)
@@ -48,7 +51,7 @@ def main() -> None:
         "temperature": config.rollout.temperature,
         "estimates": {name: dataclasses.asdict(each) for name, each in estimates.items()},
     }
-    out = pathlib.Path(OUT.value) if OUT.value else workdir and workdir / "evaluation.json"
+    out = choose_out(workdir)
     if out:
         try:
             write_atomically(out, json.dumps(results, indent=2) + "\n")
@@ -61,3 +64,20 @@ def main() -> None:
     for name, each in estimates.items():
         table.add_row(name, f"{each.value:.3f}", f"{each.low:.3f} to {each.high:.3f}")
     Console().print(table)
+
+
+def choose_config(workdir: pathlib.Path | None) -> Config:
+    """Return the config of --config, else the run's own. Raises UserError."""
+    # --config wins: with both flags the run's weights are evaluated on other questions, or with more samples.
+    if workdir is None or cli.CONFIG.value is not None:
+        return cli.config_from_flags()
+    return read_config(workdir)
+
+
+def choose_out(workdir: pathlib.Path | None) -> pathlib.Path | None:
+    """Return the file of --out, else the one in the workdir; None: the results are shown only."""
+    if OUT.value:
+        return pathlib.Path(OUT.value)
+    if workdir is None:
+        return None
+    return workdir / "evaluation.json"

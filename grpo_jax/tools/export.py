@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face folder: python -m experiments.export --workdir=runs/x --out=folder
+"""Export a run's model as a Hugging Face folder: python -m experiments.export --workdir=runs/x --out=folder
 
 Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
 `transformers`, vLLM and others load the folder. LoRA's adapters are merged into the weights, or with --adapter written
@@ -28,6 +28,7 @@ ADAPTER = flags.DEFINE_bool("adapter", False, "of a LoRA run: the adapters alone
 
 
 def main() -> None:
+    """Run the command: export, then say what was written."""
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
@@ -38,7 +39,18 @@ def main() -> None:
 def export(
     workdir: str, out: str, step: int | None, dtype: str | None, max_shard_bytes: int, *, is_adapter: bool = False
 ) -> tuple[int, str]:
-    """Write checkpoint `step` of `workdir` (None: the newest) to `out`; -> step and what was written. Raises UserError."""
+    """Write a checkpoint as a Hugging Face folder.
+
+    Args:
+      workdir: folder of the run.
+      out: folder to write; absent or empty.
+      step: of the checkpoint; None: the newest.
+      dtype: of the weights, one of DTYPES; None: that of the model training began from.
+      max_shard_bytes: largest file of weights, bytes.
+      is_adapter: write the adapters of a LoRA run alone, instead of merging them into the weights.
+    Returns: the step, and in words what was written.
+    Raises: UserError if the run has no such checkpoint, no Hugging Face model or no adapters, or `out` cannot be written.
+    """
     config = read_config(pathlib.Path(workdir))
     source = config.model.path
     if not source:
@@ -52,6 +64,7 @@ def export(
     dtype = dtype or stored_dtype(source)
     step = cli.choose_step(pathlib.Path(workdir), step)
     run = make_run(config)
+    # The task is closed as soon as the weights are here: its scoring processes have nothing to do in an export.
     try:
         policy = run.restore_policy(pathlib.Path(workdir), step)
     finally:
@@ -61,6 +74,10 @@ def export(
         with new_folder(out) as folder:
             save_adapters(folder, split_adapters(policy)[1], lora, source)
         return step, "adapters"
-    weights = policy if lora is None else merge_adapters(*split_adapters(policy), lora)
-    export_folder(out, weights, run.model.arch, source, dtype, max_shard_bytes)
-    return step, dtype if lora is None else f"{dtype}, adapters merged"
+    # Merged unless asked otherwise: any program that knows the family can load the folder, also one that has no adapters.
+    written = dtype
+    if lora is not None:
+        policy = merge_adapters(*split_adapters(policy), lora)
+        written = f"{dtype}, adapters merged"
+    export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
+    return step, written

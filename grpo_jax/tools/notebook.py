@@ -1,4 +1,4 @@
-"""What the notebooks in colab/ show: a model's answers before and after training, and a run's page inside the notebook."""
+"""Views for the notebooks in colab/: a model's answers before and after training, and a run's page inside the notebook."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CELL = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A held-out question and what the model says to it. reward: the task's, without shaping."""
+    """Held-out question with the model's answer to it. reward: the task's, without shaping."""
 
     prompt: str
     completion: str
@@ -34,7 +34,9 @@ class Answer:
 
 
 def greedy_answers(run: Run, policy: Params) -> list[Answer]:
-    """To the first eval.batch_size held-out questions: the program is the one that evaluates."""
+    """Answer the first eval.batch_size held-out questions."""
+    # As many as evaluation takes at a time, with its spec and its jitted rollout: the program is compiled already, where other
+    # shapes would cost a notebook's reader a second compilation.
     prompts = jax.tree.map(lambda x: x[: run.config.eval.batch_size], jax.device_get(run.task.eval_prompts()))
     rollout = compiled_rollout(run.model, greedy(run.config.rollout), end_tokens(run.task), run.mesh)
     weights = jax.jit(make_sampler_weights(run.config, run.mesh))(policy)
@@ -42,15 +44,15 @@ def greedy_answers(run: Run, policy: Params) -> list[Answer]:
     tokens_PT, mask_PT = np.asarray(rolled.tokens_PGT)[:, 0], np.asarray(rolled.mask_PGT)[:, 0]
     reward_P = np.asarray(run.task.reward(prompts.answer, tokens_PT[:, None], mask_PT[:, None]).task_PG)[:, 0]
 
-    def texts(ids: np.ndarray, mask: np.ndarray) -> list[str]:
+    def decode(ids: np.ndarray, mask: np.ndarray) -> list[str]:
         return [run.task.tokenizer.decode(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
 
-    pairs = zip(texts(prompts.tokens_PS, prompts.mask_PS), texts(tokens_PT, mask_PT), reward_P, strict=True)
+    pairs = zip(decode(prompts.tokens_PS, prompts.mask_PS), decode(tokens_PT, mask_PT), reward_P, strict=True)
     return [Answer(prompt, completion, float(reward)) for prompt, completion, reward in pairs]
 
 
 def side_by_side(before: Sequence[Answer], after: Sequence[Answer]) -> HTML:
-    """A table: a question a row, with both answers to it and their rewards."""
+    """Show a table: a question a row, with both answers to it and their rewards."""
     from IPython.display import HTML
 
     head = "".join(f"<th {CELL}>{title}</th>" for title in ("question", "before", "reward", "after", "reward"))
@@ -63,8 +65,9 @@ def side_by_side(before: Sequence[Answer], after: Sequence[Answer]) -> HTML:
 
 
 def framed(page: pathlib.Path, height: int = 800) -> HTML:
-    """An HTML file as a frame that carries it whole, so that it shows wherever the notebook is open. height: pixels."""
+    """Show an HTML file as a frame. height: pixels."""
     from IPython.display import HTML
 
+    # The frame carries the page itself: a notebook opened elsewhere, or kept after its machine is gone, has no file to load.
     inside = html.escape(page.read_text(encoding="utf-8"))
     return HTML(f'<div><iframe srcdoc="{inside}" width="100%" height="{height}" style="border: 0"></iframe></div>')

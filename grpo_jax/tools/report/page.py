@@ -1,4 +1,4 @@
-"""report.md -> one HTML file that needs nothing else, with its pictures inside, drawn once for light and once for dark."""
+"""The report as one HTML file that needs nothing else, with its pictures inside, drawn once for light and once for dark."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from collections.abc import Mapping
 
 
 def page(text: str, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
-    """text: the report in Markdown. light, dark: the PNG of each picture it names."""
+    """Turn the report into HTML.
+
+    Args:
+      text: the report in Markdown.
+      light, dark: file name -> PNG of each picture that the text names, for light and dark pages.
+    Returns: the page, with style and pictures inside.
+    """
     from markdown_it import MarkdownIt
 
+    # No HTML in the Markdown: names of settings and folders are in it, and must not become elements of the page.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    # A table wider than the window scrolls in a box of its own, not the whole page.
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = re.sub(
         r'<img src="([^"]+)"( alt="[^"]*") />', lambda found: picture(found[2], light[found[1]], dark[found[1]]), body
@@ -24,6 +32,13 @@ def page(text: str, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> st
 
 
 def picture(alt: str, light: bytes, dark: bytes) -> str:
+    """Write the element of one picture.
+
+    Args:
+      alt: its alt attribute, with a space in front.
+      light, dark: PNG.
+    Returns: HTML in which the browser chooses by its colour scheme.
+    """
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(dark)}">'
         f'<img src="{data_url(light)}"{alt}></picture>'
@@ -31,4 +46,5 @@ def picture(alt: str, light: bytes, dark: bytes) -> str:
 
 
 def data_url(png: bytes) -> str:
+    """Return a URL that carries the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,4 +1,4 @@
-"""Folders -> the finished runs in them, and what was left out and why."""
+"""Reading of runs: folders -> the finished runs in them, and the others with the reason why they do not count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_jax.training.runlog import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Listed:
+class ListedRun:
     """A run by name, before anything of it is read. status: as in sweep.json."""
 
     name: str
@@ -38,12 +38,14 @@ class Run:
     summary: dict[str, Any]
 
     def curve(self, metric: str) -> dict[int, float]:
-        """step -> value, where the metric was recorded and is finite; empty if it never was."""
+        """Return step -> value, where the metric was recorded and is finite; empty if it never was."""
         return {int(each["step"]): each[metric] for each in self.records if math.isfinite(each.get(metric, math.nan))}
 
     @property
     def cost(self) -> dict[int, tuple[float, float]]:
-        """step -> (completion tokens sampled, seconds spent in steps) so far."""
+        """Running totals: step -> (completion tokens sampled, seconds spent in steps) so far."""
+        # A record has the rate and the time, not the number of tokens: their product is it. Step 0 is the evaluation before
+        # training, which has neither, but keeps its entry, for curves over cost begin there.
         tokens = secs = 0.0
         so_far = {}
         for each in self.records:
@@ -64,12 +66,14 @@ class LeftOut:
 
 
 def load(folders: Sequence[pathlib.Path], metric: str) -> tuple[list[Run], list[LeftOut]]:
-    """The runs of a sweep's folder, or plain run folders, grouped by their config without the seed.
+    """Read the runs of a sweep's folder, or plain run folders, grouped by their config without the seed.
 
-    Runs of one name are the seeds of one setting, in the order of sweep.json or of the folders. Raises UserError if no run
-    is finished, if none recorded the metric, or if runs of one name differ in more than the seed, or not in it.
+    Runs of one name are the seeds of one setting, in the order of sweep.json or of the folders.
+
+    Raises: UserError if no run is finished, if none recorded the metric, or if runs of one name differ in more than the seed,
+      or not in it.
     """
-    listed = listed_in_sweep(folders[0]) if (folders[0] / "sweep.json").exists() else listed_by_config(folders)
+    listed = list_sweep(folders[0]) if (folders[0] / "sweep.json").exists() else list_by_config(folders)
     read = [read_run(each, metric) for each in listed]
     runs = [each for each in read if isinstance(each, Run)]
     left_out = [each for each in read if isinstance(each, LeftOut)]
@@ -79,14 +83,14 @@ def load(folders: Sequence[pathlib.Path], metric: str) -> tuple[list[Run], list[
     return runs, left_out
 
 
-def listed_in_sweep(workdir: pathlib.Path) -> list[Listed]:
-    """The runs of sweep.json; their folders are relative to its own."""
+def list_sweep(workdir: pathlib.Path) -> list[ListedRun]:
+    """List the runs of sweep.json; their folders are relative to its own."""
     sweep = json.loads((workdir / "sweep.json").read_text(encoding="utf-8"))
-    return [Listed(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in sweep["runs"]]
+    return [ListedRun(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in sweep["runs"]]
 
 
-def listed_by_config(folders: Sequence[pathlib.Path]) -> list[Listed]:
-    """Runs whose configs are equal but for the seed get one name: the first one's folder, without a -seed0 at its end."""
+def list_by_config(folders: Sequence[pathlib.Path]) -> list[ListedRun]:
+    """List runs so that configs equal but for the seed share a name: the first one's folder, without a -seed0 at its end."""
     names: dict[str, str] = {}
     listed = []
     for folder in folders:
@@ -94,25 +98,30 @@ def listed_by_config(folders: Sequence[pathlib.Path]) -> list[Listed]:
             raise UserError(f"{folder}: neither a sweep's folder (no sweep.json) nor a run's (no config.json)")
         config = read_config(folder)
         seed = config.pop("seed")
+        # As text the config can be a key although it holds lists, and sorted it does not depend on the order of the fields.
         name = names.setdefault(json.dumps(config, sort_keys=True), re.sub(r"[-_.]*seed[-_=]?\d+$", "", folder.name))
-        listed.append(Listed(name, seed, folder, "finished"))
+        listed.append(ListedRun(name, seed, folder, "finished"))
     return listed
 
 
-def read_run(listed: Listed, metric: str) -> Run | LeftOut:
-    """The run, if it came to its end and the metric has a value there. Raises UserError if the metric has none anywhere."""
+def read_run(listed: ListedRun, metric: str) -> Run | LeftOut:
+    """Read a run, or say why it does not count: it has not come to its end, or the metric has no finite value there.
+
+    Raises: UserError if the run came to its end and never recorded the metric.
+    """
     name, seed, folder = listed.name, listed.seed, listed.folder
+    # The order matters: a run that failed or waits may have no folder, and one that has just begun no records.
     if listed.status != "finished":
         return LeftOut(name, seed, listed.status)
     records = read_metrics(folder)
     if not records:
         return LeftOut(name, seed, f"no records in {folder}")
-    summary_path = folder / "summary.json"
-    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
-    run = Run(name, seed, folder, read_config(folder), records, summary)
+    run = Run(name, seed, folder, read_config(folder), records, read_summary(folder))
     last, num_steps = int(records[-1]["step"]), run.config["num_steps"]
     if last < num_steps:
         return LeftOut(name, seed, f"stopped at step {last} of {num_steps}")
+    # A name that was never recorded is most likely a typing error, so it ends the report and lists the known names. NaN at the
+    # last step is the run's own doing, so it leaves out that run and the report says so.
     if not any(metric in record for record in records):
         known = sorted({key for record in records for key in record if key.startswith("eval/")})
         raise UserError(f"--metric={metric}: not recorded in {folder}/metrics.jsonl; there are: {', '.join(known)}")
@@ -121,13 +130,26 @@ def read_run(listed: Listed, metric: str) -> Run | LeftOut:
     return run
 
 
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+    """Read summary.json; empty if there is none."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """config.json, flat. Not through `Config`, which an older run may lack fields of."""
+    """Read config.json, flat: {"objective.kl_coef": 0.04, ...}."""
+    # Not through `Config`: a run of an older version lacks fields of it, and its results can be compared all the same.
     return flatten_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")), sep=".")
 
 
 def require_seeds_of_one_setting(runs: Sequence[Run]) -> None:
-    """Runs of one name have different seeds and are otherwise alike. Raises UserError naming the first that are not."""
+    """Check that runs of one name have different seeds and are otherwise alike.
+
+    Raises: UserError naming the first run that breaks this.
+    """
+    # Without this the mean of a name would mix settings, or count a seed twice, and the intervals would be too narrow.
     first: dict[str, Run] = {}
     seen: dict[tuple[str, int], Run] = {}
     for run in runs:
@@ -145,7 +167,8 @@ def require_seeds_of_one_setting(runs: Sequence[Run]) -> None:
 
 
 def differing_fields(runs: Sequence[Run]) -> list[str]:
-    """Config fields that are not the same in all of the runs, but for the seed."""
+    """Return the config fields that are not the same in all of the runs, but for the seed."""
+    # Values are compared as text because lists cannot be in a set. A field that an older run lacks counts as null.
     fields = dict.fromkeys(field for run in runs for field in run.config)
     values = {field: {json.dumps(run.config.get(field), sort_keys=True) for run in runs} for field in fields}
     return [field for field, each in values.items() if len(each) > 1 and field != "seed"]

@@ -16,6 +16,7 @@ from grpo_jax.training.checkpoint import write_atomically
 
 
 def main() -> None:
+    """Run the command line; bad input ends with one line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m experiments.show", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("workdirs", nargs="*", type=pathlib.Path, metavar="workdir", help="folder of a run")
     parser.add_argument("--workdir", action="append", type=pathlib.Path, default=[], help="the same, as a flag")
@@ -29,10 +30,12 @@ def main() -> None:
 
 
 def show(workdirs: list[pathlib.Path], out: pathlib.Path | None) -> pathlib.Path:
-    """Write the page of some runs; -> where. Raises UserError."""
+    """Write the page of some runs and return where. Raises UserError."""
     if not workdirs:
         raise UserError("the folder of a run is missing; for example python -m experiments.show runs/demo")
     out = out or workdirs[0] / "show.html"
+    # The page is made before the file is opened, and the file is replaced at once: a browser that reloads it while the run goes
+    # on never sees half a page.
     text = page(workdirs)
     try:
         write_atomically(out, text)

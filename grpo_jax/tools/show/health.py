@@ -1,4 +1,4 @@
-"""A run's records -> checks: a number, a light and one sentence each. The thresholds are the table at the end."""
+"""Checks of a run's records: a number, a light and one sentence each. The thresholds are the table at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIGHTS = ("bad", "warn", "good", "none")  # the order in which they are shown
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the page shows. light: one of LIGHTS."""
+    """Outcome of a rule on a run, as the page shows it. light: one of LIGHTS."""
 
     title: str
     value: str
@@ -28,10 +28,10 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How to arrive at a Check. measure: None where there is nothing to measure, then the sentence is `absent`.
+    """Rule that makes a Check. measure: None where there is nothing to measure, then the sentence is `absent`.
 
     worse: "high" (warn and bad are exceeded) or "low" (reached from above). form: how the value is written.
-    applies: on which configs the rule stands at all.
+    applies: False for configs that the rule says nothing about.
     """
 
     title: str
@@ -47,43 +47,64 @@ class Rule:
 
 
 def health(config: Config, records: Sequence[Record]) -> list[Check]:
-    """All checks of a run, the worst first. records: of metrics.jsonl, in order."""
-    checks = [check(rule, config, records) for rule in RULES if rule.applies(config)]
+    """Make all checks of a run, the worst first. records: of metrics.jsonl, in order."""
+    checks = [apply_rule(rule, config, records) for rule in RULES if rule.applies(config)]
     return sorted(checks, key=lambda each: LIGHTS.index(each.light))
 
 
-def check(rule: Rule, config: Config, records: Sequence[Record]) -> Check:
-    """One rule on one run."""
+def apply_rule(rule: Rule, config: Config, records: Sequence[Record]) -> Check:
+    """Apply one rule to one run.
+
+    Args:
+      rule: one of RULES.
+      config: of the run.
+      records: of metrics.jsonl, in order.
+    Returns: the check; its light is "none" where there is nothing to measure.
+    """
     value = rule.measure(config, records)
     if value is None:
         return Check(rule.title, "-", "none", rule.absent)
 
+    # A threshold of 0 has to work both ways: no error at all is not past 0, but a success of exactly 0 is.
     def is_past(limit: float) -> bool:
         return value > limit if rule.worse == "high" else value <= limit
 
-    light = "bad" if is_past(rule.bad) else "warn" if is_past(rule.warn) else "good"
-    return Check(rule.title, rule.form.format(value), light, rule.good if light == "good" else rule.advice)
+    text = rule.form.format(value)
+    # bad first: what is past it is past warn as well.
+    if is_past(rule.bad):
+        return Check(rule.title, text, "bad", rule.advice)
+    if is_past(rule.warn):
+        return Check(rule.title, text, "warn", rule.advice)
+    return Check(rule.title, text, "good", rule.good)
 
 
 # ----------------------------------------------------------------------------------------------------------- measures
 
 
+# A measure is made for what it watches: a late mean for what training changes, a mean over all steps for what is rare (a few
+# errors early count too), the largest value for what must not happen once.
+
+
 def values_of(records: Sequence[Record], name: str) -> list[float]:
-    """The finite values under a name, in order."""
+    """Return the finite values under a name, in order."""
+    # One NaN would make the mean NaN, which is past no threshold: the light would be green. `count_broken_steps` reports it.
     return [record[name] for record in records if name in record and math.isfinite(record[name])]
 
 
 def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    """Return the mean, None of no values."""
+    if not values:
+        return None
+    return sum(values) / len(values)
 
 
 def window(values: Sequence[float]) -> int:
-    """How many of the values are "early" or "late"."""
+    """Return how many of the values are "early" or "late"."""
     return max(1, math.ceil(WINDOW * len(values)))
 
 
-def late(name: str) -> Measure:
-    """The mean over the last steps."""
+def late_mean(name: str) -> Measure:
+    """Measure the mean over the last steps."""
 
     def measure(config: Config, records: Sequence[Record]) -> float | None:
         values = values_of(records, name)
@@ -92,52 +113,64 @@ def late(name: str) -> Measure:
     return measure
 
 
-def overall(name: str) -> Measure:
-    """The mean over all steps."""
+def overall_mean(name: str) -> Measure:
+    """Measure the mean over all steps."""
     return lambda config, records: mean(values_of(records, name))
 
 
-def largest(name: str) -> Measure:
-    """The largest value of any step."""
+def largest_value(name: str) -> Measure:
+    """Measure the largest value of any step."""
     return lambda config, records: max(values_of(records, name), default=None)
 
 
 def rise(name: str, at_least: int) -> Measure:
-    """Late mean minus early mean; None with fewer than `at_least` values."""
+    """Measure late mean minus early mean; None with fewer than `at_least` values."""
 
     def measure(config: Config, records: Sequence[Record]) -> float | None:
         values = values_of(records, name)
+        if len(values) < at_least:
+            return None
         size = window(values)
-        return sum(values[-size:]) / size - sum(values[:size]) / size if len(values) >= at_least else None
+        return sum(values[-size:]) / size - sum(values[:size]) / size
 
     return measure
 
 
 def variant_activity(config: Config, records: Sequence[Record]) -> float | None:
-    """Late share of tokens whose advantage is not GRPO's, among those of groups that say anything."""
-    share = late("advantage/differs_from_grpo")(config, records)
-    silent = 0.0 if config.dynamic_sampling.enabled else late("groups/uninformative")(config, records)
+    """Measure the late share of tokens whose advantage is not GRPO's, among those of informative groups."""
+    # A group of equal rewards has advantage 0 under every variant, so its tokens cannot differ: without the division a run on
+    # hard prompts would look as if its variant were off. Dynamic sampling has thrown such groups out of the batch already,
+    # while groups/uninformative counts all that were sampled.
+    share = late_mean("advantage/differs_from_grpo")(config, records)
+    silent = late_mean("groups/uninformative")(config, records)
+    if config.dynamic_sampling.enabled:
+        silent = 0.0
     if config.objective.advantage == "group_norm" or share is None or silent is None or silent == 1.0:
         return None
+    # One is a share of tokens, the other of groups: where informative groups are the longer ones the quotient exceeds 1.
     return min(share / (1.0 - silent), 1.0)
 
 
 def credit_follows_success(config: Config, records: Sequence[Record]) -> float | None:
-    """Late mean of the correlation; exactly 0 is a step in which all tokens got the same, which says nothing."""
+    """Measure the late mean of the correlation of advantage with success."""
+    # Exactly 0 is recorded for a step in which all tokens got the same: nothing to correlate, not a bad correlation.
     values = [x for x in values_of(records, "advantage/success_correlation") if x != 0.0]
     return mean(values[-window(values) :])
 
 
 def entropy_left(config: Config, records: Sequence[Record]) -> float | None:
-    """Late entropy as a share of the early one."""
+    """Measure the late entropy as a share of the early one."""
+    # As a share, because the entropy that a healthy policy has depends on model, task and temperature.
     values = values_of(records, "policy/entropy")
     size = window(values)
     early = mean(values[:size])
-    return sum(values[-size:]) / size / early if len(values) >= ENOUGH_STEPS and early else None
+    if len(values) < ENOUGH_STEPS or not early:
+        return None
+    return sum(values[-size:]) / size / early
 
 
-def broken_steps(config: Config, records: Sequence[Record]) -> float | None:
-    """How many steps recorded something that is no finite number."""
+def count_broken_steps(config: Config, records: Sequence[Record]) -> float | None:
+    """Count the steps that recorded something that is no finite number."""
     return float(sum(not all(map(math.isfinite, record.values())) for record in records))
 
 
@@ -161,7 +194,7 @@ RULES: tuple[Rule, ...] = (
         absent="No step had tokens with different advantages, or none is recorded.",
     ),
     Rule(
-        "Success is within reach", late("reward/success"), PERCENT, "low", 0.02, 0.0,
+        "Success is within reach", late_mean("reward/success"), PERCENT, "low", 0.02, 0.0,
         good="Some sampled completions succeed, so there is something to reinforce.",
         advice="Almost nothing sampled succeeds, so there is nothing right to reinforce: try easier prompts or a warm start.",
         absent=NOT_YET,
@@ -179,38 +212,38 @@ RULES: tuple[Rule, ...] = (
         absent="Only one evaluation so far; see eval_every.",
     ),
     Rule(
-        "Groups that say nothing", late("groups/uninformative"), PERCENT, "high", 0.5, 0.8,
+        "Groups that say nothing", late_mean("groups/uninformative"), PERCENT, "high", 0.5, 0.8,
         good="Most groups have both better and worse completions to learn from.",
         advice="Most groups have equal rewards: prompts are too easy or too hard; try others, larger groups, dynamic_sampling.",
         absent=NOT_YET,
     ),
     Rule(
-        "Groups missing from batches", overall("groups/missing"), PERCENT, "high", 0.01, 0.3,
+        "Groups missing from batches", overall_mean("groups/missing"), PERCENT, "high", 0.01, 0.3,
         good="Dynamic sampling fills its batches.",
         advice="Dynamic sampling runs out of rounds and trains on less: raise its max_sampling_rounds, or change the prompts.",
         absent="Dynamic sampling is off.",
     ),
     Rule(
-        "Clipped below", late("policy/clip_fraction_low"), PERCENT, "high", 0.2, 0.4,
+        "Clipped below", late_mean("policy/clip_fraction_low"), PERCENT, "high", 0.2, 0.4,
         good="Few tokens are held at the ratio's lower bound; none can be with one update a batch.",
         advice=f"Many tokens are held at the ratio's lower bound, {FAR}",
         absent=NOT_YET,
     ),
     Rule(
-        "Clipped above", late("policy/clip_fraction_high"), PERCENT, "high", 0.2, 0.4,
+        "Clipped above", late_mean("policy/clip_fraction_high"), PERCENT, "high", 0.2, 0.4,
         good="Few tokens are held at the ratio's upper bound; none can be with one update a batch.",
         advice=f"Many tokens are held at the ratio's upper bound, {FAR}",
         absent=NOT_YET,
     ),
     Rule(
-        "Sampler against learner, float32", largest("policy/sampler_logp_gap"), NATS, "high", 1e-3, 1e-1,
+        "Sampler against learner, float32", largest_value("policy/sampler_logp_gap"), NATS, "high", 1e-3, 1e-1,
         good="Sampler and learner give the same log-probabilities, so the ratio means what it should.",
         advice="Sampler and learner disagree beyond rounding: look for a mask, position or temperature that differs.",
         absent=NOT_YET,
         applies=lambda config: config.model.dtype == "float32",
     ),
     Rule(
-        "Sampler against learner, bfloat16", largest("policy/sampler_logp_gap"), NATS, "high", 0.5, 3.0,
+        "Sampler against learner, bfloat16", largest_value("policy/sampler_logp_gap"), NATS, "high", 0.5, 3.0,
         good="Sampler and learner differ by no more than bfloat16 rounds.",
         advice='Sampler and learner disagree: set learner.old_logp = "learner", or look for a mask or position that differs.',
         absent=NOT_YET,
@@ -223,25 +256,25 @@ RULES: tuple[Rule, ...] = (
         absent=f"Fewer than {ENOUGH_STEPS} steps: too early to tell.",
     ),
     Rule(
-        "Cut off by the budget", late("completion/truncated"), PERCENT, "high", 0.1, 0.5,
+        "Cut off by the budget", late_mean("completion/truncated"), PERCENT, "high", 0.1, 0.5,
         good="Completions end by themselves.",
         advice="Completions run into the budget: raise rollout.max_completion_tokens, or set overlong.cache_tokens.",
         absent=NOT_YET,
     ),
     Rule(
-        "Scoring errors", overall("reward/errors"), PERCENT, "high", 0.0, 0.05,
+        "Scoring errors", overall_mean("reward/errors"), PERCENT, "high", 0.0, 0.05,
         good="The scorer handled every completion.",
         advice="The scorer raised on some completions, which then count as wrong: make it accept any text.",
         absent="This task is scored inside the program.",
     ),
     Rule(
-        "Scoring timeouts", overall("reward/timeouts"), PERCENT, "high", 0.0, 0.05,
+        "Scoring timeouts", overall_mean("reward/timeouts"), PERCENT, "high", 0.0, 0.05,
         good="The scorer was always in time.",
         advice="Some completions ran out of scoring time and count as wrong: raise reward.scoring.time_limit_secs.",
         absent="This task is scored inside the program.",
     ),
     Rule(
-        "Steps with broken numbers", broken_steps, COUNT, "high", 0.0, 0.0,
+        "Steps with broken numbers", count_broken_steps, COUNT, "high", 0.0, 0.0,
         good="Every recorded number is finite.",
         advice="NaN or infinity was recorded: lower optimizer.learning_rate; if it comes at step 1, look at the weights.",
         absent=NOT_YET,

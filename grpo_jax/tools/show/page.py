@@ -1,4 +1,4 @@
-"""Runs -> one HTML file that needs nothing else: the template, its style and script, and the runs as JSON inside it."""
+"""One HTML file of some runs that needs nothing else: the template, its style and script, and the runs as JSON inside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pathlib
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_jax import objectives
 from grpo_jax.config import Config
@@ -19,10 +19,13 @@ from grpo_jax.errors import UserError
 from grpo_jax.tools.show.health import Record, health
 from grpo_jax.training.runlog import points, read_completions, read_config, read_metrics
 
+Item = TypeVar("Item")
+Row = Mapping[str, Any]  # of completions.jsonl
+
 MAX_POINTS = 800  # of a curve; more cannot be told apart
 MAX_TOKENS = 250_000  # of sampled text in a run, about 4 MB; beyond it some of the recorded steps are left out
 PER_UNIT = 1000  # entropies and advantages are written as whole thousandths
-SCALE_SHARE = 0.98  # the colour scale ends where this share of the values lies below
+SCALE_SHARE = 0.98  # the colour scale ends where this share of the values is below
 
 # title, unit, (metric, name in the legend)
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -48,54 +51,60 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def page(workdirs: Sequence[pathlib.Path]) -> str:
-    """The whole file. Raises UserError for a folder that is not a run's, or has no record yet."""
+    """Write the whole file. Raises UserError for a folder that is not a run's, or has no record yet."""
     files = importlib.resources.files("grpo_jax.tools.show")
     template = string.Template(files.joinpath("page.html").read_text(encoding="utf-8"))
     style, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return template.substitute(style=style, script=script, data=embedded([run_data(workdir) for workdir in workdirs]))
+    return template.substitute(style=style, script=script, data=embed_json([run_data(workdir) for workdir in workdirs]))
 
 
-def embedded(data: Any) -> str:
-    """JSON that may stand inside <script>: no character of it can end the element, and any of them survives UTF-8."""
+def embed_json(data: Any) -> str:
+    """Write JSON for the inside of <script>: no character of it can end the element, and any of them survives UTF-8."""
+    # Sampled text is data from outside: </script> or <!-- in it would end the element or change how the browser reads the rest.
+    # Half of a surrogate pair cannot be written as UTF-8, and JavaScript before 2019 took U+2028 for the end of a line. As \u
+    # escapes, which JSON.parse undoes, all of them are harmless. allow_nan: NaN is no JSON, a browser would refuse the page.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def run_data(workdir: pathlib.Path) -> dict[str, Any]:
-    """All that the page shows of one run. Raises UserError."""
+    """Collect all that the page shows of one run. Raises UserError."""
     config, records = read_config(workdir), read_metrics(workdir)
     if not records:
         raise UserError(f"{workdir}/metrics.jsonl: no records yet; they come after the first evaluation")
     rows = read_completions(workdir)
     if rows and "token_text" not in rows[0]:
         raise UserError(f"{workdir}/completions.jsonl: it has no token_text, an older version wrote it; train again")
-    recorded = by_step(rows)
-    shown = thinned(recorded)
+    recorded = group_by_step(rows)
+    shown = thin_steps(recorded)
     return {
         "name": workdir.name,
         "title": objectives.describe(config.objective),
-        "facts": facts(config, records),
+        "facts": list_facts(config, records),
         "checks": [dataclasses.asdict(check) for check in health(config, records)],
         "panels": panels(records),
         "perUnit": PER_UNIT,
-        "scales": {name: scale([x for row in rows for x in row[f"token_{name}"]]) for name in ("entropy", "advantage")},
+        # Of all rows, also those that are left out: colours mean the same on every step.
+        "scales": {name: colour_scale([x for row in rows for x in row[f"token_{name}"]]) for name in ("entropy", "advantage")},
         "numRecorded": len(recorded),
         "steps": [step_data(step, rows, config.objective.success_threshold) for step, rows in shown],
     }
 
 
-def facts(config: Config, records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What was run and how it came out: label, value."""
+def list_facts(config: Config, records: Sequence[Record]) -> list[tuple[str, str]]:
+    """List what was run and how it came out: label, value."""
     obj, rollout, model = config.objective, config.rollout, config.model
+    task = config.task.name
+    if config.shuffle_rewards:
+        task += ", rewards shuffled (control)"
     size = f"{model.num_layers} layers of width {model.dim}"
-    evaluated = [record["eval/success"] for record in records if "eval/success" in record]
     seconds = sum(record["time/step_secs"] for record in records if "time/step_secs" in record)
     return [
         ("Steps", f"{records[-1]['step']} of {config.num_steps}"),
-        ("Held-out success", f"{evaluated[0]:.3f} → {evaluated[-1]:.3f}" if evaluated else "not evaluated yet"),
+        ("Held-out success", describe_success(records)),
         ("Time in steps", f"{seconds:.0f} s"),
         ("Model", f"{pathlib.PurePath(model.path).name or size}, {model.dtype}"),
-        ("Task", config.task.name + (", rewards shuffled (control)" if config.shuffle_rewards else "")),
+        ("Task", task),
         ("Batch", f"{rollout.num_prompts} prompts x {rollout.group_size} completions"),
         ("Budget", f"{rollout.max_completion_tokens} tokens a completion"),
         ("Learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
@@ -107,41 +116,59 @@ def facts(config: Config, records: Sequence[Record]) -> list[tuple[str, str]]:
     ]
 
 
+def describe_success(records: Sequence[Record]) -> str:
+    """Write the first and the last held-out success."""
+    evaluated = [record["eval/success"] for record in records if "eval/success" in record]
+    if not evaluated:
+        return "not evaluated yet"
+    return f"{evaluated[0]:.3f} → {evaluated[-1]:.3f}"
+
+
 def panels(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Curves of what was recorded; a panel without any is left out."""
+    """Collect the curves of the recorded metrics; a panel without any is left out."""
     drawn = []
     for title, unit, curves in PANELS:
         series = []
         for metric, name in curves:
             finite = [(step, value) for step, value in points(records, metric) if math.isfinite(value)]
+            # Thinned after NaN is gone, or the points that are kept could be the broken ones. Four digits are finer than a
+            # pixel of the curve and less than half of what a float needs in JSON.
             if finite:
-                steps, values = zip(*evenly(finite, MAX_POINTS), strict=True)
+                steps, values = zip(*spread_evenly(finite, MAX_POINTS), strict=True)
                 series.append({"name": name, "steps": steps, "values": [float(f"{value:.4g}") for value in values]})
         if series:
             drawn.append({"title": title, "unit": unit, "series": series})
     return drawn
 
 
-def evenly(items: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the items, evenly spread, the first and the last among them."""
+def spread_evenly(items: Sequence[Item], limit: int) -> list[Item]:
+    """Return at most `limit` of the items, evenly spread, the first and the last among them."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(limit - 1, 1))] for i in range(limit)]
 
 
-def by_step(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
-    """(step, its records), in order."""
+def group_by_step(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+    """Return (step, its records), in order."""
     return [(step, list(group)) for step, group in itertools.groupby(rows, lambda row: row["step"])]
 
 
-def thinned(steps: list[tuple[int, list[Mapping[str, Any]]]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
-    """As many of the steps, evenly spread, as MAX_TOKENS allows; at least one."""
+def thin_steps(steps: list[tuple[int, list[Row]]]) -> list[tuple[int, list[Row]]]:
+    """Return as many of the steps, evenly spread, as MAX_TOKENS allows; at least one."""
+    # Steps go, not groups or rows: a group is only understood as a whole, and how it differs from early to late is the point.
     num_tokens = sum(len(row["token_text"]) for _, rows in steps for row in rows)
-    return evenly(steps, max(1, len(steps) * MAX_TOKENS // max(num_tokens, 1)))
+    return spread_evenly(steps, max(1, len(steps) * MAX_TOKENS // max(num_tokens, 1)))
 
 
-def step_data(step: int, rows: Sequence[Mapping[str, Any]], success_threshold: float) -> dict[str, Any]:
-    """One step's groups, each with its prompt once."""
+def step_data(step: int, rows: Sequence[Row], success_threshold: float) -> dict[str, Any]:
+    """Collect one step's groups, each with its prompt once.
+
+    Args:
+      step: its number.
+      rows: its records, those of a group one after the other.
+      success_threshold: task reward from which on a completion counts as right.
+    Returns: JSON object.
+    """
     groups = []
     for number, group in itertools.groupby(rows, lambda row: row["group"]):
         members = list(group)
@@ -150,31 +177,39 @@ def step_data(step: int, rows: Sequence[Mapping[str, Any]], success_threshold: f
     return {"step": step, "groups": groups}
 
 
-def completion_data(row: Mapping[str, Any], success_threshold: float) -> dict[str, Any]:
-    """One completion; an advantage that is the same on all tokens is written once."""
-    advantage = quantised(row["token_advantage"])
+def completion_data(row: Row, success_threshold: float) -> dict[str, Any]:
+    """Collect one completion; an advantage that is the same on all tokens is written once."""
+    # Most variants give all tokens of a row one advantage: written once, it spares the page one of three lists of tokens.
+    advantage: Any = quantise(row["token_advantage"])
+    if len(set(advantage)) == 1:
+        advantage = advantage[0]
     return {
-        "reward": finite(row["reward"]),
-        "taskReward": finite(row["task_reward"]),
+        "reward": finite_or_none(row["reward"]),
+        "taskReward": finite_or_none(row["task_reward"]),
         "isSuccess": row["task_reward"] >= success_threshold,
         "isTruncated": row["is_truncated"],
-        "meanEntropy": finite(row["entropy"]),
-        "grpo": finite(row["grpo_advantage"]),
+        "meanEntropy": finite_or_none(row["entropy"]),
+        "grpo": finite_or_none(row["grpo_advantage"]),
         "text": row["token_text"],
-        "entropy": quantised(row["token_entropy"]),
-        "advantage": advantage[0] if len(set(advantage)) == 1 else advantage,
+        "entropy": quantise(row["token_entropy"]),
+        "advantage": advantage,
     }
 
 
-def quantised(values: Sequence[float]) -> list[int | None]:
+def quantise(values: Sequence[float]) -> list[int | None]:
+    """Return whole thousandths, which are shorter in JSON than floats; None for what is not finite."""
     return [round(x * PER_UNIT) if math.isfinite(x) else None for x in values]
 
 
-def finite(x: float) -> float | None:
+def finite_or_none(x: float) -> float | None:
+    """Return a finite number as it is, None for NaN and infinity, which JSON does not have."""
     return x if math.isfinite(x) else None
 
 
-def scale(values: Sequence[float]) -> float:
-    """Where the colours end: most of the values lie between minus this and this."""
+def colour_scale(values: Sequence[float]) -> float:
+    """Return where the colours end: most of the values are between minus this and this."""
+    # Not at the largest value: entropies have a long tail, and one token of it would leave all others pale.
     ordered = sorted(abs(x) for x in values if math.isfinite(x))
-    return max(ordered[int(SCALE_SHARE * (len(ordered) - 1))], 1 / PER_UNIT) if ordered else 1.0
+    if not ordered:
+        return 1.0
+    return max(ordered[int(SCALE_SHARE * (len(ordered) - 1))], 1 / PER_UNIT)
