@@ -7,9 +7,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
+from grpo_jax.models import transformer
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, times
 from grpo_jax.tools.plan import command as command
 from tests import programs, tiny
@@ -61,7 +64,7 @@ def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_networ
 @pytest.mark.parametrize("changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}, {"optimizer.offload": True}])
 def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
-    like = compiled.run_of(planned).like
+    like = compiled.run_of(planned).abstract_state
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
     counters = 2 * 4  # step and num_prompts_drawn, int32
     there = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind == "device"]
@@ -99,7 +102,62 @@ def test_what_is_saved_grows_with_rows_and_shrinks_with_remat():
     assert saved("full") < saved("dots") < whole
 
 
+def shapes_of(tree, shape):
+    return {path: shape(leaf) for path, leaf in flatten_dict(tree).items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4}])
+@pytest.mark.parametrize("vocab_size", [256, 255])
+def test_the_model_of_one_device_has_the_shapes_of_its_shards(vocab_size, changes):
+    planned = job_of((1, 2, 2), changes, arch=dataclasses.replace(ARCH, vocab_size=vocab_size, qkv_bias=True))
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 2)), 0)
+    shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
+    assert shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape) == shards
+
+
+def test_caches_are_as_large_as_their_arithmetic_says():
+    """The bytes are the traced decoder's, the text beside them is written from one array's shape."""
+    for changes in ({}, {"rollout.max_live_sequences": 20}):
+        parts = [part for part in memory.rollout_parts(job_of((1, 1, 2), changes)) if " heads x " in part.how]
+        for part in parts:
+            factors = [int(word) for word in part.how.split() if word.isdigit()]
+            assert math.prod(factors) == part.num_bytes, part
+        assert sum(part.num_bytes > 0 for part in parts) == 2 + bool(changes)
+
+
 # --------------------------------------------------------------------------------------------------------- what travels
+
+
+def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
+    """One [D, D] more in each layer, which no table shards: it lies whole on each device, and is read at every token."""
+
+    class TwoGates(transformer.MLP):
+        def __init__(self, arch, *, rngs):
+            super().__init__(arch, rngs=rngs)
+            self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
+
+        def __call__(self, x):
+            return super().__call__(x) * jax.nn.sigmoid(self.second(x))
+
+    def planned(arch):
+        changed = job_of(EIGHT, arch=arch)
+        parts = {part.what: part.num_bytes for part in memory.parts_of(changed)}
+        prompts, *_ = times.stages_of(changed, chips.chip_named("h100"))
+        whole = next(sent for sent in times.sent_by(changed) if "whole weights" in sent.what)
+        names = (
+            "parameters",
+            "decoding copy, gathered over fsdp",
+            "decoding copy, layer by layer",
+            "a layer's weights, gathered",
+        )
+        return [*(parts[name] for name in names), prompts.memory * chips.chip_named("h100").hbm_bytes_per_s, whole.num_bytes]
+
+    before = planned(ARCH)
+    monkeypatch.setattr(transformer, "MLP", TwoGates)
+    after = planned(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
+    layer, all_layers = ARCH.dim**2 * 4, ARCH.dim**2 * 4 * ARCH.num_layers
+    more = [all_layers, all_layers, all_layers, 2 * layer, all_layers, 2 * all_layers * 3 / 4]
+    assert np.subtract(after, before) == pytest.approx(more)
 
 
 def test_collectives_of_the_update_are_those_of_its_layout():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +93,82 @@ def best_secs(call: Any, *args: Any, repeats: int = 8) -> float:
     return min(secs)
 
 
-def layer_weights(arch: Architecture) -> int:
-    """Numbers in the matrices of all layers."""
-    attention = arch.dim * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
-    return arch.num_layers * (attention + 3 * arch.dim * arch.ffn_dim)
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """Numbers of a decoder that one token meets, counted from the decoder's own parameters and caches.
+
+    layer_weights: in the matrices of all layers. head_shape: (V, D) of the output matrix. cached: keys and values that all
+    layers keep of the token.
+    """
+
+    layer_weights: int
+    head_shape: tuple[int, int]
+    cached: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all matrices that a token is multiplied with, the head's too."""
+        return self.layer_weights + math.prod(self.head_shape)
 
 
-def forward_flops(arch: Architecture, sizes: Sizes) -> float:
+@functools.lru_cache
+def per_token(model: ModelDef) -> PerToken:
+    """Count a decoder's matrices and caches. Raises ValueError: it holds something that this counting does not know."""
+    params = model.param_shapes()
+    layers = sum(leaf.size for leaf in layer_matrices(params).values())
+    return PerToken(layers, head_matrix(params).shape, cached_numbers(model, params))
+
+
+def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Find every matrix [L, out, in] of the layers by its path: a token and layer costs 2 * out * in operations in each.
+
+    A leaf of any other rank would make the counts wrong without a word (of experts [L, E, out, in] a token meets a few, of
+    a second table next to the embedding nobody knows how often), so it raises ValueError.
+    """
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
+    found = {}
+    for path, leaf in leaves.items():
+        if path in (("embed",), ("head",)):
+            continue  # looked up, and counted by `head_matrix`
+        is_layer = path[0] == "layers"
+        rank = len(leaf.shape) - is_layer  # without the layers' axis
+        if is_layer and rank == 2:
+            found[path] = leaf
+        elif rank > 1:
+            raise ValueError(f"{'/'.join(path)} {leaf.shape}: no matrix [L, out, in] of a layer and no vector; count it here")
+    return found
+
+
+def head_matrix(params: Params) -> jax.ShapeDtypeStruct:
+    """Find the output matrix [V, D]: the head, or the embedding where the two are tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def cached_numbers(model: ModelDef, params: Params) -> int:
+    """Count the keys and values of one token in all layers, from what `Decoder.encode_prompts` returns.
+
+    Raises ValueError: the cache does not grow in proportion to the tokens, as `step_bytes` takes it.
+    """
+
+    def numbers(num_tokens: int) -> int:
+        tokens_PS = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+        _, prefix = jax.eval_shape(lambda p, t: model.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
+        return sum(x.size for x in jax.tree.leaves(prefix.cache))
+
+    if numbers(2) != 2 * numbers(1):
+        raise ValueError(f"caches of {numbers(1)} numbers for one token and {numbers(2)} for two: not in proportion")
+    return numbers(1)
+
+
+def attention_flops(arch: Architecture, pairs: float) -> float:
+    """Scores of so many pairs of query and key, and the sums of their values, in all heads of all layers.
+
+    No parameter has these products, so this one formula is written by hand. Sliding windows are left out.
+    """
+    return 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
+
+
+def forward_flops(model: ModelDef, sizes: Sizes) -> float:
     """One pass over prompts and the completions that attend to them: every matrix product, and causal attention's lower half.
 
     A rollout's decode steps do the same products one by one. The last token of a completion is predicted, never read; the
@@ -103,17 +177,29 @@ def forward_flops(arch: Architecture, sizes: Sizes) -> float:
     P, rows, S, T = sizes.P, sizes.P * sizes.G, sizes.S, sizes.T
     tokens = P * S + rows * (T - 1)
     pairs = P * S * (S + 1) / 2 + rows * (T - 1) * (S + T / 2)
-    attention = 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
-    return 2 * layer_weights(arch) * tokens + attention + 2 * arch.vocab_size * arch.dim * rows * T
+    each = per_token(model)
+    return 2 * each.layer_weights * tokens + attention_flops(model.arch, pairs) + 2 * math.prod(each.head_shape) * rows * T
 
 
-def step_bytes(arch: Architecture, sizes: Sizes, itemsize: int) -> float:
-    """What a decode step has to read: all weights and the head, each prompt's cache once, the rows' own caches (half full)."""
-    weights = layer_weights(arch) + arch.vocab_size * arch.dim
-    cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
-    return (weights + cached) * itemsize
+def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
+    """Bytes that a decode step has to read: all weights and the head, each prompt's cache once, the rows' own (half full).
+
+    Args:
+      model: the decoder.
+      sizes: the batch that is decoded side by side.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    each = per_token(model)
+    cached = each.cached * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
+    return (each.weights + cached) * itemsize
 
 
-def decode_bytes(arch: Architecture, sizes: Sizes, itemsize: int) -> float:
-    """What the T - 1 decode steps of a rollout have to read."""
-    return (sizes.T - 1) * step_bytes(arch, sizes, itemsize)
+def decode_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
+    """Bytes that the T - 1 decode steps of a rollout have to read.
+
+    Args:
+      model: the decoder.
+      sizes: the batch that is decoded side by side.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    return (sizes.T - 1) * step_bytes(model, sizes, itemsize)

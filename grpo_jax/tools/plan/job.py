@@ -50,16 +50,24 @@ class Job:
         return FixedTask(np.ones((self.config.rollout.num_prompts, self.prompt_tokens), np.int32), pad_id=1)
 
     @property
-    def local_arch(self) -> Architecture:
-        """What one device of `tensor` computes of the decoder. A vocabulary that does not divide stays whole."""
+    def local_model(self) -> ModelDef:
+        """The decoder that one device of `tensor` computes, as a model of its own, to be traced and counted as such.
+
+        Its parameters have the shapes of one device's shards (tests/test_plan.py): a size that is divided here and not by
+        the table of `parallel.sharding`, or the other way round, would make the plan wrong.
+        """
         arch, t = self.model.arch, self.mesh.shape["tensor"]
-        return dataclasses.replace(
+        vocab_size = arch.vocab_size
+        if vocab_size % t == 0:  # otherwise embedding and head stay whole
+            vocab_size //= t
+        local = dataclasses.replace(
             arch,
             num_heads=arch.num_heads // t,
             num_kv_heads=arch.num_kv_heads // t,
             ffn_dim=arch.ffn_dim // t,
-            vocab_size=arch.vocab_size // t if arch.vocab_size % t == 0 else arch.vocab_size,
+            vocab_size=vocab_size,
         )
+        return dataclasses.replace(self.model, arch=local)
 
     @property
     def local_batch(self) -> Sizes:

@@ -12,16 +12,21 @@ import functools
 import math
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.models.attention import KVCache
+from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import with_shardings
+from grpo_jax.rollout.decoding import DecodeContext, cache_sizes
+from grpo_jax.rollout.sampling import GREEDY
 from grpo_jax.tools.plan.job import Job, mesh_of
-from grpo_jax.tools.roofline import Sizes
+from grpo_jax.tools.roofline import Sizes, per_token
 from grpo_jax.training import build, run
 from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
@@ -115,14 +120,15 @@ def update_parts(job: Job) -> list[Part]:
     With microbatches a gradient waits for the next one to be added. When the backward pass has ended the optimizer holds the
     gradient and its update of every weight, and its state if that waits on the host.
     """
-    sizes, arch = job.local_microbatch, job.local_arch
+    sizes = job.local_microbatch
     kept = saved_for_backward(job, job.model.remat)
     saved = sum(map(num_bytes, kept))
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     gradient = local_bytes(state_like(job).params)
     copies = 1 + (job.config.learner.num_microbatches > 1)
     chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
-    head = F32 * arch.vocab_size * (2 * chunk + arch.dim)
+    V, D = per_token(job.local_model).head_shape
+    head = F32 * V * (2 * chunk + D)
     rows = job.local_batch.P * job.local_batch.G
     return [
         Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
@@ -132,7 +138,7 @@ def update_parts(job: Job) -> list[Part]:
         Part(
             UPDATE,
             "logits of a chunk, beyond a gradient",
-            f"{F32} B x {arch.vocab_size:,} x (2 x {chunk} + {arch.dim}) - {gradient:,.0f} B",
+            f"{F32} B x {V:,} x (2 x {chunk} + {D}) - {gradient:,.0f} B",
             max(0.0, head - gradient),
         ),
         Part(
@@ -151,7 +157,7 @@ def saved_for_backward(job: Job, remat: str) -> list[Any]:
     Where fsdp cuts, weights arrive in the compute dtype and are gathered again in the backward pass.
     """
     sizes = job.local_microbatch
-    model = dataclasses.replace(job.model, arch=job.local_arch, remat=remat)
+    model = dataclasses.replace(job.local_model, remat=remat)
     return residuals(
         model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, build.sampling_of(job.config)
     )
@@ -205,7 +211,7 @@ def gathered_parts(job: Job) -> list[Part]:
     """Where fsdp cuts: what is whole for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
         return []
-    leaves = flatten_dict(split_adapters(whole_weights(job))[0])
+    leaves = flatten_dict(whole_weights(job))
     tables, layers = [], []
     for path, leaf in leaves.items():
         (layers if "layers" in path else tables).append(numbers_here(leaf))
@@ -231,38 +237,76 @@ def num_bytes(x: Any) -> float:
     return x.size * x.dtype.itemsize
 
 
+def tree_bytes(tree: Any) -> float:
+    return sum(map(num_bytes, jax.tree.leaves(tree)))
+
+
 # ----------------------------------------------------------------------------------------------------------- the rollout
+
+
+@flax.struct.dataclass
+class Held:
+    """What a rollout holds, as shapes: the layers one by one, the prompts' cache, and the caches of the live rows' tokens."""
+
+    layers: Any
+    prompts: KVCache
+    completions: list[KVCache]
+
+
+@functools.lru_cache
+def held_by_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int, max_completion_tokens: int) -> Held:
+    """Trace how `rollout` prepares its decode loop, on shapes: the caches are the decoder's own, whatever they consist of.
+
+    Args:
+      model: the decoder of one device, parameters in its compute dtype.
+      prompts_shape: (P, S).
+      num_rows: completions that are decoded side by side.
+      max_completion_tokens: T.
+    """
+
+    def prepare(params: Any, tokens_PS: Any, keys_B: Any) -> Held:
+        decoder = model.bind(params)
+        hidden_PD, prefix = decoder.encode_prompts(tokens_PS, tokens_PS > 0)
+        layers, head_VD = decoder.unstack_layers(), decoder.head_VD
+        logits_PV = head_logits(hidden_PD, head_VD, decoder.logit_cap)
+        ctx = DecodeContext(decoder, layers, head_VD, prefix, logits_PV, keys_B, GREEDY, (), 0, max_completion_tokens)
+        return Held(layers, prefix.cache, ctx.empty_caches(num_rows, cache_sizes(max_completion_tokens)[-1]))
+
+    params = in_compute_dtype(model.param_shapes(), model)
+    tokens_PS = jax.ShapeDtypeStruct(prompts_shape, jnp.int32)
+    return jax.eval_shape(prepare, params, tokens_PS, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows)))
 
 
 def rollout_parts(job: Job) -> list[Part]:
     """On top of the state while completions are sampled."""
-    arch, sizes, live, weights = job.local_arch, job.local_batch, job.live_batch, flatten_dict(whole_weights(job))
-    numbers = {path: numbers_here(leaf) for path, leaf in weights.items()}
+    sizes, live, item = job.local_batch, job.live_batch, job.itemsize
+    rows, slots = int(live.P * live.G), cache_sizes(int(sizes.T))[-1]
+    copies = 0 if live == sizes else rows
+    numbers = {path: numbers_here(leaf) for path, leaf in flatten_dict(whole_weights(job)).items()}
     layers = sum(n for path, n in numbers.items() if "layers" in path)
     tables = sum(numbers.values()) - layers
     cut = sum(numbers.values()) if job.mesh.shape["fsdp"] > 1 else 0
-    cast = tables if job.itemsize < F32 and not cut else 0
-    rows, slots, item = live.P * live.G, max(sizes.T - 1, 1), job.itemsize
-    copies = 0 if live == sizes else rows
-    cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * item
-    cached_how = f"2 x {arch.num_layers} layers x {arch.num_kv_heads} heads x {arch.head_dim} x {item} B"
-    scores = sizes.P * arch.num_heads * sizes.S**2
+    cast = tables if item < F32 and not cut else 0
+    held = held_by_sampler(job.local_model, (int(sizes.P), int(sizes.S)), rows, int(sizes.T))
+    L, _, K, H, _ = held.prompts.k.shape
+    cached = f"{len(jax.tree.leaves(held.prompts))} x {L} layers x {K} heads x {H} x {item} B"
+    V, N = per_token(job.local_model).head_shape[0], job.local_model.arch.num_heads
     return [
         Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{cut:,} numbers x {item} B", cut * item),
-        Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", layers * item),
+        Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", tree_bytes(held.layers)),
         Part(ROLLOUT, "embedding and head, cast", f"{cast:,} numbers x {item} B", cast * item),
-        Part(ROLLOUT, "prompts' keys and values", f"{cached_how} x {sizes.P:g} x {sizes.S:g}", cached * sizes.P * sizes.S),
+        Part(ROLLOUT, "prompts' keys and values", f"{cached} x {sizes.P:g} x {sizes.S:g}", tree_bytes(held.prompts)),
         Part(
             ROLLOUT,
             "live rows' copies of them",
-            f"{cached_how} x {copies:g} x {sizes.S:g}",
-            cached * copies * sizes.S,
+            f"{cached} x {copies:g} x {sizes.S:g}",
+            copies / sizes.P * tree_bytes(held.prompts),
         ),
-        Part(ROLLOUT, "completions' keys and values", f"{cached_how} x {rows:g} x {slots:g}", cached * rows * slots),
+        Part(ROLLOUT, "completions' keys and values", f"{cached} x {rows:g} x {slots:g}", tree_bytes(held.completions)),
         Part(
             ROLLOUT,
             "logits of a token, or a layer's scores of the prompts",
-            f"{F32} B x max(3 x {rows:g} x {arch.vocab_size:,}, 2 x {sizes.P:g} x {arch.num_heads} x {sizes.S:g}^2)",
-            F32 * max(3 * rows * arch.vocab_size, 2 * scores),
+            f"{F32} B x max(3 x {rows:g} x {V:,}, 2 x {sizes.P:g} x {N} x {sizes.S:g}^2)",
+            F32 * max(3 * rows * V, 2 * sizes.P * N * sizes.S**2),
         ),
     ]

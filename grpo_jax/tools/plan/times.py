@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -20,10 +21,7 @@ from grpo_jax.tools.plan.memory import (
     saved_for_backward,
     state_like,
 )
-from grpo_jax.tools.roofline import Sizes, decode_bytes, forward_flops, layer_weights
-
-# Sums over `tensor` of a layer's activations: after attention and MLP; backward, of what q, k, v, gate and up each give.
-SUMS_FORWARD, SUMS_BACKWARD = 2, 5
+from grpo_jax.tools.roofline import Sizes, decode_bytes, forward_flops, layer_matrices, per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +58,11 @@ class Stage:
 
 def stages_of(job: Job, chip: Chip) -> list[Stage]:
     """The stages of an iteration, all completions as long as the budget."""
-    arch, batch, live, learner = job.local_arch, job.local_batch, job.live_batch, job.config.learner
+    model, batch, live, learner = job.local_model, job.local_batch, job.live_batch, job.config.learner
     turns = batch.P * batch.G / (live.P * live.G)
-    weights = (layer_weights(arch) + arch.vocab_size * arch.dim) * job.itemsize
-    prompts = forward_flops(arch, Sizes(batch.P, 0, batch.S, 1))
-    everything = forward_flops(arch, batch)
+    weights = per_token(model).weights * job.itemsize
+    prompts = forward_flops(model, Sizes(batch.P, 0, batch.S, 1))
+    everything = forward_flops(model, batch)
     sent = {
         phase: sum(each.num_bytes / axis_rate(chip, job.mesh, each.axis) for each in sent_by(job) if each.phase == phase)
         for phase in (ROLLOUT, UPDATE)
@@ -79,7 +77,7 @@ def stages_of(job: Job, chip: Chip) -> list[Stage]:
             ROLLOUT,
             f"{turns * (batch.T - 1):g} tokens",
             (everything - prompts) / chip.flops_per_s,
-            turns * decode_bytes(arch, live, job.itemsize) / chip.hbm_bytes_per_s,
+            turns * decode_bytes(model, live, job.itemsize) / chip.hbm_bytes_per_s,
             sent[ROLLOUT],
         ),
         Stage(
@@ -172,21 +170,44 @@ def cut_numbers(job: Job, *, trained_only: bool) -> tuple[float, float, float]:
 
 
 def tensor_traffic(job: Job) -> list[Sent]:
-    """Over `tensor`: the sums of a layer's activations, which the compiler adds."""
+    """Over `tensor`: the sums of a layer's activations, which the compiler adds. Those of embedding and head are left out."""
     tensor, arch, batch, item = job.mesh.shape["tensor"], job.model.arch, job.local_batch, job.itemsize
     if tensor == 1:
         return []
     learner, ring = job.config.learner, 2 * (tensor - 1) / tensor
     tokens = batch.P * batch.S + batch.P * batch.G * (batch.T - 1)
-    again = SUMS_FORWARD if job.model.remat == "full" else 0
-    sums = learner.num_epochs * (SUMS_FORWARD + SUMS_BACKWARD + again) + num_scored(job) * SUMS_FORWARD
+    forward, backward = summed_widths(job)
+    num_forward = learner.num_epochs + num_scored(job)
+    if job.model.remat == "full":
+        num_forward += learner.num_epochs  # a layer that is computed again sums again
+    updates = collections.Counter({width: num_forward * num for width, num in forward.items()})
+    updates.update({width: learner.num_epochs * num for width, num in backward.items()})
     return [
         Sent(
             phase,
             "tensor",
             "activations summed",
-            f"{num} x {arch.num_layers} layers x {tokens:g} tokens x {arch.dim} x {item} B x {ring:g}",
-            num * arch.num_layers * tokens * arch.dim * item * ring,
+            f"{num} x {arch.num_layers} layers x {tokens:g} tokens x {width} x {item} B x {ring:g}",
+            num * arch.num_layers * tokens * width * item * ring,
         )
-        for phase, num in ((ROLLOUT, SUMS_FORWARD), (UPDATE, sums))
+        for phase, sums in ((ROLLOUT, forward), (UPDATE, updates))
+        for width, num in sums.items()
     ]
+
+
+def summed_widths(job: Job) -> tuple[collections.Counter[int], collections.Counter[int]]:
+    """{width of an activation: how many of a layer are summed over `tensor`}, of the forward and of the backward pass.
+
+    A product with a matrix that is sharded along what it takes gives each device a part of the sum; going backward the same
+    holds for a matrix that is sharded along what it gives. So the table of shardings decides, and a new matrix is counted.
+    """
+    forward: collections.Counter[int] = collections.Counter()
+    backward: collections.Counter[int] = collections.Counter()
+    for path, leaf in layer_matrices(job.model.param_shapes()).items():
+        spec = param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
+        _, num_out, num_in = leaf.shape
+        if "tensor" in spec[2:]:
+            forward[num_out] += 1
+        if "tensor" in spec[1:2]:
+            backward[num_in] += 1
+    return forward, backward
