@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured, and what the work needs at least, counted."""
+"""Ceilings of the machine, measured, and the least that the work needs, counted from the decoder's own parameters."""
 
 from __future__ import annotations
 
@@ -37,23 +37,27 @@ class Sizes:
 
 
 def measure_ceilings(dtype: Any, bytes_read: float) -> Ceilings:
-    """The best of several sizes, kinds and calls.
+    """Measure this machine's rates: the best of several sizes, kinds and calls.
 
-    dtype: of the matrix products. bytes_read: what is read over and over, for a small model's weights stay in the cache.
+    dtype: of the matrix products. bytes_read: read over and over, for a small model's weights stay in the cache.
     """
-    is_cpu = jax.default_backend() == "cpu"
-    products = [product_rate(n, dtype) for n in ((1024, 2048) if is_cpu else (4096, 8192))]
+    sizes = (4096, 8192)
+    if jax.default_backend() == "cpu":
+        sizes = (1024, 2048)  # a core reaches its rate there already, and the larger ones would take seconds a call
+    # A ceiling must not be lower than what the work itself reaches, or shares of more than 1 come out. So the best counts, and
+    # reading is tried in the ways in which XLA compiles it: its speed on a CPU differs between them.
+    products = [product_rate(n, dtype) for n in sizes]
     return Ceilings(max(products), max(read_rate(probe, bytes_read) for probe in PROBES))
 
 
 def product_rate(n: int, dtype: Any) -> float:
-    """FLOP/s of an [n, n] product."""
+    """Measure the FLOP/s of an [n, n] product."""
     square = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
     return 2.0 * n**3 / best_secs(jax.jit(lambda a: a @ a), square)
 
 
 def _as_head(matrix_VD, x_D):
-    """Logits of one row, as decoding computes them."""
+    """Compute the logits of one row, as decoding does."""
     return jnp.einsum("bd,vd->bv", x_D[None], matrix_VD)[0]
 
 
@@ -69,12 +73,14 @@ PROBES = (_as_head, _as_product, _as_reduction)
 
 
 def read_rate(probe: Callable[[Any, Any], Any], bytes_read: float) -> float:
-    """bytes/s of reading a float32 matrix of about so many bytes again and again, each pass on the last one's result."""
+    """Measure the bytes/s of reading a float32 matrix of about so many bytes again and again."""
     D = 512
     V = max(D, int(bytes_read) // (4 * D))
     matrix_VD = jax.random.normal(jax.random.key(0), (V, D))
     num_passes = max(4, (1 << 28) // matrix_VD.nbytes)
 
+    # Each pass works on the last one's result: XLA would run independent ones only once. They are many in one call, so that
+    # the time of starting it does not count.
     @jax.jit
     def passes(matrix_VD, x_D):
         return jax.lax.fori_loop(0, num_passes, lambda _, x_D: probe(matrix_VD, x_D)[:D] * 1e-2, x_D)
@@ -82,8 +88,9 @@ def read_rate(probe: Callable[[Any, Any], Any], bytes_read: float) -> float:
     return num_passes * matrix_VD.nbytes / best_secs(passes, matrix_VD, jnp.ones(D))
 
 
-def best_secs(call: Any, *args: Any, repeats: int = 8) -> float:
-    """The quickest of several calls, after one that compiles. Seconds."""
+def best_secs(call: Callable[..., Any], *args: Any, repeats: int = 8) -> float:
+    """Time the quickest of several calls, after one that compiles. Seconds."""
+    # The quickest and not the median: other processes of the machine only ever make a call slower.
     jax.block_until_ready(call(*args))
     secs = []
     for _ in range(repeats):
@@ -141,7 +148,7 @@ def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
 
 def head_matrix(params: Params) -> jax.ShapeDtypeStruct:
     """Find the output matrix [V, D]: the head, or the embedding where the two are tied."""
-    return params["head"] if "head" in params else params["embed"]
+    return params.get("head", params["embed"])
 
 
 def cached_numbers(model: ModelDef, params: Params) -> int:
@@ -161,41 +168,42 @@ def cached_numbers(model: ModelDef, params: Params) -> int:
 
 
 def attention_flops(arch: Architecture, pairs: float) -> float:
-    """Scores of so many pairs of query and key, and the sums of their values, in all heads of all layers.
-
-    No parameter has these products, so this one formula is written by hand. Sliding windows are left out.
-    """
+    """Count the products of so many pairs of query and key, and of weights and values, in all heads of all layers."""
+    # No parameter has these products, so they are not in `layer_matrices` and this one formula is written by hand: 2 x H
+    # operations for a score and 2 x H to add its value. Sliding windows are left out.
     return 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
 
 
 def forward_flops(model: ModelDef, sizes: Sizes) -> float:
-    """One pass over prompts and the completions that attend to them: every matrix product, and causal attention's lower half.
+    """Count one pass over prompts and their completions: every matrix product, and causal attention's lower half.
 
     A rollout's decode steps do the same products one by one. The last token of a completion is predicted, never read; the
     head is applied to completions only. Sliding windows, norms and softmax are left out.
     """
     P, rows, S, T = sizes.P, sizes.P * sizes.G, sizes.S, sizes.T
     tokens = P * S + rows * (T - 1)
+    # A prompt's tokens see 1, 2, ..., S keys. The t-th of a completion's T - 1 tokens sees S + t, S + T / 2 in the mean.
     pairs = P * S * (S + 1) / 2 + rows * (T - 1) * (S + T / 2)
     each = per_token(model)
     return 2 * each.layer_weights * tokens + attention_flops(model.arch, pairs) + 2 * math.prod(each.head_shape) * rows * T
 
 
 def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
-    """Bytes that a decode step has to read: all weights and the head, each prompt's cache once, the rows' own (half full).
+    """Count the bytes that a decode step has to read: all weights and the head, each prompt's cache, the rows' own half full.
 
     Args:
       model: the decoder.
       sizes: the batch that is decoded side by side.
       itemsize: bytes of a number in the compute dtype.
     """
+    # A prompt's cache is read once for its G rows, which stand together; a row's own is half full in the mean over its steps.
     each = per_token(model)
     cached = each.cached * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
     return (each.weights + cached) * itemsize
 
 
 def decode_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
-    """Bytes that the T - 1 decode steps of a rollout have to read.
+    """Count the bytes that the T - 1 decode steps of a rollout have to read; its first token comes of the prompts' pass.
 
     Args:
       model: the decoder.
