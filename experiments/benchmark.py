@@ -199,22 +199,22 @@ def sizes_of(rollout: Rollout) -> roofline.Sizes:
 
 def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: roofline.Sizes) -> dict[str, float]:
     """Shares of the measured ceilings: arithmetic that the result needs (recomputing adds none), bytes that decoding reads."""
-    arch, config, itemsize = run.model.arch, run.config, jnp.dtype(run.model.dtype).itemsize
-    ceilings = roofline.measure_ceilings(run.model.dtype, roofline.step_bytes(arch, sampled, itemsize))
+    model, config, itemsize = run.model, run.config, jnp.dtype(run.model.dtype).itemsize
+    ceilings = roofline.measure_ceilings(run.model.dtype, roofline.step_bytes(model, sampled, itemsize))
     flops = 0.0
     if what != "update":
-        flops += roofline.forward_flops(arch, sampled)
+        flops += roofline.forward_flops(model, sampled)
     if what != "rollout":
         passes = (2 if run.model.lora else 3) * config.learner.num_epochs  # forward, by activations, by weights
         passes += config.objective.has_kl + (config.learner.old_logp == "learner")
-        flops += passes * roofline.forward_flops(arch, trained)
+        flops += passes * roofline.forward_flops(model, trained)
     shares: dict[str, float] = {
         "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),
         "ceiling_gb_per_s": round(ceilings.bytes_per_s / 1e9, 1),
         "model_flops_utilisation": round(flops / secs / ceilings.flops_per_s / run.mesh.size, 4),
     }
     if what == "rollout":
-        num_bytes = roofline.decode_bytes(arch, sampled, itemsize)
+        num_bytes = roofline.decode_bytes(model, sampled, itemsize)
         shares["bandwidth_share"] = round(num_bytes / secs / ceilings.bytes_per_s / run.mesh.size, 4)
     return shares
 

@@ -1,6 +1,8 @@
 """What the benchmark counts: arithmetic against XLA's own count, bytes against the arrays that decoding reads; small runs."""
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 
@@ -8,18 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import benchmark, synthetic
 from experiments.peers import compare, workload
 from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.models import transformer
+from grpo_jax.models.lora import LoRA
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.tools import cli
+from grpo_jax.tools import cli, roofline
 from grpo_jax.tools.roofline import Sizes, decode_bytes, forward_flops, step_bytes
 from grpo_jax.types import Rollout
 from tests import tiny
 
 ARCH = Architecture(vocab_size=1024, dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=512)
+MODEL = ModelDef(ARCH)
 CEILING = 1e8  # FLOP/s, of a slow machine: the small model should use a share of it that survives rounding
 
 
@@ -34,20 +40,56 @@ def one_each(P, S, T):
     return jax.eval_shape(lambda: init_params(ARCH, jax.random.key(0))), alone.replace(prompts=rollout.prompts)
 
 
-def with_masked_half(P, S, T):
-    """What we count for a pass, and the half of attention that is computed only to be masked."""
+def with_masked_half(P, S, T, model=MODEL):
+    """Our count of a pass, and the half of attention that is computed only to be masked."""
     pairs = P * (S * (S - 1) / 2 + (T - 1) * (T - 2) / 2)
-    return forward_flops(ARCH, Sizes(P, 1, S, T)) + 4 * ARCH.num_layers * ARCH.num_heads * ARCH.head_dim * pairs
+    return forward_flops(model, Sizes(P, 1, S, T)) + roofline.attention_flops(model.arch, pairs)
 
 
-def logp(params, rollout):
-    return policy_logprobs(ModelDef(ARCH), params, rollout, Sampling(1.0, 0, 1.0), 512)[0]
+def logp(params, rollout, model=MODEL):
+    return policy_logprobs(model, params, rollout, Sampling(1.0, 0, 1.0), 512)[0]
 
 
-def test_forward_flops_are_what_xla_counts():
-    """Its count has norms and softmax too, about 1 % at this width."""
+@pytest.mark.parametrize("lora", [None, LoRA(16, 32.0, ("q_proj", "o_proj", "up_proj"))])
+def test_forward_flops_are_what_xla_counts(lora):
+    """Its count has norms and softmax too, about 1 % at this width; adapters of that rank are 4 %."""
     P, S, T = 3, 16, 8
-    assert with_masked_half(P, S, T) == pytest.approx(counted_by_xla(logp, *one_each(P, S, T)), rel=0.02)
+    model = dataclasses.replace(MODEL, lora=lora)
+    _, rollout = one_each(P, S, T)
+    xla = counted_by_xla(functools.partial(logp, model=model), model.param_shapes(), rollout)
+    assert with_masked_half(P, S, T, model) == pytest.approx(xla, rel=0.02)
+
+
+class TwoGates(transformer.MLP):
+    """A new kind of layer: one matrix more, which no table and no formula of ours has heard of."""
+
+    def __init__(self, arch, *, rngs):
+        super().__init__(arch, rngs=rngs)
+        self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
+
+    def __call__(self, x):
+        return super().__call__(x) * jax.nn.sigmoid(self.second(x))
+
+
+def test_a_new_matrix_of_a_layer_is_counted(monkeypatch):
+    P, S, T = 3, 16, 8
+    model = ModelDef(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
+    monkeypatch.setattr(transformer, "MLP", TwoGates)
+    _, rollout = one_each(P, S, T)
+    xla = counted_by_xla(functools.partial(logp, model=model), model.param_shapes(), rollout)
+    assert with_masked_half(P, S, T, model) == pytest.approx(xla, rel=0.02)
+    more = ARCH.num_layers * ARCH.dim**2
+    sizes, tokens = Sizes(P, 1, S, T), P * S + P * (T - 1)
+    assert forward_flops(model, sizes) == forward_flops(MODEL, sizes) + 2 * more * tokens
+    assert step_bytes(model, sizes, 2) == step_bytes(MODEL, sizes, 2) + 2 * more
+
+
+@pytest.mark.parametrize(("path", "rank"), [(("layers", "mlp", "experts"), 4), (("table",), 2)])
+def test_a_parameter_that_the_counting_does_not_know_is_an_error(path, rank):
+    params = flatten_dict(MODEL.param_shapes())
+    params[path] = jax.ShapeDtypeStruct((2,) * rank, jnp.float32)
+    with pytest.raises(ValueError, match="/".join(path)):
+        roofline.layer_matrices(unflatten_dict(params))
 
 
 def test_an_update_is_three_forward_passes():
@@ -59,16 +101,15 @@ def test_an_update_is_three_forward_passes():
 
 
 def test_decoding_reads_every_matrix_and_the_caches():
-    model = ModelDef(ARCH)
-    params = model.param_shapes()
+    params = MODEL.param_shapes()
     matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and min(x.shape[-2:]) > ARCH.num_layers)
     P, G, S, T = 3, 4, 16, 8
     tokens_PS = jax.ShapeDtypeStruct((P, S), jnp.int32)
-    _, prefix = jax.eval_shape(lambda p, t: model.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
+    _, prefix = jax.eval_shape(lambda p, t: MODEL.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
     prompts = sum(x.size for x in jax.tree.leaves(prefix.cache))
     rows = prompts // (P * S) * P * G * T / 2
-    assert step_bytes(ARCH, Sizes(P, G, S, T), 4) == 4 * (matrices + prompts + rows)
-    assert decode_bytes(ARCH, Sizes(P, G, S, T), 2) == 2 * (T - 1) * (matrices + prompts + rows)
+    assert step_bytes(MODEL, Sizes(P, G, S, T), 4) == 4 * (matrices + prompts + rows)
+    assert decode_bytes(MODEL, Sizes(P, G, S, T), 2) == 2 * (T - 1) * (matrices + prompts + rows)
 
 
 @pytest.fixture
@@ -83,7 +124,7 @@ def test_a_measurement_counts_its_tokens_and_compiles_before_it_times(small):
     record = benchmark.measure(benchmark.parse([*small, "--what=step"]))
     assert record["tokens"] == 2 * 2 * 3
     assert record["first_call_s"] > record["max_s"] >= record["median_s"] > 0
-    flops = (1 + 3) * forward_flops(synthetic.architecture("tiny"), Sizes(2, 2, 4, 3))
+    flops = (1 + 3) * forward_flops(ModelDef(synthetic.architecture("tiny")), Sizes(2, 2, 4, 3))
     assert record["model_flops_utilisation"] == pytest.approx(flops / record["median_s"] / CEILING, rel=0.05, abs=1e-4)
 
 

@@ -7,9 +7,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
+from grpo_jax.models import transformer
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, times
 from grpo_jax.tools.plan import command as command
 from tests import programs, tiny
@@ -31,7 +34,7 @@ def job_of(sizes, changes=None, arch=ARCH):
 
 @functools.cache
 def update_on_eight():
-    return compiled.compiled_update(job_of(EIGHT))
+    return compiled.compile_update(job_of(EIGHT))
 
 
 # ------------------------------------------------------------------------------------------------------------- the tables
@@ -50,7 +53,7 @@ def test_chips_are_plausible_and_have_sources():
 
 
 def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_network():
-    chip, mesh = chips.chip_named("H100"), job.mesh_of((4, 4, 2))
+    chip, mesh = chips.find_chip("H100"), job.mesh_of((4, 4, 2))
     rates = {axis: chips.axis_rate(chip, mesh, axis) for axis in mesh.shape}
     assert rates == {"data": chip.host_bytes_per_s, "fsdp": chip.link_bytes_per_s, "tensor": chip.link_bytes_per_s}
 
@@ -79,14 +82,14 @@ def test_an_update_of_few_rows_holds_little_but_gradients():
     few = {"model.remat": "full", "rollout.num_prompts": 2, "rollout.group_size": 2, "rollout.max_completion_tokens": 5}
     planned = job_of(ONE, few, dataclasses.replace(ARCH, dim=128, head_dim=32, ffn_dim=512))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.UPDATE)
-    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_update(planned)), rel=0.2)
+    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compile_update(planned)), rel=0.2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rollout.max_live_sequences": 20}])
 def test_the_rollout_holds_what_was_planned(changes):
     planned = job_of(ONE, changes, arch=dataclasses.replace(ARCH, num_layers=2))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)
-    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compiled_rollout(planned)), rel=0.2)
+    assert expected == pytest.approx(compiled.temporary_bytes(compiled.compile_rollout(planned)), rel=0.2)
 
 
 def test_what_is_saved_grows_with_rows_and_shrinks_with_remat():
@@ -99,7 +102,62 @@ def test_what_is_saved_grows_with_rows_and_shrinks_with_remat():
     assert saved("full") < saved("dots") < whole
 
 
+def shapes_of(tree, shape):
+    return {path: shape(leaf) for path, leaf in flatten_dict(tree).items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4}])
+@pytest.mark.parametrize("vocab_size", [256, 255])
+def test_the_model_of_one_device_has_the_shapes_of_its_shards(vocab_size, changes):
+    planned = job_of((1, 2, 2), changes, arch=dataclasses.replace(ARCH, vocab_size=vocab_size, qkv_bias=True))
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 2)), 0)
+    shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
+    assert shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape) == shards
+
+
+def test_caches_are_as_large_as_their_arithmetic_says():
+    """The bytes are the traced decoder's, the text beside them is written from one array's shape."""
+    for changes in ({}, {"rollout.max_live_sequences": 20}):
+        parts = [part for part in memory.rollout_parts(job_of((1, 1, 2), changes)) if " heads x " in part.how]
+        for part in parts:
+            factors = [int(word) for word in part.how.split() if word.isdigit()]
+            assert math.prod(factors) == part.num_bytes, part
+        assert sum(part.num_bytes > 0 for part in parts) == 2 + bool(changes)
+
+
 # --------------------------------------------------------------------------------------------------------- what travels
+
+
+def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
+    """One [D, D] more in each layer, which no table shards: each device holds it in full, and reads it at every token."""
+
+    class TwoGates(transformer.MLP):
+        def __init__(self, arch, *, rngs):
+            super().__init__(arch, rngs=rngs)
+            self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
+
+        def __call__(self, x):
+            return super().__call__(x) * jax.nn.sigmoid(self.second(x))
+
+    def planned(arch):
+        changed = job_of(EIGHT, arch=arch)
+        parts = {part.what: part.num_bytes for part in memory.parts_of(changed)}
+        prompts, *_ = times.stages_of(changed, chips.find_chip("h100"))
+        whole = next(sent for sent in times.sent_by(changed) if "whole weights" in sent.what)
+        names = (
+            "parameters",
+            "decoding copy, gathered over fsdp",
+            "decoding copy, layer by layer",
+            "a layer's weights, gathered",
+        )
+        return [*(parts[name] for name in names), prompts.memory * chips.find_chip("h100").hbm_bytes_per_s, whole.num_bytes]
+
+    before = planned(ARCH)
+    monkeypatch.setattr(transformer, "MLP", TwoGates)
+    after = planned(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
+    layer, all_layers = ARCH.dim**2 * 4, ARCH.dim**2 * 4 * ARCH.num_layers
+    more = [all_layers, all_layers, all_layers, 2 * layer, all_layers, 2 * all_layers * 3 / 4]
+    assert np.subtract(after, before) == pytest.approx(more)
 
 
 def test_collectives_of_the_update_are_those_of_its_layout():
@@ -167,7 +225,7 @@ def test_a_stage_is_bound_by_what_takes_longest_and_links_are_added():
 
 
 def test_devices_share_the_arithmetic():
-    chip, wide = chips.chip_named("v5e"), {"rollout.num_prompts": 8}
+    chip, wide = chips.find_chip("v5e"), {"rollout.num_prompts": 8}
     one, eight = (sum(s.compute for s in times.stages_of(job_of(sizes, wide), chip)) for sizes in (ONE, EIGHT))
     assert one == pytest.approx(8 * eight)
 
@@ -178,8 +236,8 @@ def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     sizes = {tuple(mesh.shape.values()) for mesh in peaks}
     assert all(math.prod(each) == 8 for each in sizes)
     assert {t for _, _, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
-    chip = dataclasses.replace(chips.chip_named("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
-    ranked = command.ranked(planned, chip)
+    chip = dataclasses.replace(chips.find_chip("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
+    ranked = command.rank_meshes(planned, chip)
     fits = [peak <= chip.hbm_bytes for peak, _, _ in ranked]
     secs = [times.iteration_secs(stages) for _, stages, _ in ranked]
     assert fits == sorted(fits, reverse=True) and 0 < sum(fits) < len(fits) == len(sizes)
@@ -197,7 +255,7 @@ def test_bad_input_is_one_line():
     with pytest.raises(UserError, match="no mesh of so many suits"):
         job.allowed_meshes(job.make_job(tiny.config_of("grpo", {"mesh.data": 11}), "smollm2", 16, 11))
     with pytest.raises(UserError, match="--chip=b99: unknown"):
-        chips.chip_named("b99")
+        chips.find_chip("b99")
     with pytest.raises(UserError, match="at most 256"):
         compiled.require_simulable(512)
 

@@ -1,16 +1,21 @@
-"""What the machine can do at most, measured, and what the work needs at least, counted."""
+"""Ceilings of the machine, measured, and the least that the work needs, counted from the decoder's own parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +37,27 @@ class Sizes:
 
 
 def measure_ceilings(dtype: Any, bytes_read: float) -> Ceilings:
-    """The best of several sizes, kinds and calls.
+    """Measure this machine's rates: the best of several sizes, kinds and calls.
 
-    dtype: of the matrix products. bytes_read: what is read over and over, for a small model's weights stay in the cache.
+    dtype: of the matrix products. bytes_read: read over and over, for a small model's weights stay in the cache.
     """
-    is_cpu = jax.default_backend() == "cpu"
-    products = [product_rate(n, dtype) for n in ((1024, 2048) if is_cpu else (4096, 8192))]
+    sizes = (4096, 8192)
+    if jax.default_backend() == "cpu":
+        sizes = (1024, 2048)  # a core reaches its rate there already, and the larger ones would take seconds a call
+    # A ceiling must not be lower than what the work itself reaches, or shares of more than 1 come out. So the best counts, and
+    # reading is tried in the ways in which XLA compiles it: its speed on a CPU differs between them.
+    products = [product_rate(n, dtype) for n in sizes]
     return Ceilings(max(products), max(read_rate(probe, bytes_read) for probe in PROBES))
 
 
 def product_rate(n: int, dtype: Any) -> float:
-    """FLOP/s of an [n, n] product."""
+    """Measure the FLOP/s of an [n, n] product."""
     square = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
     return 2.0 * n**3 / best_secs(jax.jit(lambda a: a @ a), square)
 
 
 def _as_head(matrix_VD, x_D):
-    """Logits of one row, as decoding computes them."""
+    """Compute the logits of one row, as decoding does."""
     return jnp.einsum("bd,vd->bv", x_D[None], matrix_VD)[0]
 
 
@@ -64,12 +73,14 @@ PROBES = (_as_head, _as_product, _as_reduction)
 
 
 def read_rate(probe: Callable[[Any, Any], Any], bytes_read: float) -> float:
-    """bytes/s of reading a float32 matrix of about so many bytes again and again, each pass on the last one's result."""
+    """Measure the bytes/s of reading a float32 matrix of about so many bytes again and again."""
     D = 512
     V = max(D, int(bytes_read) // (4 * D))
     matrix_VD = jax.random.normal(jax.random.key(0), (V, D))
     num_passes = max(4, (1 << 28) // matrix_VD.nbytes)
 
+    # Each pass works on the last one's result: XLA would run independent ones only once. They are many in one call, so that
+    # the time of starting it does not count.
     @jax.jit
     def passes(matrix_VD, x_D):
         return jax.lax.fori_loop(0, num_passes, lambda _, x_D: probe(matrix_VD, x_D)[:D] * 1e-2, x_D)
@@ -77,8 +88,9 @@ def read_rate(probe: Callable[[Any, Any], Any], bytes_read: float) -> float:
     return num_passes * matrix_VD.nbytes / best_secs(passes, matrix_VD, jnp.ones(D))
 
 
-def best_secs(call: Any, *args: Any, repeats: int = 8) -> float:
-    """The quickest of several calls, after one that compiles. Seconds."""
+def best_secs(call: Callable[..., Any], *args: Any, repeats: int = 8) -> float:
+    """Time the quickest of several calls, after one that compiles. Seconds."""
+    # The quickest and not the median: other processes of the machine only ever make a call slower.
     jax.block_until_ready(call(*args))
     secs = []
     for _ in range(repeats):
@@ -88,32 +100,114 @@ def best_secs(call: Any, *args: Any, repeats: int = 8) -> float:
     return min(secs)
 
 
-def layer_weights(arch: Architecture) -> int:
-    """Numbers in the matrices of all layers."""
-    attention = arch.dim * arch.head_dim * (2 * arch.num_heads + 2 * arch.num_kv_heads)
-    return arch.num_layers * (attention + 3 * arch.dim * arch.ffn_dim)
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """Numbers of a decoder that one token meets, counted from the decoder's own parameters and caches.
+
+    layer_weights: in the matrices of all layers. head_shape: (V, D) of the output matrix. cached: keys and values that all
+    layers keep of the token.
+    """
+
+    layer_weights: int
+    head_shape: tuple[int, int]
+    cached: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all matrices that a token is multiplied with, the head's too."""
+        return self.layer_weights + math.prod(self.head_shape)
 
 
-def forward_flops(arch: Architecture, sizes: Sizes) -> float:
-    """One pass over prompts and the completions that attend to them: every matrix product, and causal attention's lower half.
+@functools.lru_cache
+def per_token(model: ModelDef) -> PerToken:
+    """Count a decoder's matrices and caches. Raises ValueError: it holds something that this counting does not know."""
+    params = model.param_shapes()
+    layers = sum(leaf.size for leaf in layer_matrices(params).values())
+    return PerToken(layers, head_matrix(params).shape, cached_numbers(model, params))
+
+
+def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Find every matrix [L, out, in] of the layers by its path: a token and layer costs 2 * out * in operations in each.
+
+    A leaf of any other rank would make the counts wrong without a word (of experts [L, E, out, in] a token meets a few, of
+    a second table next to the embedding nobody knows how often), so it raises ValueError.
+    """
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
+    found = {}
+    for path, leaf in leaves.items():
+        if path in (("embed",), ("head",)):
+            continue  # looked up, and counted by `head_matrix`
+        is_layer = path[0] == "layers"
+        rank = len(leaf.shape) - is_layer  # without the layers' axis
+        if is_layer and rank == 2:
+            found[path] = leaf
+        elif rank > 1:
+            raise ValueError(f"{'/'.join(path)} {leaf.shape}: no matrix [L, out, in] of a layer and no vector; count it here")
+    return found
+
+
+def head_matrix(params: Params) -> jax.ShapeDtypeStruct:
+    """Find the output matrix [V, D]: the head, or the embedding where the two are tied."""
+    return params.get("head", params["embed"])
+
+
+def cached_numbers(model: ModelDef, params: Params) -> int:
+    """Count the keys and values of one token in all layers, from what `Decoder.encode_prompts` returns.
+
+    Raises ValueError: the cache does not grow in proportion to the tokens, as `step_bytes` takes it.
+    """
+
+    def numbers(num_tokens: int) -> int:
+        tokens_PS = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+        _, prefix = jax.eval_shape(lambda p, t: model.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
+        return sum(x.size for x in jax.tree.leaves(prefix.cache))
+
+    if numbers(2) != 2 * numbers(1):
+        raise ValueError(f"caches of {numbers(1)} numbers for one token and {numbers(2)} for two: not in proportion")
+    return numbers(1)
+
+
+def attention_flops(arch: Architecture, pairs: float) -> float:
+    """Count the products of so many pairs of query and key, and of weights and values, in all heads of all layers."""
+    # No parameter has these products, so they are not in `layer_matrices` and this one formula is written by hand: 2 x H
+    # operations for a score and 2 x H to add its value. Sliding windows are left out.
+    return 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
+
+
+def forward_flops(model: ModelDef, sizes: Sizes) -> float:
+    """Count one pass over prompts and their completions: every matrix product, and causal attention's lower half.
 
     A rollout's decode steps do the same products one by one. The last token of a completion is predicted, never read; the
     head is applied to completions only. Sliding windows, norms and softmax are left out.
     """
     P, rows, S, T = sizes.P, sizes.P * sizes.G, sizes.S, sizes.T
     tokens = P * S + rows * (T - 1)
+    # A prompt's tokens see 1, 2, ..., S keys. The t-th of a completion's T - 1 tokens sees S + t, S + T / 2 in the mean.
     pairs = P * S * (S + 1) / 2 + rows * (T - 1) * (S + T / 2)
-    attention = 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
-    return 2 * layer_weights(arch) * tokens + attention + 2 * arch.vocab_size * arch.dim * rows * T
+    each = per_token(model)
+    return 2 * each.layer_weights * tokens + attention_flops(model.arch, pairs) + 2 * math.prod(each.head_shape) * rows * T
 
 
-def step_bytes(arch: Architecture, sizes: Sizes, itemsize: int) -> float:
-    """What a decode step has to read: all weights and the head, each prompt's cache once, the rows' own caches (half full)."""
-    weights = layer_weights(arch) + arch.vocab_size * arch.dim
-    cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
-    return (weights + cached) * itemsize
+def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
+    """Count the bytes that a decode step has to read: all weights and the head, each prompt's cache, the rows' own half full.
+
+    Args:
+      model: the decoder.
+      sizes: the batch that is decoded side by side.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    # A prompt's cache is read once for its G rows, which stand together; a row's own is half full in the mean over its steps.
+    each = per_token(model)
+    cached = each.cached * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
+    return (each.weights + cached) * itemsize
 
 
-def decode_bytes(arch: Architecture, sizes: Sizes, itemsize: int) -> float:
-    """What the T - 1 decode steps of a rollout have to read."""
-    return (sizes.T - 1) * step_bytes(arch, sizes, itemsize)
+def decode_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
+    """Count the bytes that the T - 1 decode steps of a rollout have to read; its first token comes of the prompts' pass.
+
+    Args:
+      model: the decoder.
+      sizes: the batch that is decoded side by side.
+      itemsize: bytes of a number in the compute dtype.
+    """
+    return (sizes.T - 1) * step_bytes(model, sizes, itemsize)

@@ -40,7 +40,7 @@ def smol(changes: Mapping[str, Any]) -> Job:
 def row(name: str, job: Job) -> str:
     """A line of the table: planned and XLA's MB, and their ratio, of update and rollout."""
     parts, cells = memory.parts_of(job), []
-    for phase, compile_it in ((memory.UPDATE, compiled.compiled_update), (memory.ROLLOUT, compiled.compiled_rollout)):
+    for phase, compile_it in ((memory.UPDATE, compiled.compile_update), (memory.ROLLOUT, compiled.compile_rollout)):
         planned, found = memory.phase_bytes(parts, phase), compiled.temporary_bytes(compile_it(job))
         cells += [f"{planned / MB:,.1f}", f"{found / MB:,.1f}", f"{planned / found:.2f}"]
     return f"| {name} | " + " | ".join(cells) + " |"

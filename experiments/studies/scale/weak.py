@@ -34,8 +34,8 @@ def main() -> None:
         raw = base.get_config()
         raw.update_from_flattened_dict({**CHANGES, "mesh.data": data, "mesh.fsdp": fsdp, "rollout.num_prompts": data * fsdp})
         job = make_job(parse_config(raw), "", 32, data * fsdp)
-        program = compiled.compiled_update(job)
-        found = collectives.traffic(program.as_text())
+        program = compiled.compile_update(job)
+        found = collectives.traffic(compiled.hlo_text(program))
         cells = []
         for kind in kinds:
             of_kind = [each for each in found if each.kind == kind]

@@ -83,7 +83,7 @@ def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float,
         began = time.perf_counter()
         block()
         secs.append((time.perf_counter() - began) / NUM_STEPS)
-    return statistics.median(secs), 4 * roofline.forward_flops(run.model.arch, sizes_of(held[1].rollout))
+    return statistics.median(secs), 4 * roofline.forward_flops(run.model, sizes_of(held[1].rollout))
 
 
 def main() -> None:

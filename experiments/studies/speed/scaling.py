@@ -81,7 +81,7 @@ def prepared(point: Point) -> tuple[Callable[[], None], float]:
         held[:] = run.update(held[0], batch)
         jax.block_until_ready(held)
 
-    return call, 3 * roofline.forward_flops(arch, sizes_of(rollout))
+    return call, 3 * roofline.forward_flops(run.model, sizes_of(rollout))
 
 
 def measure(points: Sequence[Point]) -> list[dict[str, float]]:

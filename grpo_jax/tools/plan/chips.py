@@ -1,8 +1,9 @@
-"""Public figures of accelerators, and what the links between them carry."""
+"""Public figures of accelerators, and the rates of the links between them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from jax.sharding import AbstractMesh
 
@@ -16,9 +17,9 @@ GIB = 2**30
 class Chip:
     """Peak rates of one device.
 
-    flops_per_s: bfloat16, dense. hbm_bytes, hbm_bytes_per_s: its memory. link_bytes_per_s: what leaves it towards devices of
-    its slice or NVLink domain, one way, all links together; host_bytes_per_s: its share of its host's network.
-    linked_devices: how many devices a slice or NVLink domain has at most. source: where the figures stand.
+    flops_per_s: bfloat16, dense. hbm_bytes, hbm_bytes_per_s: its memory. link_bytes_per_s: sent to devices of its slice or
+    NVLink domain, one way, all links together; host_bytes_per_s: its share of its host's network.
+    linked_devices: the most devices of a slice or NVLink domain. source: of the figures.
     """
 
     flops_per_s: float
@@ -46,19 +47,26 @@ CHIPS = {
 }
 
 
-def chip_named(name: str) -> Chip:
-    """Raises UserError."""
+def find_chip(name: str) -> Chip:
+    """Look a chip up, in upper or lower case. Raises UserError."""
     if name.lower() not in CHIPS:
         raise UserError(f"--chip={name}: unknown; known: {', '.join(CHIPS)}")
     return CHIPS[name.lower()]
 
 
 def axis_rate(chip: Chip, mesh: AbstractMesh, axis: str) -> float:
-    """bytes/s that a device sends along a mesh axis: by its links if neighbours along it share a slice, else by the host.
+    """Return the rate at which a device sends along a mesh axis: by links within a slice, else by the host's network.
 
-    Devices are numbered with `tensor` fastest and `data` slowest, as in `sharding.make_mesh`.
+    Args:
+      chip: the device's public figures.
+      mesh: its sizes count, the devices need not exist.
+      axis: one of AXES.
+    Returns: bytes a second, one way.
     """
-    span = 1
-    for inner in reversed(AXES[AXES.index(axis) :]):
-        span *= mesh.shape[inner]
-    return chip.link_bytes_per_s if span <= chip.linked_devices else chip.host_bytes_per_s
+    # Devices are numbered with `tensor` fastest and `data` slowest, as in `sharding.make_mesh`: a group along an axis
+    # reaches over all axes inside it too, so `tensor` stays in a slice the longest and `data` leaves it first.
+    span = math.prod(mesh.shape[inner] for inner in AXES[AXES.index(axis) :])
+    if span <= chip.linked_devices:
+        return chip.link_bytes_per_s
+    # A ring is as fast as its slowest hop: one that leaves the slice makes the whole axis run at the host's rate.
+    return chip.host_bytes_per_s

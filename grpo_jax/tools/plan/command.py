@@ -1,4 +1,4 @@
-"""What a run needs on which machine: bytes a device, seconds an iteration, what travels. Nothing is computed or loaded.
+"""Estimate what a run needs on which machine: bytes a device, seconds an iteration, traffic. Nothing is computed or loaded.
 
     python -m experiments.plan --config=configs/dapo.py:smollm2 --shape=qwen2.5-7b --chip=h100 --devices=8 --config.mesh.fsdp=8
     python -m experiments.plan ... --sweep       all meshes of that many devices that are allowed, the quickest first
@@ -19,7 +19,7 @@ from rich.table import Table
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools import cli
 from grpo_jax.tools.plan import collectives, compiled, memory, times
-from grpo_jax.tools.plan.chips import Chip, chip_named
+from grpo_jax.tools.plan.chips import Chip, find_chip
 from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
 
 CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
@@ -33,40 +33,51 @@ COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for si
 
 
 def main() -> None:
+    """Print the tables that the flags ask for. Raises UserError."""
     config = cli.config_from_flags()
-    chip = chip_named(CHIP.value)
+    chip = find_chip(CHIP.value)
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, DEVICES.value)
     if not SWEEP.value:
-        require_allowed(job)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+        require_allowed(job)  # a sweep leaves out such meshes by itself, and says so only if none is left
+    console = make_console()
     if COMPILE.value:
         compiled.require_simulable(job.mesh.size)
+        # JAX fixes the number of devices when it starts, before the flags are read: another process has to have more.
         if jax.device_count() < job.mesh.size:
             sys.exit(compiled.in_child(sys.argv[1:], job.mesh.size))
-        console.print(*compiled_tables(job))
+        console.print(*compare_with_compiled(job))
     elif SWEEP.value:
         console.print(sweep_table(job, chip))
     else:
         console.print(memory_table(job, chip), times_table(job, chip), traffic_table(job))
 
 
+def make_console() -> Console:
+    """Return a console as wide as the terminal; in a pipe wide enough that no line of the tables is folded."""
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=160)
+
+
 def memory_table(job: Job, chip: Chip) -> Table:
-    """Every part of a device's memory, and the peak."""
+    """Show every part of a device's memory, and the peak."""
     parts = memory.parts_of(job)
-    table = table_of(f"Memory of one of {described(job)}", "phase", "what", "arithmetic", "GB")
+    table = table_of(f"Memory of one of {describe_job(job)}", "phase", "what", "arithmetic", "GB")
     for part in parts:
         table.add_row(part.phase, part.what, part.how, gigabytes(part.num_bytes))
     table.add_section()
     peak = memory.peak_bytes(parts)
-    verdict = "fits" if peak <= chip.hbm_bytes else "does not fit"
     table.add_row(
-        "peak", f"{verdict}: {peak / chip.hbm_bytes:.0%} of {CHIP.value}", "state + the larger phase", gigabytes(peak)
+        "peak",
+        f"{verdict(peak, chip)}: {peak / chip.hbm_bytes:.0%} of {CHIP.value}",
+        "state + the larger phase",
+        gigabytes(peak),
     )
     return table
 
 
 def times_table(job: Job, chip: Chip) -> Table:
-    """The stages of an iteration."""
+    """Show the stages of an iteration."""
     stages = times.stages_of(job, chip)
     table = table_of(
         f"Seconds of an iteration on {CHIP.value}, at the least",
@@ -87,7 +98,7 @@ def times_table(job: Job, chip: Chip) -> Table:
 
 
 def traffic_table(job: Job) -> Table:
-    """What a device sends in an iteration."""
+    """Show the bytes that a device sends in an iteration."""
     table = table_of("Sent by a device in an iteration", "phase", "axis", "what", "arithmetic", "GB")
     for sent in times.sent_by(job):
         table.add_row(sent.phase, sent.axis, sent.what, sent.how, gigabytes(sent.num_bytes))
@@ -95,45 +106,55 @@ def traffic_table(job: Job) -> Table:
 
 
 def sweep_table(job: Job, chip: Chip) -> Table:
-    """All allowed meshes: those that fit, the quickest first, then the others."""
+    """Show all allowed meshes: those that fit, the quickest first, then the others."""
     table = table_of(
         f"Meshes of {job.mesh.size} {CHIP.value}", *AXES, "GB", "of memory", "rollout s", "update s", "iteration s", ""
     )
-    for peak, stages, other in ranked(job, chip):
+    for peak, stages, other in rank_meshes(job, chip):
         by_phase = [sum(stage.secs for stage in stages if stage.phase == phase) for phase in (times.ROLLOUT, times.UPDATE)]
-        fit = "fits" if peak <= chip.hbm_bytes else "does not fit"
         sizes = map(str, other.mesh.shape.values())
         secs = (f"{each:.4g}" for each in (*by_phase, sum(by_phase)))
-        table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, fit)
+        table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, verdict(peak, chip))
     return table
 
 
-def ranked(job: Job, chip: Chip) -> list[tuple[float, list[times.Stage], Job]]:
-    """(peak bytes, stages, job) of every allowed mesh: those that fit by seconds, then those that do not by bytes."""
+def verdict(peak: float, chip: Chip) -> str:
+    if peak <= chip.hbm_bytes:
+        return "fits"
+    return "does not fit"
+
+
+def rank_meshes(job: Job, chip: Chip) -> list[tuple[float, list[times.Stage], Job]]:
+    """Sort (peak bytes, stages, job) of every allowed mesh: those that fit by seconds, then those that do not by bytes."""
     found = [(memory.peak_bytes(memory.parts_of(other)), times.stages_of(other, chip), other) for other in allowed_meshes(job)]
 
     def order(each: tuple[float, list[times.Stage], Job]) -> tuple[bool, float]:
-        fits = each[0] <= chip.hbm_bytes
-        return not fits, times.iteration_secs(each[1]) if fits else each[0]
+        # How fast a mesh would be that does not fit is of no use: there the question is how much is missing.
+        peak, stages, _ = each
+        if peak <= chip.hbm_bytes:
+            return False, times.iteration_secs(stages)
+        return True, peak
 
     return sorted(found, key=order)
 
 
-def compiled_tables(job: Job) -> list[Table]:
-    """Of the compiled programs: memory beside the plan's, and collectives."""
+def compare_with_compiled(job: Job) -> list[Table]:
+    """Show the compiled programs' memory beside the plan's, and their collectives."""
     parts = memory.parts_of(job)
-    table = table_of(f"Compiled for {described(job)} (simulated)", "program", "memory beside the state, GB", "planned", "ratio")
-    programs = {memory.UPDATE: compiled.compiled_update(job), memory.ROLLOUT: compiled.compiled_rollout(job)}
+    table = table_of(
+        f"Compiled for {describe_job(job)} (simulated)", "program", "memory beside the state, GB", "planned", "ratio"
+    )
+    programs = {memory.UPDATE: compiled.compile_update(job), memory.ROLLOUT: compiled.compile_rollout(job)}
     traffic = table_of("Collectives of one call", "program", "kind", "devices", "count", "MB sent by a device")
     for name, program in programs.items():
         held, planned = compiled.temporary_bytes(program), memory.phase_bytes(parts, name)
         table.add_row(name, gigabytes(held), gigabytes(planned), f"{planned / held:.2f}")
-        for each in collectives.traffic(program.as_text()):
+        for each in collectives.traffic(compiled.hlo_text(program)):
             traffic.add_row(name, each.kind, str(each.group_size), f"{each.count:g}", f"{each.num_bytes / 1e6:,.3f}")
     return [table, traffic]
 
 
-def described(job: Job) -> str:
+def describe_job(job: Job) -> str:
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
     return f"{job.mesh.size} devices, {sizes}; {SHAPE.value or job.config.model.path or 'config.model'}, {job.model.dtype}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from grpo_jax.types import Prompts, Reward
 
@@ -17,14 +18,17 @@ class FixedTask:
     tokens_PS: int, no padding. pad_id: of the tokenizer.
     """
 
+    # Traceable, so that whole iterations can be compiled; no stop token, so that every completion uses all of its budget and
+    # a timed rollout does the same work each time.
     is_traceable, stop_ids = True, ()
 
-    def __init__(self, tokens_PS: Any, pad_id: int):
+    def __init__(self, tokens_PS: npt.ArrayLike, pad_id: int):
         self.tokens_PS = np.asarray(tokens_PS, np.int32)
         self.prompt_tokens = self.tokens_PS.shape[1]
         self.tokenizer: Any = types.SimpleNamespace(pad_id=pad_id)
 
     def train_prompts(self, position: Any, num_prompts: int, seed: Any = None) -> Prompts:
+        """Return the prompts, whatever the position and the seed."""
         del position, seed
         tokens_PS = jnp.asarray(self.tokens_PS)
         assert len(tokens_PS) == num_prompts
@@ -34,7 +38,16 @@ class FixedTask:
         return self.train_prompts(0, len(self.tokens_PS))
 
     def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+        """Score completions by their token ids.
+
+        Args:
+          answer: not used.
+          tokens_PGT: int32, the completions.
+          mask_PGT: not used.
+        """
         del answer, mask_PGT
+        # The rewards of a group must differ: equal ones give an advantage of 0, and dynamic sampling
+        # would use up all its rounds.
         reward_PG = (tokens_PGT.sum(-1) % 7).astype(jnp.float32)
         return Reward(reward_PG, jnp.zeros_like(reward_PG), {})
 

@@ -1,4 +1,4 @@
-"""What is planned: a config, a decoder, a mesh that need not exist, and what one device of it has to do."""
+"""The job that is planned: a config, a decoder, a mesh that need not exist, and the share of one of its devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ModelConfig
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.transformer import ModelDef
@@ -21,6 +21,7 @@ from grpo_jax.tools.roofline import Sizes
 from grpo_jax.training import build
 from grpo_jax.training.run import check_batch_divisible
 
+# Written down, so that a model can be planned on a machine that does not have it.
 # Public architecture numbers, from each model's config.json.
 SHAPES = {
     "smollm2": Architecture(49_152, 576, 30, 9, 3, 64, 1536, Rope(100_000.0), 1e-5),
@@ -32,7 +33,10 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """mesh: an AbstractMesh; where only sizes are asked for, it does as well as a Mesh. prompt_tokens: S, with padding."""
+    """A run to be planned.
+
+    mesh: an AbstractMesh; where only sizes are asked for, it does as well as a Mesh. prompt_tokens: S, with padding.
+    """
 
     config: Config
     model: ModelDef
@@ -50,50 +54,70 @@ class Job:
         return FixedTask(np.ones((self.config.rollout.num_prompts, self.prompt_tokens), np.int32), pad_id=1)
 
     @property
-    def local_arch(self) -> Architecture:
-        """What one device of `tensor` computes of the decoder. A vocabulary that does not divide stays whole."""
+    def local_model(self) -> ModelDef:
+        """The decoder that one device of `tensor` computes, as a model of its own, to be traced and counted as such.
+
+        Its parameters have the shapes of one device's shards (tests/test_plan.py): a size that is divided here and not by
+        the table of `parallel.sharding`, or the other way round, would make the plan wrong.
+        """
         arch, t = self.model.arch, self.mesh.shape["tensor"]
-        return dataclasses.replace(
+        vocab_size = arch.vocab_size
+        if vocab_size % t == 0:  # otherwise embedding and head are replicated
+            vocab_size //= t
+        local = dataclasses.replace(
             arch,
             num_heads=arch.num_heads // t,
             num_kv_heads=arch.num_kv_heads // t,
             ffn_dim=arch.ffn_dim // t,
-            vocab_size=arch.vocab_size // t if arch.vocab_size % t == 0 else arch.vocab_size,
+            vocab_size=vocab_size,
         )
+        return dataclasses.replace(self.model, arch=local)
 
     @property
     def local_batch(self) -> Sizes:
-        """What one device samples, all of the budget used."""
+        """The completions that one device samples, all of the budget used."""
         rollout = self.config.rollout
         groups = rollout.num_prompts // num_row_shards(self.mesh)
         return Sizes(groups, rollout.group_size, self.prompt_tokens, rollout.max_completion_tokens)
 
     @property
     def live_batch(self) -> Sizes:
-        """What one device decodes side by side: all of it, or `rollout.max_live_sequences`, each with a copy of its prompt."""
-        batch, max_live_sequences = self.local_batch, self.config.rollout.max_live_sequences
-        return dataclasses.replace(batch, P=max_live_sequences, G=1) if 0 < max_live_sequences < batch.P * batch.G else batch
+        """The completions that one device decodes side by side: all, or `rollout.max_live_sequences`."""
+        batch, num_live = self.local_batch, self.config.rollout.max_live_sequences
+        if not 0 < num_live < batch.P * batch.G:
+            return batch
+        # Rows that take one after another no longer stand with their group: each has a copy of its prompt's cache.
+        return dataclasses.replace(batch, P=num_live, G=1)
 
     @property
     def local_microbatch(self) -> Sizes:
-        """What one device differentiates at a time (`batching.split_microbatches`)."""
+        """The completions that one device differentiates at a time (`batching.split_microbatches`)."""
         batch, learner = self.local_batch, self.config.learner
-        groups, cuts = int(batch.P) // learner.num_minibatches, learner.num_microbatches
-        parts = max(1, cuts // groups)  # of each group
-        return dataclasses.replace(batch, P=groups * parts // cuts, G=batch.G // parts)
+        groups, num = int(batch.P) // learner.num_minibatches, learner.num_microbatches
+        # Groups are split only once each microbatch has a single one, because each piece runs the prompt again.
+        pieces = max(1, num // groups)  # of each group
+        return dataclasses.replace(batch, P=groups * pieces // num, G=batch.G // pieces)
 
 
 def make_job(config: Config, shape: str, prompt_tokens: int, num_devices: int) -> Job:
-    """shape: of SHAPES, or empty: the config's own model. prompt_tokens: 0: task.max_prompt_tokens. Raises UserError."""
+    """Make the job that a config describes, without its task and without reading weights.
+
+    Args:
+      config: of the run.
+      shape: a name of SHAPES; empty: the config's own model.
+      prompt_tokens: S; 0: task.max_prompt_tokens.
+      num_devices: of the machine; a mesh axis of -1 takes what the others leave.
+    Raises: UserError if the shape is unknown or the mesh needs more devices.
+    """
     mesh = mesh_of(tuple(axis_sizes(config.mesh.sizes, num_devices).values()))
-    model = build.make_model(dataclasses.replace(config, model=without_path(config.model, shape)), CharTokenizer(ALPHABET))
+    model = build.make_model(dataclasses.replace(config, model=drop_path(config.model, shape)), CharTokenizer(ALPHABET))
     if shape:
         model = dataclasses.replace(model, arch=SHAPES[shape])
     return Job(config, model, mesh, prompt_tokens or config.task.max_prompt_tokens)
 
 
-def without_path(model: Any, shape: str) -> Any:
-    """The model's settings; with a shape of ours nothing is read from a folder. Raises UserError."""
+def drop_path(model: ModelConfig, shape: str) -> ModelConfig:
+    """Return the model's settings; with a shape of ours nothing is read from a folder. Raises UserError."""
     if not shape:
         return model
     if shape not in SHAPES:
@@ -102,21 +126,23 @@ def without_path(model: Any, shape: str) -> Any:
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Any:
-    """A mesh without devices."""
+    """Make a mesh without devices."""
+    # `Auto` as in `sharding.make_mesh`: the programs that are traced for it are the same.
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def require_allowed(job: Job) -> None:
-    """The decoder and the batch can be cut as the mesh asks. Raises UserError."""
+    """Check that decoder and batch can be sharded as the mesh asks. Raises UserError."""
     check_divisible(job.model.arch.sharded_sizes, job.mesh)
     check_batch_divisible(job.config, job.mesh)
 
 
 def allowed_meshes(job: Job) -> list[Job]:
-    """The same job on every data x fsdp x tensor of as many devices that it can be cut by. Raises UserError: on none."""
+    """List the same job on every allowed data x fsdp x tensor of as many devices. Raises UserError if there is none."""
     num, found = job.mesh.size, []
     for tensor in divisors(num):
         for fsdp in divisors(num // tensor):
+            # The checks of a real run decide, so that a sweep never recommends a mesh that the run would refuse.
             other = dataclasses.replace(job, mesh=mesh_of((num // tensor // fsdp, fsdp, tensor)))
             try:
                 require_allowed(other)

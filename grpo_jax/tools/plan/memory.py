@@ -1,6 +1,6 @@
-"""Bytes that each device holds: in the state from shapes and places, while updating and sampling from what is kept meanwhile.
+"""Bytes that each device holds: in the state from shapes and shardings, in update and rollout from the traced functions.
 
-What an update keeps for its backward pass is asked of JAX's own differentiation, on shapes alone. What XLA adds to it
+JAX's own differentiation says which arrays an update keeps for its backward pass, on shapes alone. What XLA adds to it
 (copies, working memory) or saves (fusion) is not modelled; `--compile` shows it.
 """
 
@@ -12,18 +12,23 @@ import functools
 import math
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.models.attention import KVCache
+from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import with_shardings
+from grpo_jax.rollout.decoding import DecodeContext, cache_sizes
 from grpo_jax.rollout.rollout import sampling_of
+from grpo_jax.rollout.sampling import GREEDY, Sampling
 from grpo_jax.tools.plan.job import Job, mesh_of
-from grpo_jax.tools.roofline import Sizes
+from grpo_jax.tools.roofline import Sizes, per_token
 from grpo_jax.training import run
 from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
@@ -33,7 +38,7 @@ STATE, UPDATE, ROLLOUT = "state", "update", "rollout"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One line of the sum. phase: "state" lies there all the time, the others come on top in turn. how: its arithmetic."""
+    """One line of the sum. phase: "state" is held all the time, the others come on top in turn. how: its arithmetic."""
 
     phase: str
     what: str
@@ -42,7 +47,7 @@ class Part:
 
 
 def parts_of(job: Job) -> list[Part]:
-    """Every part of a device's memory, as the arithmetic of its bytes."""
+    """List every part of a device's memory, as the arithmetic of its bytes."""
     return [part for part in (*state_parts(job), *update_parts(job), *rollout_parts(job)) if part.num_bytes]
 
 
@@ -51,7 +56,8 @@ def phase_bytes(parts: list[Part], phase: str) -> float:
 
 
 def peak_bytes(parts: list[Part]) -> float:
-    """The state, and the larger of what the two phases add to it."""
+    """Add the larger of the two phases to the state."""
+    # Rollout and update take turns within an iteration, and neither leaves anything to the other but the batch.
     return phase_bytes(parts, STATE) + max(phase_bytes(parts, UPDATE), phase_bytes(parts, ROLLOUT))
 
 
@@ -59,7 +65,8 @@ def peak_bytes(parts: list[Part]) -> float:
 
 
 def state_like(job: Job) -> TrainState:
-    """Shapes and places of the state, as `run.assemble` has them."""
+    """Return the shapes and shardings of the state, as `run.assemble` has them."""
+    # Shapes do not depend on the mesh. Asking for them on a mesh of one lets a sweep over meshes trace them only once.
     alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1)))
     return run.abstract_state_of(job.config, job.mesh, state_shapes(alone))
 
@@ -67,28 +74,33 @@ def state_like(job: Job) -> TrainState:
 @functools.lru_cache(maxsize=1)
 def state_shapes(job: Job) -> TrainState:
     base, adapters = split_adapters(job.model.param_shapes())
-    base = in_compute_dtype(base, job.model) if adapters else base  # as frozen weights are loaded
+    if adapters:
+        base = in_compute_dtype(base, job.model)  # as frozen weights are loaded
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, job.config))
     fns = run.TrainFns(job.config, job.mesh, job.task, job.model)
     return jax.eval_shape(fns.init, base, adapters or None, hyperparams)
 
 
 def state_parts(job: Job) -> list[Part]:
-    """What is there from step to step. Exact."""
+    """Count what is there from step to step. Exact."""
     state = state_like(job)
+    sampling = None
+    if job.config.async_steps:
+        # The update donates its state, while the rollout beside it still reads the policy: that needs a copy of its own.
+        sampling = state.policy
     return [
-        held("parameters", state.params),
-        held("frozen weights under adapters", state.base),
-        held("optimizer state", state.opt_state),
-        held("reference policy", state.ref_params),
-        held("groups waiting (dynamic sampling)", state.pending),
-        held("the batch sampled ahead (async_steps)", state.next_batch),
-        held("the weights that sample it", state.policy if job.config.async_steps else None),
+        state_part("parameters", state.params),
+        state_part("frozen weights under adapters", state.base),
+        state_part("optimizer state", state.opt_state),
+        state_part("reference policy", state.ref_params),
+        state_part("groups waiting (dynamic sampling)", state.pending),
+        state_part("the batch sampled ahead (async_steps)", state.next_batch),
+        state_part("the weights that sample it", sampling),
     ]
 
 
-def held(what: str, tree: Any) -> Part:
-    """The bytes of a tree of placed shapes on one device; what waits on the host is left out."""
+def state_part(what: str, tree: Any) -> Part:
+    """Count the bytes of a tree of sharded shapes on one device; what waits on the host is left out."""
     leaves = [x for x in jax.tree.leaves(tree) if not is_on_host(x)]
     total = sum(x.size for x in leaves)
     here = sum(map(numbers_here, leaves))
@@ -97,7 +109,7 @@ def held(what: str, tree: Any) -> Part:
 
 
 def is_on_host(x: Any) -> bool:
-    """Whether a placed shape is one of `optimizer.offload`."""
+    """True for a sharded shape that `optimizer.offload` keeps in the host's memory."""
     return x.sharding.memory_kind == "pinned_host"
 
 
@@ -106,7 +118,7 @@ def local_bytes(tree: Any) -> float:
 
 
 def numbers_here(x: Any) -> int:
-    """Of a placed shape, how many numbers lie on one device."""
+    """Count the numbers of a sharded shape that one device holds."""
     return math.prod(x.sharding.shard_shape(x.shape))
 
 
@@ -114,29 +126,34 @@ def numbers_here(x: Any) -> int:
 
 
 def update_parts(job: Job) -> list[Part]:
-    """On top of the state while one microbatch is differentiated.
+    """Count what comes on top of the state while one microbatch is differentiated.
 
     With microbatches a gradient waits for the next one to be added. When the backward pass has ended the optimizer holds the
     gradient and its update of every weight, and its state if that waits on the host.
     """
-    sizes, arch = job.local_microbatch, job.local_arch
+    # The backward pass and the optimizer's turn do not overlap: of the latter only what exceeds the former counts. The same
+    # holds for the head, whose chunk of logits and gradient exist before the gradients of the layers do.
+    sizes = job.local_microbatch
     kept = saved_for_backward(job, job.model.remat)
     saved = sum(map(num_bytes, kept))
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     gradient = local_bytes(state_like(job).params)
     copies = 1 + (job.config.learner.num_microbatches > 1)
+    # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
-    head = F32 * arch.vocab_size * (2 * chunk + arch.dim)
+    V, D = per_token(job.local_model).head_shape
+    head = F32 * V * (2 * chunk + D)
     rows = job.local_batch.P * job.local_batch.G
+    # About ten arrays [rows, T] of 4 bytes: tokens, masks, log-probabilities, entropies, advantages and weights.
     return [
         Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
-        Part(UPDATE, "saved for the backward pass", described(kept, sizes), saved),
-        recomputed(job),
+        Part(UPDATE, "saved for the backward pass", describe_residuals(kept, sizes), saved),
+        recomputed_part(job),
         Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B", copies * gradient),
         Part(
             UPDATE,
             "logits of a chunk, beyond a gradient",
-            f"{F32} B x {arch.vocab_size:,} x (2 x {chunk} + {arch.dim}) - {gradient:,.0f} B",
+            f"{F32} B x {V:,} x (2 x {chunk} + {D}) - {gradient:,.0f} B",
             max(0.0, head - gradient),
         ),
         Part(
@@ -145,33 +162,50 @@ def update_parts(job: Job) -> list[Part]:
             f"2 x {gradient:,.0f} B + {offloaded:,.0f} B from the host - gradients and saved",
             max(0.0, (2 - copies) * gradient + offloaded - saved),
         ),
-        *gathered_parts(job),
+        *gather_parts(job),
     ]
 
 
 def saved_for_backward(job: Job, remat: str) -> list[Any]:
-    """Shapes of what one device's forward pass keeps, beside the weights: the residuals of `jax.vjp`.
+    """List the shapes that one device's forward pass keeps, beside the weights: the residuals of `jax.vjp`.
 
-    Where fsdp cuts, weights arrive in the compute dtype and are gathered again in the backward pass.
+    With fsdp, weights arrive in the compute dtype and are gathered again in the backward pass.
     """
     sizes = job.local_microbatch
-    model = dataclasses.replace(job.model, arch=job.local_arch, remat=remat)
+    model = dataclasses.replace(job.local_model, remat=remat)
     return residuals(
         model, sizes, job.config.learner.logprob_chunk_tokens, job.mesh.shape["fsdp"] > 1, sampling_of(job.config.rollout)
     )
 
 
 @functools.lru_cache
-def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: bool, sampling: Any) -> list[Any]:
+def residuals(
+    model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: bool, sampling: Sampling
+) -> list[jax.ShapeDtypeStruct]:
+    """Trace `policy_logprobs`, as the loss calls it, and list what its backward pass keeps.
+
+    Args:
+      model: the decoder of one device, with the `remat` that is asked about.
+      sizes: of the microbatch.
+      chunk_tokens: learner.logprob_chunk_tokens.
+      is_gathered: by fsdp, which casts the weights before it gathers them.
+      sampling: of the config; with top-k or top-p the rollout has one field more.
+    Returns: a shape for each array that is no argument.
+    """
     base, adapters = split_adapters(model.param_shapes())
-    frozen, trained = (base, adapters) if adapters else (None, base)
-    frozen, trained = in_compute_dtype(frozen, model), in_compute_dtype(trained, model) if is_gathered else trained
+    frozen, trained = None, base
+    if adapters:
+        frozen, trained = in_compute_dtype(base, model), adapters
+    if is_gathered:
+        # A float32 weight would be cast inside and the cast kept as a residual, though fsdp gathers it again instead.
+        trained = in_compute_dtype(trained, model)
 
     def kept(frozen: Any, trained: Any, rollout: Rollout) -> list[Any]:
         def logp(trained: Any):
             return policy_logprobs(model, join_params(frozen, trained), rollout, sampling, chunk_tokens)[0]
 
         _, backward = jax.vjp(logp, trained)
+        # Residuals that are arguments (weights, tokens) are the same tracers: they are there anyway, and count elsewhere.
         given = {id(x) for x in jax.tree.leaves((frozen, trained, rollout))}
         return [x for x in jax.tree.leaves(backward) if id(x) not in given]
 
@@ -179,16 +213,19 @@ def residuals(model: ModelDef, sizes: Sizes, chunk_tokens: int, is_gathered: boo
 
 
 def rollout_like(sizes: Sizes, is_cut: bool) -> Rollout:
-    """The fields of a rollout that `policy_logprobs` reads, as shapes."""
+    """Make the fields of a rollout that `policy_logprobs` reads, as shapes."""
     P, G, S, T = int(sizes.P), sizes.G, int(sizes.S), int(sizes.T)
     tokens_PS, tokens_PGT = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((P, S), (P, G, T)))
     prompts = Prompts(tokens_PS, jax.ShapeDtypeStruct((P, S), bool), None)
     mask_PGT = jax.ShapeDtypeStruct((P, G, T), jnp.float32)
-    return Rollout(prompts, tokens_PGT, mask_PGT, None, None, tokens_PGT if is_cut else None, None)
+    support_PGT = None
+    if is_cut:
+        support_PGT = tokens_PGT  # int32 as well
+    return Rollout(prompts, tokens_PGT, mask_PGT, None, None, support_PGT, None)
 
 
-def described(kept: list[Any], sizes: Sizes) -> str:
-    """How many arrays, of which rows, and the largest ones."""
+def describe_residuals(kept: list[Any], sizes: Sizes) -> str:
+    """Write the number of arrays, their rows, and the shape that takes most of the bytes."""
     counts = collections.Counter((x.shape, x.dtype) for x in kept)
     largest = max(counts, key=lambda each: counts[each] * math.prod(each[0]) * each[1].itemsize)
     shape = ",".join(map(str, largest[0]))
@@ -196,35 +233,38 @@ def described(kept: list[Any], sizes: Sizes) -> str:
     return f"{len(kept)} arrays ({rows}), above all {counts[largest]} x {largest[1]}[{shape}]"
 
 
-def recomputed(job: Job) -> Part:
-    """With remat, what one layer keeps once it has been computed again."""
+def recomputed_part(job: Job) -> Part:
+    """Count what one layer keeps, with remat, once it has been computed again."""
     if job.model.remat_policy == "none":
         return Part(UPDATE, "a layer computed again", "", 0)
+    # Layers are alike, so one of them keeps its share of a pass without remat. The head's residuals are in the sum too: a
+    # little much, on the safe side.
     everything = sum(map(num_bytes, saved_for_backward(job, "none")))
     layers = job.model.arch.num_layers
     return Part(UPDATE, "a layer computed again", f"{everything:,.0f} B without remat / {layers} layers", everything / layers)
 
 
-def gathered_parts(job: Job) -> list[Part]:
-    """Where fsdp cuts: what is whole for a while, in the compute dtype, and its gradient in float32."""
+def gather_parts(job: Job) -> list[Part]:
+    """Count what fsdp gathers for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
         return []
-    leaves = flatten_dict(split_adapters(whole_weights(job))[0])
-    tables, layers = [], []
-    for path, leaf in leaves.items():
-        (layers if "layers" in path else tables).append(numbers_here(leaf))
+    # Embedding and head are gathered before the layers and needed until the end; of the layers one at a time is full.
+    layers, table = layer_and_table_numbers(job)
     each = F32 + job.itemsize
-    table, layer = sum(tables), sum(layers) // job.model.arch.num_layers
+    layer = layers // job.model.arch.num_layers
     return [
         Part(UPDATE, "embedding and head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
         Part(UPDATE, "a layer's weights, gathered", f"{layer:,} numbers x ({job.itemsize} + {F32}) B", layer * each),
     ]
 
 
-def whole_weights(job: Job) -> Any:
-    """The policy's weights, cut along `tensor` only."""
+def layer_and_table_numbers(job: Job) -> tuple[int, int]:
+    """Count the policy's weights on one device once fsdp has gathered them: (of all layers, of everything else)."""
     _, _, tensor = job.mesh.shape.values()
-    return with_shardings(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0)
+    leaves = flatten_dict(with_shardings(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0))
+    # By path and not by name: a parameter that is new is in one of the two, never in none.
+    layers = sum(numbers_here(leaf) for path, leaf in leaves.items() if "layers" in path)
+    return layers, sum(map(numbers_here, leaves.values())) - layers
 
 
 def in_compute_dtype(tree: Any, model: ModelDef) -> Any:
@@ -235,38 +275,80 @@ def num_bytes(x: Any) -> float:
     return x.size * x.dtype.itemsize
 
 
+def tree_bytes(tree: Any) -> float:
+    return sum(map(num_bytes, jax.tree.leaves(tree)))
+
+
 # ----------------------------------------------------------------------------------------------------------- the rollout
 
 
+@flax.struct.dataclass
+class SamplerArrays:
+    """Arrays of a rollout, as shapes: the layers one by one, the prompts' cache, and the caches of the live rows' tokens."""
+
+    layers: Any
+    prompts: KVCache
+    completions: list[KVCache]
+
+
+@functools.lru_cache
+def trace_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int, max_completion_tokens: int) -> SamplerArrays:
+    """Trace how `rollout` prepares its decode loop, on shapes: the caches are the decoder's own, whatever they consist of.
+
+    Args:
+      model: the decoder of one device, parameters in its compute dtype.
+      prompts_shape: (P, S).
+      num_rows: completions that are decoded side by side.
+      max_completion_tokens: T.
+    Returns: shapes with the dtypes that they really have.
+    """
+
+    def prepare(params: Any, tokens_PS: Any, keys_B: Any) -> SamplerArrays:
+        decoder = model.bind(params)
+        hidden_PD, prefix = decoder.encode_prompts(tokens_PS, tokens_PS > 0)
+        layers, head_VD = decoder.unstack_layers(), decoder.head_VD
+        logits_PV = head_logits(hidden_PD, head_VD, decoder.logit_cap)
+        ctx = DecodeContext(decoder, layers, head_VD, prefix, logits_PV, keys_B, GREEDY, (), 0, max_completion_tokens)
+        # The loop begins with shorter caches and pads them; the last size is the largest.
+        return SamplerArrays(layers, prefix.cache, ctx.empty_caches(num_rows, cache_sizes(max_completion_tokens)[-1]))
+
+    params = in_compute_dtype(model.param_shapes(), model)  # `rollout` casts once, not at every token
+    tokens_PS = jax.ShapeDtypeStruct(prompts_shape, jnp.int32)
+    return jax.eval_shape(prepare, params, tokens_PS, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows)))
+
+
 def rollout_parts(job: Job) -> list[Part]:
-    """On top of the state while completions are sampled."""
-    arch, sizes, live, weights = job.local_arch, job.local_batch, job.live_batch, flatten_dict(whole_weights(job))
-    numbers = {path: numbers_here(leaf) for path, leaf in weights.items()}
-    layers = sum(n for path, n in numbers.items() if "layers" in path)
-    tables = sum(numbers.values()) - layers
-    cut = sum(numbers.values()) if job.mesh.shape["fsdp"] > 1 else 0
-    cast = tables if job.itemsize < F32 and not cut else 0
-    rows, slots, item = live.P * live.G, max(sizes.T - 1, 1), job.itemsize
-    copies = 0 if live == sizes else rows
-    cached = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * item
-    cached_how = f"2 x {arch.num_layers} layers x {arch.num_kv_heads} heads x {arch.head_dim} x {item} B"
-    scores = sizes.P * arch.num_heads * sizes.S**2
+    """Count what comes on top of the state while completions are sampled."""
+    sizes, live, item = job.local_batch, job.live_batch, job.itemsize
+    rows, slots = int(live.P * live.G), cache_sizes(int(sizes.T))[-1]
+    copies = rows * (live != sizes)  # a row that is refilled has its prompt's keys and values for itself
+    layers, tables = layer_and_table_numbers(job)
+    # fsdp's gather casts before it sends, so what it gives needs no cast of its own. The layers are sliced out of their stack
+    # in any case: inside the decode loop the slices would be copied at every token.
+    gathered = (layers + tables) * (job.mesh.shape["fsdp"] > 1)
+    cast = tables * (item < F32 and not gathered)
+    arrays = trace_sampler(job.local_model, (int(sizes.P), int(sizes.S)), rows, int(sizes.T))
+    L, _, K, H, _ = arrays.prompts.k.shape
+    cached = f"{len(jax.tree.leaves(arrays.prompts))} x {L} layers x {K} heads x {H} x {item} B"
+    # Scores of the prompts exist before the loop, logits within it. About three copies of logits: as computed, tempered, and
+    # with the noise of the draw; two of scores: as computed and their exponentials.
+    V, N = per_token(job.local_model).head_shape[0], job.local_model.arch.num_heads
     return [
-        Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{cut:,} numbers x {item} B", cut * item),
-        Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", layers * item),
+        Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{gathered:,} numbers x {item} B", gathered * item),
+        Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", tree_bytes(arrays.layers)),
         Part(ROLLOUT, "embedding and head, cast", f"{cast:,} numbers x {item} B", cast * item),
-        Part(ROLLOUT, "prompts' keys and values", f"{cached_how} x {sizes.P:g} x {sizes.S:g}", cached * sizes.P * sizes.S),
+        Part(ROLLOUT, "prompts' keys and values", f"{cached} x {sizes.P:g} x {sizes.S:g}", tree_bytes(arrays.prompts)),
         Part(
             ROLLOUT,
             "live rows' copies of them",
-            f"{cached_how} x {copies:g} x {sizes.S:g}",
-            cached * copies * sizes.S,
+            f"{cached} x {copies:g} x {sizes.S:g}",
+            copies / sizes.P * tree_bytes(arrays.prompts),
         ),
-        Part(ROLLOUT, "completions' keys and values", f"{cached_how} x {rows:g} x {slots:g}", cached * rows * slots),
+        Part(ROLLOUT, "completions' keys and values", f"{cached} x {rows:g} x {slots:g}", tree_bytes(arrays.completions)),
         Part(
             ROLLOUT,
             "logits of a token, or a layer's scores of the prompts",
-            f"{F32} B x max(3 x {rows:g} x {arch.vocab_size:,}, 2 x {sizes.P:g} x {arch.num_heads} x {sizes.S:g}^2)",
-            F32 * max(3 * rows * arch.vocab_size, 2 * scores),
+            f"{F32} B x max(3 x {rows:g} x {V:,}, 2 x {sizes.P:g} x {N} x {sizes.S:g}^2)",
+            F32 * max(3 * rows * V, 2 * sizes.P * N * sizes.S**2),
         ),
     ]
