@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import objectives
-from grpo_jax.objectives.variants import CHOICES
+from grpo_jax.objectives.choices import CHOICES
 from tests import oracle
 
 NAMES = tuple(name for name in objectives.VARIANTS if name not in objectives.PRESETS)
