@@ -201,7 +201,7 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
             # One value a row, written as n equal shares: the row's mean of them is that value again.
             objective_n, slope_n = np.full(n, objective), n * slope_n
         if obj.kl_coef != 0:
-            kl_n, kl_slope_n = _kl(obj.kl_estimator, logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
+            kl_n, kl_slope_n = KL[obj.kl_estimator](logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
             objective_n = objective_n - obj.kl_coef * kl_n
             slope_n = slope_n - obj.kl_coef * kl_slope_n
 
@@ -229,7 +229,10 @@ def _ppo_clip(obj, w, A):
 
 # Surrogates that are a function of the ratio, of a token or a row: (obj, w, A) -> (value, its derivative in w). With a token's
 # ratio clipping first is the same; with a row's `_product_of_clipped` computes it.
-OF_A_RATIO = {"ppo_clip": _ppo_clip, "token_clip": _ppo_clip}
+OF_A_RATIO = {
+    "ppo_clip": _ppo_clip,
+    "token_clip": _ppo_clip,
+}
 
 
 def _clipped_weight(obj, w, A):
@@ -241,7 +244,10 @@ def _reinforce(obj, w, A):
 
 
 # Surrogates that are a number times logp: (obj, w, A) -> that number, through which no gradient flows.
-WEIGHT = {"clipped_weight": _clipped_weight, "reinforce": _reinforce}
+WEIGHT = {
+    "clipped_weight": _clipped_weight,
+    "reinforce": _reinforce,
+}
 
 
 def _with_dual_clip(obj, w, A):
@@ -251,13 +257,29 @@ def _with_dual_clip(obj, w, A):
     return OF_A_RATIO[obj.surrogate](obj, w, A)
 
 
+def _mean_ratio(log_ratio_n):
+    w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return w_n.mean(), np.where(np.abs(log_ratio_n) <= MAX_LOG_RATIO, w_n, 0.0) / len(w_n)
+
+
+def _geometric_mean_ratio(log_ratio_n):
+    mean = log_ratio_n.mean()
+    w = math.exp(min(max(mean, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+    return w, np.full(len(log_ratio_n), w / len(log_ratio_n) if abs(mean) <= MAX_LOG_RATIO else 0.0)
+
+
+# Ratios of a whole row: its tokens' log-ratios -> (w, its derivative in each of the row's logp).
+OF_A_ROW = {
+    "sequence": _mean_ratio,
+    "sequence_geometric": _geometric_mean_ratio,
+}
+
+
 def _weighted_logp(obj, logp_n, old_n, adv_n):
     """weight A logp of each token, and its derivative in logp: the weight is a number, not a function."""
     w_n = np.exp(np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    if obj.ratio == "sequence":
-        w_n = np.full(len(w_n), w_n.mean())
-    elif obj.ratio == "sequence_geometric":
-        w_n = np.full(len(w_n), np.exp((logp_n - old_n).mean()))
+    if obj.ratio != "token":
+        w_n = np.full(len(w_n), OF_A_ROW[obj.ratio](logp_n - old_n)[0])
     weight_n = np.array([WEIGHT[obj.surrogate](obj, w, A) for w, A in zip(w_n, adv_n, strict=True)])
     return weight_n * logp_n, weight_n
 
@@ -273,21 +295,11 @@ def _token_surrogate(obj, logp_n, old_n, adv_n):
 
 def _sequence_surrogate(obj, logp_n, old_n, adv_n):
     """The row's objective (one number) and its derivative in each of the row's logp."""
-    n = len(logp_n)
     assert np.ptp(adv_n) == 0, "a sequence ratio needs one advantage a row"
     log_ratio_n = logp_n - old_n
     if obj.surrogate == "token_clip":
         return _product_of_clipped(obj, log_ratio_n, adv_n[0])
-    if obj.ratio == "sequence":
-        w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-        w = w_n.mean()
-        dw_n = np.where(np.abs(log_ratio_n) <= MAX_LOG_RATIO, w_n, 0.0) / n  # w = (1/n) sum exp(log_ratio)
-    elif obj.ratio == "sequence_geometric":
-        mean = log_ratio_n.mean()
-        w = math.exp(min(max(mean, -MAX_LOG_RATIO), MAX_LOG_RATIO))
-        dw_n = np.full(n, w / n if abs(mean) <= MAX_LOG_RATIO else 0.0)  # w = exp((1/n) sum log_ratio)
-    else:
-        raise NotImplementedError(obj.ratio)
+    w, dw_n = OF_A_ROW[obj.ratio](log_ratio_n)
     objective, dw = _with_dual_clip(obj, w, adv_n[0])
     return objective, dw * dw_n
 
@@ -307,17 +319,16 @@ def _product_of_clipped(obj, log_ratio_n, A):
     return product * A, is_free_n * product * A / len(log_ratio_n)
 
 
-def _kl(estimator, logp_n, ref_n):
-    """The penalty and its derivative in logp."""
-    if estimator == "k1":
-        return logp_n - ref_n, np.ones(len(logp_n))
-    if estimator == "k2":
-        return (logp_n - ref_n) ** 2 / 2, logp_n - ref_n
-    return _k3(logp_n, ref_n)
-
-
 def _k3(logp_n, ref_n):
     """exp(d) - d - 1 with d = ref - logp, and its derivative in logp: 1 - exp(d). Only the exp is clamped."""
     d_n = ref_n - logp_n
     exp_n = np.exp(np.clip(d_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     return exp_n - d_n - 1, 1 - np.where(np.abs(d_n) <= MAX_LOG_RATIO, exp_n, 0.0)
+
+
+# Penalties of the loss: (logp, ref) of a row's tokens -> (the penalty, its derivative in logp).
+KL = {
+    "k1": lambda logp_n, ref_n: (logp_n - ref_n, np.ones(len(logp_n))),
+    "k2": lambda logp_n, ref_n: ((logp_n - ref_n) ** 2 / 2, logp_n - ref_n),
+    "k3": _k3,
+}

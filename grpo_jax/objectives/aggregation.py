@@ -46,7 +46,12 @@ def sequence_sum(mask_BT: Float[jax.Array, "B T"], max_completion_length: int) -
 
 
 AGGREGATIONS: Mapping[str, Callable[[jax.Array, int], Weights]] = MappingProxyType(
-    {"sequence_mean": sequence_mean, "token_mean": token_mean, "constant": constant, "sequence_sum": sequence_sum}
+    {
+        "sequence_mean": sequence_mean,
+        "token_mean": token_mean,
+        "constant": constant,
+        "sequence_sum": sequence_sum,
+    }
 )
 
 

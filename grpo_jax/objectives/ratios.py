@@ -91,7 +91,11 @@ def kl_k3(
 
 
 RATIOS: Mapping[str, Callable[[jax.Array, Arrays], jax.Array]] = MappingProxyType(
-    {"token": token_ratio, "sequence": sequence_ratio, "sequence_geometric": sequence_ratio_geometric}
+    {
+        "token": token_ratio,
+        "sequence": sequence_ratio,
+        "sequence_geometric": sequence_ratio_geometric,
+    }
 )
 # These have one value a row, so rows are averaged whatever `aggregation` says, and a row needs one advantage.
 SEQUENCE_RATIOS = ("sequence", "sequence_geometric")

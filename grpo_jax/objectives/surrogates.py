@@ -91,6 +91,11 @@ def _clip_active(obj: Objective, ratio_BT, adv_BT):
 
 
 SURROGATES: Mapping[str, Callable[[Objective, SurrogateInputs], Surrogate]] = MappingProxyType(
-    {"ppo_clip": ppo_clip, "token_clip": token_clip, "clipped_weight": clipped_weight, "reinforce": reinforce}
+    {
+        "ppo_clip": ppo_clip,
+        "token_clip": token_clip,
+        "clipped_weight": clipped_weight,
+        "reinforce": reinforce,
+    }
 )
 CLIPPED_RATIO = ("ppo_clip", "token_clip")  # the gradient goes through the ratio, so a second bound on it means something

@@ -121,7 +121,12 @@ ENTRIES: Mapping[str, Variant] = MappingProxyType(
         # Shao et al., DeepSeekMath, eq. 3 with outcome supervision.
         "grpo": Variant("GRPO", "2402.03300", "A = (r - mean) / std of the group", Objective()),
         # Yu et al., eqs. 8-12; its dynamic sampling and overlong punishment are not part of the loss.
-        "dapo": Variant("DAPO", "2503.14476", "GRPO's A; groups of equal rewards are replaced by new ones", _DAPO),
+        "dapo": Variant(
+            "DAPO",
+            "2503.14476",
+            "GRPO's A; groups of equal rewards are replaced by new ones, overlong completions punished",
+            _DAPO,
+        ),
         # Liu et al. Differs from source: a KL term is kept; kl_coef = 0 gives the paper's objective.
         "dr_grpo": Variant("Dr. GRPO", "2503.20783", "A = r - mean of the group", _DR_GRPO),
         # Tan et al., eqs. 2-5 (not the trajectory- or turn-level methods of the same name).
