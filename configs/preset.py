@@ -6,14 +6,12 @@ The argument names the preset, and after a comma the scale:
     python -m experiments.train --config=configs/preset.py:verl_default,smollm2 --workdir=runs/verl_default
 """
 
-from configs import base, dapo
+from configs import variant
 from grpo_jax import objectives
 
 
 def get_config(argument: str = "deepseekmath"):
-    name, _, scale = argument.partition(",")
+    name = argument.partition(",")[0]
     if name not in objectives.PRESETS:
         raise ValueError(f"unknown preset {name!r} after the colon; known: {', '.join(objectives.PRESETS)}")
-    config = (dapo if name == "dapo_paper" else base).get_config(scale or "tiny")  # DAPO's sampling is not in its loss
-    config.objective = base.objective_of(name)
-    return config
+    return variant.get_config(argument)

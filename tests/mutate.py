@@ -1,6 +1,7 @@
 """Seed known bugs one at a time, in a copy, and demand that the tests go red: python -m tests.mutate (make mutate).
 
-Each entry: a file, the text to replace, the bug, and the tests that must notice it.
+Each entry: a file, the text to replace, the bug, and the tests that must notice it. With an argument, only entries in which it
+occurs: python -m tests.mutate objectives.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ BUGS = [
         "jnp.where(adv_BT < 0, jnp.maximum(value_BT, bound * adv_BT), value_BT)",
         "jnp.minimum(value_BT, -bound * adv_BT)",
         "tests/test_beyond.py -k dual_clip",
+    ),
+    (
+        "KL added to the reward instead of subtracted",
+        f"{OBJECTIVES}/advantages.py",
+        "jnp.float32) - obj.kl_in_reward",
+        "jnp.float32) + obj.kl_in_reward",
+        "tests/test_beyond.py -k kl_in_the_reward",
     ),
     (
         "importance of the sampler not truncated",
@@ -325,15 +333,18 @@ def is_caught(file: str, old: str, new: str, tests: str) -> bool:
         return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
 
 
-def main() -> None:
+def main(wanted: str = "") -> None:
+    chosen = [bug for bug in BUGS if any(wanted in part for part in bug)]
+    if not chosen:
+        raise SystemExit(f"no seeded bug has {wanted!r} in its name, file, text or tests")
     survived = []
-    for name, file, old, new, tests in BUGS:
+    for name, file, old, new, tests in chosen:
         caught = is_caught(file, old, new, tests)
         print(f"{'caught  ' if caught else 'SURVIVED'}  {name}", flush=True)
         survived += [] if caught else [name]
     if survived:
-        raise SystemExit(f"{len(survived)} of {len(BUGS)} seeded bugs went unnoticed: {', '.join(survived)}")
+        raise SystemExit(f"{len(survived)} of {len(chosen)} seeded bugs went unnoticed: {', '.join(survived)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -23,14 +23,16 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
 
     if obj.advantage in OF_A_GROUP:
         return _by_group(OF_A_GROUP[obj.advantage], obj, rewards_B, is_active_BT, groups)
-    if obj.advantage in ("batch_norm", "group_center_batch_norm"):
-        centred_BT = _by_group(_group_center, obj, rewards_B, is_active_BT, groups)
-        return _batch_norm(obj, centred_BT if "center" in obj.advantage else rewards_B[:, None] * is_active_BT, is_active_BT)
-    if obj.advantage == "token_entropy":
-        return _token_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
-    if obj.advantage == "sequence_entropy":
-        return _sequence_entropy(obj, rewards_B, is_active_BT, _entropies(obj, entropy_BT, is_active_BT), groups, plus)
-    raise NotImplementedError(obj.advantage)
+    return OF_A_BATCH[obj.advantage](obj, rewards_B, is_active_BT, entropy_BT, groups, plus)
+
+
+def rewards_with_kl(obj, rewards_B, logp_BT, ref_logp_BT, mask_BT):
+    """Each row's reward minus kl_in_reward times the sum of logp - ref over its tokens."""
+    rewards_B = [float(reward) for reward in rewards_B]
+    for i, t in zip(*np.nonzero(np.asarray(mask_BT) > 0), strict=True):
+        log_ratio = min(max(float(logp_BT[i, t]) - float(ref_logp_BT[i, t]), -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        rewards_B[i] -= obj.kl_in_reward * log_ratio
+    return np.array(rewards_B)
 
 
 def _standardise(x, pool, obj):
@@ -67,6 +69,7 @@ def _leave_one_out(obj, reward, pool):
     return reward - math.fsum(others) / len(others) if others else 0.0
 
 
+# Advantages that the rewards of a completion's own group decide: (obj, its reward, the group's rewards) -> number.
 OF_A_GROUP = {
     "group_norm": _group_norm,
     "group_center": _group_center,
@@ -74,7 +77,15 @@ OF_A_GROUP = {
 }
 
 
-def _batch_norm(obj, x_BT, is_active_BT):
+def _batch_norm(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    return _over_tokens(obj, rewards_B[:, None] * is_active_BT, is_active_BT)
+
+
+def _group_center_batch_norm(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    return _over_tokens(obj, _by_group(_group_center, obj, rewards_B, is_active_BT, groups), is_active_BT)
+
+
+def _over_tokens(obj, x_BT, is_active_BT):
     """Standardised over every token of the batch."""
     adv_BT = np.zeros(is_active_BT.shape)
     pool = list(x_BT[is_active_BT])
@@ -95,8 +106,9 @@ def _entropies(obj, entropy_BT, is_active_BT):
     return H_BT
 
 
-def _token_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
+def _token_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
     """GTPO, eqs. 2-4."""
+    H_BT = _entropies(obj, entropy_BT, is_active_BT)
     B, T = is_active_BT.shape
     a1, a2 = obj.base_weight, obj.entropy_weight
     shaped_plus_BT, shaped_minus_BT = np.zeros((B, T)), np.zeros((B, T))  # the zeros stay on the other set's tokens
@@ -127,8 +139,9 @@ def _token_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
     return adv_BT
 
 
-def _sequence_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
+def _sequence_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
     """GRPO-S, eq. 6."""
+    H_BT = _entropies(obj, entropy_BT, is_active_BT)
     B, T = is_active_BT.shape
     b1, b2 = obj.base_weight, obj.entropy_weight
     Hs = {}
@@ -160,6 +173,15 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, H_BT, groups, plus):
     return adv_BT
 
 
+# The others: (obj, rewards, mask, entropies, rows of each group, rows in O+) -> [B, T].
+OF_A_BATCH = {
+    "batch_norm": _batch_norm,
+    "group_center_batch_norm": _group_center_batch_norm,
+    "token_entropy": _token_entropy,
+    "sequence_entropy": _sequence_entropy,
+}
+
+
 def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_length):
     """(loss, d loss / d logp [B, T]); 0 and zeros when no token is active. ref_logp may be None when kl_coef is 0."""
     is_active_BT = np.asarray(mask) > 0
@@ -170,7 +192,7 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
         tokens = np.flatnonzero(is_active_BT[i])
         n = len(tokens)
         logp_n, old_n, adv_n = (np.asarray(x[i], np.float64)[tokens] for x in (logp, old_logp, adv))
-        if obj.surrogate in ("clipped_weight", "reinforce"):
+        if obj.surrogate in WEIGHT:
             objective_n, slope_n = _weighted_logp(obj, logp_n, old_n, adv_n)
         elif obj.ratio == "token":
             objective_n, slope_n = _token_surrogate(obj, logp_n, old_n, adv_n)
@@ -179,75 +201,106 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
             # One value a row, written as n equal shares: the row's mean of them is that value again.
             objective_n, slope_n = np.full(n, objective), n * slope_n
         if obj.kl_coef != 0:
-            kl_n, kl_slope_n = _kl(obj.kl_estimator, logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
+            kl_n, kl_slope_n = KL[obj.kl_estimator](logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
             objective_n = objective_n - obj.kl_coef * kl_n
             slope_n = slope_n - obj.kl_coef * kl_slope_n
 
-        if obj.ratio != "token" or obj.aggregation == "sequence_mean":
-            weight = 1 / (N * n)
-        elif obj.aggregation == "token_mean":
-            weight = 1 / num_tokens
-        elif obj.aggregation == "constant":
-            weight = 1 / (N * max_completion_length)
-        elif obj.aggregation == "sequence_sum":
-            weight = 1 / N
-        else:
-            raise NotImplementedError(obj.aggregation)
+        aggregation = obj.aggregation if obj.ratio == "token" else "sequence_mean"
+        weight = TOKEN_WEIGHT[aggregation](n, N, num_tokens, max_completion_length)
         loss -= weight * objective_n.sum()
         grad_BT[i, tokens] = -weight * slope_n
     return loss, grad_BT
 
 
-def _min_of_clipped(obj, w, A):
-    """min(w A, clip(w) A) and its derivative in w, which is 0 exactly where the clipped branch is the smaller one."""
+# What a token counts: (tokens of its row, rows, tokens of the batch, budget) -> number.
+TOKEN_WEIGHT = {
+    "sequence_mean": lambda n, N, num_tokens, budget: 1 / (N * n),
+    "token_mean": lambda n, N, num_tokens, budget: 1 / num_tokens,
+    "constant": lambda n, N, num_tokens, budget: 1 / (N * budget),
+    "sequence_sum": lambda n, N, num_tokens, budget: 1 / N,
+}
+
+
+def _ppo_clip(obj, w, A):
+    """min(w A, clip(w) A), whose derivative is 0 exactly where the clipped branch is the smaller one."""
+    clipped_w = min(max(w, 1 - obj.clip_low), 1 + obj.clip_high)
+    return (clipped_w * A, 0.0) if clipped_w * A < w * A else (w * A, A)
+
+
+# Surrogates that are a function of the ratio, of a token or a row: (obj, w, A) -> (value, its derivative in w). With a token's
+# ratio clipping first is the same; with a row's `_product_of_clipped` computes it.
+OF_A_RATIO = {
+    "ppo_clip": _ppo_clip,
+    "token_clip": _ppo_clip,
+}
+
+
+def _clipped_weight(obj, w, A):
+    return min(max(w, 1 - obj.clip_low), 1 + obj.clip_high) * A
+
+
+def _reinforce(obj, w, A):
+    return A
+
+
+# Surrogates that are a number times logp: (obj, w, A) -> that number, through which no gradient flows.
+WEIGHT = {
+    "clipped_weight": _clipped_weight,
+    "reinforce": _reinforce,
+}
+
+
+def _with_dual_clip(obj, w, A):
+    """The surrogate and its derivative in w, bounded from below for A < 0."""
     if obj.dual_clip is not None and A < 0 and w > obj.dual_clip:
         return obj.dual_clip * A, 0.0
-    clipped_w = min(max(w, 1 - obj.clip_low), 1 + obj.clip_high)
-    if clipped_w * A < w * A:
-        return clipped_w * A, 0.0
-    return w * A, A
+    return OF_A_RATIO[obj.surrogate](obj, w, A)
+
+
+def _mean_ratio(log_ratio_n):
+    w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return w_n.mean(), np.where(np.abs(log_ratio_n) <= MAX_LOG_RATIO, w_n, 0.0) / len(w_n)
+
+
+def _geometric_mean_ratio(log_ratio_n):
+    mean = log_ratio_n.mean()
+    w = math.exp(min(max(mean, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+    return w, np.full(len(log_ratio_n), w / len(log_ratio_n) if abs(mean) <= MAX_LOG_RATIO else 0.0)
+
+
+# Ratios of a whole row: its tokens' log-ratios -> (w, its derivative in each of the row's logp).
+OF_A_ROW = {
+    "sequence": _mean_ratio,
+    "sequence_geometric": _geometric_mean_ratio,
+}
 
 
 def _weighted_logp(obj, logp_n, old_n, adv_n):
     """weight A logp of each token, and its derivative in logp: the weight is a number, not a function."""
-    if obj.surrogate == "reinforce":
-        return adv_n * logp_n, adv_n
     w_n = np.exp(np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    if obj.ratio == "sequence":
-        w_n = np.full(len(w_n), w_n.mean())
-    elif obj.ratio == "sequence_geometric":
-        w_n = np.full(len(w_n), np.exp((logp_n - old_n).mean()))
-    weight_n = np.clip(w_n, 1 - obj.clip_low, 1 + obj.clip_high)
-    return weight_n * adv_n * logp_n, weight_n * adv_n
+    if obj.ratio != "token":
+        w_n = np.full(len(w_n), OF_A_ROW[obj.ratio](logp_n - old_n)[0])
+    weight_n = np.array([WEIGHT[obj.surrogate](obj, w, A) for w, A in zip(w_n, adv_n, strict=True)])
+    return weight_n * logp_n, weight_n
 
 
 def _token_surrogate(obj, logp_n, old_n, adv_n):
     objective_n, slope_n = np.zeros(len(logp_n)), np.zeros(len(logp_n))
     for t, log_ratio in enumerate(logp_n - old_n):
         w = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
-        objective_n[t], dw = _min_of_clipped(obj, w, adv_n[t])
+        objective_n[t], dw = _with_dual_clip(obj, w, adv_n[t])
         slope_n[t] = dw * w if abs(log_ratio) <= MAX_LOG_RATIO else 0.0  # dw/dlogp = w
     return objective_n, slope_n
 
 
 def _sequence_surrogate(obj, logp_n, old_n, adv_n):
     """The row's objective (one number) and its derivative in each of the row's logp."""
-    n = len(logp_n)
     assert np.ptp(adv_n) == 0, "a sequence ratio needs one advantage a row"
     log_ratio_n = logp_n - old_n
     if obj.surrogate == "token_clip":
         return _product_of_clipped(obj, log_ratio_n, adv_n[0])
-    if obj.ratio == "sequence":
-        w_n = np.exp(np.clip(log_ratio_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-        w = w_n.mean()
-        dw_n = np.where(np.abs(log_ratio_n) <= MAX_LOG_RATIO, w_n, 0.0) / n  # w = (1/n) sum exp(log_ratio)
-    elif obj.ratio == "sequence_geometric":
-        mean = log_ratio_n.mean()
-        w = math.exp(min(max(mean, -MAX_LOG_RATIO), MAX_LOG_RATIO))
-        dw_n = np.full(n, w / n if abs(mean) <= MAX_LOG_RATIO else 0.0)  # w = exp((1/n) sum log_ratio)
-    else:
-        raise NotImplementedError(obj.ratio)
-    objective, dw = _min_of_clipped(obj, w, adv_n[0])
+    w, dw_n = OF_A_ROW[obj.ratio](log_ratio_n)
+    objective, dw = _with_dual_clip(obj, w, adv_n[0])
     return objective, dw * dw_n
 
 
@@ -266,17 +319,16 @@ def _product_of_clipped(obj, log_ratio_n, A):
     return product * A, is_free_n * product * A / len(log_ratio_n)
 
 
-def _kl(estimator, logp_n, ref_n):
-    """The penalty and its derivative in logp."""
-    if estimator == "k1":
-        return logp_n - ref_n, np.ones(len(logp_n))
-    if estimator == "k2":
-        return (logp_n - ref_n) ** 2 / 2, logp_n - ref_n
-    return _k3(logp_n, ref_n)
-
-
 def _k3(logp_n, ref_n):
     """exp(d) - d - 1 with d = ref - logp, and its derivative in logp: 1 - exp(d). Only the exp is clamped."""
     d_n = ref_n - logp_n
     exp_n = np.exp(np.clip(d_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     return exp_n - d_n - 1, 1 - np.where(np.abs(d_n) <= MAX_LOG_RATIO, exp_n, 0.0)
+
+
+# Penalties of the loss: (logp, ref) of a row's tokens -> (the penalty, its derivative in logp).
+KL = {
+    "k1": lambda logp_n, ref_n: (logp_n - ref_n, np.ones(len(logp_n))),
+    "k2": lambda logp_n, ref_n: ((logp_n - ref_n) ** 2 / 2, logp_n - ref_n),
+    "k3": _k3,
+}

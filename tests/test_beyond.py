@@ -16,6 +16,7 @@ from grpo_jax.tools.advantages import FIVE
 from grpo_jax.tools.sweep import plan
 from grpo_jax.training.run import make_run
 from tests import oracle
+from tests.test_config import raw_config
 from tests.test_objectives import (
     ENTROPY_NAMES,
     NAMES,
@@ -210,6 +211,45 @@ def test_the_recorded_kl_is_k3_whatever_is_paid_for():
         assert_close(np.where(batch.mask_BT > 0, aux["kl_ref"], 0), batch.mask_BT * expected_BT)
 
 
+def test_the_kl_in_the_reward_is_the_sum_over_the_row():
+    """Rows of 2, 1 and 0 tokens that are twice, half and as likely as under the reference; what is masked is not read."""
+    obj = objectives.get("rloo", kl_in_reward=0.5)
+    ref_BT = np.full((3, 2), -2.0)
+    logp_BT = ref_BT + np.log([[2, 2], [0.5, 1], [1, 1]])
+    mask_BT = f32([[1, 1], [1, 0], [0, 0]])
+    logp_BT[mask_BT == 0] = np.nan
+    rewards_B = objectives.rewards_with_kl(obj, f32([1, 0, 0.25]), f32(logp_BT), f32(ref_BT), mask_BT)
+    assert_close(rewards_B, [1 - np.log(2), 0.5 * np.log(2), 0.25])
+
+
+@pytest.mark.parametrize("rewards", ["graded", "shaped"])
+def test_the_kl_in_the_reward_matches_the_oracle(rewards):
+    obj, batch = objectives.get("rloo", kl_in_reward=0.1), make_batch(seed=38, rewards=rewards)
+    batch.old_BT[0, 0] = batch.ref_BT[0, 0] + 50  # clamped at 20 nats
+    arrays = batch.rewards_B, batch.old_BT, batch.ref_BT, batch.mask_BT
+    rewards_B = objectives.rewards_with_kl(obj, *map(f32, arrays))
+    expected_B = oracle.rewards_with_kl(obj, *arrays)
+    assert_close(rewards_B, expected_B)
+    assert rewards_B.dtype == jnp.float32 and np.abs(expected_B - batch.rewards_B).max() > 1.5
+    adv_BT = advantages(obj, replaced(batch, rewards_B=rewards_B))
+    assert_close(adv_BT, oracle_advantages(obj, replaced(batch, rewards_B=expected_B)))
+    grad_BT = jax.grad(lambda logp_BT: objectives.rewards_with_kl(obj, arrays[0], logp_BT, *arrays[2:]).sum())(arrays[1])
+    assert not np.asarray(grad_BT).any()
+
+
+def test_the_kl_in_the_reward_costs_nothing_where_it_is_off():
+    """Neither a reference nor an operation: the very array comes back."""
+    batch, off = make_batch(), objectives.get("rloo")
+    assert objectives.rewards_with_kl(off, batch.rewards_B, batch.logp_BT, None, batch.mask_BT) is batch.rewards_B
+    on = objectives.get("rloo", kl_in_reward=0.1)
+    assert (off.needs_reference, on.needs_reference, on.has_kl) == (False, True, False)
+    assert objectives.get("grpo").needs_reference and not objectives.get("grpo").has_kl_in_reward
+    with pytest.raises(ValueError, match=r"objective.kl_in_reward = 0.1 needs the reference's log-probabilities"):
+        objectives.rewards_with_kl(on, batch.rewards_B, batch.logp_BT, None, batch.mask_BT)
+    with pytest.raises(ValueError, match=r"objective.kl_in_reward = -0.1: must be a finite number >= 0"):
+        objectives.get("rloo", kl_in_reward=-0.1)
+
+
 # -------------------------------------------------------------------------------------------------------------- presets
 
 
@@ -236,13 +276,14 @@ def test_framework_constants_alone_change_the_advantage():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FIVE])
 def test_every_config_fits_together(name):
-    """Its own file at the smallest scale, traced through rollout and update."""
-    raw = importlib.import_module(f"configs.{name}").get_config("runlocal")
+    """At the smallest scale, traced through rollout and update."""
+    raw = raw_config(name, "runlocal")
     raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "learner.num_minibatches": 2})
     run = make_run(parse_config(raw))
     state = jax.eval_shape(lambda: run.initial_state())
     after, _, metrics = jax.eval_shape(run.iterate, state)
-    assert jax.tree.structure(after) == jax.tree.structure(state) and state.ref_params is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert (state.ref_params is None) == (not run.config.objective.has_kl)
     assert {"loss/total", "policy/ratio", "policy/clip_fraction_low"} < set(metrics)
 
 

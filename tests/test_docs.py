@@ -1,4 +1,7 @@
-"""The guide to the variants: its examples run, its tables are the code's, and both languages say the same."""
+"""The guide to the variants: its examples run, its tables are the code's, and the translation's code is the guide's.
+
+What has a section, a row or a translation is checked; a new variant needs none of them.
+"""
 
 import ast
 import doctest
@@ -10,12 +13,14 @@ import re
 import numpy as np
 import pytest
 
-from docs import figures
 from grpo_jax import objectives
 from grpo_jax.config import parse_config
+from grpo_jax.errors import UserError
+from grpo_jax.tools import variants_table
 from grpo_jax.tools.advantages import EXAMPLE, TITLES, credit
 from grpo_jax.tools.show.health import RULES
 from tests.test_config import leaf_fields
+from tests.test_objectives import AS_PUBLISHED
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {name: (ROOT / "docs" / name).read_text() for name in ("variants.md", "variants.zh.md")}
@@ -62,7 +67,7 @@ def tables(text):
 
 
 def test_the_examples_compute_what_the_page_says():
-    (source,) = {"\n".join(blocks(text, "python")) for text in PAGES.values()}  # the same code in both languages
+    source = "\n".join(blocks(ENGLISH, "python"))
     test = doctest.DocTestParser().get_doctest(source, {}, "docs/variants.md", None, 0)
     runner = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF)
     said = []
@@ -88,33 +93,66 @@ def test_after_every_formula_comes_its_code(text):
     assert seen == len(formulas(text)[0]) > 20
 
 
+def documented(text):
+    """The variants that have a section of their own."""
+    headings = {title for title, _ in sections(text, 2)}
+    return [variant for variant, title in TITLES.items() if title in headings]
+
+
 @pages
-def test_every_variant_has_a_section_with_all_parts_and_its_own_example(text):
-    parts = {variant: [title for title, _ in sections(section_of(variant, text), 3)] for variant in TITLES}
-    whole = parts["grpo"]
-    short = [whole[i] for i in (0, 2, 3, 4, 6, 7)]
-    assert len(whole) == 8 and set(TITLES) == set(objectives.VARIANTS) - set(objectives.PRESETS)
-    for variant in TITLES:
-        assert parts[variant] == (whole if variant in figures.DRAWN else short), variant
-        code = "\n".join(blocks(section_of(variant, text), "python"))
-        assert f'"{variant}"' in code, variant
+def test_the_published_variants_have_a_section_with_an_example_of_their_own(text):
+    assert set(documented(text)) >= set(AS_PUBLISHED)
+    for variant in documented(text):
+        assert f'"{variant}"' in "\n".join(blocks(section_of(variant, text), "python")), variant
 
 
 # ------------------------------------------------------------------------------------------------- tables against code
 
 
-@pages
-def test_the_overview_is_the_table_of_variants(text):
-    (overview,) = [table for table in tables(text) if "`group_norm`" in table[0]]
+@pytest.mark.parametrize("page", variants_table.TABLES)
+def test_the_generated_tables_are_current(page):
+    """Each row that is there is as the entries make it now. A variant of your own may be missing: --write adds it."""
+    lines = variants_table.lines_between((ROOT / page).read_text(), page)
+    wanted = variants_table.TABLES[page](ROOT)
+    assert lines == [line for line in wanted if line in lines], "run python -m experiments.variants_table --write"
+    titles = [entry.title for name, entry in objectives.ENTRIES.items() if name in AS_PUBLISHED]
+    assert all(any(title in line for line in lines) for title in titles) and len(lines) >= 2 + len(titles)
+
+
+def test_the_tables_are_written_in_place_and_then_are_current(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for page in variants_table.TABLES:
+        text = (ROOT / page).read_text()
+        (tmp_path / page).write_text(text.replace("0.2 / 0.28", "0.2 / 0.3"))
+    for page in ("configs", "docs/variants.zh.md"):
+        (tmp_path / page).symlink_to(ROOT / page)
+    assert variants_table.main(["--root", str(tmp_path)]) == 1
+    assert variants_table.main(["--root", str(tmp_path), "--write"]) == 0
+    assert variants_table.main(["--root", str(tmp_path)]) == 0
+    for page, table in variants_table.TABLES.items():
+        assert variants_table.lines_between((tmp_path / page).read_text(), page) == table(ROOT)
+    own = objectives.Variant("Mine", "a talk", "A = r * |r|", objectives.get("rloo"))
+    monkeypatch.setattr(variants_table, "ENTRIES", {"mine": own})
+    assert variants_table.readme_table(ROOT)[2:] == [
+        r"| Mine (a talk) | A = r \* \|r\| | `token` | none | `sequence_sum` | 0 | `configs/variant.py:mine` |"
+    ]
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(UserError, match=r"README.md: no lines <!-- variants:begin -->"):
+        variants_table.main(["--root", str(tmp_path)])
+
+
+def test_the_translated_overview_is_the_table_of_variants():
+    (overview,) = [table for table in tables(CHINESE) if "`group_norm`" in table[0]]
     rows = {re.match(r"\[(.+)\]", row[0])[1]: row[1:7] for row in overview}
-    assert list(rows) == list(TITLES.values())
-    for variant, title in TITLES.items():
-        obj = objectives.get(variant)
-        advantage, ratio, surrogate, clip, aggregation, kl = (cell.strip("`") for cell in rows[title])
+    names = {title: name for name, title in TITLES.items()}
+    assert len(rows) >= 10
+    for title, cells in rows.items():
+        obj = objectives.get(names[title])
+        advantage, ratio, surrogate, clip, aggregation, kl = (cell.strip("`") for cell in cells)
         expected = obj.advantage, obj.ratio, obj.surrogate, obj.aggregation
-        assert (advantage, ratio, surrogate, aggregation) == expected, variant
-        assert [float(bound) for bound in clip.split("/")] == pytest.approx([obj.clip_low, obj.clip_high], rel=2e-4), variant
-        assert float(kl) == obj.kl_coef, variant
+        assert (advantage, ratio, surrogate, aggregation) == expected, title
+        assert [float(bound) for bound in clip.split("/")] == pytest.approx([obj.clip_low, obj.clip_high], rel=2e-4), title
+        assert float(kl) == obj.kl_coef, title
 
 
 @pages
@@ -167,8 +205,8 @@ def test_every_metric_field_and_file_exists(text):
     assert min(seen.values()) >= 5, seen
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / "docs" / link).is_file(), link
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title, _ in sections(text, 2)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+    anchors = {variants_table.anchor(title) for title, _ in sections(text, 2)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 def config_of_command(command):
@@ -189,7 +227,7 @@ def literal(value):
 
 def test_the_commands_train_the_variant_of_their_section():
     seen = 0
-    for variant in TITLES:
+    for variant in documented(ENGLISH):
         (block,) = blocks(section_of(variant, ENGLISH), "bash")
         for command in re.sub(r"\\\n\s*", "", block).splitlines():
             described = objectives.describe(config_of_command(command).objective).split(" + ")[0]
@@ -203,27 +241,20 @@ def test_the_commands_train_the_variant_of_their_section():
 # ---------------------------------------------------------------------------------------------- languages and rendering
 
 
-def test_both_languages_have_the_same_content():
-    parts = {
-        "headings": lambda text: re.findall(r"^#+ ", prose(text), re.M),
-        "items": lambda text: re.findall(r"^(?:- |\d\. )", prose(text), re.M),
-        "code": lambda text: FENCE.findall(text),
-        "names": lambda text: sorted(set(CODE.findall(prose(text)))),
-        "displayed formulas": lambda text: formulas(text)[0],
-        "formulas": lambda text: sorted(set(formulas(text)[1])),
-        "tables": lambda text: [[len(row) for row in table] for table in tables(text)],
-        "numbers": lambda text: sorted(set(re.findall(r"-?\d+\.\d+", prose(text)))),
-        "numbers in tables": lambda text: [sorted(re.findall(r"\d+\.\d+", str(table))) for table in tables(text)],
-        "links": lambda text: re.findall(r"\]\(([^)#]+)\)", text.replace(".zh.md", ".md")),
-    }
+def test_code_and_formulas_of_the_translation_are_the_guides():
+    """Letter by letter and in the same order. It may lack sections that the guide got after it was translated."""
+    parts = {"code": FENCE.findall, "displayed formulas": lambda text: formulas(text)[0]}
     for name, part in parts.items():
-        assert part(ENGLISH) == part(CHINESE), name
-        assert len(part(ENGLISH)) > 5, name
+        of_guide = iter(part(ENGLISH))
+        missing = [item for item in part(CHINESE) if item not in of_guide]  # `in` consumes: this is a subsequence
+        assert missing == [] and len(part(CHINESE)) > 20, name
+    assert set(formulas(CHINESE)[1]) <= set(formulas(ENGLISH)[1])
+    assert re.search(r"commit [0-9a-f]{7}", CHINESE.split("## ")[0]), "at its top: the commit it was translated at"
 
 
 @pages
 def test_markdown_leaves_the_formulas_alone(text):
-    """GitHub reads Markdown before it reads formulas, and takes a $ for one only between spaces and punctuation."""
+    """GitHub reads Markdown before it reads formulas."""
     from markdown_it import MarkdownIt
 
     rendered = html.unescape(MarkdownIt("commonmark").enable("table").render(text))
@@ -232,14 +263,6 @@ def test_markdown_leaves_the_formulas_alone(text):
     for formula in displayed + inline:
         assert f"${formula}$" in rendered, formula
         assert not re.search(r"\\operatorname|\\[^a-zA-Z]|[<>|*]", formula), formula
-    for line in DISPLAY.finditer(prose(text)):
-        assert prose(text)[: line.start()].endswith("\n\n") and prose(text)[line.end() :].startswith("\n\n"), line[0]
-    for line in prose(text).splitlines():
-        bare = CODE.sub(lambda code: "c" * len(code[0]), line)
-        for formula in () if line.startswith("$$") else INLINE.finditer(bare):
-            around = f" {bare} "
-            before, after = around[formula.start()], around[formula.end() + 1]
-            assert before in " (" and after in " ,.;:)", line
 
 
 @pages
@@ -254,7 +277,3 @@ def test_the_formulas_are_latex(text):
 
 def test_the_readme_links_to_both():
     assert all(f"(docs/{name})" in (ROOT / "README.md").read_text() for name in PAGES)
-
-
-def test_the_figure_is_small():
-    assert 10_000 < (ROOT / "docs" / "advantages.png").stat().st_size < 200_000

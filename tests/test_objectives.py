@@ -13,19 +13,47 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import objectives
-from grpo_jax.objectives.variants import CHOICES
+from grpo_jax.objectives.choices import CHOICES
 from tests import oracle
 
-NAMES = tuple(name for name in objectives.VARIANTS if name not in objectives.PRESETS)
+NAMES = tuple(objectives.ENTRIES)
 ENTROPY_NAMES = ("gtpo", "grpo_s")
-CLIPPED_NAMES = tuple(name for name in NAMES if objectives.get(name).surrogate in ("ppo_clip", "token_clip"))
+
+
+def one_of_each(*fields):
+    """The first variant of each choice in these fields, for tests that look at nothing else."""
+    return tuple({tuple(getattr(objectives.get(name), field) for field in fields): name for name in reversed(NAMES)}.values())
+
+
+ESTIMATORS = one_of_each("advantage")
+LOSSES = one_of_each("ratio", "surrogate", "aggregation")
+SURROGATES = one_of_each("ratio", "surrogate")
+CLIPPED = tuple(name for name in SURROGATES if objectives.get(name).surrogate in ("ppo_clip", "token_clip"))
+# Advantages that must be 0 in a group of equal rewards: those that have a baseline of the group's own.
+SILENT = tuple(name for name in ESTIMATORS if name in ENTROPY_NAMES or objectives.get(name).advantage in oracle.OF_A_GROUP)
+# What the variants that come with the package were published as. A new one needs no row here.
+AS_PUBLISHED = {
+    "grpo": ("group_norm", "token", 0.2, 0.2, "sequence_mean", 0.04),
+    "dapo": ("group_norm", "token", 0.2, 0.28, "token_mean", 0.0),
+    "dr_grpo": ("group_center", "token", 0.2, 0.2, "constant", 0.04),
+    "gtpo": ("token_entropy", "token", 0.2, 0.28, "token_mean", 0.0),
+    "grpo_s": ("sequence_entropy", "sequence", 0.2, 0.28, "sequence_mean", 0.0),
+    "gspo": ("group_norm", "sequence_geometric", 3e-4, 4e-4, "sequence_mean", 0.0),
+    "rloo": ("leave_one_out", "token", 0.2, 0.2, "sequence_sum", 0.0),
+    "reinforce_pp": ("batch_norm", "token", 0.2, 0.2, "token_mean", 0.0),
+    "cispo": ("group_norm", "token", 1.0, 4.0, "token_mean", 0.0),
+    "gmpo": ("group_norm", "sequence_geometric", 1 - math.exp(-0.4), math.exp(0.4) - 1, "sequence_mean", 0.0),
+}
 P, G, T = 8, 4, 6
 B = P * G
 BUDGET = 10  # max_completion_length, on purpose not T
 SUCCESS_GROUP, FAILURE_GROUP, HOLED_GROUP, DROPPED_GROUP = 1, 2, 3, 5  # groups of `make_batch` that are special
 HOLED_ROW = HOLED_GROUP * G + 1
 every_variant = pytest.mark.parametrize("name", NAMES)
-every_clipped_variant = pytest.mark.parametrize("name", CLIPPED_NAMES)
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_surrogate = pytest.mark.parametrize("name", SURROGATES)
+every_clipped = pytest.mark.parametrize("name", CLIPPED)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -153,21 +181,18 @@ def grid(name, **choices):
 
 
 SCOPED = [  # only the entropy variants have a scope to choose
-    *(case(name) for name in NAMES if name not in ENTROPY_NAMES),
+    *(case(name) for name in ESTIMATORS if name not in ENTROPY_NAMES),
     *itertools.chain.from_iterable(grid(name, stat_scope=("batch", "group")) for name in ENTROPY_NAMES),
 ]
 every_scope = pytest.mark.parametrize("name, fields", SCOPED)
-# One variant for each way to compute advantages, for tests that look at nothing else.
-ESTIMATORS = {objectives.get(name).advantage: name for name in reversed(NAMES)}.values()
 
 
 # ------------------------------------------------------------------------------------------------------- the oracle
 
 
-@every_variant
-@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
-def test_oracle_gradient_is_the_finite_difference(name, kl_coef):
-    obj = objectives.get(name, kl_coef=kl_coef)
+@pytest.mark.parametrize("name, fields", [*(case(name) for name in LOSSES), *grid("grpo", kl_estimator=("k1", "k2"))])
+def test_oracle_gradient_is_the_finite_difference(name, fields):
+    obj = objectives.get(name, kl_coef=0.1, **fields)
     batch = make_batch(seed=1)
     few = SimpleNamespace(**{key: value[:6].astype(np.float64) for key, value in vars(batch).items()})
     adv_BT = few.token_adv_BT if obj.ratio == "token" else few.row_adv_BT
@@ -178,7 +203,7 @@ def test_oracle_gradient_is_the_finite_difference(name, kl_coef):
         for step in (h, -h):
             moved = replaced(few, logp_BT=few.logp_BT.copy(), old_BT=few.old_BT.copy())
             moved.logp_BT[i, t] += step
-            if obj.surrogate == "clipped_weight":  # the weight is a number: it has to stay where it is
+            if obj.surrogate in oracle.WEIGHT:  # the weight is a number: it has to stay where it is
                 moved.old_BT[i, t] += step
             sides.append(oracle_loss_and_grad(obj, moved, adv_BT)[0])
         numeric_BT[i, t] = (sides[0] - sides[1]) / (2 * h)
@@ -202,23 +227,34 @@ def test_batches_exercise_every_branch():
 
 # ------------------------------------------------------------------------------------------- parity with the oracle
 
+# With the defaults every variant is compared end to end, below; here is what they leave out, each case with numbers of its own.
 ADVANTAGE_CASES = [
-    *grid("grpo", advantage=CHOICES["advantage"], std_ddof=(0, 1), adv_eps=(0.0, 1e-6, 1e-2)),
-    *grid("gtpo", stat_scope=("batch", "group"), entropy_clip=(None, (0.2, 1.5)), std_ddof=(0, 1)),
-    *grid("gtpo", stat_scope=("batch", "group"), entropy_floor=(0.3,), entropy_clip=(None, (0.0, 1.5))),
-    *grid("gtpo", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),
-    *grid("gtpo", success_threshold=(0.25, 0.75)),
-    *grid("gtpo", adv_eps=(1e-2,)),
-    *grid("grpo_s", stat_scope=("batch", "group"), sequence_mean_kind=("arithmetic", "geometric"), std_ddof=(0, 1)),
-    *grid("grpo_s", stat_scope=("batch", "group"), entropy_clip=((0.2, 1.5),), entropy_floor=(1e-4, 0.3)),
-    *grid("grpo_s", sequence_mean_kind=("geometric",), entropy_floor=(1e-2, 0.3)),
-    *grid("grpo_s", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.0, 0.3)),
-    *grid("grpo_s", success_threshold=(0.25, 0.75)),
+    *grid("grpo", advantage=CHOICES["advantage"], std_ddof=(0,), adv_eps=(0.0,)),
+    *grid("grpo", advantage=CHOICES["advantage"], adv_eps=(1e-2,)),
+    *grid("gtpo", stat_scope=("batch", "group"), entropy_clip=((0.2, 1.5),)),
+    *grid("gtpo", stat_scope=("batch", "group"), entropy_floor=(0.3,), entropy_clip=((0.0, 1.5),)),
+    *grid("gtpo", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.3,)),
+    *grid("gtpo", stat_scope=("group",), std_ddof=(0,)),
+    *grid("grpo_s", stat_scope=("batch", "group"), sequence_mean_kind=("geometric",), std_ddof=(0, 1)),
+    *grid("grpo_s", stat_scope=("batch", "group"), entropy_clip=((0.2, 1.5),), entropy_floor=(0.3,)),
+    *grid("grpo_s", sequence_mean_kind=("geometric",), entropy_floor=(0.3,)),
+    *grid("grpo_s", stat_scope=("batch", "group"), base_weight=(0.5,), entropy_weight=(0.3,)),
+]
+REWARDS_OF_CASES = [
+    *(
+        pytest.param(*case.values, rewards, id=f"{case.id}-{rewards}")
+        for case in ADVANTAGE_CASES
+        for rewards in ("graded", "shaped")
+    ),
+    *(  # 0 and 1 are on their sides of any threshold between
+        pytest.param(name, {"success_threshold": threshold}, "graded", id=f"{name}-success_threshold={threshold}")
+        for name in ENTROPY_NAMES
+        for threshold in (0.25, 0.75)
+    ),
 ]
 
 
-@pytest.mark.parametrize("rewards", ["binary", "graded", "shaped"])
-@pytest.mark.parametrize("name, fields", ADVANTAGE_CASES)
+@pytest.mark.parametrize("name, fields, rewards", REWARDS_OF_CASES)
 def test_advantages_match_oracle(name, fields, rewards):
     obj = objectives.get(name, **fields)
     batch = make_batch(seed=2, rewards=rewards)
@@ -229,17 +265,18 @@ def test_advantages_match_oracle(name, fields, rewards):
 
 LOSS_CASES = [
     *itertools.chain.from_iterable(
-        [*grid(name, kl_coef=(0.0, 0.04), clip_low=(0.2,), clip_high=(0.28,)), case(name, clip_low=0.1, clip_high=0.4)]
-        for name in NAMES
+        [
+            case(name, kl_coef=0.04, clip_low=0.2, clip_high=0.28),
+            case(name, kl_coef=0.0, clip_low=0.1, clip_high=0.4),
+        ]
+        for name in LOSSES
     ),
-    *grid(  # axes compose: any ratio with any aggregation
-        "grpo",
-        ratio=("token", "sequence", "sequence_geometric"),
-        aggregation=("sequence_mean", "token_mean", "constant"),
-        kl_coef=(0.0, 0.04),
-    ),
+    # Axes compose: a token ratio with any aggregation; the other ratios average rows whatever it says.
+    *grid("grpo", ratio=("token",), aggregation=("token_mean", "constant")),
+    *grid("grpo", ratio=("sequence", "sequence_geometric"), aggregation=("constant",)),
     *grid("grpo", aggregation=("sequence_sum",), kl_estimator=("k1", "k2")),
-    *grid("gmpo", ratio=("token", "sequence_geometric"), clip_low=(0.1,), clip_high=(0.1,), dual_clip=(None, 1.3)),
+    *grid("gmpo", ratio=("token",), clip_low=(0.1,), clip_high=(0.1,), dual_clip=(None, 1.3)),
+    *grid("gmpo", clip_low=(0.1,), clip_high=(0.1,), dual_clip=(1.3,)),
     *grid("grpo", ratio=("token", "sequence", "sequence_geometric"), dual_clip=(1.3,)),
     *grid("cispo", ratio=("sequence", "sequence_geometric"), clip_low=(0.1,), clip_high=(0.1,)),
 ]
@@ -257,11 +294,7 @@ def test_loss_and_gradient_match_oracle(name, fields):
     assert_close(grad_BT, expected_grad_BT)
 
 
-@pytest.mark.parametrize("rewards", ["binary", "graded", "shaped"])
-@pytest.mark.parametrize("name", objectives.VARIANTS)
-def test_presets_match_oracle_end_to_end(name, rewards):
-    obj = objectives.get(name)
-    batch = make_batch(seed=4, rewards=rewards)
+def assert_end_to_end(obj, batch):
     expected, expected_grad_BT = oracle_loss_and_grad(obj, batch, oracle_advantages(obj, batch))
     loss, grad_BT = loss_and_grad(obj, batch, advantages(obj, batch))
     assert np.abs(expected_grad_BT).max() > 1e-3
@@ -269,7 +302,29 @@ def test_presets_match_oracle_end_to_end(name, rewards):
     assert_close(grad_BT, expected_grad_BT, rtol=2e-5)
 
 
+@pytest.mark.parametrize("rewards", ["binary", "graded"])  # shaped: test_one_device_step_matches_oracle
 @every_variant
+def test_variants_match_oracle_end_to_end(name, rewards):
+    assert_end_to_end(objectives.get(name), make_batch(seed=4, rewards=rewards))
+
+
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_presets_match_oracle_end_to_end(name):
+    assert_end_to_end(objectives.get(name), make_batch(seed=4, rewards="graded"))
+
+
+@every_variant
+def test_every_number_of_a_variant_does_what_the_oracle_says(name):
+    """Each number half as large and twice as large, one at a time: also the hyper-parameter that a new variant brings."""
+    plain, batch = objectives.get(name), make_batch(seed=4, rewards="graded")
+    numbers = {field: value for field, value in dataclasses.asdict(plain).items() if isinstance(value, float) and value}
+    assert len(numbers) >= 7
+    for field, value in numbers.items():
+        for changed in (value / 2, value * 2):
+            assert_end_to_end(dataclasses.replace(plain, **{field: changed}), batch)
+
+
+@every_loss
 def test_loss_is_its_parts(name):
     """`loss` is sum(token_loss * weight) / denom: the train step uses the parts, so they may not drift apart."""
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch()
@@ -355,7 +410,7 @@ def test_golden_sequence_entropy(kind, Hs):
         (-1.0, 0.5, -0.8, 0.0),  # already pushed down enough
     ],
 )
-@every_clipped_variant
+@every_clipped
 def test_golden_clip(name, A, w, objective, slope):
     obj = objectives.get(name, kl_coef=0.0, clip_low=0.2, clip_high=0.28, aggregation="sequence_mean")
     loss, grad_BT, _ = hand_loss(obj, [[math.log(w) - 1.0]], [[-1.0]], [[A]])
@@ -397,7 +452,7 @@ def test_golden_aggregation(aggregation, loss, weights_B):
 def test_golden_kl():
     # pi = 1/4, ref = 1/2: d = ln 2, k3 = 2 - ln 2 - 1 = 1 - ln 2, slope in logp 1 - 2 = -1.
     logp, ref = np.log([[0.25, 0.25]]), np.log([[0.5, 0.25]])
-    for name in NAMES:  # two tokens, the second has no KL: every aggregation but one averages them (budget = 2)
+    for name in AS_PUBLISHED:  # two tokens, the second has no KL: every aggregation but one averages them (budget = 2)
         obj = objectives.get(name, kl_coef=0.1)
         share = 1.0 if obj.aggregation == "sequence_sum" else 0.5
         loss, grad_BT, _ = hand_loss(obj, logp, logp, np.zeros((1, 2)), ref=ref, budget=2)
@@ -472,8 +527,8 @@ def on_devices(cases, nums):
     return [pytest.param(*case.values, n, id=f"{case.id}-{n}") for case, n in zip(cases, nums, strict=False)]
 
 
-# Every case on 8 devices, the first six on 2 or on 4 too.
-MESH_CASES = on_devices(INVARIANCE_CASES, itertools.repeat(8)) + on_devices(INVARIANCE_CASES, (2, 4) * 3)
+# Every case on 8 devices, the last two, whose statistics are of the batch and of the group, on 2 or on 4 too.
+MESH_CASES = on_devices(INVARIANCE_CASES, itertools.repeat(8)) + on_devices(INVARIANCE_CASES[-2:], (2, 4))
 
 
 @pytest.mark.parametrize("name, fields, num_devices", MESH_CASES)
@@ -490,7 +545,7 @@ def test_any_number_of_devices_gives_the_one_device_numbers(name, fields, num_de
     )
     actual = jax.jit(sharded)(jnp.zeros(T), _inputs(MESH_BATCH))
     *_, clip_fractions = _alone(obj)
-    assert np.asarray(clip_fractions).any() == (obj.surrogate != "reinforce")
+    assert np.asarray(clip_fractions).any() == (obj.surrogate != "reinforce") or name not in AS_PUBLISHED
     for ours, alone in zip(actual, _alone(obj), strict=True):
         assert alone is clip_fractions or np.abs(np.asarray(alone)).max() > 1e-4
         assert_close(ours, alone)
@@ -510,7 +565,7 @@ def test_one_device_step_matches_oracle(name, fields):
 
 
 @pytest.mark.parametrize("size", [2, 1])
-@every_variant
+@every_loss
 def test_any_cut_into_microbatches_gives_the_whole_batch(name, size):
     """Smaller than a group, down to single rows, some of them without tokens."""
     assert size < G and B % size == 0
@@ -536,10 +591,19 @@ def test_any_cut_into_microbatches_gives_the_whole_batch(name, size):
 # ------------------------------------------------------------------------------------------------- invariants 2 to 7
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
-@every_variant
-def test_invariant_2_on_policy(name, kl_coef):
+# What the surrogates of the published variants are at a ratio of 1, as a function of A and logp.
+ON_POLICY = {
+    "ppo_clip": lambda adv_BT, logp_BT: adv_BT,
+    "token_clip": lambda adv_BT, logp_BT: adv_BT,
+    "clipped_weight": lambda adv_BT, logp_BT: adv_BT * logp_BT,
+    "reinforce": lambda adv_BT, logp_BT: adv_BT * logp_BT,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name in AS_PUBLISHED])
+def test_invariant_2_on_policy(name):
     """logp = old_logp: the loss is minus the aggregated advantage plus kl_coef KL, and nothing is clipped."""
+    kl_coef = 0.04
     obj = objectives.get(name, kl_coef=kl_coef)
     batch = make_batch(seed=7)
     batch = replaced(batch, old_BT=batch.logp_BT)
@@ -555,7 +619,7 @@ def test_invariant_2_on_policy(name, kl_coef):
     }["sequence_mean" if obj.ratio != "token" else obj.aggregation].astype(np.float64)
     d_BT = batch.ref_BT.astype(np.float64) - batch.logp_BT
     kl_BT = np.exp(d_BT) - d_BT - 1
-    value_BT = adv_BT if name in CLIPPED_NAMES else adv_BT * batch.logp_BT  # the others' weight stands before logp
+    value_BT = ON_POLICY[obj.surrogate](adv_BT, batch.logp_BT)
     scale = np.abs(weight_BT * value_BT).sum()  # GRPO's advantages sum to zero
     assert_close(loss, (weight_BT * (kl_coef * kl_BT - value_BT)).sum(), scale=scale)
     assert_close(grad_BT, weight_BT * (kl_coef * (1 - np.exp(d_BT)) - adv_BT), rtol=2e-5)
@@ -564,7 +628,7 @@ def test_invariant_2_on_policy(name, kl_coef):
     assert np.abs(np.asarray(grad_BT)).max() > 1e-3  # a ratio that is a constant 1 has no gradient
 
 
-@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 3e38, -1e4])
+@pytest.mark.parametrize("junk", [np.nan, np.inf])
 @every_variant
 def test_invariant_3_masked_positions_hold_anything(name, junk):
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=8)
@@ -579,12 +643,11 @@ def test_invariant_3_masked_positions_hold_anything(name, junk):
     assert not np.asarray(grad_BT)[batch.mask_BT == 0].any()
 
 
-@pytest.mark.parametrize("junk", [np.nan, np.inf, 3e38])
-@every_variant
-def test_invariant_3_masked_advantages_hold_anything(name, junk):
-    """Advantages that were not made by `advantages` may hold rubbish where masked, too."""
+@every_loss
+def test_invariant_3_masked_advantages_hold_anything(name):
+    """Advantages that were not made by `advantages` may hold anything where masked, too."""
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=8)
-    dirty_adv_BT = np.where(batch.mask_BT > 0, batch.row_adv_BT, junk)
+    dirty_adv_BT = np.where(batch.mask_BT > 0, batch.row_adv_BT, np.nan)
     loss, grad_BT = loss_and_grad(obj, batch, batch.row_adv_BT)
     dirty_loss, dirty_grad_BT = loss_and_grad(obj, batch, dirty_adv_BT)
     np.testing.assert_array_equal(dirty_loss, loss)
@@ -592,7 +655,7 @@ def test_invariant_3_masked_advantages_hold_anything(name, junk):
 
 
 @pytest.mark.parametrize("what", ["rows", "groups"])
-@every_variant
+@every_estimator
 def test_invariant_4_order_does_not_matter(name, what):
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=9, rewards="graded")
     rng = np.random.default_rng(0)
@@ -634,8 +697,8 @@ def test_invariant_5_grpo_s_without_entropy_is_grpo(ddof):
         assert_close(advantages(obj, batch), expected_BT)
 
 
-@pytest.mark.parametrize("value", [0.1, 0.7, 1.0, -123.456])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reinforce_pp"])  # which has no baseline for a prompt
+@pytest.mark.parametrize("value", [0.7, -123.456])
+@pytest.mark.parametrize("name", SILENT)
 def test_invariant_6_equal_rewards_have_no_policy_gradient(name, value):
     fields = {"stat_scope": "group"} if name in ENTROPY_NAMES else {}
     batch = make_batch(seed=11)
@@ -653,7 +716,7 @@ def test_invariant_6_equal_rewards_have_no_policy_gradient(name, value):
     assert_close(np.asarray(kl_grad_BT)[flat], only_kl_grad_BT[flat])
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", SILENT)
 def test_repeated_rewards_are_exactly_zero_at_any_group_size(name):
     """A float32 mean of n equal numbers is rarely that number; the advantage is 0 all the same."""
     obj, batch = objectives.get(name, **({"stat_scope": "group"} if name in ENTROPY_NAMES else {})), make_batch()
@@ -684,8 +747,8 @@ def test_invariant_7_sign_is_success(name, scope):
 # --------------------------------------------------------------------------------------------------- degenerate cases
 
 
-@pytest.mark.parametrize("junk", [1e6, -1e6, np.nan])
-@pytest.mark.parametrize("name, fields", [case for case in SCOPED if case.values[0] in ESTIMATORS])
+@pytest.mark.parametrize("junk", [1e6, np.nan])
+@every_scope
 def test_dropped_rows_contribute_nothing(name, fields, junk):
     """The reward of a row without tokens is not in any statistic: not in means, not in counts, whatever it is."""
     obj = objectives.get(name, **fields)
@@ -719,7 +782,7 @@ def test_one_token_and_odd_groups(name, fields, num_tokens, group_size):
     expected_BT = oracle_advantages(obj, cut, group_size)
     adv_BT = advantages(obj, cut, group_size)
     assert_close(adv_BT, expected_BT)
-    if group_size == 1 and fields != {"stat_scope": "batch"} and name != "reinforce_pp":
+    if group_size == 1 and fields != {"stat_scope": "batch"} and name in SILENT:
         assert not np.asarray(adv_BT).any()
     else:
         assert expected_BT.any()
@@ -743,8 +806,7 @@ def test_too_few_entries_for_a_std_give_no_advantage(name, fields):
     assert not np.asarray(advantages(obj, batch)).any()
 
 
-@pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
-@pytest.mark.parametrize("reward", [0.7, 0.1])
+@pytest.mark.parametrize("entropy_weight, reward", [(0.0, 0.7), (0.1, 0.1)])
 @pytest.mark.parametrize("name", ENTROPY_NAMES)
 def test_constant_shaped_rewards_of_a_whole_batch_are_no_signal(name, reward, entropy_weight):
     """All rows on one side with one entropy: R is constant over the batch; its rounding must not become advantage."""
@@ -757,7 +819,7 @@ def test_constant_shaped_rewards_of_a_whole_batch_are_no_signal(name, reward, en
 @every_variant
 def test_a_single_token_in_the_whole_batch(name):
     """Too few entries for a sample std, so no advantage; the KL alone remains."""
-    obj, batch = objectives.get(name, kl_coef=0.5), make_batch()
+    obj, batch = objectives.get(name, kl_coef=0.5, kl_estimator="k3"), make_batch()
     batch.mask_BT[:] = 0
     batch.mask_BT[0, 0] = 1
     batch = replaced(batch, old_BT=batch.logp_BT, ref_BT=batch.logp_BT + np.float32(math.log(2)))
@@ -801,8 +863,8 @@ def test_zero_entropy_is_floored(name):
     assert_close(adv_BT, advantages(obj, replaced(batch, entropy_BT=np.full((B, T), obj.entropy_floor))))
 
 
-@pytest.mark.parametrize("gap", [25.0, 90.0, 1e4])
-@every_variant
+@pytest.mark.parametrize("gap", [25.0, 1e4])
+@every_surrogate
 def test_extreme_log_ratios_stay_finite(name, gap):
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=18)
     sign_BT = np.sign(batch.token_adv_BT + 0.5)
@@ -820,7 +882,7 @@ def test_extreme_log_ratios_stay_finite(name, gap):
 # ------------------------------------------------------------------------------------------- bugs of public trainers
 
 
-@every_clipped_variant
+@every_clipped
 def test_clip_is_not_inverted_for_negative_advantages(name):
     """With A < 0 a ratio that grew keeps its whole gradient (max over the losses, not min)."""
     obj = objectives.get(name, kl_coef=0.0)
@@ -845,7 +907,7 @@ def test_correct_answers_do_not_average_to_zero(name, scope):
     assert 0 < batch.task_B[:G].sum() < G
 
 
-@every_variant
+@every_loss
 def test_padding_the_batch_wider_changes_nothing(name):
     """Dr. GRPO's divisor is the generation budget, not the width of the batch; the rest have no width at all."""
     obj, wide = objectives.get(name, kl_coef=0.04), make_batch(seed=20)
@@ -857,21 +919,21 @@ def test_padding_the_batch_wider_changes_nothing(name):
     assert_close(wide_grad_BT[:, :1], grad_BT)
 
 
-@every_variant
-def test_only_dr_grpo_depends_on_the_budget(name):
+@every_loss
+def test_only_a_constant_denominator_depends_on_the_budget(name):
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=20)
     adv_BT = advantages(obj, batch)
     short, short_grad_BT = loss_and_grad(obj, batch, adv_BT, budget=BUDGET)
     long, long_grad_BT = loss_and_grad(obj, batch, adv_BT, budget=3 * BUDGET)
-    factor = 3 if name == "dr_grpo" else 1
+    factor = 3 if obj.aggregation == "constant" and obj.ratio == "token" else 1
     assert_close(long * factor, short)
     assert_close(long_grad_BT * factor, short_grad_BT)
 
 
-@every_variant
+@every_loss
 def test_kl_is_k3_and_not_k1(name):
     """k1's gradient is 1 wherever it is taken; k3's is 1 - exp(ref - logp), and 0 where the two agree."""
-    obj, batch = objectives.get(name, kl_coef=1.0), make_batch(seed=21)
+    obj, batch = objectives.get(name, kl_coef=1.0, kl_estimator="k3"), make_batch(seed=21)
     batch = replaced(batch, old_BT=batch.logp_BT)
     zero_BT = np.zeros((B, T))
     weight_BT, denom = objectives.weights(obj, f32(batch.mask_BT), max_completion_length=BUDGET)
@@ -884,7 +946,7 @@ def test_kl_is_k3_and_not_k1(name):
     assert float(agreed) == 0 and not np.asarray(agreed_grad_BT).any()
 
 
-@every_clipped_variant
+@every_clipped
 def test_ratio_is_not_always_one(name):
     """In later inner epochs logp has left old_logp: value and gradient scale with the ratio."""
     obj = objectives.get(name, kl_coef=0.0, clip_low=0.2, clip_high=0.2)
@@ -896,38 +958,34 @@ def test_ratio_is_not_always_one(name):
 
 # ----------------------------------------------------------------------------------------------------------- the API
 
-AS_PUBLISHED = {
-    "grpo": ("group_norm", "token", 0.2, 0.2, "sequence_mean", 0.04),
-    "dapo": ("group_norm", "token", 0.2, 0.28, "token_mean", 0.0),
-    "dr_grpo": ("group_center", "token", 0.2, 0.2, "constant", 0.04),
-    "gtpo": ("token_entropy", "token", 0.2, 0.28, "token_mean", 0.0),
-    "grpo_s": ("sequence_entropy", "sequence", 0.2, 0.28, "sequence_mean", 0.0),
-    "gspo": ("group_norm", "sequence_geometric", 3e-4, 4e-4, "sequence_mean", 0.0),
-    "rloo": ("leave_one_out", "token", 0.2, 0.2, "sequence_sum", 0.0),
-    "reinforce_pp": ("batch_norm", "token", 0.2, 0.2, "token_mean", 0.0),
-    "cispo": ("group_norm", "token", 1.0, 4.0, "token_mean", 0.0),
-    "gmpo": ("group_norm", "sequence_geometric", 1 - math.exp(-0.4), math.exp(0.4) - 1, "sequence_mean", 0.0),
-}
 
-
-def test_presets_are_the_table():
-    assert set(NAMES) == set(AS_PUBLISHED)
+def test_published_variants_are_as_published():
+    assert set(NAMES) >= set(AS_PUBLISHED)
     for name, expected in AS_PUBLISHED.items():
         obj = objectives.get(name)
         actual = obj.advantage, obj.ratio, obj.clip_low, obj.clip_high, obj.aggregation, obj.kl_coef
         assert actual == expected and obj == objectives.VARIANTS[name]
-    surrogates = {name: objectives.get(name).surrogate for name in NAMES if objectives.get(name).surrogate != "ppo_clip"}
-    assert surrogates == {"rloo": "reinforce", "cispo": "clipped_weight", "gmpo": "token_clip"}
-    for name in NAMES:
+    surrogates = {name: objectives.get(name).surrogate for name in AS_PUBLISHED}
+    others = {name: surrogate for name, surrogate in surrogates.items() if surrogate != "ppo_clip"}
+    assert others == {"rloo": "reinforce", "cispo": "clipped_weight", "gmpo": "token_clip"}
+    for name in AS_PUBLISHED:
         obj = objectives.get(name)
         assert (obj.std_ddof, obj.adv_eps, obj.success_threshold) == (1, 1e-6, 0.5)
         assert (obj.entropy_floor, obj.entropy_clip, obj.base_weight, obj.entropy_weight) == (1e-4, None, 1.0, 0.1)
         assert (obj.sequence_mean_kind, obj.kl_estimator, obj.include_other_side) == ("arithmetic", "k3", True)
-        assert obj.dual_clip is None
+        assert obj.dual_clip is None and obj.kl_in_reward == 0
     assert objectives.get("gtpo").stat_scope == "batch" and objectives.get("grpo_s").stat_scope == "group"
 
 
-@every_variant
+def test_every_entry_says_what_it_is():
+    for name, entry in objectives.ENTRIES.items():
+        assert entry.title and entry.paper and entry.formula and "\n" not in entry.formula, name
+        assert objectives.VARIANTS[name] is entry.objective
+    titles = [entry.title for entry in objectives.ENTRIES.values()]
+    assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("name", ["gtpo"])
 def test_objectives_are_frozen_and_hashable(name):
     obj, changed = objectives.get(name), objectives.get(name, adv_eps=1e-3)
     assert obj == objectives.get(name) and hash(obj) == hash(objectives.get(name))
@@ -944,11 +1002,10 @@ def test_unknown_variant_lists_the_known_ones():
     assert all(name in str(error.value) for name in objectives.VARIANTS)
 
 
-@every_variant
-def test_unknown_field_lists_the_known_ones(name):
+def test_unknown_field_lists_the_known_ones():
     with pytest.raises(ValueError, match="clip_lo") as error:
-        objectives.get(name, clip_lo=0.1)
-    assert all(field.name in str(error.value) for field in dataclasses.fields(objectives.get(name)))
+        objectives.get("grpo", clip_lo=0.1)
+    assert all(field.name in str(error.value) for field in dataclasses.fields(objectives.Objective))
 
 
 @pytest.mark.parametrize(
@@ -981,7 +1038,7 @@ def test_missing_inputs_are_errors():
     assert np.isfinite(float(loss))
 
 
-@every_variant
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_a_reference_is_ignored_without_kl(name):
     obj, batch = objectives.get(name, kl_coef=0.0), make_batch()
     logps, rest = (f32(batch.logp_BT), f32(batch.old_BT)), (f32(batch.row_adv_BT), f32(batch.mask_BT))
@@ -998,8 +1055,7 @@ def test_jit_gives_the_same(name):
         assert_close(ours, eager)
 
 
-@every_variant
-def test_equal_objectives_share_one_compilation(name):
+def test_equal_objectives_share_one_compilation():
     traces = []
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -1008,11 +1064,11 @@ def test_equal_objectives_share_one_compilation(name):
         return objectives.weights(obj, mask_BT, max_completion_length=BUDGET)[1]
 
     for eps in (1e-6, 1e-6, 1e-3):
-        denom_of(objectives.get(name, adv_eps=eps), jnp.ones((B, T)))
+        denom_of(objectives.get("grpo", adv_eps=eps), jnp.ones((B, T)))
     assert [obj.adv_eps for obj in traces] == [1e-6, 1e-3]
 
 
-@every_variant
+@every_estimator
 def test_outputs_are_float32_and_zero_where_masked(name):
     obj, batch = objectives.get(name, kl_coef=0.04), make_batch(seed=23)
     adv_BT = advantages(obj, batch)

@@ -9,23 +9,27 @@ The train step uses `token_loss` and `weights`, the parts that `loss` is made of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from grpo_jax.metrics import Mean
-from grpo_jax.objectives.advantages import Arrays, advantages
+from grpo_jax.objectives.advantages import advantages, rewards_with_kl
 from grpo_jax.objectives.aggregation import token_weights
-from grpo_jax.objectives.objective import Objective
-from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, kl_k3, log_ratio
+from grpo_jax.objectives.choices import check_choices, get
+from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, Arrays, kl_k3, log_ratio
 from grpo_jax.objectives.surrogates import SURROGATES, SurrogateInputs, apply_dual_clip
-from grpo_jax.objectives.variants import PRESETS, VARIANTS, check_choices, describe, get
+from grpo_jax.objectives.variants import ENTRIES, PRESETS, VARIANTS, Objective, Variant, describe
 from grpo_jax.types import AxisName
 
 __all__ = [
+    "ENTRIES",
     "PRESETS",
     "VARIANTS",
     "Objective",
+    "Variant",
     "advantages",
     "check_choices",
     "describe",
@@ -33,6 +37,7 @@ __all__ = [
     "log_ratio",
     "loss",
     "loss_metrics",
+    "rewards_with_kl",
     "token_loss",
     "weights",
 ]
@@ -46,16 +51,20 @@ def token_loss(
     adv_BT: Float[Arrays, "B T"],
     mask_BT: Shaped[Arrays, "B T"],
 ) -> tuple[Float[jax.Array, "B T"], dict[str, Shaped[jax.Array, "B T"]]]:
-    """The unreduced loss, and what there is to say about it.
+    """Compute the unreduced loss of each token, and the arrays that its metrics are made of.
 
-    Args: log-probabilities in nats, float32[B, T]; gradient flows through logp_BT only. ref_logp_BT may be None, and is
-        ignored, where kl_coef = 0.
+    Args:
+      logp_BT, old_logp_BT, ref_logp_BT: float32, nats, of the sampled tokens; gradient flows through logp_BT only.
+        ref_logp_BT may be None, and is ignored, where kl_coef = 0.
+      adv_BT: float32, of `advantages`. mask_BT: 1 on completion tokens; the others may hold anything.
     Returns: loss_BT (0 where masked; sequence-level ratios repeat the row's value over its tokens), and
       {"ratio", "is_clipped_low", "is_clipped_high", "is_clipped_dual", "kl_ref"} as [B, T] arrays: is_clipped_dual only
       with dual_clip, kl_ref only where kl_coef > 0 (and always k3, so that runs with other estimators compare).
+    Raises: ValueError if ref_logp_BT is None although kl_coef > 0.
     """
     if ref_logp_BT is None and obj.has_kl:
         raise ValueError(f"objective.kl_coef = {obj.kl_coef} needs the reference's log-probabilities, got ref_logp_BT = None")
+    # Masked entries become numbers before anything is computed from them, so that a NaN there is in no value or gradient.
     kept_BT = mask_BT > 0
     adv_BT = jax.lax.stop_gradient(jnp.where(kept_BT, adv_BT, 0.0))
     log_ratio_BT = log_ratio(logp_BT, jax.lax.stop_gradient(old_logp_BT), mask_BT)
@@ -77,13 +86,21 @@ def token_loss(
 def weights(
     obj: Objective, mask_BT: Shaped[Arrays, "B T"], *, max_completion_length: int, axis_name: AxisName | None = None
 ) -> tuple[Float[jax.Array, "B T"], Float[jax.Array, ""]]:
-    """-> (weight_BT, denom) with loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio always averages rows."""
-    aggregation = "sequence_mean" if obj.ratio in SEQUENCE_RATIOS else obj.aggregation
+    """Turn a mask into weights: loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio always averages rows.
+
+    Args:
+      mask_BT: 1 on completion tokens. max_completion_length: generation budget, tokens.
+      axis_name: mesh axis to count over, inside `shard_map`.
+    Returns: (weight_BT float32, denom float32 scalar: global, at least 1).
+    """
+    aggregation = obj.aggregation
+    if obj.ratio in SEQUENCE_RATIOS:
+        aggregation = "sequence_mean"
     return token_weights(aggregation, mask_BT, max_completion_length=max_completion_length, axis_name=axis_name)
 
 
-def loss_metrics(aux, mask_BT) -> dict[str, Mean]:
-    """What happened to the ratio, over completion tokens: the clipped fractions, its mean, and the KL in nats."""
+def loss_metrics(aux: Mapping[str, Shaped[jax.Array, "B T"]], mask_BT: Shaped[Arrays, "B T"]) -> dict[str, Mean]:
+    """Summarise `token_loss`'s arrays over completion tokens: the clipped fractions, the mean ratio, and the KL in nats."""
     names = {
         "policy/clip_fraction_low": "is_clipped_low",
         "policy/clip_fraction_high": "is_clipped_high",
@@ -105,8 +122,12 @@ def loss(
     max_completion_length: int,
     axis_name: AxisName | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, Mean]]:
-    """The scalar to minimise and its metrics; inside `shard_map` with `axis_name` both are global.
+    """Compute the scalar to minimise and its metrics; inside `shard_map` with `axis_name` both are global.
 
+    Args:
+      logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_BT: as `token_loss` takes them.
+      max_completion_length: generation budget, tokens. axis_name: mesh axis to add up over.
+    Returns: (loss, a float32 scalar; name -> metric).
     Raises: ValueError if ref_logp_BT is None although kl_coef > 0.
     """
     loss_BT, aux = token_loss(obj, logp_BT, old_logp_BT, ref_logp_BT, adv_BT, mask_BT)

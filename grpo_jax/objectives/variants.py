@@ -1,4 +1,8 @@
-"""A variant is data: one choice on each of a few independent axes. This table is all that tells the variants apart."""
+"""A variant is data: one choice on each of a few independent axes. `ENTRIES` is all that tells the variants apart.
+
+`Objective` names the choices and knows none of the functions behind them. So the files of the axes can import it, and a
+hyper-parameter of a new variant is declared in the file that lists the variant.
+"""
 
 from __future__ import annotations
 
@@ -8,110 +12,225 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from grpo_jax.objectives.advantages import ADVANTAGES
-from grpo_jax.objectives.aggregation import AGGREGATIONS
-from grpo_jax.objectives.objective import Objective
-from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS
-from grpo_jax.objectives.surrogates import CLIPPED_RATIO, SURROGATES
+import jax
 
-CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+Number = float | jax.Array  # an array where it is a number of the state, inside a compiled step
+
+# Lowest allowed value of an objective's numbers, which must be finite too. A field without a line here may be anything.
+AT_LEAST: Mapping[str, float] = MappingProxyType(
     {
-        "advantage": tuple(ADVANTAGES),
-        "ratio": tuple(RATIOS),
-        "surrogate": tuple(SURROGATES),
-        "kl_estimator": tuple(KL_ESTIMATORS),
-        "aggregation": tuple(AGGREGATIONS),
-        "stat_scope": ("batch", "group"),
-        "sequence_mean_kind": ("arithmetic", "geometric"),
+        "clip_low": 0,
+        "clip_high": 0,
+        "kl_coef": 0,
+        "kl_in_reward": 0,
+        "std_ddof": 0,
+        "adv_eps": 0,
+        "entropy_weight": 0,
     }
 )
 
-_DECOUPLED: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
-_GRPO = Objective()
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The quantity to maximise. The defaults are GRPO (Shao et al., arXiv 2402.03300).
+
+    Every field can be set from the command line, `--config.objective.clip_high=0.3`, and swept.
+    """
+
+    # advantage, ratio, surrogate, kl_estimator and aggregation name a function in the table at the end of its axis's file.
+    advantage: str = "group_norm"  # rewards -> credit of each token (advantages.py)
+    ratio: str = "token"  # importance ratio, of each token or of a whole completion (ratios.py)
+    surrogate: str = "ppo_clip"  # ratio and advantage -> objective of each token (surrogates.py)
+    clip_low: Number = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: Number = 0.2
+    dual_clip: float | None = None  # c > 1: for A < 0 the surrogate is at least c A; None: unbounded
+    aggregation: str = "sequence_mean"  # objective of each token -> scalar (aggregation.py)
+    kl_coef: Number = 0.04  # weight of the KL penalty in the loss; 0: none
+    kl_estimator: str = "k3"  # of that penalty (ratios.py)
+    kl_in_reward: float = 0.0  # weight of the KL that is subtracted from the reward, before the advantage; 0: none
+    std_ddof: int = 1  # std = sqrt(sum of squares / (n - ddof)) + adv_eps
+    adv_eps: float = 1e-6
+    success_threshold: float = 0.5  # a task reward from here on is a success (O+)
+    entropy_floor: float = 1e-4  # nats; lowest entropy in the shaped rewards, which divide by it
+    entropy_clip: tuple[float, ...] | None = None  # nats; (low, high) of the same entropy, or None
+    base_weight: float = 1.0  # a1 of GTPO, b1 of GRPO-S
+    entropy_weight: Number = 0.1  # a2 of GTPO, b2 of GRPO-S
+    stat_scope: str = "batch"  # batch | group: over what the shaped rewards are normalised
+    sequence_mean_kind: str = "arithmetic"  # arithmetic | geometric: mean entropy of a completion in GRPO-S
+    include_other_side: bool = True  # the other side's zeros count in the shaped rewards' statistics; False: a misreading
+
+    def __post_init__(self) -> None:
+        for field, low in AT_LEAST.items():
+            value = getattr(self, field)
+            if isinstance(value, jax.Array):  # a number of the state: it was checked with its config
+                continue
+            if not (value >= low and math.isfinite(value)):
+                raise ValueError(f"objective.{field} = {value!r}: must be a finite number >= {low}")
+        if self.entropy_floor <= 0:
+            raise ValueError(f"objective.entropy_floor = {self.entropy_floor!r}: must be > 0 nats (1/H is taken)")
+        if self.dual_clip is not None and not (self.dual_clip > 1 and math.isfinite(self.dual_clip)):
+            raise ValueError(f"objective.dual_clip = {self.dual_clip!r}: must be None or a finite number > 1")
+        if self.entropy_clip is not None:
+            clip = tuple(self.entropy_clip)
+            if len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
+                raise ValueError(f"objective.entropy_clip = {self.entropy_clip!r}: must be None or (low, high), 0 <= low")
+            object.__setattr__(self, "entropy_clip", clip)  # a list would not be hashable
+
+    @property
+    def has_kl(self) -> bool:
+        """A KL penalty is part of the loss."""
+        return _is_on(self.kl_coef)
+
+    @property
+    def has_kl_in_reward(self) -> bool:
+        """A KL is subtracted from the rewards."""
+        return _is_on(self.kl_in_reward)
+
+    @property
+    def needs_reference(self) -> bool:
+        """A KL is taken anywhere, so the reference's log-probabilities are needed."""
+        return self.has_kl or self.has_kl_in_reward
+
+    @property
+    def needs_entropy(self) -> bool:
+        """The advantage reads the sampling policy's entropy."""
+        return self.advantage in ("token_entropy", "sequence_entropy")
+
+
+def _is_on(coefficient: Any) -> bool:
+    """True of a coefficient > 0. A traced one is on without looking: runs with 0 never share a program with the others."""
+    return not isinstance(coefficient, int | float) or coefficient > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An objective with what a reader wants to know of it; the tables in README.md and docs/ are made from these.
+
+    Attributes:
+      title: name as the paper writes it, "Dr. GRPO". paper: arXiv id, or what else the objective was read in.
+      formula: one line of plain text, what it does that GRPO does not.
+    """
+
+    title: str
+    paper: str
+    formula: str
+    objective: Objective
+
+
+_DECOUPLED: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 _DAPO = Objective(**_DECOUPLED, aggregation="token_mean", kl_coef=0.0)
 _DR_GRPO = Objective(advantage="group_center", aggregation="constant")
 _REINFORCE_PP = Objective(advantage="batch_norm", aggregation="token_mean", kl_coef=0.0)
 
-# The same algorithms with the constants of a paper or a framework's source: docs/variants.md, "Where constants come from".
-PRESETS: Mapping[str, Objective] = MappingProxyType(
+ENTRIES: Mapping[str, Variant] = MappingProxyType(
     {
-        # Group mean as baseline before the batch's scale (REINFORCE++ with baseline).
-        "reinforce_pp_baseline": dataclasses.replace(_REINFORCE_PP, advantage="group_center_batch_norm"),
-        # The papers' equations divide by the bare std; ours guards a group without spread by itself.
-        "deepseekmath": dataclasses.replace(_GRPO, adv_eps=0.0),
-        "dapo_paper": dataclasses.replace(_DAPO, adv_eps=0.0),
-        "dr_grpo_paper": dataclasses.replace(_DR_GRPO, kl_coef=0.0),
-        # TRL 1.16.0, GRPOConfig: loss_type "dapo", scale_rewards "group", beta 0, epsilon 0.2 both ways.
-        "trl_default": Objective(aggregation="token_mean", kl_coef=0.0, adv_eps=1e-4),
-        # verl 0.9.1, ppo_trainer.yaml with algorithm.adv_estimator=grpo: token-mean, no KL, clip_ratio_c 3.
-        "verl_default": Objective(aggregation="token_mean", kl_coef=0.0, dual_clip=3.0),
-        # google-tunix 0.1.7, GRPOConfig: beta 0.04 on kl_loss_mode "kl", which is k1.
-        "tunix_default": Objective(kl_estimator="k1"),
-    }
-)
-
-VARIANTS: Mapping[str, Objective] = MappingProxyType(
-    {
-        # Shao et al., DeepSeekMath, arXiv 2402.03300, eq. 3 with outcome supervision.
-        "grpo": _GRPO,
-        # Yu et al., arXiv 2503.14476, eqs. 8-12; its dynamic sampling and overlong punishment are not part of the loss.
-        "dapo": _DAPO,
-        # Liu et al., arXiv 2503.20783. Differs from source: a KL term is kept; kl_coef = 0 gives the paper's objective.
-        "dr_grpo": _DR_GRPO,
-        # Tan et al., arXiv 2508.04349, eqs. 2-5 (not the trajectory- or turn-level methods of the same name).
-        "gtpo": Objective(advantage="token_entropy", **_DECOUPLED, aggregation="token_mean", kl_coef=0.0),
-        # The same paper, eqs. 6-8.
-        "grpo_s": Objective(advantage="sequence_entropy", ratio="sequence", **_DECOUPLED, kl_coef=0.0, stat_scope="group"),
-        # Zheng et al., arXiv 2507.18071: the proof that the axes compose.
-        "gspo": Objective(ratio="sequence_geometric", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0),
-        # Ahmadian et al., arXiv 2402.14740. Differs from source: its KL is part of the reward, here there is none.
-        "rloo": Objective(advantage="leave_one_out", surrogate="reinforce", aggregation="sequence_sum", kl_coef=0.0),
-        # Hu et al., arXiv 2501.03262. Differs from source: its KL is part of the reward, here there is none.
-        "reinforce_pp": _REINFORCE_PP,
-        # MiniMax-M1, arXiv 2506.13585, eqs. 4-5, without lower bound; the paper keeps its upper one to itself: a weight of
-        # at most 5 is ScaleRL's (arXiv 2510.13786).
-        "cispo": Objective(surrogate="clipped_weight", clip_low=1.0, clip_high=4.0, aggregation="token_mean", kl_coef=0.0),
-        # Zhao et al., arXiv 2507.20673: token ratios within (e^-0.4, e^0.4).
-        "gmpo": Objective(
-            ratio="sequence_geometric",
-            surrogate="token_clip",
-            clip_low=1 - math.exp(-0.4),
-            clip_high=math.exp(0.4) - 1,
-            kl_coef=0.0,
+        # Shao et al., DeepSeekMath, eq. 3 with outcome supervision.
+        "grpo": Variant("GRPO", "2402.03300", "A = (r - mean) / std of the group", Objective()),
+        # Yu et al., eqs. 8-12; its dynamic sampling and overlong punishment are not part of the loss.
+        "dapo": Variant(
+            "DAPO",
+            "2503.14476",
+            "GRPO's A; groups of equal rewards are replaced by new ones, overlong completions punished",
+            _DAPO,
         ),
-        **PRESETS,
+        # Liu et al. Differs from source: a KL term is kept; kl_coef = 0 gives the paper's objective.
+        "dr_grpo": Variant("Dr. GRPO", "2503.20783", "A = r - mean of the group", _DR_GRPO),
+        # Tan et al., eqs. 2-5 (not the trajectory- or turn-level methods of the same name).
+        "gtpo": Variant(
+            "GTPO",
+            "2508.04349",
+            "rewards shaped token by token with the policy's entropy",
+            Objective(advantage="token_entropy", **_DECOUPLED, aggregation="token_mean", kl_coef=0.0),
+        ),
+        # The same paper, eqs. 6-8.
+        "grpo_s": Variant(
+            "GRPO-S",
+            "2508.04349",
+            "rewards shaped row by row with mean entropy",
+            Objective(advantage="sequence_entropy", ratio="sequence", **_DECOUPLED, kl_coef=0.0, stat_scope="group"),
+        ),
+        # Zheng et al.: the proof that the axes compose.
+        "gspo": Variant(
+            "GSPO",
+            "2507.18071",
+            "GRPO's A; w = exp(mean of log w over the row)",
+            Objective(ratio="sequence_geometric", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0),
+        ),
+        # Ahmadian et al. Differs from source: its KL is part of the reward (kl_in_reward), here it is off.
+        "rloo": Variant(
+            "RLOO",
+            "2402.14740",
+            "A = r - mean of the others; A logp, no ratio",
+            Objective(advantage="leave_one_out", surrogate="reinforce", aggregation="sequence_sum", kl_coef=0.0),
+        ),
+        # Hu et al. Differs from source: its KL is part of the reward (kl_in_reward), here it is off.
+        "reinforce_pp": Variant("REINFORCE++", "2501.03262", "A = (r - mean) / std of the batch", _REINFORCE_PP),
+        # MiniMax-M1, eqs. 4-5, without lower bound; the paper keeps its upper one to itself: a weight of at most 5 is
+        # ScaleRL's (arXiv 2510.13786).
+        "cispo": Variant(
+            "CISPO",
+            "2506.13585",
+            "GRPO's A; sg(clip(w)) A logp: the weight is clipped, not the update",
+            Objective(surrogate="clipped_weight", clip_low=1.0, clip_high=4.0, aggregation="token_mean", kl_coef=0.0),
+        ),
+        # Zhao et al.: token ratios within (e^-0.4, e^0.4).
+        "gmpo": Variant(
+            "GMPO",
+            "2507.20673",
+            "GRPO's A; geometric mean of token ratios, each clipped by itself",
+            Objective(
+                ratio="sequence_geometric",
+                surrogate="token_clip",
+                clip_low=1 - math.exp(-0.4),
+                clip_high=math.exp(0.4) - 1,
+                kl_coef=0.0,
+            ),
+        ),
     }
 )
 
+# The same algorithms with the constants of a paper or a framework's source: docs/variants.md, "Where constants come from".
+PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
+    {
+        "reinforce_pp_baseline": Variant(
+            "REINFORCE++ with baseline",
+            "2501.03262",
+            "A = (r - mean of the group) / std of that over the batch",
+            dataclasses.replace(_REINFORCE_PP, advantage="group_center_batch_norm"),
+        ),
+        # The papers' equations divide by the bare std; ours guards a group without spread by itself.
+        "deepseekmath": Variant("GRPO, its paper's", "2402.03300", "nothing is added to the std", Objective(adv_eps=0.0)),
+        "dapo_paper": Variant(
+            "DAPO, its paper's", "2503.14476", "nothing is added to the std", dataclasses.replace(_DAPO, adv_eps=0.0)
+        ),
+        "dr_grpo_paper": Variant("Dr. GRPO, its paper's", "2503.20783", "no KL", dataclasses.replace(_DR_GRPO, kl_coef=0.0)),
+        "trl_default": Variant(
+            "GRPO, TRL's",
+            "TRL 1.16.0, GRPOConfig",
+            'loss_type "dapo", scale_rewards "group", beta 0, epsilon 0.2 both ways',
+            Objective(aggregation="token_mean", kl_coef=0.0, adv_eps=1e-4),
+        ),
+        "verl_default": Variant(
+            "GRPO, verl's",
+            "verl 0.9.1, ppo_trainer.yaml with algorithm.adv_estimator=grpo",
+            "token-mean, no KL, clip_ratio_c 3",
+            Objective(aggregation="token_mean", kl_coef=0.0, dual_clip=3.0),
+        ),
+        "tunix_default": Variant(
+            "GRPO, Tunix's",
+            "google-tunix 0.1.7, GRPOConfig",
+            'beta 0.04 on kl_loss_mode "kl", which is k1',
+            Objective(kl_estimator="k1"),
+        ),
+    }
+)
 
-def get(variant: str, **overrides: Any) -> Objective:
-    """The named variant, with any fields replaced. Raises ValueError listing what is known."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    fields = [field.name for field in dataclasses.fields(Objective)]
-    unknown = sorted(set(overrides) - set(fields))
-    if unknown:
-        raise ValueError(f"unknown objective field {unknown[0]!r}; known: {', '.join(fields)}")
-    obj = dataclasses.replace(VARIANTS[variant], **overrides)
-    check_choices(obj)
-    return obj
-
-
-def check_choices(obj: Objective) -> None:
-    """Raises ValueError if a name is not in its axis's table, listing what is, or if two choices exclude each other."""
-    for field, known in CHOICES.items():
-        if getattr(obj, field) not in known:
-            raise ValueError(f"objective.{field} = {getattr(obj, field)!r}: unknown; known: {', '.join(known)}")
-    if obj.dual_clip is not None and obj.surrogate not in CLIPPED_RATIO:
-        raise ValueError(
-            f"objective.dual_clip = {obj.dual_clip!r}: surrogate {obj.surrogate!r} has no gradient through a ratio "
-            "to bound, set it to None"
-        )
+PRESETS: Mapping[str, Objective] = MappingProxyType({name: entry.objective for name, entry in PRESET_ENTRIES.items()})
+VARIANTS: Mapping[str, Objective] = MappingProxyType({**{name: entry.objective for name, entry in ENTRIES.items()}, **PRESETS})
 
 
 def describe(obj: Objective) -> str:
-    """The nearest variant's name and what differs from it: "dapo", or "dapo + clip_high=0.3"."""
+    """Name the nearest variant and what differs from it: "dapo", or "dapo + clip_high=0.3"."""
 
     def differences(variant: str) -> list[str]:
         named = dataclasses.asdict(VARIANTS[variant])

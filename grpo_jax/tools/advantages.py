@@ -15,18 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
 
 FIVE = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
-TITLES = {
-    "grpo": "GRPO",
-    "dapo": "DAPO",
-    "dr_grpo": "Dr. GRPO",
-    "gtpo": "GTPO",
-    "grpo_s": "GRPO-S",
-    "gspo": "GSPO",
-    "rloo": "RLOO",
-    "reinforce_pp": "REINFORCE++",
-    "cispo": "CISPO",
-    "gmpo": "GMPO",
-}
+TITLES = {name: entry.title for name, entry in objectives.ENTRIES.items()}
 EXPLANATION = """Left: the advantage of each token.
 Right: what multiplies the gradient of its
 log-probability on the first update,

@@ -1,0 +1,108 @@
+"""The tables of variants in README.md and docs/variants.md, made from the entries of grpo_jax/objectives/variants.py."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+from grpo_jax.errors import UserError
+from grpo_jax.objectives import ENTRIES, Objective, Variant
+
+BEGIN, END = "<!-- variants:begin -->", "<!-- variants:end -->"
+ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+
+
+def readme_table(root: pathlib.Path) -> list[str]:
+    """Lines of README's table: each variant with its paper, its formula and the config that trains it."""
+    rows = [["variant", "in one line", "ratio", "clip low / high", "aggregation", "KL", "config"]]
+    for name, entry in ENTRIES.items():
+        obj, file = entry.objective, f"configs/{name}.py"
+        if not (root / file).is_file():
+            file = f"configs/variant.py:{name}"
+        cells = [f"{entry.title} ({paper(entry)})", plain(entry.formula), code(obj.ratio), clip(obj), code(obj.aggregation)]
+        rows.append([*cells, f"{obj.kl_coef:g}", code(file)])
+    return markdown(rows)
+
+
+def overview_table(root: pathlib.Path) -> list[str]:
+    """Lines of the guide's overview: each variant's choice on each axis, linked to its section where there is one."""
+    headings = re.findall(r"^## (.+)$", (root / "docs/variants.md").read_text(), re.M)
+    rows = [["variant", "in one line", "advantage", "ratio", "surrogate", "clip low / high", "aggregation", "KL weight"]]
+    for entry in ENTRIES.values():
+        title, obj = entry.title, entry.objective
+        if title in headings:
+            title = f"[{title}](#{anchor(title)})"
+        choices = [code(obj.advantage), code(obj.ratio), code(obj.surrogate), clip(obj), code(obj.aggregation)]
+        rows.append([title, plain(entry.formula), *choices, f"{obj.kl_coef:g}"])
+    return markdown(rows)
+
+
+TABLES: dict[str, Callable[[pathlib.Path], list[str]]] = {"README.md": readme_table, "docs/variants.md": overview_table}
+
+
+def anchor(title: str) -> str:
+    """The link target that GitHub makes of a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def paper(entry: Variant) -> str:
+    """The entry's source, a link if it is on arXiv."""
+    if ARXIV.fullmatch(entry.paper):
+        return f"[{entry.paper}](https://arxiv.org/abs/{entry.paper})"
+    return entry.paper
+
+
+def clip(obj: Objective) -> str:
+    """The clip bounds, or "none" where no ratio is taken."""
+    if obj.surrogate == "reinforce":
+        return "none"
+    return f"{obj.clip_low:.4g} / {obj.clip_high:.4g}"
+
+
+def plain(text: str) -> str:
+    """Text in which Markdown finds nothing to format: a formula may have stars, bars and underscores."""
+    return re.sub(r"([\\`*_|<])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """A name as code."""
+    return f"`{text}`"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def lines_between(text: str, page: str) -> list[str]:
+    """The lines between the page's markers. Raises UserError if they are missing."""
+    found = re.search(rf"^{BEGIN}\n(.*?)^{END}$", text, re.M | re.S)
+    if not found:
+        raise UserError(f"{page}: no lines {BEGIN} and {END} to put the table between")
+    return found[1].splitlines()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables, or without --write say which are out of date. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the tables (default: only compare)")
+    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path(), help="the clone (default: working directory)")
+    args = parser.parse_args(argv)
+    num_stale = 0
+    for page, table in TABLES.items():
+        file, lines = args.root / page, table(args.root)
+        text = file.read_text()
+        old = "\n".join([BEGIN, *lines_between(text, page), END])
+        new = "\n".join([BEGIN, *lines, END])
+        if old == new:
+            print(f"{page}: up to date")
+        elif args.write:
+            file.write_text(text.replace(old, new))
+            print(f"{page}: written")
+        else:
+            num_stale += 1
+            print(f"{page}: out of date; --write brings it up to date")
+    return min(num_stale, 1)
