@@ -46,6 +46,7 @@ Measured = tuple[Timing, roofline.Sizes, roofline.Sizes]  # what was sampled, wh
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags and fill in those that were not given. Exits on bad ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     workload.add_flags(parser)
     parser.add_argument("--config", help="configs/<variant>.py[:scale], instead of --model and --prompt-len")
@@ -55,15 +56,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     filled = workload.fill(args)
     if not args.config:
         return filled
+    # A run's own config has its own batch; only how often it is timed is the workload's.
     args.warmup, args.repeats = filled.warmup, filled.repeats
     return args
 
 
 def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
-    """The run to measure, and its state. Raises UserError."""
+    """Make the run to measure, and its state. Raises UserError."""
     if args.config:
         run = make_run(with_flags(cli.load_config(args.config, "--config"), args))
         return run, run.initial_state()
+    # Random weights at a tiny learning rate: nothing should end a completion, and no repeat should change the work of the next.
     raw = base.get_config()
     raw.update_from_flattened_dict(
         {"warm_start.num_steps": 0, "optimizer.learning_rate": workload.LEARNING_RATE, "eval.num_samples": 0, "mesh.data": 1}
@@ -78,7 +81,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
 
 
 def with_flags(raw: Any, args: argparse.Namespace) -> Config:
-    """The config with the flags that were given. Raises UserError."""
+    """Change a config by the flags that were given, and validate it. Raises UserError."""
     given = {field: getattr(args, name) for name, field in FIELDS.items() if getattr(args, name) is not None}
     raw.update_from_flattened_dict(given)
     if args.remat:
@@ -92,7 +95,9 @@ def with_flags(raw: Any, args: argparse.Namespace) -> Config:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time one thing; -> the JSON object. Raises UserError."""
+    """Time one thing and return the JSON object. Raises UserError."""
+    # JAX itself says when something compiles: a call that compiles again (another shape, another dtype) would be slow without
+    # anybody noticing, and its time would end up in the median.
     compiled_at: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -108,28 +113,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         run.task.close()
         jax.monitoring.unregister_event_duration_listener(listen)
+    # No event at all means that JAX has renamed it, and the check below would pass for ever.
     in_timed_calls = [at for at in compiled_at if timing.began <= at <= timing.ended]
     assert compiled_at, f"JAX does not report {COMPILED} any more"
     if in_timed_calls:
         raise UserError(f"--warmup={args.warmup}: something compiled in a timed call, use more")
     version = f"jax {jax.__version__} {jax.devices()[0].device_kind}"
-    record = workload.report("grpo_jax", version, described(run, args), timing)
+    record = workload.report("grpo_jax", version, describe_workload(run, args), timing)
     if args.what != "mem":
         record.update(limits(run, args.what, statistics.median(timing.secs), sampled, trained))
     return record
 
 
-def described(run: Run, args: argparse.Namespace) -> Workload:
-    """What was measured, read from the run itself."""
+def describe_workload(run: Run, args: argparse.Namespace) -> Workload:
+    """Describe what was measured, read from the run itself and not from the flags."""
     config, rollout = run.config, run.config.rollout
-    cuts = config.learner.num_minibatches * config.learner.num_microbatches
+    rows = rollout.num_prompts * rollout.group_size
+    microbatch = rows // (config.learner.num_minibatches * config.learner.num_microbatches)
+    if microbatch == rows:
+        microbatch = 0  # all at once, as the flag says it
     return Workload(
         model=args.config or args.model,
         what=args.what,
         beta=float(config.objective.kl_coef),
         dtype=run.model.dtype,
         remat=run.model.remat == "full",
-        microbatch=rollout.num_prompts * rollout.group_size // cuts if cuts > 1 else 0,
+        microbatch=microbatch,
         prompts=rollout.num_prompts,
         group_size=rollout.group_size,
         prompt_len=run.task.prompt_tokens,
@@ -140,6 +149,15 @@ def described(run: Run, args: argparse.Namespace) -> Workload:
 
 
 def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
+    """Time rollouts of the same prompts, each with a key of its own.
+
+    Args:
+      run: the run; its rollout is compiled here, as a call of its own.
+      state: of which only the policy is used.
+      args: of which warmup and repeats are used.
+    Returns: (timing that counts completion tokens, sizes sampled, the same sizes).
+    """
+    # A call of its own, because `run.collect` makes prompts and scores completions as well.
     rollout = jax.jit(make_rollout(run.model, run.config.rollout, end_tokens(run.task), run.mesh))
     prompts = run.task.train_prompts(0, run.config.rollout.num_prompts)
     last = []
@@ -153,7 +171,14 @@ def time_rollout(run: Run, state: TrainState, args: argparse.Namespace) -> Measu
 
 
 def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
-    """A step as the trainer runs it: two calls, or config.steps_per_call of them in one, which is shared out."""
+    """Time a step as the trainer runs it: two calls, or config.steps_per_call of them in one, whose time is divided.
+
+    Args:
+      run: the run.
+      state: where it begins; donated.
+      args: of which warmup and repeats are used.
+    Returns: (timing that counts completion tokens, sizes sampled, sizes of the batch that was trained on).
+    """
     held: list[Any] = [state]
     num_steps = max(run.config.steps_per_call, 1)
 
@@ -170,6 +195,7 @@ def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured
     def count(_: Any) -> float:
         return float(held[2]["completion/length_mean"].total)  # what was sampled, also what dynamic sampling threw away
 
+    # With dynamic sampling more rows are sampled than trained on, and of other lengths: the metric counts all of them.
     timing = workload.timed(call, count, args.warmup, args.repeats)
     timing = dataclasses.replace(timing, secs=[secs / num_steps for secs in timing.secs])
     trained, lengths = sizes_of(held[1].rollout), held[2]["completion/length_mean"]
@@ -178,6 +204,14 @@ def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured
 
 
 def time_update(run: Run, state: TrainState, args: argparse.Namespace) -> Measured:
+    """Time updates on one random batch of full length.
+
+    Args:
+      run: the run.
+      state: where it begins; donated.
+      args: of which warmup and repeats are used.
+    Returns: (timing that counts prompt and completion tokens of every row, sizes of the batch, the same sizes).
+    """
     batch = random_batch(run)
     held: list[Any] = [state]
     del state  # it is donated: nobody else may hold it
@@ -192,20 +226,33 @@ def time_update(run: Run, state: TrainState, args: argparse.Namespace) -> Measur
 
 
 def sizes_of(rollout: Rollout) -> roofline.Sizes:
-    """Prompts, completions of each, and their mean lengths."""
+    """Count prompts, completions of each, and their mean lengths."""
     P, G, _ = rollout.mask_PGT.shape
     return roofline.Sizes(P, G, float(rollout.prompts.mask_PS.sum()) / P, float(rollout.mask_PGT.sum()) / (P * G))
 
 
 def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: roofline.Sizes) -> dict[str, float]:
-    """Shares of the measured ceilings: arithmetic that the result needs (recomputing adds none), bytes that decoding reads."""
+    """Compute shares of the measured ceilings.
+
+    Args:
+      run: the run that was timed.
+      what: rollout, update or step.
+      secs: of one call, the median.
+      sampled: sizes of what was sampled.
+      trained: sizes of what was trained on.
+    Returns: the ceilings; the share of arithmetic that the result needs (recomputing adds none); of a rollout also the share of
+    the bytes that decoding reads.
+    """
+    # Memory is measured with as many bytes as a decode step reads: a small model's weights are read from the cache, and
+    # against the rate of memory its share would be more than 1.
     model, config, itemsize = run.model, run.config, jnp.dtype(run.model.dtype).itemsize
     ceilings = roofline.measure_ceilings(run.model.dtype, roofline.step_bytes(model, sampled, itemsize))
     flops = 0.0
     if what != "update":
         flops += roofline.forward_flops(model, sampled)
     if what != "rollout":
-        passes = (2 if run.model.lora else 3) * config.learner.num_epochs  # forward, by activations, by weights
+        # Forward, by activations, by weights; frozen weights need no gradient.
+        passes = (3 - (run.model.lora is not None)) * config.learner.num_epochs
         passes += config.objective.has_kl + (config.learner.old_logp == "learner")
         flops += passes * roofline.forward_flops(model, trained)
     shares: dict[str, float] = {
@@ -220,6 +267,7 @@ def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: r
 
 
 def main() -> None:
+    """Print one JSON line; exit with a line on stderr on bad input."""
     try:
         workload.emit(measure(parse()))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What the benchmark counts: arithmetic against XLA's own count, bytes against the arrays that decoding reads; small runs."""
+"""The benchmark's counts: arithmetic against XLA's own count, bytes against the arrays that decoding reads; small runs."""
 
 import argparse
 import dataclasses
@@ -131,7 +131,7 @@ def test_a_measurement_counts_its_tokens_and_compiles_before_it_times(small):
 def test_what_was_measured_is_read_from_the_run(small):
     args = benchmark.parse([*small, "--what=step", "--beta=0.04", "--microbatch=2", "--dtype=bfloat16", "--remat"])
     run, state = benchmark.prepare(args)
-    work = benchmark.described(run, args)
+    work = benchmark.describe_workload(run, args)
     assert (work.beta, work.microbatch, work.dtype, work.remat) == (0.04, 2, "bfloat16", True)
     assert (work.rows, work.prompt_len, work.completion_len) == (4, 4, 3)
     assert run.model.remat == "full" and run.config.learner.num_microbatches == 2 and state.ref_params is not None

@@ -43,6 +43,7 @@ PROMPTS = (
 
 
 def main() -> None:
+    """Compare our greedy continuations with those of transformers. Raises UserError without the two folders."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,7 @@ def main() -> None:
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]
+    # Padded on the left: completions begin at the same slot in all rows.
     width = max(map(len, prompts))
     mask_PS = np.arange(width)[None] >= np.array([width - len(ids) for ids in prompts])[:, None]
     tokens_PS = np.array([[0] * (width - len(ids)) + ids for ids in prompts], np.int32)
@@ -65,6 +67,8 @@ def main() -> None:
         row_keys(jax.random.key(0), len(prompts), 1),
     )
 
+    # float32 on both sides: bfloat16 has few digits, and its ties would hide real differences. A folder of adapters has no
+    # weights of its own, so PEFT puts them on the model that the run began with.
     if (exported / ADAPTER_CONFIG).exists():
         from peft import PeftModel
 
@@ -72,6 +76,7 @@ def main() -> None:
         model: Any = PeftModel.from_pretrained(base, exported)
     else:
         model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    # Transformers gets our own tokens, one pass a prompt: its best next token at each place must be the one that we took.
     num_same = num_ties = 0
     for ids, ours, mask in zip(prompts, np.asarray(rolled.tokens_PGT[:, 0]), np.asarray(rolled.mask_PGT[:, 0]), strict=True):
         ours = ours[mask > 0].tolist()

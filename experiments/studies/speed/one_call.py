@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from configs import base
@@ -30,6 +30,7 @@ from grpo_jax.training.run import assemble
 from grpo_jax.types import Prompts, Reward
 
 STEPS_PER_CALL, NUM_STEPS, REPEATS = 20, 40, 7
+JUSTIFY: dict[str, JustifyMethod] = {"scale": "left", "how": "left"}
 
 
 class Staged:
@@ -45,6 +46,7 @@ class Staged:
 
     @functools.cached_property
     def _calls(self) -> tuple[Any, Any]:
+        # Compiled, as the functions of a host task are quick as well: only the way through the host is to be compared.
         return jax.jit(self._task.train_prompts, static_argnums=1), jax.jit(self._task.reward)
 
     def train_prompts(self, position: int, num_prompts: int) -> Prompts:
@@ -56,15 +58,24 @@ class Staged:
 
 
 def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float, float]:
-    """-> (seconds an iteration, medians over blocks of NUM_STEPS; floating-point operations that it needs)."""
+    """Time iterations of the arithmetic task.
+
+    Args:
+      scale: of configs/base.py.
+      steps_per_call: iterations in one compiled call; 0: rollout and update are calls of their own.
+      is_staged: prompts and rewards pass through the host.
+    Returns: (seconds an iteration, the median over blocks of NUM_STEPS; floating-point operations that it needs).
+    """
     raw: Any = base.get_config(scale)
     raw.update_from_flattened_dict({"steps_per_call": steps_per_call, "warm_start.num_steps": 0, "mesh.data": 1})
+    # A block of NUM_STEPS is nothing but iterations: these come after its end.
     for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
         raw.update_from_flattened_dict({name: 100})
     config = parse_config(raw)
     task: Any = build.make_task(config)
     model = build.make_model(config, task.tokenizer)
-    task = Staged(task) if is_staged else task
+    if is_staged:
+        task = Staged(task)
     run = assemble(config, make_mesh(config.mesh.sizes), task, model)
     held: list[Any] = [run.initial_state()]
 
@@ -75,22 +86,25 @@ def measure(scale: str, steps_per_call: int, *, is_staged: bool) -> tuple[float,
             else:
                 state, batch, metrics = run.collect(held[0])
                 held[:] = [run.update(state, batch)[0], batch, metrics]
+        # Once a block and not each step: the trainer does not wait for a step either before it sends off the next.
         jax.block_until_ready(held)
 
-    block()
+    block()  # compiles
     secs = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         block()
         secs.append((time.perf_counter() - began) / NUM_STEPS)
+    # One forward pass is the rollout's, three are the update's.
     return statistics.median(secs), 4 * roofline.forward_flops(run.model, sizes_of(held[1].rollout))
 
 
 def main() -> None:
+    """Print the table."""
     rate = roofline.measure_ceilings("float32", 1 << 20).flops_per_s
     table = Table(title=f"arithmetic, matrix products at {rate / 1e9:.0f} GFLOP/s")
     for name in ("scale", "how", "ms an iteration", "times as fast as staged", "share of the matrix rate"):
-        table.add_column(name, justify="left" if name in ("scale", "how") else "right")
+        table.add_column(name, justify=JUSTIFY.get(name, "right"))
     for scale in ("tiny", "runlocal"):
         ways = {
             "stage by stage": measure(scale, 0, is_staged=True),

@@ -1,4 +1,4 @@
-"""What refilling saves where completions differ in length: one rollout with all rows side by side, and with fewer rows.
+"""The saving of refilled rows where completions differ in length: one rollout with all rows side by side, and with fewer rows.
 
     python -m experiments.studies.speed.refill            # prints a table; some minutes
 
@@ -29,20 +29,23 @@ from grpo_jax.training.samplers import make_rollout
 
 P, G, S, T = 32, 8, 64, 512
 MEAN_TOKENS = 64
+# Rows that are decoded side by side; 0: all of them, and the loop ends with the longest.
 ROWS = (0, 128, 64, 32, 16)
 
 
 def measure(max_live_sequences: int, repeats: int = 3) -> tuple[float, Any, float]:
-    """-> (median seconds of a rollout, int[P, G] lengths, MB that the compiled call works in)."""
+    """Time a rollout; -> (median seconds, int[P, G] lengths, MB that the compiled call works in)."""
     arch = architecture("tiny")
     raw: Any = base.get_config()
     raw.mesh.data = 1
+    # Random weights give every token about the same chance, so this share of stop tokens ends a completion after MEAN_TOKENS.
     stop_ids = tuple(range(arch.vocab_size // MEAN_TOKENS))
     config = RolloutConfig(group_size=G, max_completion_tokens=T, max_live_sequences=max_live_sequences)
     ends = EndTokens(stop_ids, pad_id=0)
     prompts = FixedTask(workload.random_ids(P, S, arch.vocab_size, seed=0), workload.PAD).train_prompts(0, P)
     run = jax.jit(make_rollout(ModelDef(arch), config, ends, make_mesh(parse_config(raw).mesh.sizes)))
     params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(0))
+    # Compiled ahead, because only a compiled program knows its memory.
     compiled = run.lower(params, prompts, jax.random.key(0)).compile()
     lengths: list[Any] = []
 
@@ -55,6 +58,7 @@ def measure(max_live_sequences: int, repeats: int = 3) -> tuple[float, Any, floa
 
 
 def main() -> None:
+    """Print the table, after checking that all rows of it drew the same completions."""
     results = {rows: measure(rows) for rows in ROWS}
     lengths = results[0][1]
     assert all((lengths == other).all() for _, other, _ in results.values())

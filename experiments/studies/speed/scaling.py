@@ -45,7 +45,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What is updated. padded: completion slots; None: as many as tokens."""
+    """Sizes of an update. padded: completion slots; None: as many as tokens."""
 
     completion: int = 128
     group_size: int = 8
@@ -53,8 +53,8 @@ class Point:
     padded: int | None = None
 
 
-def prepared(point: Point) -> tuple[Callable[[], None], float]:
-    """-> (an update, to be called again and again; the floating-point operations that it needs)."""
+def prepare(point: Point) -> tuple[Callable[[], None], float]:
+    """Make (an update, to be called again and again; the floating-point operations that it needs)."""
     raw: Any = base.get_config()
     raw.update_from_flattened_dict(
         {
@@ -73,6 +73,7 @@ def prepared(point: Point) -> tuple[Callable[[], None], float]:
     run = assemble(config, make_mesh(config.mesh.sizes), task, ModelDef(arch))
     batch = random_batch(run)
     is_real_T = jnp.arange(batch.rollout.mask_PGT.shape[-1]) < point.completion
+    # Only the mask says which tokens are real: the update has to find the padding by itself, in order to leave it out.
     rollout = dataclasses.replace(batch.rollout, mask_PGT=batch.rollout.mask_PGT * is_real_T[None, None])
     batch = dataclasses.replace(batch, rollout=rollout)
     held: list[Any] = [run.initial_state()]
@@ -81,30 +82,34 @@ def prepared(point: Point) -> tuple[Callable[[], None], float]:
         held[:] = run.update(held[0], batch)
         jax.block_until_ready(held)
 
+    # Forward, by activations, by weights; without a KL penalty there is no reference pass.
     return call, 3 * roofline.forward_flops(run.model, sizes_of(rollout))
 
 
 def measure(points: Sequence[Point]) -> list[dict[str, float]]:
-    """Of each: the median seconds of an update, the median of its ratio to the first one's, and its arithmetic."""
-    calls = [prepared(point) for point in points]
+    """Measure the median seconds of each update, the median of its ratio to the first one's, and its arithmetic."""
+    calls = [prepare(point) for point in points]
+    # The list of calls is repeated and not each call: so the sizes take turns.
     for call, _ in calls * WARMUP:
         call()
     clock = [time.perf_counter()]
     for call, _ in calls * REPEATS:
         call()
         clock.append(time.perf_counter())
+    # The ratio is taken round by round and then its median: a machine that is slow for a while slows both.
     secs = np.diff(clock).reshape(REPEATS, len(calls))
     medians, ratios = np.median(secs, 0).tolist(), np.median(secs / secs[:, :1], 0).tolist()
     return [{"secs": medians[i], "of_first": ratios[i], "gflops": flops / 1e9} for i, (_, flops) in enumerate(calls)]
 
 
 def draw(records: dict[str, list[dict[str, float]]]) -> None:
-    """One panel an axis: measured seconds, and the arithmetic's share of them if all of it cost what it costs at the end."""
+    """Draw one panel an axis: measured seconds, and what the arithmetic would take at the largest size's rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axes, (label, points) in zip(figure.subplots(1, len(records), sharey=True), records.items(), strict=True):
         sizes = [point["size"] for point in points]
+        # At the largest size the fixed costs of a call are smallest beside its arithmetic.
         rate = points[-1]["secs"] / points[-1]["gflops"]
         axes.loglog(sizes, [point["secs"] for point in points], "o-", label="measured")
         axes.loglog(sizes, [rate * point["gflops"] for point in points], "--", color="grey", label="as its arithmetic")
@@ -117,13 +122,18 @@ def draw(records: dict[str, list[dict[str, float]]]) -> None:
 
 
 def main() -> None:
+    """Measure all axes, or those that are named, whose records replace the old ones; then draw."""
     file = HERE / "scaling.json"
-    records: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if sys.argv[1:] else {}
+    records: dict[str, list[dict[str, float]]] = {}
+    if sys.argv[1:]:
+        records = json.loads(file.read_text())
     for label, (field, sizes) in AXES.items():
         if sys.argv[1:] and field not in sys.argv[1:]:
             continue
-        fixed = {"completion": 64} if field == "padded" else {}
-        measured = measure([Point(**{**fixed, field: size}) for size in sizes])
+        fixed = Point()
+        if field == "padded":
+            fixed = Point(completion=64)  # real tokens, in ever more slots
+        measured = measure([dataclasses.replace(fixed, **{field: size}) for size in sizes])
         records[label] = [{"size": size, **each} for size, each in zip(sizes, measured, strict=True)]
         print(label, *map(json.dumps, records[label]), sep="\n", flush=True)
         file.write_text(json.dumps(records, indent=1) + "\n")
