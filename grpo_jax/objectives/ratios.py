@@ -28,7 +28,7 @@ def log_ratio(
       mask_BT: 1 on completion tokens; the others may hold anything, NaN included.
     Returns: float32[..., T], nats.
     """
-    # Masking comes before the subtraction and any exp: where(mask, exp(x), 0) has a NaN gradient if exp(x) overflows.
+    # Masking comes before any exp: where(mask, exp(x), 0) has a NaN gradient if exp(x) overflows.
     kept_BT = mask_BT > 0
     difference_BT = jnp.where(kept_BT, logp_BT, 0.0) - jnp.where(kept_BT, other_BT, 0.0)
     return jnp.clip(difference_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
