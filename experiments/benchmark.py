@@ -253,7 +253,7 @@ def limits(run: Run, what: str, secs: float, sampled: roofline.Sizes, trained: r
     if what != "rollout":
         # Forward, by activations, by weights; frozen weights need no gradient.
         passes = (3 - (run.model.lora is not None)) * config.learner.num_epochs
-        passes += config.objective.has_kl + (config.learner.old_logp == "learner")
+        passes += config.objective.needs_reference + (config.learner.old_logp == "learner")
         flops += passes * roofline.forward_flops(model, trained)
     shares: dict[str, float] = {
         "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """What is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
         if self.choices and value not in self.choices:
             return f"unknown; known: {', '.join(map(str, self.choices))}"
         if self.at_least is not None and not value >= self.at_least:

@@ -131,7 +131,7 @@ class TrainState:
 
     step: int32, updates done. num_prompts_drawn: int32, the data position.
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
-    ref_params: the reference policy; None unless kl_coef > 0, and with LoRA, whose base it is.
+    ref_params: the reference policy; None without a KL, and with LoRA, whose base it is.
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
     next_batch: the batch of the next update, sampled one step early; None without async_steps.
     hyperparams: see there; None only in checkpoints and in states that nothing is trained with.

@@ -159,7 +159,7 @@ BUGS = [
     (
         "reference kept although kl_coef is 0",
         "grpo_jax/training/run.py",
-        "if config.objective.has_kl and adapters is None:",
+        "if config.objective.needs_reference and adapters is None:",
         "if adapters is None:",
         "tests/test_train_step.py",
     ),

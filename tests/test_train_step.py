@@ -51,7 +51,7 @@ def batch_of(seed=0):
 def start(spec, params=None, step=0, optimizer=SGD):
     """A state whose reference, where there is one, is another model than the policy."""
     params = tiny.bigram_params() if params is None else params
-    ref_params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(10 * x), params) if spec.objective.kl_coef else None
+    ref_params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(10 * x), params) if spec.objective.needs_reference else None
     return tiny.state_of(params, optimizer, ref_params, step, config=spec)
 
 
@@ -506,3 +506,26 @@ def test_a_whole_run_compiles_once():
     assert int(state.step) == 3 and metrics["grad/norm"] >= 0
     assert np.isfinite(list(metrics.values())).all()
     assert jax.tree.structure(state.params) == jax.tree.structure(before)
+
+
+# ------------------------------------------------------------------------------------------------------ KL in the reward
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "grpo"])
+def test_a_kl_in_the_reward_is_the_loss_of_rewards_less_their_kl(name):
+    """Against `objectives` written out: the sum of logp - ref over a row leaves its reward, the task's reward stays."""
+    coefficient = 0.3
+    spec, batch = with_fields(spec_of(name), {"objective.kl_in_reward": coefficient}), batch_of()
+    state = start(spec)
+    mask_BT, old_BT = (x.reshape(-1, T) for x in (batch.rollout.mask_PGT, batch.rollout.sampler_logp_PGT))
+    ref_BT = bigram_logp(state.ref_params, batch.rollout, SAMPLING.temperature)
+    kl_B = ((old_BT - ref_BT) * mask_BT).sum(-1)
+    paid = batch.replace(reward_PG=batch.reward_PG - coefficient * kl_B.reshape(P, G))
+    plain = with_fields(spec, {"objective.kl_in_reward": 0.0})
+    loss, grads = longhand(bigram_logp, plain, state, paid)
+    after, metrics = step_of(spec)(state, batch)
+    np.testing.assert_allclose(floats(metrics)["loss/total"], loss, rtol=1e-4)
+    assert tiny.largest_difference(moved(state, after), jax.tree.map(jnp.negative, grads)) < 1e-4
+    assert floats(metrics)["policy/kl_ref"] > 0
+    without, _ = longhand(bigram_logp, plain, state, batch)
+    assert abs(float(without) - float(loss)) > 1e-3, "the KL changed nothing"

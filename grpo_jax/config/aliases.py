@@ -1,10 +1,12 @@
-"""Names that config fields had before. They are taken for one release, with a warning that says the new name."""
+"""Configs of older versions: names that fields had before are taken for one release, with a warning that says the new one."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from grpo_jax.config.schema import Config
 
 
 def _as_it_is(value: Any) -> Any:
@@ -34,6 +36,23 @@ def upgrade(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         else:
             new[name] = upgrade(value, f"{dotted}.") if isinstance(value, Mapping) else value
     return new
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an older version's config.json under today's names, with newer fields at their defaults.
+
+    Only for what a run wrote itself: in a person's config a missing field is a mistake, and an error.
+    """
+    return _filled(upgrade(values), Config().to_dict())
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and what only the defaults have, at every depth."""
+    filled = {**defaults, **values}
+    for name, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], default)
+    return filled
 
 
 def upgrade_setting(name: str, value: Any) -> tuple[str, Any]:

@@ -33,11 +33,29 @@ def batch_advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_n
     return adv_BT.reshape(P, G, T)
 
 
+def subtract_kl(obj: Objective, batch: Batch, logp_PGT: Any, ref_logp_PGT: Any, mask_PGT: Any) -> Batch:
+    """The batch with `objectives.rewards_with_kl` as its shaped reward; the task's reward stays.
+
+    Args:
+      obj: with kl_in_reward = 0 the batch comes back as it is. batch: whole groups.
+      logp_PGT, ref_logp_PGT: float32 nats, of the policy at the start of the update and of the reference (or None).
+      mask_PGT: the trained tokens.
+    """
+    if not obj.has_kl_in_reward:
+        return batch
+    T = mask_PGT.shape[-1]
+    reward_B = objectives.rewards_with_kl(
+        obj, batch.reward_PG.reshape(-1), logp_PGT.reshape(-1, T), ref_logp_PGT.reshape(-1, T), mask_PGT.reshape(-1, T)
+    )
+    return batch.replace(reward_PG=reward_B.reshape(batch.reward_PG.shape))
+
+
 def advantages_with_grpo(obj: Objective, batch: Batch, filter_truncated: bool):
     """-> (advantage float32[P, G, T], plain GRPO's advantage of each row, float32[P, G]), from the recorded entropy.
 
-    These are the update's own numbers, but for learner.old_logp = "learner": there the update takes the entropy from a
-    forward pass of its own, which differs from the sampler's by its numerics.
+    These are the update's own numbers, with two exceptions. With learner.old_logp = "learner" the update takes the entropy
+    from a forward pass of its own, which differs from the sampler's by its numerics; and objective.kl_in_reward is not in
+    them, for the reference's log-probabilities are known inside the update only.
     """
     mask_PGT, entropy_PGT = trained_mask(batch.rollout, filter_truncated), batch.rollout.entropy_PGT
     ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))

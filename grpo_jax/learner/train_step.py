@@ -23,7 +23,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config, LearnerConfig
 from grpo_jax.learner import batching
-from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, trained_mask
+from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, subtract_kl, trained_mask
 from grpo_jax.learner.hyperparams import with_hyperparams
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.metrics import Max, Mean, Metric
@@ -146,10 +146,12 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
         old_logp_PGT, entropy_PGT = (
             jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(recomputed, recorded, strict=True)
         )
-    adv_PGT = batch_advantages(obj, batch, mask_PGT, entropy_PGT, axis_name)
     ref_logp_PGT = None
-    if obj.has_kl:
+    if obj.needs_reference:
         ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, config)
+    # A KL in the reward is part of what the advantage is made of; success and O+/O- still look at the task's reward alone.
+    paid_batch = subtract_kl(obj, batch, old_logp_PGT, ref_logp_PGT, mask_PGT)
+    adv_PGT = batch_advantages(obj, paid_batch, mask_PGT, entropy_PGT, axis_name)
     importance_PGT = None
     if config.learner.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
         importance_PGT = jnp.exp(objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, mask_PGT))
@@ -159,7 +161,7 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
 def reference_policy(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
     """The policy that the KL penalty pulls towards: a copy of the initial weights, or LoRA's base without its adapters."""
     ref_params = state.ref_params if model.lora is None else state.base
-    assert ref_params is not None, "kl_coef > 0 without a reference model in the state"
+    assert ref_params is not None, "a KL without a reference model in the state"
     return dataclasses.replace(model, lora=None), ref_params
 
 

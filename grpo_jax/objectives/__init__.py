@@ -55,11 +55,11 @@ def token_loss(
 
     Args:
       logp_BT, old_logp_BT, ref_logp_BT: float32, nats, of the sampled tokens; gradient flows through logp_BT only.
-        ref_logp_BT may be None, and is ignored, where kl_coef = 0.
+        ref_logp_BT may be None where kl_coef = 0.
       adv_BT: float32, of `advantages`. mask_BT: 1 on completion tokens; the others may hold anything.
     Returns: loss_BT (0 where masked; sequence-level ratios repeat the row's value over its tokens), and
       {"ratio", "is_clipped_low", "is_clipped_high", "is_clipped_dual", "kl_ref"} as [B, T] arrays: is_clipped_dual only
-      with dual_clip, kl_ref only where kl_coef > 0 (and always k3, so that runs with other estimators compare).
+      with dual_clip, kl_ref only where a KL is taken, in the loss or in the reward (always k3, so that runs compare).
     Raises: ValueError if ref_logp_BT is None although kl_coef > 0.
     """
     if ref_logp_BT is None and obj.has_kl:
@@ -76,9 +76,11 @@ def token_loss(
         aux["is_clipped_dual"] = (adv_BT < 0) & (value_BT < obj.dual_clip * adv_BT)
         value_BT = apply_dual_clip(value_BT, adv_BT, obj.dual_clip)
     loss_BT = -value_BT
-    if ref_logp_BT is not None and obj.has_kl:
+    if ref_logp_BT is not None and obj.needs_reference:
         logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
         aux["kl_ref"] = kl_k3(*logps)
+    if ref_logp_BT is not None and obj.has_kl:
+        logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
         loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)
     return jnp.where(kept_BT, loss_BT, 0.0), aux
 

@@ -20,8 +20,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "surrogate": tuple(SURROGATES),
         "kl_estimator": tuple(KL_ESTIMATORS),
         "aggregation": tuple(AGGREGATIONS),
-        "stat_scope": ("batch", "group"),
-        "sequence_mean_kind": ("arithmetic", "geometric"),
     }
 )
 

@@ -14,20 +14,9 @@ from typing import Any
 
 import jax
 
-Number = float | jax.Array  # an array where it is a number of the state, inside a compiled step
+from grpo_jax.knobs import knob, walk
 
-# Lowest allowed value of an objective's numbers, which must be finite too. A field without a line here may be anything.
-AT_LEAST: Mapping[str, float] = MappingProxyType(
-    {
-        "clip_low": 0,
-        "clip_high": 0,
-        "kl_coef": 0,
-        "kl_in_reward": 0,
-        "std_ddof": 0,
-        "adv_eps": 0,
-        "entropy_weight": 0,
-    }
-)
+Number = float | jax.Array  # an array where it is a number of the state, inside a compiled step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +27,35 @@ class Objective:
     """
 
     # advantage, ratio, surrogate, kl_estimator and aggregation name a function in the table at the end of its axis's file.
-    advantage: str = "group_norm"  # rewards -> credit of each token (advantages.py)
-    ratio: str = "token"  # importance ratio, of each token or of a whole completion (ratios.py)
-    surrogate: str = "ppo_clip"  # ratio and advantage -> objective of each token (surrogates.py)
-    clip_low: Number = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: Number = 0.2
-    dual_clip: float | None = None  # c > 1: for A < 0 the surrogate is at least c A; None: unbounded
-    aggregation: str = "sequence_mean"  # objective of each token -> scalar (aggregation.py)
-    kl_coef: Number = 0.04  # weight of the KL penalty in the loss; 0: none
-    kl_estimator: str = "k3"  # of that penalty (ratios.py)
-    kl_in_reward: float = 0.0  # weight of the KL that is subtracted from the reward, before the advantage; 0: none
-    std_ddof: int = 1  # std = sqrt(sum of squares / (n - ddof)) + adv_eps
-    adv_eps: float = 1e-6
-    success_threshold: float = 0.5  # a task reward from here on is a success (O+)
-    entropy_floor: float = 1e-4  # nats; lowest entropy in the shaped rewards, which divide by it
-    entropy_clip: tuple[float, ...] | None = None  # nats; (low, high) of the same entropy, or None
-    base_weight: float = 1.0  # a1 of GTPO, b1 of GRPO-S
-    entropy_weight: Number = 0.1  # a2 of GTPO, b2 of GRPO-S
-    stat_scope: str = "batch"  # batch | group: over what the shaped rewards are normalised
-    sequence_mean_kind: str = "arithmetic"  # arithmetic | geometric: mean entropy of a completion in GRPO-S
-    include_other_side: bool = True  # the other side's zeros count in the shaped rewards' statistics; False: a misreading
+    advantage: str = knob("group_norm", "rewards -> credit of each token (advantages.py)")
+    ratio: str = knob("token", "importance ratio, of each token or of a whole completion (ratios.py)")
+    surrogate: str = knob("ppo_clip", "ratio and advantage -> objective of each token (surrogates.py)")
+    clip_low: Number = knob(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0)
+    clip_high: Number = knob(0.2, "the same above 1", at_least=0)
+    dual_clip: float | None = knob(None, "c > 1: for A < 0 the surrogate is at least c A; None: unbounded")
+    aggregation: str = knob("sequence_mean", "objective of each token -> scalar (aggregation.py)")
+    kl_coef: Number = knob(0.04, "weight of the KL penalty in the loss; 0: none", at_least=0)
+    kl_estimator: str = knob("k3", "of that penalty (ratios.py)")
+    kl_in_reward: float = knob(
+        0.0, "weight of the KL that is subtracted from the reward, before the advantage; 0: none", at_least=0
+    )
+    std_ddof: int = knob(1, "std = sqrt(sum of squares / (n - ddof)) + adv_eps", at_least=0)
+    adv_eps: float = knob(1e-6, "added to the std", at_least=0)
+    success_threshold: float = knob(0.5, "a task reward from here on is a success (O+)")
+    entropy_floor: float = knob(1e-4, "lowest entropy in the shaped rewards, which divide by it", unit="nats", above=0)
+    entropy_clip: tuple[float, ...] | None = knob(None, "(low, high) that the same entropy is clipped to, or None", unit="nats")
+    base_weight: float = knob(1.0, "a1 of GTPO, b1 of GRPO-S")
+    entropy_weight: Number = knob(0.1, "a2 of GTPO, b2 of GRPO-S", at_least=0)
+    stat_scope: str = knob("batch", "the shaped rewards are normalised over it", choices=("batch", "group"))
+    sequence_mean_kind: str = knob("arithmetic", "mean entropy of a completion in GRPO-S", choices=("arithmetic", "geometric"))
+    include_other_side: bool = knob(True, "the other side's zeros count in the shaped rewards' statistics; False: a misreading")
 
     def __post_init__(self) -> None:
-        for field, low in AT_LEAST.items():
-            value = getattr(self, field)
-            if isinstance(value, jax.Array):  # a number of the state: it was checked with its config
-                continue
-            if not (value >= low and math.isfinite(value)):
-                raise ValueError(f"objective.{field} = {value!r}: must be a finite number >= {low}")
-        if self.entropy_floor <= 0:
-            raise ValueError(f"objective.entropy_floor = {self.entropy_floor!r}: must be > 0 nats (1/H is taken)")
+        for name, value, declared in walk(self):
+            # A number of the state, inside a compiled step, was checked with its config.
+            is_traced = isinstance(value, jax.Array)
+            if declared and not is_traced and (complaint := declared.complaint(value)):
+                raise ValueError(f"objective.{name} = {value!r}: {complaint}")
         if self.dual_clip is not None and not (self.dual_clip > 1 and math.isfinite(self.dual_clip)):
             raise ValueError(f"objective.dual_clip = {self.dual_clip!r}: must be None or a finite number > 1")
         if self.entropy_clip is not None:

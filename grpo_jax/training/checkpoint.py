@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.config.aliases import upgrade
+from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params, TrainState
@@ -119,7 +119,7 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    differences = list(_differences(upgrade(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
+    differences = list(_differences(complete(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
     if differences:
         raise UserError(
             f"{path}: written by another config: {'; '.join(differences[:3])}; "

@@ -75,7 +75,7 @@ class TrainFns:
             pending=None,
             hyperparams=hyperparams,
         )
-        if config.objective.has_kl and adapters is None:
+        if config.objective.needs_reference and adapters is None:
             state = dataclasses.replace(state, ref_params=jax.tree.map(jnp.copy, weights))
         if config.dynamic_sampling.enabled:
             state = dataclasses.replace(state, pending=empty_buffer(self.example_batch(state.policy)))

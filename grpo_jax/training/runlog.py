@@ -17,6 +17,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from grpo_jax.config import Config, parse_config
+from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
 
 PLAIN_LINE_EVERY_SECS = 10.0
@@ -104,7 +105,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
-    return parse_config(json.loads(path.read_text()))
+    return parse_config(complete(json.loads(path.read_text())))
 
 
 def points(records: Iterable[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

@@ -104,7 +104,7 @@ def passes(job: Job) -> float:
 
 def num_scored(job: Job) -> int:
     """Count the forward passes before the update: of the reference policy, of the learner itself."""
-    return int(job.config.objective.has_kl) + (job.config.learner.old_logp == "learner")
+    return int(job.config.objective.needs_reference) + (job.config.learner.old_logp == "learner")
 
 
 def iteration_secs(stages: list[Stage]) -> float:
