@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +37,9 @@ def export_folder(
     The host holds one shard at a time.
 
     Args:
-      out: absent, or an empty folder. source: the folder or hub id that training began from. dtype: one of DTYPES.
-      max_shard_bytes: the size above which the weights are cut into several files; no tensor is cut.
+      out: absent, or an empty folder. params: of the decoder, possibly sharded over devices; architecture: theirs.
+      source: the folder or hub id that training began from. dtype: one of DTYPES, of the files.
+      max_shard_bytes: the size above which the weights are split into several files; no tensor is split.
     Raises: UserError if `out` holds something already or cannot be written, or the dtype is unknown.
     """
     if dtype not in DTYPES:
@@ -50,33 +50,43 @@ def export_folder(
 
 
 def save_weights(folder: Path, params: Params, architecture: Architecture, dtype: str, max_shard_bytes: int) -> None:
-    """`params` under Hugging Face's names: model.safetensors, or shards with an index if that would be too large."""
-    places = {}  # name -> (leaf, layer or None, bytes)
+    """Write `params` under Hugging Face's names: model.safetensors, or several files with an index.
+
+    Args: as `export_folder` has them. folder: exists.
+    """
+    sources = {}  # name -> (leaf, layer or None, bytes)
     for slot, leaf in zip(param_slots(architecture)[0], jax.tree.leaves(params), strict=True):
         num_bytes = int(np.prod(slot.shape)) * jnp.dtype(dtype).itemsize
         for i, name in enumerate(slot.names):
-            places[name] = leaf, i if slot.is_stacked else None, num_bytes
-    shards = _cut({name: num_bytes for name, (_, _, num_bytes) in places.items()}, max_shard_bytes)
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
+            sources[name] = leaf, i if slot.is_stacked else None, num_bytes
+    shards = _split_by_size({name: num_bytes for name, (_, _, num_bytes) in sources.items()}, max_shard_bytes)
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
-        tensors = {name: hosts.gather_to_host(_tensor(*places[name][:2], dtype)) for name in names}
+        # Layer by layer, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers
+        # is ever in the host's memory.
+        tensors = {name: hosts.gather_to_host(_extract_tensor(*sources[name][:2], dtype)) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:
-        total = sum(num_bytes for _, _, num_bytes in places.values())
+        total = sum(num_bytes for _, _, num_bytes in sources.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _tensor(leaf, layer: Any, dtype: str):
-    """One stored tensor of a leaf; layer: its number, or None if the leaf is not stacked."""
-    return (leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)).astype(dtype)
+def _extract_tensor(leaf: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+    """Return one stored tensor of a leaf; layer: its number, or None if the leaf is not stacked."""
+    if layer is not None:
+        # The number is an argument of the program: as a constant it would compile one for each layer.
+        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return leaf.astype(dtype)
 
 
-def _cut(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in order of layers, in runs of at most `max_bytes` together (a larger tensor is a run of its own)."""
+def _split_by_size(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Split names, in order of layers, into runs of at most `max_bytes` (a larger tensor is a run of its own)."""
     shards, room = [], 0
     for name in sorted(sizes, key=_by_layer):
         if not shards or sizes[name] > room:
@@ -88,14 +98,17 @@ def _cut(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def _by_layer(name: str) -> tuple[int, str]:
-    """Everything of a layer beside each other; what belongs to no layer first."""
-    parts = name.split(".")
-    return (int(parts[2]) if parts[1] == "layers" else -1), name
+    """Return the key that sorts a layer's tensors beside each other, and those of no layer first."""
+    words = name.split(".")
+    if words[1] != "layers":
+        return -1, name
+    return int(words[2]), name
 
 
 def _copy_settings(source: Path, folder: Path, dtype: str) -> None:
-    """All that is not weights: config.json (with the dtype of these), tokenizer, chat template, generation settings."""
+    """Copy all that is not weights: config.json (with the dtype of these), tokenizer, chat template, generation settings."""
     config = text_config(source)
+    # transformers 5 reads `dtype`, older ones `torch_dtype`: the name that the source has, or else the one that both know.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

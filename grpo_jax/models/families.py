@@ -18,10 +18,10 @@ Settings = Mapping[str, Any]  # of a config.json
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a `model_type` implies without saying so in config.json.
+    """The facts that a `model_type` implies without saying so in config.json.
 
     facts: fields of Architecture that all its models share. defaults: settings that its config.json may leave out.
-    activation: the name of it there. windows: which layers have the sliding window, "none", "all" or as "layer_types" says.
+    activation: the name of it there. windows: the layers that have the sliding window, "none", "all" or as "layer_types" says.
     """
 
     facts: Settings = dataclasses.field(default_factory=dict)
@@ -31,6 +31,7 @@ class Family:
     is_embedding_scaled: bool = False
 
 
+# A config.json may leave out settings that equal transformers' own defaults; Gemma 3's do.
 QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 GEMMA3 = {
     "vocab_size": 262_208,
@@ -58,9 +59,9 @@ FAMILIES = {
         is_embedding_scaled=True,
     ),
 }
-# Models of text and images: what their `text_config` is, standing alone.
+# Models of text and images: what makes a config.json of its own out of their `text_config`.
 TEXT_OF = {"gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}}
-SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for both of their parts
+SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for text and images
 
 # Settings with which the decoder would compute something else: key -> the one value (besides null and absent) it has.
 REQUIRED_SETTINGS = {
@@ -74,7 +75,7 @@ REQUIRED_SETTINGS = {
 
 
 def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of `path` (a folder or hub id); of a model that also sees images, the part about text.
+    """Read config.json of `path` (a folder or hub id); of a model that also sees images, the part about text.
 
     Raises: UserError naming the file if it is missing, malformed, or of a family that is not supported.
     """
@@ -92,7 +93,7 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_architecture(path: str | os.PathLike[str]) -> Architecture:
-    """The architecture that `path` (a folder or hub id) describes in its config.json.
+    """Read the architecture that `path` (a folder or hub id) describes in its config.json.
 
     Raises: UserError naming the file, the key and its value where something is missing, malformed or not supported.
     """
@@ -107,7 +108,16 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
     num_layers = _integer(file, config, "num_hidden_layers")
     window, local_layers = _windows(file, config, family, num_layers)
     rope, local_rope = _ropes(file, config)
-    scalar, cap = config.get("query_pre_attn_scalar"), config.get("final_logit_softcapping")
+    optional: dict[str, Any] = dict(family.facts)
+    if family.is_embedding_scaled:
+        optional["embed_scale"] = dim**0.5
+    # The scalar replaces the head width in 1 / sqrt(H): Gemma 3 27B has 168 = D / N there, with H = 128.
+    if config.get("query_pre_attn_scalar") is not None:
+        optional["query_scale"] = float(config["query_pre_attn_scalar"]) ** -0.5
+    if config.get("final_logit_softcapping") is not None:
+        optional["logit_cap"] = float(config["final_logit_softcapping"])
+    if local_layers:
+        optional["local_rope"] = local_rope
     return Architecture(
         vocab_size=_integer(file, config, "vocab_size"),
         dim=dim,
@@ -119,32 +129,34 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         rope=rope,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        embed_scale=dim**0.5 if family.is_embedding_scaled else 1.0,
-        query_scale=None if scalar is None else float(scalar) ** -0.5,
-        logit_cap=None if cap is None else float(cap),
         sliding_window=window,
         local_layers=local_layers,
-        local_rope=local_rope if local_layers else None,
-        **family.facts,
+        **optional,
     )
 
 
 def _check_settings(file: Path, config: Settings, family: Family) -> None:
+    # A setting that was ignored here would still load and train, with other logits than the model's: nothing would show it.
     required = {"hidden_act": family.activation, "hidden_activation": family.activation, **REQUIRED_SETTINGS}
     if family.windows == "none":
         required["use_sliding_window"] = False
     if family.facts.get("qkv_bias"):
         del required["attention_bias"]  # this family always has the bias and does not look at the setting
     for key, value in required.items():
-        if config.get(key) not in (None, value):
-            raise _unsupported(file, key, config[key], "absent" if value is None else value)
+        if config.get(key) in (None, value):
+            continue
+        if value is None:
+            raise _unsupported(file, key, config[key], "absent")
+        raise _unsupported(file, key, config[key], value)
 
 
 def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """(tokens that a local layer's query sees, the local layers' numbers)."""
+    """Return (tokens that a local layer's query sees, the local layers' numbers)."""
     kinds = config.get("layer_types")
     has_window = family.windows != "none" and config["use_sliding_window"] and config.get("sliding_window") is not None
-    known = ["full_attention", "sliding_attention"] if has_window and family.windows == "layer_types" else ["full_attention"]
+    known = ["full_attention"]
+    if has_window and family.windows == "layer_types":
+        known.append("sliding_attention")
     for kind in kinds or ():
         if kind not in known:
             raise _unsupported(file, "layer_types", kind, ", ".join(known))
@@ -153,7 +165,9 @@ def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> t
     window = _integer(file, config, "sliding_window")
     if family.windows == "all":
         return window, tuple(range(num_layers))
-    if kinds is None and "sliding_window_pattern" in config:  # every so many layers, one sees everything
+    # Older files say the kinds by a rule: the last of every `sliding_window_pattern` layers is global (Gemma 3), or all from
+    # `max_window_layers` on are local (Qwen).
+    if kinds is None and "sliding_window_pattern" in config:
         pattern = _integer(file, config, "sliding_window_pattern")
         local = [bool((i + 1) % pattern) for i in range(num_layers)]
     elif kinds is None:
@@ -163,22 +177,26 @@ def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> t
     else:
         local = [kind == "sliding_attention" for kind in kinds]
     local_layers = tuple(i for i, is_local in enumerate(local) if is_local)
-    return (window, local_layers) if local_layers else (None, ())
+    if not local_layers:  # a window that no layer has would be another architecture, and another compiled program
+        return None, ()
+    return window, local_layers
 
 
 def _ropes(file: Path, config: Settings) -> tuple[Rope, Rope | None]:
-    """The rotary embedding, and that of local layers if they have another.
-
-    transformers 5 keeps all of it in `rope_parameters` (one for each kind of layer, if they differ), older ones in
-    `rope_theta`, `rope_scaling` and `rope_local_base_freq`.
-    """
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    """Return the rotary embedding, and that of local layers if they have another."""
+    # transformers 5 keeps all of it in `rope_parameters` (one for each kind of layer, if they differ), older ones in
+    # `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The key is kept, as messages name it.
+    key = "rope_parameters"
+    if config.get("rope_scaling"):
+        key = "rope_scaling"
     given, local = config.get(key) or {}, {}
     if "full_attention" in given:
         given, local = given["full_attention"] or {}, given.get("sliding_attention") or {}
     theta, local_theta = config.get("rope_theta"), config.get("rope_local_base_freq")
-    has_local = bool(local) or local_theta is not None
-    return _rope(file, config, key, given, theta), _rope(file, config, key, local, local_theta) if has_local else None
+    rope = _rope(file, config, key, given, theta)
+    if not local and local_theta is None:
+        return rope, None
+    return rope, _rope(file, config, key, local, local_theta)
 
 
 def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float | None) -> Rope:
@@ -188,7 +206,9 @@ def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float 
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unsupported(file, f"{key}.partial_rotary_factor", given["partial_rotary_factor"], 1.0)
     theta = given.get("rope_theta", theta)
-    theta = 10_000.0 if theta is None else float(theta)
+    if theta is None:
+        theta = 10_000.0
+    theta = float(theta)
     if kind == "default":
         return Rope(theta)
 
@@ -213,7 +233,9 @@ def _unsupported(file: Path, key: str, value: Any, supported: Any) -> UserError:
 
 def _integer(file: Path, config: Settings, key: str, default: int | None = None) -> int:
     value = config.get(key)
-    value = default if value is None else value
+    if value is None:
+        value = default
+    # A bool is an int in Python, and true would be taken for 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a positive integer")
     return value

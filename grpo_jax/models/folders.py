@@ -23,16 +23,18 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
-    """A path from the config -> a local folder; `org/name` that is no folder is fetched from the hub (or its cache).
+    """Return the local folder of a path from the config; `org/name` that is none is fetched from the hub (or its cache).
 
     Raises: UserError when there is no such folder, or the hub cannot be reached or does not have it.
     """
     name = os.fspath(path)
+    # A local folder comes first: whoever has downloaded `org/name` into the working directory means that one.
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise UserError(f"{field} = {name!r}: no such folder")
+    # Imported here, because it takes long and only a model from the hub needs it.
     from huggingface_hub import snapshot_download
 
     try:
@@ -43,7 +45,7 @@ def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file if it holds anything else."""
+    """Read a JSON object. Raises UserError naming the file if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -55,10 +57,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, beside `out`; it becomes `out` when the block ends, and is gone if that fails.
+    """Make a folder to fill, beside `out`; it becomes `out` when the block ends, and is removed if that fails.
 
     Raises: UserError if `out` holds something already or cannot be written.
     """
+    # Beside it, so that the rename stays on one file system and is atomic: nobody ever reads half a model.
     out = Path(out)
     require_new(out)
     unfinished = None
@@ -82,7 +85,7 @@ def require_new(out: Path) -> None:
 
 
 def with_progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """`items`, with a bar on a terminal that says how many of them are done."""
+    """Iterate over `items` with a bar on a terminal that says how many of them are done."""
     from rich.console import Console
     from rich.progress import track
 

@@ -1,7 +1,7 @@
-"""Weights that lie in parts (ZeRO stage 3; Rajbhandari et al., arXiv 1910.02054): whole only while a layer uses them.
+"""Sharded weights (ZeRO stage 3; Rajbhandari et al., arXiv 1910.02054): full only while a layer uses them.
 
-Inside `shard_map` each device of the mesh axis `fsdp` holds a part of a matrix. A layer gathers its own before it computes;
-the backward pass gathers again and scatters the summed gradient, so that it arrives in parts as well.
+Inside `shard_map` each device of the mesh axis `fsdp` holds a shard of a matrix. A layer gathers its own before it computes;
+the backward pass gathers again and scatters the summed gradient, so that it arrives sharded as well.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names
 from grpo_jax.types import Params
 
 GatherLayer = Callable[[nnx.State], nnx.State]  # one layer's weights as this device holds them -> in full
 
-# model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs.
+# model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs. "dots" keeps products with
+# weights, which are dear to repeat, and repeats those of attention, whose results grow with the square of the length.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -42,76 +44,103 @@ def make_layer_gather(layers: Params, shapes: Params, dtype: Any) -> GatherLayer
     return lambda weights: nnx.State(all_gather_params(nnx.to_pure_dict(weights), of_one, dtype))
 
 
-def all_gather_params(parts: Any, shapes: Any, dtype: Any) -> Any:
-    """Every leaf of `parts` in the shape that `shapes` says: as it is, or gathered in `dtype` from the devices of `fsdp`."""
+def all_gather_params(shards: Params, shapes: Params, dtype: Any) -> Params:
+    """Gather the leaves that are sharded along `fsdp`.
 
-    def gathered(path: Any, part: Any, shape: Any) -> Any:
-        axis = sharded_axis(part, shape)
-        return part if axis is None else gather(part, axis, tensor_spec(path_names(path), shape.shape), dtype)
+    Args:
+      shards: parameters as this device holds them. shapes: the same tree, as full shapes. dtype: of the gathered ones.
+    Returns: full parameters; those that were not sharded as they are, in their own dtype.
+    """
 
-    return jax.tree_util.tree_map_with_path(gathered, parts, shapes)
+    def gather_leaf(path: Any, shard: Array, shape: jax.ShapeDtypeStruct) -> Array:
+        axis = sharded_axis(shard, shape)
+        if axis is None:
+            return shard
+        return gather(shard, axis, tensor_spec(path_names(path), shape.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(gather_leaf, shards, shapes)
 
 
-def sharded_axis(part: Any, shape: Any) -> int | None:
-    """The axis along which `part` is shorter than `shape`; None: it is whole."""
-    return next((i for i, sizes in enumerate(zip(part.shape, shape.shape, strict=True)) if sizes[0] != sizes[1]), None)
+def sharded_axis(shard: Array, shape: jax.ShapeDtypeStruct) -> int | None:
+    """Return the axis along which `shard` is shorter than `shape`; None: it is full."""
+    return next((i for i, sizes in enumerate(zip(shard.shape, shape.shape, strict=True)) if sizes[0] != sizes[1]), None)
 
 
 def tensor_spec(names: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """The cut along `tensor` of one layer's parameter (or of one that belongs to no layer)."""
+    """Return the sharding along `tensor` of one layer's parameter (or of one that belongs to no layer)."""
+    # Inside shard_map over the rows `tensor` is the compiler's: arrays show their full size along it, and the only way to know
+    # that it shards them is the table once more.
     num_devices = jax.sharding.get_abstract_mesh().shape["tensor"]
     if num_devices == 1:
         return PartitionSpec()
     axes = logical_axes(names)[-len(shape) :]  # without the layers' axis
-    cuts = [
-        LOGICAL_AXIS_RULES.get(axis or "") == "tensor" and size % num_devices == 0
-        for axis, size in zip(axes, shape, strict=False)
-    ]
-    return PartitionSpec(*("tensor" if cut else None for cut in cuts))
+
+    def mesh_axis(axis: str | None, size: int) -> str | None:
+        if LOGICAL_AXIS_RULES.get(axis or "") == "tensor" and size % num_devices == 0:
+            return "tensor"
+        return None
+
+    return PartitionSpec(*(mesh_axis(axis, size) for axis, size in zip(axes, shape, strict=False)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather(part, axis: int, spec: PartitionSpec, dtype):
-    """The whole of a matrix, in `dtype`, from float32 parts. Their gradients are summed in float32 too."""
-    return _gather(part, axis, spec, dtype)
+def gather(shard: Float[Array, "..."], axis: int, spec: PartitionSpec, dtype: Any) -> Float[Array, "..."]:
+    """Gather a matrix from the devices of `fsdp`.
+
+    Args:
+      shard: float32, this device's. axis: the one that is sharded. spec: the sharding along `tensor`.
+      dtype: of the result, and of what travels.
+    Returns: the full matrix. Its gradient is summed in float32 and scattered.
+    """
+    # A derivative of our own, because JAX's would sum the gradient in the dtype that travelled, and in bfloat16 1 + 2^-8 is 1:
+    # the more devices, the more of a gradient would be lost.
+    return _gather(shard, axis, spec, dtype)
 
 
-def _gather(part, axis, spec, dtype):
-    return _shard_map_over_tensor(lambda part: jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True), spec)(
-        part
-    )
+def _gather(shard: Array, axis: int, spec: PartitionSpec, dtype: Any) -> Array:
+    def all_gather(shard: Array) -> Array:
+        return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+    return _shard_map_over_tensor(all_gather, spec)(shard)
 
 
-def _forward(part, axis, spec, dtype):
-    return _gather(part, axis, spec, dtype), None
+def _forward(shard: Array, axis: int, spec: PartitionSpec, dtype: Any) -> tuple[Array, None]:
+    return _gather(shard, axis, spec, dtype), None
 
 
-def _backward(axis, spec, dtype, _, d_whole):
+def _backward(axis: int, spec: PartitionSpec, dtype: Any, _: None, d_full: Array) -> tuple[Array]:
     del dtype
 
-    def scatter(d_whole):
-        return jax.lax.psum_scatter(d_whole.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
+    def scatter(d_full: Array) -> Array:
+        return jax.lax.psum_scatter(d_full.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True)
 
-    return (_shard_map_over_tensor(scatter, spec)(d_whole),)
+    return (_shard_map_over_tensor(scatter, spec)(d_full),)
 
 
 gather.defvjp(_forward, _backward)
 
 
 def _shard_map_over_tensor(function: Callable[[Any], Any], spec: PartitionSpec) -> Callable[[Any], Any]:
-    """On each device's own cut along `tensor`: the compiler alone would gather that axis first."""
+    """Run on each device's own shard along `tensor`: the compiler alone would gather that axis first."""
     if "tensor" not in spec:
         return function
     return jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names={"tensor"})
 
 
 def apply_remat(layer: Callable[..., Any], remat: str, *, is_gathered: bool, is_unrolled: bool) -> Callable[..., Any]:
-    """The layer under `jax.checkpoint` as `model.remat` says. Gathered weights are never kept."""
+    """Put a layer under `jax.checkpoint` as `model.remat` says.
+
+    Args:
+      layer: a step of the scan over layers. remat: a key of REMAT. is_gathered: it gathers its own weights.
+      is_unrolled: the scan around it is unrolled.
+    Returns: the layer, of which the backward pass computes again what is not kept. Gathered weights are never kept.
+    """
     if remat == "none" and not is_gathered:
         return layer
 
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
         return primitive.name != "all_gather" and REMAT[remat](primitive, *args, **params)
 
-    # Inside a scan nothing can be merged with the forward pass anyway.
+    # Unrolled layers are in one program with their recomputation: without the barrier the compiler would merge the two, and
+    # keep everything. Inside a scan nothing can be merged with the forward pass anyway.
     return jax.checkpoint(layer, prevent_cse=is_unrolled, policy=policy)

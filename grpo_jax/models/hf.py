@@ -53,7 +53,7 @@ POST_NORM_NAMES = {
 }
 EMBED, HEAD = NAMES["embed"], NAMES["head"]
 IGNORED_END = ".rotary_emb.inv_freq"  # a buffer that old checkpoints carry; it follows from rope_theta
-IMAGES, TEXT = ("vision_tower.", "multi_modal_projector."), "language_model."  # parts of models of text and images
+IMAGES, TEXT = ("vision_tower.", "multi_modal_projector."), "language_model."  # prefixes in models of text and images
 SOURCE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROWS = 4096  # rows at a time, where two stored tensors are compared
 
@@ -77,42 +77,48 @@ class _Tensor:
     dtype: str
 
     def read(self, sharding: Sharding) -> jax.Array:
-        """The tensor in its place. A process reads the parts of its own devices, each of them once."""
-        stored, parts = self.file.get_slice(self.name), {}
+        """Read the tensor as an array of this sharding. A process reads the shards of its own devices, each of them once."""
+        stored, shards = self.file.get_slice(self.name), {}
 
-        def part(index: Any) -> np.ndarray:
+        # JAX asks once for each device. Those that replicate a shard get the same array, and the file is read once.
+        def read_shard(index: Any) -> np.ndarray:
             key = tuple(each.indices(size) for each, size in zip(index, self.shape, strict=True))
-            if key not in parts:
-                parts[key] = stored[index]
-            return parts[key]
+            if key not in shards:
+                shards[key] = stored[index]
+            return shards[key]
 
-        return jax.make_array_from_callback(self.shape, sharding, part)
+        return jax.make_array_from_callback(self.shape, sharding, read_shard)
 
 
 def param_slots(architecture: Architecture) -> tuple[list[Slot], Any]:
-    """What the decoder wants, in the order of its leaves, and the tree they form."""
-    their_names = {**NAMES, **POST_NORM_NAMES} if architecture.post_norms else NAMES
+    """Return the decoder's leaves as slots, in their order, and the tree they form."""
+    their_names = dict(NAMES)
+    if architecture.post_norms:
+        their_names.update(POST_NORM_NAMES)
+    # From the decoder itself, abstractly: a second list of its parameters could differ from it.
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     slots = []
     for keys, leaf in leaves:
         ours = ".".join(str(key.key) for key in keys)
         is_stacked = ours.startswith("layers.")
-        theirs = their_names[ours]
-        names = [theirs.format(i) for i in range(architecture.num_layers)] if is_stacked else [theirs]
+        names = [their_names[ours]]
+        if is_stacked:
+            names = [their_names[ours].format(i) for i in range(architecture.num_layers)]
         slots.append(Slot(names, leaf.shape[is_stacked:], is_stacked))
     return slots, treedef
 
 
-def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any, places: Any) -> Params:
-    """The weights of `path` (a folder or hub id) as the decoder's parameters, in `dtype`.
+def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any, shardings: Any) -> Params:
+    """Load the weights of `path` (a folder or hub id) as the decoder's parameters.
 
     Reads model.safetensors or the files of model.safetensors.index.json (float32, float16, bfloat16). Names and shapes
-    are checked before anything is read. The host holds one tensor at a time: each goes straight to its place on the mesh. Of
-    several hosts each reads the parts of its own devices.
+    are checked before anything is read. The host holds one tensor at a time: each goes straight to its devices. Of several
+    hosts each reads the shards of its own devices.
 
-    places: the sharding of each parameter, as a tree or a prefix of one (one for all).
-
+    Args:
+      path: a folder or hub id. architecture: of the decoder. dtype: of the parameters.
+      shardings: of each parameter, as a tree or a prefix of one (one for all).
     Returns: nested dict of jax arrays, the tree of `transformer.init_params`.
     Raises: UserError naming the tensor that is missing, unexpected, misshapen or of an odd dtype, or the broken file.
     """
@@ -121,13 +127,13 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _check_tensors(folder, architecture, slots, tensors)
-        each = jax.tree.leaves(jax.tree.broadcast(places, jax.tree.unflatten(treedef, slots)))
+        each = jax.tree.leaves(jax.tree.broadcast(shardings, jax.tree.unflatten(treedef, slots)))
         work = with_progress(list(zip(slots, each, strict=True)), "loading weights")
-        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), place) for slot, place in work])
+        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work])
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
-    """The dtype of the weights in `path` (a folder or hub id): that of the embedding. Raises UserError, as `load_params`."""
+    """Return the dtype of the weights in `path`, that of the embedding. Raises UserError, as `load_params`."""
     with contextlib.ExitStack() as stack:
         embed = _open(resolve(path), stack).get(EMBED)
         if embed is None or embed.dtype not in SOURCE_DTYPES:
@@ -136,35 +142,37 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 
 
 def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """A leaf, born in its place; a stacked one is filled layer by layer."""
+    """Load a leaf onto its devices; a stacked one is filled layer by layer."""
     if not slot.is_stacked:
         return _cast(tensors[slot.names[0]].read(sharding), dtype, sharding)
     stacked = jnp.zeros((len(slot.names), *slot.shape), dtype, device=sharding)
     for i, name in enumerate(slot.names):
-        stacked = _write(stacked, tensors[name].read(_of_layer(sharding)), i, sharding)
-        jax.block_until_ready(stacked)  # or tensors still under way would pile up on the host
+        stacked = _write(stacked, tensors[name].read(_layer_sharding(sharding)), i, sharding)
+        # JAX does not wait for a device: without this, tensors still under way would pile up on the host.
+        jax.block_until_ready(stacked)
     return stacked
 
 
-def _of_layer(sharding: Sharding) -> Sharding:
-    """The place of one layer's tensor, from that of all of them stacked; the layers' axis is not cut."""
+def _layer_sharding(sharding: Sharding) -> Sharding:
+    """Return the sharding of one layer's tensor, from that of all of them stacked; the layers' axis is not sharded."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _cast(tensor, dtype: np.dtype, sharding: Sharding):
+def _cast(tensor: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(tensor.astype(dtype), sharding)
 
 
+# Donated: written in place, or each layer would make a second copy of all of them.
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stacked, tensor, layer, sharding: Sharding):
+def _write(stacked: jax.Array, tensor: jax.Array, layer: int, sharding: Sharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(stacked.at[layer].set(tensor.astype(stacked.dtype)), sharding)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """All tensors of a folder by name; only the files' headers are read. The files stay open as long as `stack`.
+    """Open all tensors of a folder by name; only the files' headers are read. The files stay open as long as `stack`.
 
     Of a model of text and images only the text's, under the names that they have in a model of text alone.
     """
@@ -207,19 +215,23 @@ def _check_tensors(folder: Path, architecture: Architecture, slots: list[Slot], 
     extra = sorted(name for name in set(tensors) - set(wanted) - {HEAD} if not name.endswith(IGNORED_END))
     if extra:
         raise UserError(f"{folder}: unexpected tensor {extra[0]} {tensors[extra[0]].shape}{_and_more(extra)}")
-    has_copy = architecture.tie_embeddings and HEAD in tensors  # if it is no copy, a trained head would be lost
+    # A folder may hold the head although it is tied. A copy of the embedding is superfluous; anything else is a trained head,
+    # and would be lost.
+    has_copy = architecture.tie_embeddings and HEAD in tensors
     if has_copy and not _are_equal(tensors[HEAD], tensors[EMBED]):
         raise UserError(f"{folder}: {HEAD} differs from {EMBED} though tie_word_embeddings = true; set it to false")
 
 
 def _are_equal(left: _Tensor, right: _Tensor) -> bool:
-    """Whether two stored tensors hold the same numbers; neither is ever read whole."""
+    """Compare two stored tensors, number by number; of each only ROWS rows are in memory at a time."""
     if left.shape != right.shape:
         return False
     left_rows, right_rows = (tensor.file.get_slice(tensor.name) for tensor in (left, right))
-    cuts = [slice(i, min(i + ROWS, left.shape[0])) for i in range(0, left.shape[0], ROWS)]
-    return all(np.array_equal(left_rows[cut], right_rows[cut]) for cut in cuts)
+    spans = [slice(i, min(i + ROWS, left.shape[0])) for i in range(0, left.shape[0], ROWS)]
+    return all(np.array_equal(left_rows[span], right_rows[span]) for span in spans)
 
 
 def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    if len(names) == 1:
+        return ""
+    return f" (and {len(names) - 1} more)"

@@ -22,7 +22,7 @@ from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+PEFT_NAMES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 # Settings under which adapters mean something else: key -> the values, besides an absent one, that change nothing.
 PLAIN = {
     "peft_type": ("LORA",),
@@ -38,7 +38,12 @@ PLAIN = {
 
 
 def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, base_path: str) -> None:
-    """Write adapters [L, ...] into `folder` (which exists), so that `peft` loads them onto the model at `base_path`."""
+    """Write adapters so that `peft` loads them onto the model at `base_path`.
+
+    Args:
+      folder: exists. adapters: float32, [L, ...] each. lora: their settings. base_path: folder or hub id of the base model.
+    """
+    # Whatever their sharding, all processes gather them: it is a collective call.
     flat: dict[Any, Any] = flatten_dict(hosts.gather_to_host(adapters))
     tensors = {
         name: layer for path, stacked in flat.items() for name, layer in zip(_names(path, len(stacked)), stacked, strict=True)
@@ -59,7 +64,7 @@ def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, 
 
 
 def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
-    """Float32 adapters from a PEFT folder or hub id, for a model whose `lora` says what they must be.
+    """Load float32 adapters from a PEFT folder or hub id, for a model whose `lora` says what they must be.
 
     Raises: UserError naming the setting or the tensor that does not fit, or the file that cannot be read.
     """
@@ -77,7 +82,9 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}; config.lora.targets = {model.lora.targets}")
     for path, shape in wanted.items():
         for name in names[path]:
-            found = tensors[name].shape if name in tensors else "missing"
+            found = "missing"
+            if name in tensors:
+                found = tensors[name].shape
             if found != shape.shape[1:]:
                 raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[1:]}")
     return unflatten_dict(
@@ -86,9 +93,9 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
 
 
 def _names(path: tuple[str, ...], num_layers: int) -> list[str]:
-    """PEFT's names of one of our stacked adapters: one a layer."""
+    """Return PEFT's names of one of our stacked adapters: one a layer."""
     of_weight = NAMES[".".join((*path[:-1], "weight"))]
-    name = f"base_model.model.{of_weight.removesuffix('weight')}{PARTS[path[-1]]}.weight"
+    name = f"base_model.model.{of_weight.removesuffix('weight')}{PEFT_NAMES[path[-1]]}.weight"
     return [name.format(i) for i in range(num_layers)]
 
 
@@ -100,6 +107,7 @@ def _check_config(file: Path, lora: LoRA) -> None:
     for key, plain in PLAIN.items():
         if key in config and config[key] not in plain:
             raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {plain[0]!r}")
+    # Alpha decides what the tensors mean, and no tensor shows it: with another one the policy would silently be another.
     ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
     for key, (field, value) in ours.items():
         if config.get(key) != value:

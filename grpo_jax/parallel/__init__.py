@@ -1,1 +1,1 @@
-"""What lies on which device, and many processes as one."""
+"""Shardings over the device mesh, and many processes as one."""

@@ -1,7 +1,7 @@
-"""The device mesh, and what lies where on it.
+"""The device mesh, and the shardings of rows, parameters and optimizer state on it.
 
 Rows are spread over `data` and `fsdp`; that part of a program is written by hand, in `shard_map`. Parameters, and all that
-is shaped like them, are cut along `fsdp` and `tensor` by one table; what is computed on a cut along `tensor` is left to the
+is shaped like them, are sharded along `fsdp` and `tensor` by one table; computing on shards along `tensor` is left to the
 compiler, which adds one sum over devices after attention and one after the MLP.
 """
 
@@ -17,14 +17,17 @@ from jaxtyping import Array, Int
 
 from grpo_jax.errors import UserError
 
+# `tensor` last, so that its devices have successive numbers, on GPUs those of one host: they exchange activations inside every
+# layer, and the devices of the other axes no more than weights and gradients.
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # each of their devices has rows of its own; those of `tensor` share theirs
 ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batches
 REPLICATED = PartitionSpec()
 
-# What an axis of a parameter stands for -> the mesh axis that it is cut along.
+# Logical axis of a parameter -> the mesh axis that it is sharded along. Matrices have one of each kind, so that both mesh axes
+# divide their memory; heads and FFN channels go to `tensor`, because attention and the MLP compute on each independently.
 LOGICAL_AXIS_RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
-# What the matrices [out, in] of a layer map to what. Their biases and adapters follow.
+# The logical axes of a layer's matrices [out, in]. Their biases and adapters follow.
 PARAM_LOGICAL_AXES = {
     "q": ("heads", "width"),
     "k": ("kv_heads", "width"),
@@ -37,13 +40,15 @@ PARAM_LOGICAL_AXES = {
 
 
 def make_mesh(wanted: Mapping[str, int]) -> Mesh:
-    """Mesh (data, fsdp, tensor) over all devices, or the first ones. Raises UserError if there are not enough.
+    """Make the mesh (data, fsdp, tensor) over all devices, or the first ones.
 
-    wanted: devices along each of AXES, -1 (one at most) for what the others leave. On several hosts all devices must be in
-    it: one that had none would have nothing to do.
+    Args:
+      wanted: devices along each of AXES, -1 (one at most) for what the others leave.
+    Raises: UserError if there are not enough devices, or if on several hosts some would be left out.
     """
     num_devices = jax.device_count()
     sizes = axis_sizes(wanted, num_devices)
+    # A process all of whose devices were left out would have nothing to compute, and yet must come to every collective call.
     if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
         raise UserError(f"config.mesh: {sizes} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
     devices = jax.devices()[: math.prod(sizes.values())]
@@ -51,7 +56,7 @@ def make_mesh(wanted: Mapping[str, int]) -> Mesh:
 
 
 def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """How many devices lie along each axis. Raises UserError if there are not enough, or -1 leaves a remainder."""
+    """Return the number of devices along each axis. Raises UserError if there are too few, or -1 leaves a remainder."""
     taken = math.prod(size for size in wanted.values() if size != -1)
     sizes = ", ".join(f"{axis} = {size}" for axis, size in wanted.items())
     if taken > num_devices:
@@ -62,15 +67,19 @@ def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """How many parts rows are cut into."""
+    """Return the number of shards of the row axis."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
-    """A decoder of these sizes can be sharded as the mesh asks. Raises UserError naming the size that does not divide.
+    """Check that a decoder of these sizes can be sharded as the mesh asks.
 
-    sizes: mesh axis -> {name of a size: the size}, as `Architecture.sharded_sizes` gives it.
+    Args:
+      sizes: mesh axis -> {name of a size: the size}, as `Architecture.sharded_sizes` gives it.
+    Raises: UserError naming the size that does not divide.
     """
+    # `param_spec` would replicate what does not divide. For the vocabulary that is fine; for heads or width the mesh axis would
+    # save no memory, silently.
     for axis, fields in sizes.items():
         for name, size in fields.items():
             if size % mesh.shape[axis]:
@@ -82,33 +91,45 @@ def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...] | None:
-    """The axes that a sum over all rows goes over; None: there is one part of them."""
-    return ROW_AXES if num_row_shards(mesh) > 1 else None
+    """Return the axes that a sum over all rows goes over; None where rows are not sharded."""
+    if num_row_shards(mesh) == 1:
+        return None
+    return ROW_AXES
 
 
 def shard_map_over_batch(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
+    """Apply `shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
 
-    With one part of rows all of it does: the axes of `row_axes` have no names in the function then.
+    Args:
+      function: of this device's shards. in_specs, out_specs: of its arguments and results, as `shard_map` takes them.
+    Returns: the function of global arrays; `function` itself where rows are not sharded: the axes have no names in it then.
     """
     if row_axes(mesh) is None:
         return function
-    by_hand = ROW_AXES if mesh.shape["tensor"] > 1 else AXES
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(by_hand))
+    manual_axes = set(AXES)
+    if mesh.shape["tensor"] > 1:
+        manual_axes = set(ROW_AXES)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual_axes)
 
 
 def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Place every leaf of a traced tree as `spec` says."""
+    """Constrain every leaf of a traced tree to the sharding `spec`.
+
+    Args:
+      tree: of arrays. mesh: the one that `spec` names axes of. spec: the same for all leaves.
+    Returns: the same values.
+    """
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
 
 
 def path_names(path: Any) -> tuple[str, ...]:
-    """A leaf's path in a pytree as plain names."""
+    """Return a leaf's path in a pytree as plain names."""
     return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
 
 
 def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """What the axes of a parameter stand for, by its name: () if nothing is cut. Optimizer state has the same names."""
+    """Return the logical axes of a parameter by its name; () if none is sharded."""
+    # By the last two names of the path alone: an optimizer's moments have them too, and are sharded like their parameters.
     *_, module, name = ("", *names)
     if name in ("embed", "head"):
         return ("vocab", "width")
@@ -120,74 +141,100 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> PartitionSpec:
-    """Where a leaf of parameters, of optimizer state or of anything else lies.
+    """Return the sharding of a leaf of parameters, of optimizer state or of anything else.
 
-    min_elements: a layer's tensor of fewer is not cut along `fsdp`.
+    Args:
+      names: its path. shape: of the full array. mesh: the sizes of its axes decide.
+      min_elements: a layer's tensor of fewer is not sharded along `fsdp`: a gather of its own costs more than it saves.
+    Returns: its spec, without trailing None.
     """
-    cuts: list[str | None] = [LOGICAL_AXIS_RULES.get(axis or "") for axis in logical_axes(names)]
-    num_elements = math.prod(shape[1:] if "layers" in names else shape)
-    for i, axis in enumerate(cuts):
+    axes: list[str | None] = [LOGICAL_AXIS_RULES.get(axis or "") for axis in logical_axes(names)]
+    num_elements = math.prod(shape)
+    if "layers" in names:  # one layer's: it is gathered by itself
+        num_elements = math.prod(shape[1:])
+    for i, axis in enumerate(axes):
         is_small = axis == "fsdp" and num_elements < min_elements
         if axis and (mesh.shape[axis] == 1 or is_small or shape[i] % mesh.shape[axis]):
-            cuts[i] = None
-    while cuts and cuts[-1] is None:
-        cuts.pop()
-    return PartitionSpec(*cuts)
+            axes[i] = None
+    # Specs are compared, and ("fsdp",) is not equal to ("fsdp", None) although both mean the same.
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def specs_of(tree: Any, mesh: Mesh, min_elements: int) -> Any:
-    """`param_spec` of every leaf (arrays or shapes)."""
+    """Return `param_spec` of every leaf.
+
+    Args:
+      tree: arrays or shapes. mesh, min_elements: as in `param_spec`.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, x: param_spec(path_names(path), x.shape, mesh, min_elements), tree)
 
 
 def with_shardings(tree: Any, mesh: Mesh, min_elements: int) -> Any:
-    """Arrays or shapes -> shapes with the places they belong to."""
+    """Return shapes with the shardings that `param_spec` gives them.
 
-    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    Args:
+      tree: arrays or shapes. mesh, min_elements: as in `param_spec`.
+    Returns: a tree of `jax.ShapeDtypeStruct`.
+    """
+
+    def with_sharding(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree, specs_of(tree, mesh, min_elements))
+    return jax.tree.map(with_sharding, tree, specs_of(tree, mesh, min_elements))
 
 
 def offload_to_host(like: Any) -> Any:
-    """What `with_shardings` gives, with its arrays (numbers apart) in the page-locked memory of the device's host."""
+    """Return the shapes of `with_shardings`, with arrays (numbers apart) in the page-locked memory of the device's host."""
 
     def move(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host") if x.ndim else x.sharding
-        )
+        sharding = x.sharding
+        if x.ndim:  # a number, such as Adam's count, would save nothing
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(move, like)
 
 
 def to_memory_space(tree: Any, space: Any) -> Any:
-    """The arrays (numbers apart) of a traced tree in the memory of the host or of the device. space: `jax.memory.Space`."""
-    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
+    """Move the arrays (numbers apart) of a traced tree to the memory of the host or of the device, a `jax.memory.Space`."""
+
+    def move(x: Any) -> Any:
+        if not x.ndim:
+            return x
+        return jax.device_put(x, space)
+
+    return jax.tree.map(move, tree)
 
 
 def shardings_of(like: Any) -> Any:
-    """The shardings of arrays or of what `with_shardings` gives."""
+    """Return the shardings of arrays, or of the shapes that `with_shardings` gives."""
     return jax.tree.map(lambda x: x.sharding, like)
 
 
 def drop_mesh_axis(specs: Any, axis: str) -> Any:
-    """The same places without cuts along one mesh axis."""
-    return jax.tree.map(lambda spec: PartitionSpec(*(None if cut == axis else cut for cut in spec)), specs)
+    """Return the same specs without one mesh axis."""
+    return jax.tree.map(lambda spec: PartitionSpec(*(None if each == axis else each for each in spec)), specs)
 
 
 def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
-    """Weights as a rollout reads them at every token: whole but for `tensor`, in the compute dtype (which is what travels).
+    """Gather weights over fsdp as a rollout reads them at every token; they stay sharded along `tensor`.
 
-    Called once for any number of rollouts. Without fsdp the weights lie like this already, and nothing is done.
+    Args:
+      params: sharded as `param_spec` says. mesh, min_elements: as there. dtype: the compute dtype.
+    Returns: the gathered weights in `dtype`; without fsdp `params` as they are.
     """
+    # Once for any number of rollouts: gathered layer by layer, as in the update, all weights would travel at every token.
     if mesh.shape["fsdp"] == 1:
         return params
 
     def gather(x: Any, spec: PartitionSpec) -> Any:
         if "fsdp" not in spec:
             return x
-        small = constrain(x.astype(dtype), mesh, spec)  # or the cast might come after the gather
-        return constrain(small, mesh, drop_mesh_axis(spec, "fsdp"))
+        # The first constraint keeps the cast before the gather: in bfloat16 half as many bytes travel.
+        shard = constrain(x.astype(dtype), mesh, spec)
+        return constrain(shard, mesh, drop_mesh_axis(spec, "fsdp"))
 
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
 
