@@ -1,4 +1,4 @@
-"""Tasks: where prompts come from and what a completion is worth.
+"""Tasks: prompts, and rewards for completions.
 
 A task is one object with the interface below. If `is_traceable`, its `train_prompts` and `reward` are pure JAX functions
 and a whole iteration (prompts, rollout, reward, advantage, update) compiles into one call. Otherwise both run on the host.
@@ -6,9 +6,12 @@ and a whole iteration (prompts, rollout, reward, advantage, update) compiles int
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from grpo_jax.types import Prompts, Reward
+from jaxtyping import Int, Shaped
+
+from grpo_jax.types import Arrays, Prompts, Reward
 
 
 class Tokenizer(Protocol):
@@ -22,7 +25,7 @@ class Tokenizer(Protocol):
         """Text -> ids, with no special tokens added."""
         ...
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
         """Ids -> text, special tokens left out."""
         ...
 
@@ -38,20 +41,31 @@ class Task(Protocol):
     prompt_tokens: int
     is_traceable: bool
 
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        """The training prompts number position .. position + num_prompts - 1: a pure function of (task, position)."""
+    def train_prompts(self, position: int | Int[Arrays, ""], num_prompts: int) -> Prompts:
+        """Return training prompts number position .. position + num_prompts - 1: a pure function of (task, position)."""
         ...
 
     def eval_prompts(self) -> Prompts:
-        """All held-out prompts; none of them is ever a training prompt."""
+        """Return all held-out prompts; none of them is ever a training prompt."""
         ...
 
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
-        """What the completions are worth (success is a task reward >= `objective.success_threshold`)."""
+    def reward(
+        self,
+        answer: Shaped[Arrays, "P ..."],
+        tokens_PGT: Int[Arrays, "P G T"],
+        mask_PGT: Shaped[Arrays, "P G T"],
+    ) -> Reward:
+        """Score completions (success is a task reward >= `objective.success_threshold`).
+
+        Args:
+          answer: `Prompts.answer` of their prompts. tokens_PGT: the completions.
+          mask_PGT: > 0 through the stop token.
+        Returns: float32 rewards [P, G].
+        """
         ...
 
-    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
-        """What each completion gives as its answer; equal texts are votes for the same one."""
+    def final_answers(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
+        """Return the answer that each completion gives, [P][G]; equal texts are votes for the same one."""
         ...
 
     def close(self) -> None:

@@ -12,44 +12,49 @@ from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
-    """The questions of `task.dataset.split`; held out are some of `eval_split` if there is one, else some of `split`.
+    """Load the questions of `task.dataset.split`; held out are some of `eval_split` if there is one, else some of `split`.
 
     Raises UserError naming the field for what cannot be loaded, and the row for what is not a question.
     """
     if importlib.util.find_spec("datasets") is None:
         raise UserError("config.task.name = 'dataset' needs the datasets library: pip install 'grpo_jax[tasks]'")
     data = config.dataset
-    questions = _questions(config, data.split)
-    others = _questions(config, data.eval_split) if data.eval_split else None
+    questions = _load_questions(config, data.split)
+    others = None
+    if data.eval_split:
+        others = _load_questions(config, data.eval_split)
     return hold_out(questions, others, num_eval, f"{data.path} ({data.split})")
 
 
-def _questions(config: TaskConfig, name: str) -> list[Question]:
+def _load_questions(config: TaskConfig, name: str) -> list[Question]:
     path = config.dataset.path
-    rows = _from_disk(path, name) if _is_saved(path) else _from_anywhere(path, config.dataset.subset, name)
+    rows = _load_from_disk(path, name) if _is_saved(path) else _load_from_anywhere(path, config.dataset.subset, name)
     return [make_question(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
 
 
 def _is_saved(path: str) -> bool:
+    """Tell if `save_to_disk` wrote the folder: of one table, or of several splits."""
     folder = Path(path).expanduser()
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _from_disk(path: str, name: str) -> Any:
-    """A split of a folder that `save_to_disk` wrote. A folder that holds one table without splits is called "train"."""
+def _load_from_disk(path: str, name: str) -> Any:
+    """Load a split of a folder that `save_to_disk` wrote. A folder that holds one table without splits is called "train"."""
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(Path(path).expanduser()))
     except Exception as error:  # whatever pyarrow says about broken files
         raise UserError(f"config.task.dataset.path = {path!r}: cannot load it: {_line(error)}") from error
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    splits = saved
+    if not isinstance(saved, datasets.DatasetDict):
+        splits = {"train": saved}
     if name not in splits:
         raise UserError(f"config.task.dataset.path = {path!r}: no split {name!r}, only {', '.join(map(str, splits))}")
     return splits[name]
 
 
-def _from_anywhere(path: str, subset: str, name: str) -> Any:
+def _load_from_anywhere(path: str, subset: str, name: str) -> Any:
     import datasets
 
     try:
@@ -60,5 +65,5 @@ def _from_anywhere(path: str, subset: str, name: str) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an exception's message."""
+    """Return the first line of an exception's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

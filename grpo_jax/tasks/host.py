@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
@@ -16,7 +17,7 @@ from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.prompting import Prompting
 from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
-from grpo_jax.types import Prompts, Reward
+from grpo_jax.types import Arrays, Prompts, Reward
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class HostTask:
         task = config.task
         self.tokenizer = tokenizer
         self.stop_ids = tokenizer.eos_ids
+        # Worked examples leave the training side: a prompt that shows its own answer would teach copying.
         shots = choose_distinct(split.train, task.num_shots)
         train = exclude(split.train, shots)
         if not train:
@@ -43,8 +45,8 @@ class HostTask:
         self.dropped: dict[str, collections.Counter[str]] = {side: collections.Counter() for side in ("training", "held-out")}
         self.dropped["training"]["worked examples"] = len(split.train) - len(train)
         prompting = Prompting(task, tokenizer, shots)
-        kept_train = self._fitting(train, prompting, task.max_prompt_tokens, "training")
-        kept_held_out = self._fitting(split.held_out, prompting, task.max_prompt_tokens, "held-out")
+        kept_train = self._keep_fitting(train, prompting, task.max_prompt_tokens, "training")
+        kept_held_out = self._keep_fitting(split.held_out, prompting, task.max_prompt_tokens, "held-out")
         left_out = [f"{num} {side} ({why})" for side, counts in self.dropped.items() for why, num in counts.items() if num]
         if left_out:
             _log.warning("questions left out: %s", ", ".join(left_out))
@@ -55,12 +57,13 @@ class HostTask:
         self.num_train = len(kept_train)
         self.prompt_tokens = max(map(len, self._ids))
         self._order = training_order([question.stream for question, _ in kept_train], split.weights, config.seed)
-        self._judge = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
+        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
 
-    def _fitting(
+    def _keep_fitting(
         self, questions: Sequence[Question], prompting: Prompting, limit: int, side: str
     ) -> list[tuple[Question, np.ndarray]]:
-        """The questions that fit, with their ids; the others are counted."""
+        """Keep the questions whose prompt is within the limit, with their ids; the others are counted."""
+        # Dropped, not truncated: a prompt without its beginning is another question, with an answer that no longer fits.
         kept = []
         for question in questions:
             ids = prompting(question)
@@ -74,36 +77,40 @@ class HostTask:
             raise UserError(f"config.task.max_prompt_tokens = {limit}: no {side} prompt is that short; raise it")
         return kept
 
-    def train_prompts(self, position: Any, num_prompts: int) -> Prompts:
-        """The training prompts number position .. position + num_prompts - 1, the same however they are batched."""
+    def train_prompts(self, position: int | Int[Arrays, ""], num_prompts: int) -> Prompts:
+        """Return training prompts number position .. position + num_prompts - 1, the same however they are batched."""
         first = int(position)
         return self._prompts([int(self._order[first + i]) for i in range(num_prompts)])
 
     def eval_prompts(self) -> Prompts:
-        """All held-out prompts; none of them is ever a training prompt."""
+        """Return all held-out prompts; none of them is ever a training prompt."""
         return self._prompts(self._held_out_rows)
 
-    def reward(self, answer: Any, tokens_PGT: Any, mask_PGT: Any) -> Reward:
+    def reward(self, answer: Int[Arrays, " P"], tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> Reward:
         """Score completions by config.reward, with the share of them on which a part failed or ran out of time.
 
-        Args: answer: int32[P], `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where the completion is.
+        Args:
+          answer: int32, `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where the completion is.
+        Returns: a Reward of float32 arrays [P, G].
         """
         items = [self._items[row] for row in np.asarray(answer)]
-        return self._judge(items, self._texts(tokens_PGT, mask_PGT), (np.asarray(mask_PGT) > 0).sum(-1))
+        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), (np.asarray(mask_PGT) > 0).sum(-1))
 
-    def final_answers(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
-        """What each completion ends on, normalised: equal texts are votes for the same answer."""
+    def final_answers(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
+        """Return the answer that each completion ends on, normalised: equal texts are votes for the same answer."""
         return [[final_answer(text) for text in row] for row in self._texts(tokens_PGT, mask_PGT)]
 
     def close(self) -> None:
         """End the scoring processes."""
-        self._judge.close()
+        self._reward_function.close()
 
-    def _texts(self, tokens_PGT: Any, mask_PGT: Any) -> list[list[str]]:
+    def _texts(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
+        """Decode completions."""
         pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
         return [[self.tokenizer.decode(t_T[m_T]) for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
 
     def _prompts(self, rows: Sequence[int] | np.ndarray) -> Prompts:
+        # Left-padded: all prompts end in the same slot, and completions begin right behind them.
         tokens_PS = np.full((len(rows), self.prompt_tokens), self.tokenizer.pad_id, np.int32)
         mask_PS = np.zeros(tokens_PS.shape, bool)
         for place, row in enumerate(rows):
@@ -114,9 +121,13 @@ class HostTask:
 
 
 def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: int) -> Any:
-    """Position -> row, without end: every stream in an order of its own each epoch, the streams mixed by weight.
+    """Make the endless order of training rows: every stream in a new order each epoch, the streams mixed by weight.
 
-    streams: the stream of each row. seed: of the order. Raises UserError if a stream has no rows.
+    Args:
+      streams: the stream of each row. weights: of each stream.
+      seed: of the order.
+    Returns: a grain.MapDataset, position -> row: data resumes at any position without going through those before.
+    Raises: UserError if a stream has no rows.
     """
     import grain  # seconds, so only when asked for
 
@@ -125,5 +136,8 @@ def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: i
         rows = [row for row, stream in enumerate(streams) if stream == name]
         if not rows:
             raise UserError(f"config.task.max_prompt_tokens: no training prompt of {name!r} is that short; raise it")
+        # One seed more for each stream: streams of equal size would else be shuffled alike, side by side.
         orders.append(grain.MapDataset.source(rows).shuffle(seed=(seed + number) % 2**32).repeat())
-    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, list(weights.values()))
+    if len(orders) == 1:
+        return orders[0]
+    return grain.MapDataset.mix(orders, list(weights.values()))

@@ -1,4 +1,4 @@
-"""A row of data -> a question, and questions -> training and held-out ones. What all sources of questions share."""
+"""A row of data -> a question, and questions -> training and held-out ones, for all sources of questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt and what its completions are judged by.
+    """A prompt and the data that its completions are scored by.
 
     messages: the prompt as a chat; a plain prompt is one message of the user. solution: its worked answer, as an example
     shows it. item: the row of data, its final answer under "answer". stream: which part of a mixture it belongs to.
@@ -30,7 +30,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What two prompts have in common if they count as the same: their words, up to white space."""
+        """The prompt's words, up to white space; two prompts count as the same if these are equal."""
         return " ".join(word for message in self.messages for word in message["content"].split())
 
 
@@ -44,19 +44,29 @@ class Split:
 
 
 def make_question(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Question:
-    """One row -> a Question. where: the row's place, for messages. Raises UserError naming place and column.
+    """Make a question of a row.
 
-    The final answer is the one that the answer column marks (`#### 42`, \\boxed{42}), else the whole of it.
+    The final answer is the one that the answer column marks (`#### 42`, \\boxed{42}), else all of it.
+
+    Args:
+      row: of data. columns: names of the columns. where: the row's place, for messages.
+    Returns: a Question, whose item is the row with the final answer under "answer".
+    Raises: UserError naming place and column.
     """
     value = _column(row, "prompt", columns.prompt, where)
-    messages = tuple(value) if isinstance(value, list | tuple) else ({"role": "user", "content": value},)
+    if not isinstance(value, list | tuple):
+        value = [{"role": "user", "content": value}]
+    messages = tuple(value)
     _require_chat(messages, f"{where}: `{columns.prompt}`")
     answer = _column(row, "answer", columns.answer, where)
+    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write?
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: `{columns.answer}` must be text or a number, got {_short(answer)}")
     solution = str(answer).strip()
     final = marked_answer(solution)
-    final = solution if final is None else final
+    if final is None:
+        final = solution
+    # A mark with nothing behind it marks no answer, and all of the text would count as one.
     if not final or solution.endswith("####"):
         raise UserError(f"{where}: `{columns.answer}` is empty")
     return Question(messages, solution, {**row, "answer": final})
@@ -80,7 +90,9 @@ def _require_chat(messages: tuple[Any, ...], where: str) -> None:
 
 
 def _short(value: Any) -> str:
-    value = value["content"] if isinstance(value, Mapping) and "content" in value else value
+    """Show a value, or a message's content, in at most 60 characters."""
+    if isinstance(value, Mapping) and "content" in value:
+        value = value["content"]
     return f"{json.dumps(value, default=repr):.60}"
 
 
@@ -89,10 +101,20 @@ def hold_out(questions: Sequence[Question], others: Sequence[Question] | None, n
 
     A hash of the text decides which, so they are the same in every run, whatever the seed and the order of the rows. All
     copies of a held-out question, and all that is in `others`, leave the training side.
-    Raises UserError naming `where` the questions came from if none is left to train on.
+
+    Args:
+      questions: to train on. others: of a split of its own for evaluation, or None.
+      num_eval: questions to hold out. where: the questions came from, for the error.
+    Returns: a Split of one stream.
+    Raises: UserError if none is left to train on.
     """
-    held_out = choose_distinct(questions if others is None else others, num_eval)
-    train = exclude(questions, held_out if others is None else others)
+    # All of `others` leave the training side, not only those that are held out now: they are a split for evaluation.
+    if others is None:
+        held_out = choose_distinct(questions, num_eval)
+        train = exclude(questions, held_out)
+    else:
+        held_out = choose_distinct(others, num_eval)
+        train = exclude(questions, others)
     if not train:
         raise UserError(
             f"config.eval.num_prompts = {num_eval}: nothing is left of {where} to train on; "
@@ -102,7 +124,9 @@ def hold_out(questions: Sequence[Question], others: Sequence[Question] | None, n
 
 
 def choose_distinct(questions: Iterable[Question], num: int) -> list[Question]:
-    """`num` questions with different texts (all, if there are fewer), in the order of the texts' hashes."""
+    """Choose `num` questions with different texts (all, if there are fewer), in the order of the texts' hashes."""
+    # A hash and no random number: the choice does not change with the seed, the rows' order, or rows added elsewhere. A lone
+    # surrogate, which JSON can hold, has no UTF-8 and must not end the run.
     different: dict[str, Question] = {}
     for question in questions:
         different.setdefault(question.text, question)
@@ -111,6 +135,6 @@ def choose_distinct(questions: Iterable[Question], num: int) -> list[Question]:
 
 
 def exclude(questions: Iterable[Question], others: Iterable[Question]) -> list[Question]:
-    """The questions whose text is not among the others'."""
+    """Return the questions whose text is not among the others'."""
     taken = {question.text for question in others}
     return [question for question in questions if question.text not in taken]

@@ -16,7 +16,7 @@ from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
-    """`num_train` training and `num_eval` held-out questions, shared among the generators by their weights.
+    """Generate `num_train` training and `num_eval` held-out questions, shared among the generators by their weights.
 
     The two come from seeds of their own, the same in every run; a training question that is also held out is left out.
     A few generators (isomorphic_strings, polynomial_multiplication, ransom_note, word_ladder in 0.1.25) iterate over
@@ -32,8 +32,10 @@ def load(config: TaskConfig, num_eval: int) -> Split:
     for name, num, num_held in zip(gym.datasets, shares(weights, gym.num_train), shares(weights, num_eval), strict=True):
         held_out += _generate(name, settings.get(name) or {}, "held out", num_held)
         train += _generate(name, settings.get(name) or {}, "train", num)
+    # Generators repeat themselves: a question may be held out twice, and be among the training ones too.
     held_out = choose_distinct(held_out, num_eval)
     train = exclude(train, held_out)
+    # A generator that has nothing left would be missing from the mixture, and the others' weights would mean something else.
     missing = [name for name in gym.datasets if name not in {question.stream for question in train}]
     if missing:
         raise UserError(
@@ -44,13 +46,14 @@ def load(config: TaskConfig, num_eval: int) -> Split:
 
 
 def shares(weights: tuple[float, ...], total: int) -> list[int]:
-    """`total` divided by weight into whole numbers."""
+    """Divide `total` by weight into whole numbers."""
+    # Rounded ends, not rounded shares: those need not add up to the total.
     ends = np.round(np.cumsum(weights) / sum(weights) * total)
     return np.diff(ends, prepend=0).astype(int).tolist()
 
 
 def _generate(name: str, params: dict[str, Any], purpose: str, size: int) -> list[Question]:
-    """`size` questions of a generator, each with all that `grpo_jax.rewards.scorers.gym` needs."""
+    """Generate `size` questions, each with all that `grpo_jax.rewards.scorers.gym` needs."""
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if name not in DATASETS:
@@ -64,6 +67,7 @@ def _generate(name: str, params: dict[str, Any], purpose: str, size: int) -> lis
     seed = _seed(purpose)
     try:
         entries = list(create_dataset(name, **params, seed=seed, size=size))
+    # Each generator checks its settings in its own way, if it does: by an assertion, or by failing somewhere later.
     except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"config.task.reasoning_gym.params = {params!r}: {name} does not take them: {reason[0]}") from error
@@ -80,5 +84,6 @@ def _generate(name: str, params: dict[str, Any], purpose: str, size: int) -> lis
 
 
 def _seed(purpose: str) -> int:
-    """Far apart: generators draw question i from seed + i, so that neighbouring seeds share most questions."""
+    """Hash a purpose into a seed."""
+    # Generators draw question i from seed + i: neighbouring seeds would share most of their questions.
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little") % 2**31

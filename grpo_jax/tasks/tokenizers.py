@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from grpo_jax.errors import UserError
+from grpo_jax.types import Arrays
 
 NUM_SPECIAL = 2  # pad and eos, before the characters
 
@@ -26,7 +28,7 @@ class CharTokenizer:
     eos_ids: tuple[int, ...] = (1,)
 
     def __init__(self, alphabet: str) -> None:
-        """Raises UserError if a character stands in the alphabet twice."""
+        """Raises UserError if a character is in the alphabet twice."""
         repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
         if repeated:
             raise UserError(f"alphabet {alphabet!r}: {repeated[0]!r} stands in it more than once")
@@ -41,7 +43,7 @@ class CharTokenizer:
             raise UserError(f"character {unknown!r} in {text!r:.60} is not in the alphabet {self.alphabet!r:.200}")
         return [self._ids[char] for char in text]
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
         """Ids -> text, pad and eos left out."""
         return "".join(self.alphabet[i - NUM_SPECIAL] for i in np.asarray(ids, int).tolist() if i >= NUM_SPECIAL)
 
@@ -60,6 +62,7 @@ class HFTokenizer:
         self.path = path
         folder = resolve(path)
         self._tokenizer = _load(path, folder)
+        # In this order and without repeats: the first is what padding falls back to.
         eos_ids = _as_ids(self._tokenizer.eos_token_id)
         for name in ("generation_config.json", "config.json"):
             if (folder / name).exists():
@@ -68,20 +71,23 @@ class HFTokenizer:
         if not self.eos_ids:
             raise UserError(f"model.path = {path!r}: no end token; set eos_token_id in its generation_config.json")
         pad_id = self._tokenizer.pad_token_id
-        self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+        if pad_id is None:
+            pad_id = self.eos_ids[0]  # nothing reads padding: masks tell it apart
+        self.pad_id: int = pad_id
         self.vocab_size: int = len(self._tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` will work; base models often have no template."""
+        """True if `chat` will work; base models often have no template."""
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, with no special tokens added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
         """Ids -> text, special tokens left out, spaces as they are."""
+        # transformers would remove spaces before punctuation, and a scorer would see another text than the model wrote.
         ids = np.asarray(ids, int).tolist()
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -114,6 +120,7 @@ def _load(path: str, folder: Path) -> Any:
 
 def _auto_tokenizer() -> Any:
     """Import transformers (seconds, so only when asked for) without its advice to install torch."""
+    # The variable is put back, for processes that are started later inherit it.
     advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(advice)
     os.environ[advice] = "1"
@@ -128,11 +135,14 @@ def _auto_tokenizer() -> Any:
 
 
 def _as_ids(value: int | list[int] | None) -> list[int]:
+    """List end tokens; files have none, one or several of them."""
     if value is None:
         return []
-    return [value] if isinstance(value, int) else list(value)
+    if isinstance(value, int):
+        return [value]
+    return list(value)
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an exception's message."""
+    """Return the first line of an exception's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
