@@ -90,7 +90,7 @@ def test_a_measurement_counts_its_tokens_and_compiles_before_it_times(small):
 def test_what_was_measured_is_read_from_the_run(small):
     args = benchmark.parse([*small, "--what=step", "--beta=0.04", "--microbatch=2", "--dtype=bfloat16", "--remat"])
     run, state = benchmark.prepare(args)
-    work = benchmark.described(run, args)
+    work = benchmark.describe_workload(run, args)
     assert (work.beta, work.microbatch, work.dtype, work.remat) == (0.04, 2, "bfloat16", True)
     assert (work.rows, work.prompt_len, work.completion_len) == (4, 4, 3)
     assert run.model.remat == "full" and run.config.learner.num_microbatches == 2 and state.ref_params is not None
@@ -113,13 +113,13 @@ def test_a_call_that_compiles_is_not_timed(small):
 
 def test_a_config_keeps_its_own_settings_but_for_flags():
     args = benchmark.parse(["--config=configs/dapo.py:runlocal", "--what=update", "--prompts=4", "--microbatch=8"])
-    config = benchmark.with_flags(cli.load_config(args.config, "--config"), args)
+    config = benchmark.apply_flags(cli.load_config(args.config, "--config"), args)
     assert config.objective.clip_high == 0.28 and config.objective.kl_coef == 0
     assert (config.rollout.num_prompts, config.rollout.group_size, config.learner.num_microbatches) == (4, 8, 4)
     with pytest.raises(SystemExit):
         benchmark.parse(["--config=configs/dapo.py", "--what=update", "--model=smol"])
     with pytest.raises(benchmark.UserError, match="does not divide the 32 rows"):
-        benchmark.with_flags(cli.load_config(args.config, "--config"), argparse.Namespace(**{**vars(args), "microbatch": 5}))
+        benchmark.apply_flags(cli.load_config(args.config, "--config"), argparse.Namespace(**{**vars(args), "microbatch": 5}))
     with pytest.raises(benchmark.UserError, match=r"--config: no file configs/nothing\.py"):
         cli.load_config("configs/nothing.py", "--config")
 
