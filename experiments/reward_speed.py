@@ -1,4 +1,4 @@
-"""How many answers a second a reward scores: python -m experiments.reward_speed --config=configs/grpo.py:tiny
+"""Measure how many answers a second a reward scores: python -m experiments.reward_speed --config=configs/grpo.py:tiny
 
 --config.reward.* as for training, on made-up answers to made-up sums (math_verify if config.reward.task is empty).
 """
@@ -23,9 +23,13 @@ FORMS = (
 
 
 def main() -> None:
+    """Run the command: score made-up answers, and say how fast it went."""
     config = cli.config_from_flags()
-    reward = config.reward if config.reward.task else dataclasses.replace(config.reward, task="math_verify")
-    judge = RewardFunction(reward, config.task.name, config.rollout.max_completion_tokens)
+    reward = config.reward
+    if not reward.task:
+        reward = dataclasses.replace(reward, task="math_verify")
+    function = RewardFunction(reward, config.task.name, config.rollout.max_completion_tokens)
+    # Every group has all forms, right and wrong: parsers take longer for some than for others, and the mean is of the mixture.
     rng = np.random.default_rng(0)
     items, completions_PG = [], []
     for a, b in rng.integers(100, 10_000, (NUM_PROMPTS, 2)).tolist():
@@ -33,16 +37,17 @@ def main() -> None:
         wrong_G = rng.integers(0, 2, GROUP_SIZE).tolist()
         completions_PG.append([FORMS[g % len(FORMS)].format(a=a, b=b, c=a + b + wrong) for g, wrong in enumerate(wrong_G)])
     lengths_PG = np.ones((NUM_PROMPTS, GROUP_SIZE))
+    # The first, untimed call starts the processes, which import their libraries: seconds that a run spends once.
     try:
-        judge(items[:8], completions_PG[:8], lengths_PG[:8])  # starts the processes
+        function(items[:8], completions_PG[:8], lengths_PG[:8])
         began = time.monotonic()
-        judged = judge(items, completions_PG, lengths_PG)
+        scored = function(items, completions_PG, lengths_PG)
         secs = time.monotonic() - began
     finally:
-        judge.close()
+        function.close()
     num = lengths_PG.size
     print(f"{num} answers in {secs:.2f} s with {reward.scoring.num_workers} workers: {num / secs:.0f} answers/s")
-    print(", ".join(f"{name} {float(metric.value()):.3f}" for name, metric in judged.metrics.items()))
+    print(", ".join(f"{name} {float(metric.value()):.3f}" for name, metric in scored.metrics.items()))
 
 
 if __name__ == "__main__":

@@ -154,13 +154,13 @@ def test_a_call_that_compiles_is_not_timed(small):
 
 def test_a_config_keeps_its_own_settings_but_for_flags():
     args = benchmark.parse(["--config=configs/dapo.py:runlocal", "--what=update", "--prompts=4", "--microbatch=8"])
-    config = benchmark.with_flags(cli.load_config(args.config, "--config"), args)
+    config = benchmark.apply_flags(cli.load_config(args.config, "--config"), args)
     assert config.objective.clip_high == 0.28 and config.objective.kl_coef == 0
     assert (config.rollout.num_prompts, config.rollout.group_size, config.learner.num_microbatches) == (4, 8, 4)
     with pytest.raises(SystemExit):
         benchmark.parse(["--config=configs/dapo.py", "--what=update", "--model=smol"])
     with pytest.raises(benchmark.UserError, match="does not divide the 32 rows"):
-        benchmark.with_flags(cli.load_config(args.config, "--config"), argparse.Namespace(**{**vars(args), "microbatch": 5}))
+        benchmark.apply_flags(cli.load_config(args.config, "--config"), argparse.Namespace(**{**vars(args), "microbatch": 5}))
     with pytest.raises(benchmark.UserError, match=r"--config: no file configs/nothing\.py"):
         cli.load_config("configs/nothing.py", "--config")
 

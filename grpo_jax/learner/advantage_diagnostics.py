@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from grpo_jax import objectives
@@ -47,7 +49,7 @@ def subtract_kl(obj: Objective, batch: Batch, logp_PGT: Any, ref_logp_PGT: Any, 
     reward_B = objectives.rewards_with_kl(
         obj, batch.reward_PG.reshape(-1), logp_PGT.reshape(-1, T), ref_logp_PGT.reshape(-1, T), mask_PGT.reshape(-1, T)
     )
-    return batch.replace(reward_PG=reward_B.reshape(batch.reward_PG.shape))
+    return dataclasses.replace(batch, reward_PG=reward_B.reshape(batch.reward_PG.shape))
 
 
 def advantages_with_grpo(obj: Objective, batch: Batch, filter_truncated: bool):

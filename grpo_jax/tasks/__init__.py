@@ -76,6 +76,12 @@ class Task(Protocol):
 class TraceableTask(Task, Protocol):
     """A task whose prompts and reward are pure JAX functions. `is_traceable` is True."""
 
-    def train_prompts(self, position: Any, num_prompts: int, seed: Any = None) -> Prompts:
-        """The prompts of an order that `seed` decides (it may be traced); None: of the seed the task was made with."""
+    def train_prompts(
+        self, position: int | Int[Arrays, ""], num_prompts: int, seed: int | Int[Arrays, ""] | None = None
+    ) -> Prompts:
+        """Return training prompts of an order that `seed` decides, so that runs of several seeds share one program.
+
+        Args:
+          position: int32, of the first one. num_prompts: P. seed: may be traced; None: the one the task was made with.
+        """
         ...
