@@ -25,7 +25,7 @@ class Knob:
     choices: tuple[Any, ...] = ()
 
     def complaint(self, value: Any) -> str:
-        """What is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
+        """Say what is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.choices and value not in self.choices:

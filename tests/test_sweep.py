@@ -18,6 +18,7 @@ from rich.console import Console
 
 from configs.sweeps import base
 from grpo_jax.errors import UserError
+from grpo_jax.learner.hyperparams import static_key
 from grpo_jax.tools.report import tables
 from grpo_jax.tools.report.analysis import analyse
 from grpo_jax.tools.report.runs import load
@@ -90,13 +91,13 @@ def test_bad_sweeps_end_in_one_line(fields, says):
 
 
 def test_assignments_on_the_command_line():
-    assert plan.parsed(["num_steps=3", "objective.ratio=token", "model.path='a=b'"]) == {
+    assert plan.parse_assignments(["num_steps=3", "objective.ratio=token", "model.path='a=b'"]) == {
         "num_steps": 3,
         "objective.ratio": "token",
         "model.path": "a=b",
     }
     with pytest.raises(UserError, match=r"--set=num_steps: expected <field>=<value>"):
-        plan.parsed(["num_steps"])
+        plan.parse_assignments(["num_steps"])
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(SWEEPS.glob("*.py")) if file.stem not in ("__init__", "base")])
@@ -128,7 +129,7 @@ def test_finished_runs_are_kept_and_runs_of_one_program_follow_each_other(tmp_pa
 
     jobs = worker.jobs_of(specs, to_do, 1, tmp_path)
     assert [job.runs for job in jobs] == [(specs[i],) for i in (0, 4, 5, 2, 3, 6, 7)]
-    assert all(len(job.alike) == 4 and job.runs[0].config in job.alike for job in jobs)
+    assert len({static_key(job.runs[0].config) for job in jobs}) == 2
     together = worker.jobs_of(specs, to_do, 0, tmp_path)
     assert [job.runs for job in together] == [tuple(specs[i] for i in places) for places in ((0, 4, 5), (2, 3, 6, 7))]
     assert [len(job.runs) for job in worker.jobs_of(specs, to_do, 3, tmp_path)] == [3, 3, 1]
@@ -146,7 +147,7 @@ def test_the_time_left_leaves_out_what_came_before_the_first_step(tmp_path, monk
     assert board.secs_left() is None
     clock.secs = 112.0
     folder_of(tmp_path, specs[1], steps=3)
-    board.ended(specs[1], "")
+    board.record_end(specs[1], "")
     assert board.secs_left() == 8 * 4.0  # three steps in 12 seconds, eight to go
 
 
@@ -157,11 +158,11 @@ def test_the_board_says_how_far_each_run_is(tmp_path):
             board.set(spec, "running")
         folder_of(tmp_path, specs[0], steps=3)
         folder_of(tmp_path, specs[1], steps=1)
-        board.ended(specs[0], "")
-        board.ended(specs[2], "ValueError: no")
+        board.record_end(specs[0], "")
+        board.record_end(specs[2], "ValueError: no")
         board.set(specs[1], "running")
         assert board.cells(specs[1]) == ("grpo-seed3", "1/3", "0.25", "", "4 s", "running")
-        assert board.what_bounds_it(secs=4.0).startswith("25% of the time was training steps")  # 2 s of 2 x 4 s
+        assert board.describe_time(secs=4.0).startswith("25% of the time was training steps")  # 2 s of 2 x 4 s
         assert board.summary() == "1 running, 1 failed, 1 waiting, 1 finished; 2 at a time"
         console = Console(width=100, file=io.StringIO())
         console.print(board.table(height=6))
@@ -192,7 +193,7 @@ def test_a_warm_start_is_made_once_for_all_settings_of_a_seed(tmp_path):
         return made[-1]
 
     for _ in range(2):
-        assert tiny.largest_difference(worker.kept(make, tmp_path / "weights" / "x")(), made[0]) == 0
+        assert tiny.largest_difference(worker.keep_in_file(make, tmp_path / "weights" / "x")(), made[0]) == 0
     assert len(made) == 1
 
 

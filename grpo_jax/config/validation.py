@@ -1,4 +1,4 @@
-"""What types cannot say about a config: ranges, choices and combinations. Every message names the field and the fix."""
+"""Checks of a config that types cannot make: ranges, choices and combinations. Every message names the field and the fix."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _require_importance(config: Config) -> None:
 
 
 def _check_steps_per_call(config: Config) -> None:
-    """What happens between steps can only happen between calls."""
+    """Check that evaluation, saving and logging fall between calls, for inside one nothing else can happen."""
     for name in ("num_steps", "eval_every", "checkpoint.every", "log.completions_every"):
         value = _field(config, name)
         if config.steps_per_call and value % config.steps_per_call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -65,7 +66,7 @@ def advantages_with_grpo(obj: Objective, batch: Batch, filter_truncated: bool):
 
 
 def advantage_metrics(obj: Objective, batch: Batch, mask_PGT, adv_PGT) -> dict[str, Metric]:
-    """Whether credit does what it should, over the trained tokens of a whole batch (arrays may lie on many devices).
+    """Measure whether the advantages do what they should, over the trained tokens of a batch (on any number of devices).
 
     advantage/differs_from_grpo: share of tokens whose advantage is not plain GRPO's; 0 says that the variant's estimator
     changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)

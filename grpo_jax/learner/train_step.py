@@ -3,8 +3,8 @@
 batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
       -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
 
-Rows are spread over the mesh axes data and fsdp. What fsdp has cut arrives in parts, is gathered layer by layer
-(`models.fsdp`), and so do its gradients; AdamW works on parts.
+Rows are sharded over the mesh axes data and fsdp. Weights that fsdp shards are gathered layer by layer (`models.fsdp`), and
+their gradients are scattered again; AdamW works on shards.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
 
 @flax.struct.dataclass
 class Target:
-    """What the loss needs beside the policy; fixed for the whole update.
+    """All that the loss needs beside the policy; fixed for the whole update.
 
     is_fresh_PG: sampled by the very policy that the update starts from (not taken from dynamic sampling's buffer).
     importance_PGT: probability by the learner over that by the sampler, not yet truncated; None with importance_cap 0.

@@ -1,1 +1,1 @@
-"""What a person calls: train, evaluate, export, sweep, report, show, plan, smollm2."""
+"""The commands that a person calls: train, evaluate, export, sweep, report, show, plan, fields, smollm2."""

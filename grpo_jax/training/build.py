@@ -65,9 +65,12 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
 def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> Params:
     """The weights to start from, without adapters: loaded, or fresh and warm-started on worked answers.
 
-    places: the sharding of each; loaded and fresh weights are born there. A warm start is a small decoder's: it runs on
-    one device, so that its result does not depend on the mesh.
-    Float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
+    A warm start is a small decoder's: it runs on one device, so that its result does not depend on the mesh.
+
+    Args:
+      config: model, warm_start and seed are read. model: decoder. task: of the worked answers.
+      places: the sharding of each weight; loaded and fresh ones are born there.
+    Returns: float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
     """
     if config.model.path:
         from grpo_jax.models.hf import load_params
@@ -84,7 +87,12 @@ def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> 
 
 
 def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
-    """Float32 adapters to start from, each in its place: those of config.lora.path, or fresh ones that change nothing yet."""
+    """Load the adapters of config.lora.path, or make fresh ones that change nothing yet.
+
+    Args:
+      config: lora.path and seed are read. model: with its LoRA. places: the sharding of each adapter.
+    Returns: float32 adapters.
+    """
     if config.lora.path:
         from grpo_jax.models.peft import load_adapters
 

@@ -38,7 +38,12 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
-        """Start writing; returns before the bytes are on disk. A step already saved is left as it is."""
+        """Start writing; returns before the bytes are on disk. A step already saved is left as it is.
+
+        Args:
+          step: of the state. state: its frozen parts are left out. config: as JSON beside it, so that a checkpoint says by itself
+            what it is of.
+        """
         if self._manager.latest_step() == step:
             return
         state = without_frozen(state)
@@ -48,7 +53,7 @@ class Checkpointer:
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """What was saved at `step`, placed like `like`. Raises UserError if it was saved from another structure."""
+        """Read the state saved at `step`, sharded like `like`. Raises UserError if it was saved from another structure."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), without_frozen(like))
         return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
 
@@ -64,9 +69,12 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
-    """What was trained, as it was after `step`, without the rest of the state. like: its shapes and places.
+    """Read the trained weights as they were after `step`, without the rest of the state.
 
-    Raises UserError if it was saved from another structure.
+    Args:
+      workdir: of the run. step: of one of its checkpoints. like: shapes and shardings of the weights.
+    Returns: the weights, like `like`.
+    Raises: UserError if they were saved from another structure.
     """
     item = {"params": like}
     args = ocp.args.PyTreeRestore(
@@ -96,6 +104,8 @@ def without_frozen(state: TrainState) -> TrainState:
 def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
     """Write the config into a new workdir; in an old one, refuse if it was made by another config.
 
+    Args:
+      workdir: folder of the run. config: as a plain dict. allow_config_change: take the new config without a word.
     Raises: UserError naming the first fields that differ, or that the folder cannot be written.
     """
     if not allow_config_change:

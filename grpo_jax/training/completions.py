@@ -1,4 +1,4 @@
-"""What was sampled, as records: one a completion, with the text, entropy and advantage of each of its tokens."""
+"""Records of what was sampled: one a completion, with the text, entropy and advantage of each of its tokens."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def commit() -> str:
 
 
 def device_kind() -> str:
-    """What jax computes on; a CPU by its model's name where Linux tells it."""
+    """Name the device that jax computes on; a CPU by its model's name where Linux tells it."""
     kind = jax.devices()[0].device_kind
     cpu_info = pathlib.Path("/proc/cpuinfo")
     if jax.default_backend() != "cpu":

@@ -232,7 +232,12 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
 
 
 def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: TrainState) -> Params:
-    """`build.initial_params`, in the shardings of a state."""
+    """`build.initial_params`, in the shardings of a state.
+
+    Args:
+      config, model, task: of the run. abstract_state: shapes and shardings.
+    Returns: all weights but adapters.
+    """
     return build.initial_params(config, model, task, shardings_of(base_of(abstract_state)))
 
 
@@ -242,7 +247,12 @@ def base_of(state: TrainState) -> Params:
 
 
 def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
-    """The shapes of a state with the shardings they belong to."""
+    """The shapes of a state with the shardings they belong to.
+
+    Args:
+      config: fsdp_min_elements and offload are read. mesh: may be abstract. shapes: from `jax.eval_shape`.
+    Returns: a state of ShapeDtypeStructs; with offload its optimizer state is in the host's memory.
+    """
     like = with_shardings(shapes, mesh, config.mesh.fsdp_min_elements)
     if config.optimizer.offload:
         like = dataclasses.replace(like, opt_state=offload_to_host(like.opt_state))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
+"""The records that a run leaves behind: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
 
 from __future__ import annotations
 

@@ -46,10 +46,12 @@ class StartedRound(NamedTuple):
 def make_rollout(
     model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh
 ) -> Callable[[Params, Prompts, Any], Rollout]:
-    """Bind a rollout to a mesh: (params, prompts, key) -> Rollout, rows sharded over the mesh.
+    """Bind a rollout to a mesh. Each device leaves its decoding loop when its own rows have ended.
 
-    Each device leaves its loop when its own rows have ended. params: as `gather_params_for_decoding` gives them; sharded over
-    fsdp they would be gathered in every call.
+    Args:
+      model: decoder. config: group size, budget, distribution. ends: stop and pad ids. mesh: rows are sharded over it.
+    Returns: run(params, prompts, key) -> Rollout. params: as `gather_params_for_decoding` gives them; sharded over fsdp they
+      would be gathered in every call.
     """
     sharded = shard_map_over_batch(
         lambda params, prompts, keys_PG: rollout(model, params, prompts, keys_PG, config, ends),
@@ -113,7 +115,12 @@ class DeviceSampler:
         return self.task.reward(rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT)
 
     def make_batch(self, rolled: Rollout, reward: Reward, shuffle_key: Any, step: Any) -> tuple[Batch, dict[str, Metric]]:
-        """Shape the rewards; -> (the Batch, rows sharded over the mesh; metrics of all that was sampled)."""
+        """Shape the rewards.
+
+        Args:
+          rolled: completions [P, G, T]. reward: the task's, [P, G]. shuffle_key: for shuffle_rewards. step: whose policy sampled.
+        Returns: (the Batch, rows sharded over the mesh; metrics of all that was sampled).
+        """
         if self.config.shuffle_rewards:
             reward = shaping.shuffle_rewards(reward, shuffle_key)
         batch = shaping.make_batch(
@@ -160,7 +167,11 @@ def end_tokens(task: Task) -> EndTokens:
 
 
 def make_sampler(config: Config, task: Task | TraceableTask, model: ModelDef, mesh: Mesh) -> DeviceSampler:
-    """The sampler that suits the task."""
+    """Make the sampler that suits the task.
+
+    Args:
+      config: of the run, or its static key. task: traceable or on the host. model: decoder. mesh: rows are sharded over it.
+    """
     run_rollout = make_rollout(model, config.rollout, end_tokens(task), mesh)
     if task.is_traceable:
         return DeviceSampler(config, task, run_rollout, mesh)

@@ -60,7 +60,12 @@ def train(
 def train_run(
     run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
 ) -> dict[str, Any] | None:
-    """`train` for a run that is built already."""
+    """`train` for a run that is built already.
+
+    Args:
+      run: from `make_run`. workdir, allow_config_change, profiled: as in `train`.
+    Returns: the summary, or None on hosts that do not write.
+    """
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
@@ -105,7 +110,13 @@ def train_members(
 
 @contextlib.contextmanager
 def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> Iterator[tuple[Member, TrainState, int | None]]:
-    """Open a run's files; -> (the run with them, its state, the step of the checkpoint it resumes from or None)."""
+    """Open a run's files.
+
+    Args:
+      run: built. workdir: its folder. allow_config_change: as in `train`.
+    Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
+    Raises: UserError if there is nothing to go on from, or the folder is another config's.
+    """
     # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
     names = ("checkpoints", "summary.json")
     is_begun, is_ended = hosts.broadcast_from_process0(np.asarray([(workdir / name).exists() for name in names]))
@@ -342,7 +353,7 @@ def split_leading_axis(tree: Any, num: int) -> list[Any]:
 
 
 def finalize_run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """What is left to do for a run whose files are closed: its summary; checkpoints only for as long as they are wanted."""
+    """Finish a run whose files are closed: write its summary, and remove checkpoints that are not wanted any more."""
     summary = summarise(config, workdir)
     if not config.checkpoint.keep and summary["steps"] == config.num_steps:
         shutil.rmtree(workdir / "checkpoints")

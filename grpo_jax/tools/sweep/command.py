@@ -34,20 +34,23 @@ SUBMITIT = flags.DEFINE_string("submitit", "{}", 'JSON, {"slurm_partition": "gpu
 
 
 def main() -> None:
+    """Do the sweep that the flags describe; exit with 1 if a run failed. Raises UserError."""
     if cli.CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/sweeps/variants.py:tiny")
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/sweep")
     sweep = Sweep.from_config_dict(cli.CONFIG.value)
-    board = run_sweep(sweep, pathlib.Path(cli.WORKDIR.value), plan.parsed(SET.value), cluster_from_flags())
+    board = run_sweep(sweep, pathlib.Path(cli.WORKDIR.value), plan.parse_assignments(SET.value), cluster_from_flags())
+    # Failed runs are reported by then, and all others are done; only the status tells a script about them.
     if board.errors:
         sys.exit(1)
 
 
 def cluster_from_flags() -> Cluster | None:
-    """What --launcher and --submitit say; None for processes of this machine. Raises UserError."""
+    """Read --launcher and --submitit; None for processes of this machine. Raises UserError."""
     if LAUNCHER.value == "processes":
         return None
+    # `dict` too is inside: JSON that is a list or a number fails there.
     try:
         return Cluster(LAUNCHER.value, dict(json.loads(SUBMITIT.value)))
     except (ValueError, TypeError):

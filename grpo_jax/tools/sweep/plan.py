@@ -30,7 +30,7 @@ class Sweep:
 
     @classmethod
     def from_config_dict(cls, config: Any) -> Sweep:
-        """Raises UserError naming the field, its value and the fix."""
+        """Read a sweep's config. Raises UserError naming the field, its value and the fix."""
         sweep = build(cls, config.to_dict(), "config")
         for field in ("configs", "sets", "seeds"):
             if not getattr(sweep, field):
@@ -42,7 +42,8 @@ class Sweep:
 
 
 def too_few_seeds(sweep: Sweep) -> str | None:
-    """The sentence for a sweep of which no report could show a difference; None: there are seeds enough for one."""
+    """Write a warning for a sweep of which no report could show a difference; None: there are seeds enough for one."""
+    # A note and no error: a sweep of one seed is a fair way to try a config, as long as nobody compares what it gives.
     num_settings = len(sweep.configs) * len(sweep.sets)
     if num_settings < 2:
         return None
@@ -68,7 +69,7 @@ class RunSpec:
 
 
 def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
-    """Every config file x set x seed, seeds innermost. everywhere: changes to all runs, by field.
+    """List every config file x set x seed, seeds innermost. everywhere: changes to all runs, by field.
 
     Raises UserError on a bad field or value, and if two runs would have one folder.
     """
@@ -76,12 +77,14 @@ def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
     for file in sweep.configs:
         for label, settings in sweep.sets.items():
             variant = pathlib.Path(file).stem
+            # A label may hold anything; a folder's name may not.
             name = "-".join(filter(None, (variant, re.sub(r"[^\w.,=+-]", "_", label))))
             raw = cli.load_config(f"{file}:{sweep.scale}", "config.configs")
-            config = changed(raw.to_dict(), {**everywhere, **settings}, f"{file}, set {label!r}")
+            config = apply_changes(raw.to_dict(), {**everywhere, **settings}, f"{file}, set {label!r}")
             for seed in sweep.seeds:
                 seeded = dataclasses.replace(config, seed=seed)
                 specs.append(RunSpec(name, variant, settings, seed, f"runs/{name}-seed{seed}", seeded))
+    # Two runs in one folder would resume from each other's checkpoints.
     folders = [spec.folder for spec in specs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
@@ -89,15 +92,26 @@ def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
     return specs
 
 
-def changed(settings: dict[str, Any], changes: Mapping[str, Any], where: str) -> Config:
-    """Settings with some fields changed, validated. where: for messages. Raises UserError."""
+def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any], where: str) -> Config:
+    """Change some fields of a config's settings, and validate all of them.
+
+    Args:
+      settings: nested, as a ConfigDict gives them; changed in place.
+      changes: field -> value, dotted, by old names too.
+      where: file and set, for messages.
+    Raises: UserError on a field that does not exist or a value that does not fit.
+    """
+    # The seed is in the folder's name and in the pairing of runs in reports; a set that changed it would belie both.
     if "seed" in changes:
         raise UserError(f"{where}: 'seed' cannot be changed by a set; use config.seeds")
     for dotted, value in (upgrade_setting(*change) for change in changes.items()):
         *parents, last = dotted.split(".")
         node: Any = settings
         for parent in parents:
-            node = node[parent] if isinstance(node, dict) and parent in node else None
+            if not isinstance(node, dict) or parent not in node:
+                node = None  # from here on nothing is found, and the message below names the whole path
+                break
+            node = node[parent]
         if not isinstance(node, dict) or last not in node:
             raise UserError(f"{where}: {dotted!r} is no field; configs/base.py lists them all")
         node[last] = value
@@ -107,8 +121,8 @@ def changed(settings: dict[str, Any], changes: Mapping[str, Any], where: str) ->
         raise UserError(f"{where}: {error}") from None
 
 
-def parsed(assignments: Iterable[str]) -> dict[str, Any]:
-    """["num_steps=100", ...] -> {"num_steps": 100, ...}; what is not a Python value is text. Raises UserError."""
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ["num_steps=100", ...] as {"num_steps": 100, ...}; text that is no Python value stays text. Raises UserError."""
     changes = {}
     for assignment in assignments:
         field, equals, text = assignment.partition("=")

@@ -1,4 +1,4 @@
-"""Who does the jobs of a sweep: processes of this machine, or the nodes of a cluster. One that fails stops no other."""
+"""Processes of this machine, or the nodes of a cluster, that do the jobs of a sweep. One that fails stops no other."""
 
 from __future__ import annotations
 
@@ -27,15 +27,21 @@ Event = tuple[Job, str, str]  # job, "running" | "ended", what went wrong ("" if
 
 
 def default_num_processes() -> int:
-    """One a processor core on a CPU, one in all on an accelerator, whose memory a single process takes."""
-    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # asked elsewhere: it would take the device
+    """Return one a processor core on a CPU, one in all on an accelerator, whose memory a single process takes."""
+    # Asked in a process of its own: JAX in this one would take the accelerator's memory from the runs.
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     backend = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    return num_cores() if backend == "cpu" else 1
+    if backend == "cpu":
+        return num_cores()
+    return 1
 
 
 def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the processor cores that this process may use."""
+    # In a container or under taskset they are fewer than the machine's; macOS has no such list.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -49,41 +55,54 @@ class Worker:
 
     @classmethod
     def start(cls, num_threads: int) -> Worker:
+        """Start a process that waits for jobs. num_threads: for XLA."""
+        # `spawn` and not `fork`: a forked child would inherit JAX's threads and locks in the middle of something.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         os.environ.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # only a new process reads it
         process = context.Process(target=worker.serve_jobs, args=(theirs, num_threads), daemon=True)
         process.start()
-        theirs.close()  # so that ours ends when the process does
+        theirs.close()  # while this process holds their end too, ours does not notice that the other process died
         return cls(process, ours)
 
     def begin(self, job: Job) -> Job:
+        """Hand a job to the process, which must be idle."""
         self.job = job
         self.pipe.send(job)
         return job
 
     def obey(self, stop: StopSignal) -> None:
-        """Pass a signal on, once: the run saves, or if it has not begun to train, its process ends."""
+        """Pass a signal on: the run saves, or if it has not begun to train, its process ends."""
+        # Only once: the first makes the run save, and a second, after the run has taken its handler back, would kill it then.
         if stop.is_set and not self.is_told:
             self.is_told = True
             os.kill(self.process.pid, signal.SIGTERM)
 
     def end(self) -> Event:
-        """What the process says of its job, or what became of the process."""
+        """Receive the outcome of the job from the process, or if it died, report its exit status."""
         job, self.job = self.job, None
         assert job is not None
         try:
             return job, "ended", self.pipe.recv()
         except EOFError:
             self.process.join()
-            return job, "ended", "" if self.is_told else f"the process ended with status {self.process.exitcode}"
+            if self.is_told:
+                return job, "ended", ""  # it was asked to stop before it had begun to train: no failure
+            return job, "ended", f"the process ended with status {self.process.exitcode}"
 
 
-def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> Generator[Event | None, None, None]:
-    """Do the jobs in order, so many at a time; yields what happens, and None at least every POLL_SECS.
+def run_in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> Generator[Event | None, None, None]:
+    """Do the jobs in order, in processes of this machine.
 
     A process that dies fails its job and is replaced. When `stop` is set, every run saves and ends, and no other begins.
+
+    Args:
+      jobs: those of one program next to each other, so that a process compiles it once.
+      num_processes: jobs at a time.
+      stop: looked at every POLL_SECS.
+    Returns: a generator of what happens, and of None at least every POLL_SECS.
     """
+    # XLA takes all cores in each process if nobody tells it otherwise; they would then wait for each other.
     waiting, num_threads = deque(jobs), max(num_cores() // num_processes, 1)
     workers: list[Worker] = []
     try:
@@ -93,6 +112,7 @@ def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> G
             for each in workers:
                 each.obey(stop)
             idle = [each for each in workers if each.job is None]
+            # An idle process comes before a new one: it has compiled programs, and the next job may have the same shape.
             while waiting and (idle or len(workers) < num_processes):
                 if not idle:
                     idle.append(Worker.start(num_threads))
@@ -112,13 +132,19 @@ def in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> G
             each.process.join()
 
 
-def by_submitit(
+def run_by_submitit(
     jobs: Sequence[Job], cluster: str, settings: Mapping[str, Any], workdir: pathlib.Path, stop: StopSignal
 ) -> Generator[Event | None, None, None]:
-    """Hand every job to submitit: cluster "slurm", or "local" or "debug" to try it. Yields as `in_processes` does.
+    """Hand every job to submitit. When `stop` is set, the jobs are cancelled.
 
-    settings: submitit's, {"slurm_partition": "gpu", "gpus_per_node": 1, "timeout_min": 60}. When `stop` is set, the jobs are
-    cancelled: a later sweep would start them once more. Raises UserError if submitit is missing or refuses the settings.
+    Args:
+      jobs: handed over at once; the cluster decides about their order.
+      cluster: "slurm", or "local" or "debug" to try it.
+      settings: submitit's, {"slurm_partition": "gpu", "gpus_per_node": 1, "timeout_min": 60}.
+      workdir: of the sweep; submitit's files go to a folder in it.
+      stop: looked at every POLL_SECS.
+    Returns: a generator of the same events as `run_in_processes`.
+    Raises: UserError if submitit is missing or refuses the settings.
     """
     if importlib.util.find_spec("submitit") is None:
         raise UserError(f"--launcher={cluster}: submitit is not installed; pip install -e .[slurm]")
@@ -138,11 +164,18 @@ def by_submitit(
                     running.add(handle)
                     yield handles[handle], "running", ""
                 if handle.done():
-                    failure = handle.exception()
-                    error = handle.result() if failure is None else f"{type(failure).__name__}: see {handle.paths.stderr}"
-                    yield handles.pop(handle), "ended", error
+                    yield handles.pop(handle), "ended", outcome_of(handle)
             yield None
             time.sleep(POLL_SECS)
     finally:
+        # A sweep that is started again hands everything over again: two jobs would then write into one folder.
         for handle in handles:
             handle.cancel()
+
+
+def outcome_of(handle: Any) -> str:
+    """Read what went wrong with a submitit job that is done: its own word, or if it crashed, where to look; "" if nothing."""
+    failure = handle.exception()
+    if failure is None:
+        return handle.result()
+    return f"{type(failure).__name__}: see {handle.paths.stderr}"

@@ -27,12 +27,18 @@ class Cluster:
 
 
 def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], cluster: Cluster | None = None) -> Board:
-    """Do what is left of a sweep, and say so all along; -> what became of each run.
+    """Do what is left of a sweep, and report all along.
 
-    changes: to all runs, by field of configs/base.py, dotted. cluster: None for processes of this machine.
-    Raises UserError on bad input, before anything is written.
+    Args:
+      sweep: the runs.
+      workdir: of the sweep; what it holds of an earlier one with the same configs is kept.
+      changes: to all runs, by field of configs/base.py, dotted.
+      cluster: None for processes of this machine.
+    Returns: the board, with the status of each run and the errors of those that failed.
+    Raises: UserError on bad input, before anything is written.
     """
     specs = plan.expand(sweep, changes)
+    # All runs before the first begins: nobody wants to learn after hours that the last one's folder is another config's.
     for spec in specs:
         check_same_config(workdir / spec.folder, spec.config.to_dict())
     warning = plan.too_few_seeds(sweep)
@@ -40,14 +46,15 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
         print(f"note: {warning}", file=sys.stderr)
     workdir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    num_processes = sweep.num_processes or (pool.default_num_processes() if cluster is None else len(specs))
+    num_processes = sweep.num_processes or default_num_at_once(cluster, len(specs))
     board = Board(specs, workdir, num_processes)
     jobs = jobs_of(specs, [spec for spec in specs if board.status[spec.folder] != "finished"], sweep.cohort_size, workdir)
     with StopSignal() as stop:
         if cluster is None:
-            events = pool.in_processes(jobs, num_processes, stop)
+            events = pool.run_in_processes(jobs, num_processes, stop)
         else:
-            events = pool.by_submitit(jobs, cluster.name, cluster.settings, workdir, stop)
+            events = pool.run_by_submitit(jobs, cluster.name, cluster.settings, workdir, stop)
+        # Closing the generator ends its processes, whatever happens in this loop; the board is saved after that.
         with board, contextlib.closing(events):
             for event in events:
                 board.refresh()
@@ -55,14 +62,24 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
                     continue
                 job, happened, error = event
                 for spec in job.runs:
-                    board.set(spec, "running") if happened == "running" else board.ended(spec, error)
-    closing_words(board, time.monotonic() - began)
+                    if happened == "running":
+                        board.set(spec, "running")
+                    else:
+                        board.record_end(spec, error)
+    print_outcome(board, time.monotonic() - began)
     return board
 
 
-def closing_words(board: Board, secs: float) -> None:
-    """What became of the sweep, and what took its time."""
+def default_num_at_once(cluster: Cluster | None, num_runs: int) -> int:
+    """Return how many runs go on at a time if the config does not say: a cluster queues its jobs, so it gets all of them."""
+    if cluster is None:
+        return pool.default_num_processes()
+    return num_runs
+
+
+def print_outcome(board: Board, secs: float) -> None:
+    """Print the failures, the counts, and where the time of the sweep went."""
     for folder, error in board.errors.items():
         print(f"failed: {folder}: {error}   (output: {board.workdir / folder / 'output.txt'})", file=sys.stderr)
-    print(f"{board.summary()}; {secs:.0f} s. {board.what_bounds_it(secs)}")
+    print(f"{board.summary()}; {secs:.0f} s. {board.describe_time(secs)}")
     print(f"runs: {board.workdir}/sweep.json   compare: python -m experiments.report {board.workdir}")

@@ -1,4 +1,4 @@
-"""What a process does with its share of a sweep. Programs, once compiled, are kept for the next run of the same shape."""
+"""The work of one process of a sweep. Programs, once compiled, are kept for the next run of the same shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
@@ -25,48 +24,59 @@ from grpo_jax.tools.sweep.plan import RunSpec
 from grpo_jax.training import build, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.run import Run, make_run
+from grpo_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Runs to be done by one process: one, or several that one vmapped program advances together.
 
-    alike: the configs of all runs of the sweep that share the program. workdir: of the sweep.
+    workdir: of the sweep.
     """
 
     runs: tuple[RunSpec, ...]
-    alike: tuple[Config, ...]
     workdir: pathlib.Path
 
     @property
     def output(self) -> pathlib.Path:
-        """What the runs print."""
+        """The file of what the runs print."""
         return self.workdir / self.runs[0].folder / "output.txt"
 
 
 def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int, workdir: pathlib.Path) -> list[Job]:
-    """What is to do, runs that share a program one after another; those that one call advances stand at the same step."""
-    shapes = list(dict.fromkeys(static_key(spec.config) for spec in specs))
-    alike = {shape: tuple(spec.config for spec in specs if static_key(spec.config) == shape) for shape in shapes}
+    """Make jobs of runs, those that share a program one after another.
+
+    Args:
+      specs: all runs of the sweep.
+      to_do: those that are left.
+      cohort_size: runs that one call advances; 0: all that share a program.
+      workdir: of the sweep.
+    Returns: jobs in the order in which they should be done.
+    """
+    keys = list(dict.fromkeys(static_key(spec.config) for spec in specs))
 
     def place(spec: RunSpec) -> tuple[int, int]:
-        step = -1 if cohort_size == 1 else max(saved_steps(workdir / spec.folder), default=-1)
-        return shapes.index(static_key(spec.config)), step
+        # Runs that one call advances must be at the same step, as all of them leave the loop together; a run by itself may
+        # be anywhere.
+        step = -1
+        if cohort_size != 1:
+            step = max(saved_steps(workdir / spec.folder), default=-1)
+        return keys.index(static_key(spec.config)), step
 
     jobs = []
-    for (shape, _), group in itertools.groupby(sorted(to_do, key=place), key=place):
+    for _, group in itertools.groupby(sorted(to_do, key=place), key=place):
         members = list(group)
-        jobs += [Job(runs, alike[shapes[shape]], workdir) for runs in batched(members, cohort_size or len(members))]
+        jobs += [Job(runs, workdir) for runs in batched(members, cohort_size or len(members))]
     return jobs
 
 
 def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]]:
-    """(A, B, C), 2 -> (A, B), (C,)."""
+    """Split (A, B, C) by 2 into (A, B), (C,)."""
     return (tuple(specs[i : i + size]) for i in range(0, len(specs), size))
 
 
 def serve_jobs(connection: Connection, num_threads: int) -> None:
-    """Jobs in, what went wrong with each (one line, or "") out, until the other end is closed. num_threads: for XLA."""
+    """Receive jobs, send what went wrong with each (one line, or ""), until the other end is closed. num_threads: for XLA."""
     os.environ["NPROC"] = str(num_threads)  # read when JAX makes its devices, which has not happened yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the sweep's process decides
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -78,7 +88,9 @@ def serve_jobs(connection: Connection, num_threads: int) -> None:
 
 
 def end_with_parent() -> None:
-    """A run must not go on behind the back of a sweep that was killed: the next one resumes it."""
+    """End this process when the sweep's process ends."""
+    # A run must not go on after a sweep that was killed: the next sweep resumes it, and two would write into one folder.
+    # Daemon processes are only ended by a parent that exits in order. Without `_exit` the main thread would train on.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -86,7 +98,8 @@ def end_with_parent() -> None:
 
 
 def attempt(job: Job) -> str:
-    """Do a job; -> what went wrong, in one line, or ""."""
+    """Do a job and return what went wrong, in one line, or ""."""
+    # Whatever it is: the traceback is in the run's output, and the process is fit for the next job.
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with output_to(job.output):
         try:
@@ -99,6 +112,7 @@ def attempt(job: Job) -> str:
 
 def do(job: Job) -> None:
     """Train, from where each run left off."""
+    # On disk, next to the runs: processes and later sweeps find what any of them has compiled.
     enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
@@ -107,7 +121,7 @@ def do(job: Job) -> None:
             trainer.train(config, workdir)
         return
     template = template_of(static_key(configs[0]), configs[0])
-    runs = [with_shared_weights(template.with_config(config), job.workdir / "weights") for config in configs]
+    runs = [share_weights(template.with_config(config), job.workdir / "weights") for config in configs]
     if len(runs) > 1:
         trainer.train_vmapped(runs, workdirs)
     else:
@@ -118,30 +132,31 @@ _templates: dict[Config, Run] = {}
 
 
 def template_of(key: Config, config: Config) -> Run:
-    """A run whose compiled functions all runs of one static key share. Jobs come sorted by it, so only the newest is kept."""
+    """Make a run whose compiled functions all runs of one static key share, or return it if the last job had the same key."""
+    # Jobs come sorted by it, so the newest is all there is to keep; an older one would only hold memory.
     if key not in _templates:
         _templates.clear()
         _templates[key] = make_run(config)
     return _templates[key]
 
 
-def with_shared_weights(run: Run, folder: pathlib.Path) -> Run:
-    """The run, with its warm start made only once for all runs that begin with the same weights."""
-    return (
-        run
-        if run.config.model.path
-        else dataclasses.replace(run, load_weights=kept(run.load_weights, folder / start_of(run.config)))
-    )
+def share_weights(run: Run, folder: pathlib.Path) -> Run:
+    """Make a run's warm start only once for all runs that begin with the same weights."""
+    if run.config.model.path:
+        return run  # they are in a folder already
+    return dataclasses.replace(run, load_weights=keep_in_file(run.load_weights, folder / start_of(run.config)))
 
 
-def kept(make: Callable[[], Any], path: pathlib.Path) -> Callable[[], Any]:
-    """make(), or what it gave before and `path` has kept."""
+def keep_in_file(make: Callable[[], Params], path: pathlib.Path) -> Callable[[], Params]:
+    """Wrap a function so that its result is made once, and read from `path` from then on."""
 
-    def weights() -> Any:
+    def weights() -> Params:
         from flax.serialization import msgpack_restore, msgpack_serialize
 
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Two processes may both find nothing and make the same weights. Each writes a file of its own and moves it, so that
+            # a reader never sees half of one.
             temporary = path.with_suffix(f".{os.getpid()}")
             temporary.write_bytes(msgpack_serialize(make()))
             temporary.replace(path)
@@ -151,7 +166,9 @@ def kept(make: Callable[[], Any], path: pathlib.Path) -> Callable[[], Any]:
 
 
 def start_of(config: Config) -> str:
-    """A name for the weights that a run begins with: a hash of all they depend on."""
+    """Name the weights that a run begins with, by a hash of all they depend on."""
+    # The last three matter to it as well: how its loss is summed, which questions are held out, how long answers are. A field
+    # that is missing here would let runs of different settings begin with the same weights.
     fields = ("seed", "model", "task", "warm_start", "learner.logprob_chunk_tokens", "eval.num_prompts")
     values = [repr(value_of(config, field)) for field in (*fields, "rollout.max_completion_tokens")]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -159,7 +176,8 @@ def start_of(config: Config) -> str:
 
 @contextlib.contextmanager
 def output_to(path: pathlib.Path) -> Iterator[None]:
-    """Everything that this process prints, C libraries' words too, is appended to a file."""
+    """Append everything that this process prints to a file."""
+    # The descriptors and not only sys.stdout: XLA and other C libraries write to them directly.
     saved = [os.dup(fd) for fd in (1, 2)]
     with path.open("a") as file:
         for fd in (1, 2):
