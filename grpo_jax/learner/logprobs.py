@@ -37,6 +37,7 @@ def token_logprobs(
       cap: of the logits, as in `head_logits`.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
     """
+    # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
     num = len(targets_F)
     chunk = min(chunk_tokens, num)
     padding = -num % chunk
