@@ -41,8 +41,8 @@ class Checkpointer:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is.
 
         Args:
-          step: of the state. state: its frozen parts are left out. config: as JSON beside it, so that a checkpoint says by itself
-            what it is of.
+          step: of the state. state: its frozen parts are left out.
+          config: stored as JSON beside it, so that a checkpoint says by itself of which run it is.
         """
         if self._manager.latest_step() == step:
             return

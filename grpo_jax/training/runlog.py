@@ -1,4 +1,4 @@
-"""The records that a run leaves behind: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
+"""The records of a run: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ class DeviceSampler:
         """Shape the rewards.
 
         Args:
-          rolled: completions [P, G, T]. reward: the task's, [P, G]. shuffle_key: for shuffle_rewards. step: whose policy sampled.
+          rolled: completions [P, G, T]. reward: the task's, [P, G]. shuffle_key: for shuffle_rewards.
+          step: int32, whose policy sampled.
         Returns: (the Batch, rows sharded over the mesh; metrics of all that was sampled).
         """
         if self.config.shuffle_rewards:
