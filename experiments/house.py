@@ -108,7 +108,9 @@ def main() -> None:
         found = measure(sorted(folder.rglob("*.py")))
         lengths = " / ".join(str(found.length_at(share)) for share in (0.5, 0.9, 1.0))
         rate, args = f"{found.conditional_rate:.1f} in 1,000", f"{found.with_args} of {found.documented}"
-        table.add_row(str(folder), str(found.lines), lengths, f"{found.comment_share:.1%}", rate, str(found.questions), args)
+        table.add_row(
+            folder.resolve().name, str(found.lines), lengths, f"{found.comment_share:.1%}", rate, str(found.questions), args
+        )
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import pathlib
+import re
 import sys
 
 from tests import mutate
@@ -109,3 +110,18 @@ def test_the_package_imports_nothing_of_the_clone_around_it():
 def test_the_list_of_seeded_bugs_fits_the_code():
     """`make mutate` takes long and is run seldom: what it replaces must still be there."""
     assert [name for name, file, old, *_ in mutate.BUGS if old not in (mutate.ROOT / file).read_text()] == []
+
+
+def test_the_tours_of_the_house_lead_through_eight_files_at_most():
+    """CONTRIBUTING.md follows a reward and a token: every function it names is in the file it names."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    tours = text.split("### One ")[1:3]
+    assert len(tours) == 2
+    for tour in tours:
+        rows = re.findall(r"^\| \d \| `(grpo_jax/[\w/]+\.py)` \| (.*) \|$", tour, re.M)
+        assert 5 <= len({file for file, _ in rows}) == len(rows) <= 8
+        for file, text_of_row in rows:
+            tree = ast.parse((PACKAGE.parent / file).read_text())
+            defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            named = [part for name in re.findall(r"`([\w.]+)`", text_of_row) for part in name.split(".")]
+            assert named and set(named) <= defined, f"{file}: {set(named) - defined}"
