@@ -77,7 +77,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _extract_tensor(leaf: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+def _extract_tensor(leaf: jax.Array, layer: int | jax.Array | None, dtype: str) -> jax.Array:
     """Return one stored tensor of a leaf; layer: its number, or None if the leaf is not stacked."""
     if layer is not None:
         # The number is an argument of the program: as a constant it would compile one for each layer.

@@ -212,7 +212,7 @@ def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float 
     if kind == "default":
         return Rope(theta)
 
-    def number(name: str, default: Any = None) -> float:
+    def number(name: str, default: Any = None) -> int | float:
         value = given.get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise UserError(f"{file}: {key}.{name} = {json.dumps(value)}: expected a number above 0, for {kind} scaling")

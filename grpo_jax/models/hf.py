@@ -167,7 +167,7 @@ def _cast(tensor: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
 
 # Donated: written in place, or each layer would make a second copy of all of them.
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stacked: jax.Array, tensor: jax.Array, layer: int, sharding: Sharding) -> jax.Array:
+def _write(stacked: jax.Array, tensor: jax.Array, layer: int | jax.Array, sharding: Sharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(stacked.at[layer].set(tensor.astype(stacked.dtype)), sharding)
 
 
