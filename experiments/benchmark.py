@@ -64,14 +64,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     """Make the run to measure, and its state. Raises UserError."""
     if args.config:
-        run = make_run(with_flags(cli.load_config(args.config, "--config"), args))
+        run = make_run(apply_flags(cli.load_config(args.config, "--config"), args))
         return run, run.initial_state()
     # Random weights at a tiny learning rate: nothing should end a completion, and no repeat should change the work of the next.
     raw = base.get_config()
     raw.update_from_flattened_dict(
         {"warm_start.num_steps": 0, "optimizer.learning_rate": workload.LEARNING_RATE, "eval.num_samples": 0, "mesh.data": 1}
     )
-    config, shape = with_flags(raw, args), SHAPES[args.model]
+    config, shape = apply_flags(raw, args), SHAPES[args.model]
     mesh = make_mesh(config.mesh.sizes)
     check_batch_divisible(config, mesh)
     model = ModelDef(architecture(args.model), dtype=config.model.dtype, remat=config.model.remat)
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, TrainState]:
     return run, run.initial_state()
 
 
-def with_flags(raw: Any, args: argparse.Namespace) -> Config:
+def apply_flags(raw: Any, args: argparse.Namespace) -> Config:
     """Change a config by the flags that were given, and validate it. Raises UserError."""
     given = {field: getattr(args, name) for name, field in FIELDS.items() if getattr(args, name) is not None}
     raw.update_from_flattened_dict(given)
