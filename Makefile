@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11+ with pip and nothing else: each makes its own virtual environment.
+# Every target needs Python 3.11+ with pip and nothing else: each makes its own virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,13 +6,24 @@ BIN = $(VENV)/bin
 # Linux: memory in huge pages. A compiled call on a CPU faults its memory in anew, which takes a fifth of the time in small ones.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint smollm2 mutate clean
+.PHONY: demo test test-fast test-nightly lint smollm2 mutate clean
+
+# A file's tests share what they have made, so each file stays with one of the two processes, in the order of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not nightly"
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m fast
+
+test-nightly: $(VENV)/.installed-test
+	$(PYTEST) -m nightly
+	$(BIN)/python -m tests.mutate
+	$(BIN)/python -m tests.mesh_matrix
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

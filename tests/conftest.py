@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict shapes, and small models that several tests share."""
+"""Eight simulated CPU devices, strict shapes, compiled programs that all tests share, and the tiers and order of the tests."""
 
 import os
 import tempfile
@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # The annotated shapes of public functions are checked at every call.
@@ -22,3 +23,16 @@ if "GRPO_JAX_TESTS_COMPILED" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["GRPO_JAX_TESTS_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Files of a minute or more, the longest first, then all others by name: two processes that take file after file end together.
+LONGEST_FIRST = ()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    """Mark as fast what has no other tier, and put the files in order."""
+    for item in items:
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("nightly")):
+            item.add_marker(pytest.mark.fast)
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: within a file nothing moves

@@ -1,6 +1,8 @@
-"""One of several processes that train a task on the host: python -m tests.hosts_program port processes process folder run...
+"""One of several processes that train: python -m tests.hosts_program port processes process folder run...
 
-Runs are trained one after another by the same compiled calls, each from where it left off; `torn torn` is one run twice.
+The run `two` is GTPO's, by the flags of experiments.train; it can only be the first, for it joins the processes. All others are
+of one task on the host, by the same compiled calls one after another, each from where it left off; `torn torn` is one run
+twice.
 """
 
 import json
@@ -10,10 +12,12 @@ import sys
 from configs import dapo
 from grpo_jax.config import parse_config
 from grpo_jax.parallel import hosts
+from grpo_jax.tools import cli, train
 from grpo_jax.training import trainer
 from grpo_jax.training.run import make_run
 
 NUM_STEPS = 6
+SMALL = {"warm_start.num_steps": 20, "eval.num_samples": 0}  # of the run `two`
 # The completions are noise of a random model; about half of the groups have both kinds.
 REWARD = """
 def early(completion, item):
@@ -45,13 +49,30 @@ def config_of(folder, num_devices):
     return parse_config(config)
 
 
+def train_by_flags(port, num_processes, process, workdir):
+    """What `python -m experiments.train` does, with its flags, but for the end of the process."""
+    joining = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={process}"]
+    small = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    sys.argv[1:] = ["--config=configs/gtpo.py:runlocal", f"--workdir={workdir}", *small, *joining]
+    try:
+        cli.run(train.main)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def main(port, num_processes, process, folder, *names):
-    hosts.start(f"127.0.0.1:{port}", int(num_processes), int(process))
-    run = make_run(config_of(pathlib.Path(folder), 4))
+    folder = pathlib.Path(folder)
+    if names[0] == "two":
+        train_by_flags(port, num_processes, process, folder / "two")
+        names = names[1:]
+    else:
+        hosts.start(f"127.0.0.1:{port}", int(num_processes), int(process))
+    run = make_run(config_of(folder, 4))
     for name in names:
-        trainer.train_run(run, pathlib.Path(folder, name))
-        saved = max(int(path.name) for path in pathlib.Path(folder, name, "checkpoints").iterdir() if path.name.isdigit())
-        print(f"{name} ended at step {saved}", flush=True)
+        trainer.train_run(run, folder / name)
+        saved = max(int(path.name) for path in (folder / name / "checkpoints").iterdir() if path.name.isdigit())
+        print(f"{name} has ended at {saved}", flush=True)
     run.task.close()
 
 

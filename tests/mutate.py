@@ -315,7 +315,7 @@ BUGS = [
         "grpo_jax/training/iteration.py",
         '"pending": seen.pending, "next_batch": batch}',
         '"pending": seen.pending}',
-        "tests/test_host_training.py -k judged_while",
+        "tests/test_host_training.py -k scored_while",
     ),
 ]
 

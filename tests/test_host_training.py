@@ -1,8 +1,11 @@
 """Training whose rewards come from worker processes: it goes on whatever a reward function does, and it resumes bitwise."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
 from grpo_jax.training import trainer
+from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
 from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
@@ -34,15 +38,28 @@ def score(completion, item):
 """
 
 
+# The completions are noise: what is rewarded here is text that any of them may have.
+MY_REWARDS = """
+def late(completions, item):
+    assert item["answer"] == str(2 * int(item["prompt"].split()[2])) and item["level"] in (0, 1, 2)
+    return [float(text > "P") for text in completions]
+"""
+
+
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny random Llama with a byte-level tokenizer, as an ordinary Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_hf_tokenizer(folder, {}, eos_token="<eos>", pad_token="<pad>")
-    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(
-        folder
-    )  # as many tokens as the tokenizer has
-    return folder
+def folder(tmp_path_factory):
+    """A tiny random Llama with a byte-level tokenizer, a Hugging Face folder as any; questions and rewards beside it."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_hf_tokenizer(folder / "model", {}, eos_token="<eos>", pad_token="<pad>")
+    model = torch_model("llama tied", vocab_size=259, num_hidden_layers=1)  # as many tokens as the tokenizer has
+    model.save_pretrained(folder / "model")
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in word_problems(40)))
+    datasets.Dataset.from_list(word_problems(40)).save_to_disk(folder / "sums")
+    (folder / "bad_scorer.py").write_text(BAD_SCORER)
+    (folder / "my_rewards.py").write_text(MY_REWARDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
 
 
 def word_problems(num):
@@ -52,12 +69,11 @@ def word_problems(num):
 
 
 @pytest.fixture
-def config(tmp_path, model_folder):
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in word_problems(40)))
+def config(folder):
     config = base.get_config("runlocal", "grpo")
-    config.model.path = str(model_folder)
+    config.model.path = str(folder / "model")
     config.task.name = "jsonl"
-    config.task.jsonl.path = str(tmp_path / "sums.jsonl")
+    config.task.jsonl.path = str(folder / "sums.jsonl")
     config.task.use_chat_template = False
     config.reward.scoring.time_limit_secs = 60.0
     config.warm_start.num_steps = 0
@@ -68,9 +84,33 @@ def config(tmp_path, model_folder):
     return config
 
 
-def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, config, monkeypatch):
-    (tmp_path / "bad_scorer.py").write_text(BAD_SCORER)
-    monkeypatch.syspath_prepend(str(tmp_path))
+@contextlib.contextmanager
+def run_of(config):
+    """The run of a config. What is trained with it, several times over, is compiled once and scored by the same processes."""
+    run = make_run(parse_config(config))
+    try:
+        yield run
+    finally:
+        run.task.close()
+
+
+def train_in_two(run, workdir, step):
+    """Train until SIGTERM comes in `step`, then from what was saved to the end."""
+    after_step = trainer.Member.after_step
+
+    def stop(member, state, batch, pending):
+        after_step(member, state, batch, pending)
+        if pending.last_step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Member, "after_step", stop)
+        trainer.train_run(run, workdir)
+    assert saved_steps(workdir)[-1] == step < run.config.num_steps
+    trainer.train_run(run, workdir)
+
+
+def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, config):
     config.reward.task = "bad_scorer:score"
     config.reward.scoring.time_limit_secs = 0.5
     trainer.train(parse_config(config), tmp_path / "run")
@@ -89,46 +129,28 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
 def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, config):
     """No completion is ever right: every round is spent, the step still ends, and 4 steps = 2 + 2."""
     config.dynamic_sampling.enabled, config.dynamic_sampling.max_sampling_rounds = True, 2
-    whole = parse_config(config)
-    trainer.train(whole, tmp_path / "whole")
-    trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
-    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
+    with run_of(config) as run:
+        trainer.train_run(run, tmp_path / "whole")
+        train_in_two(run, tmp_path / "torn", 2)
     records = programs.records(tmp_path / "whole")
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert records[1]["groups/missing"] == 1.0 and records[1]["groups/rounds"] == 2
-    # Step 2 was the last one of the first run, which evaluates there.
-    torn = [{k: v for k, v in r.items() if k in records[i]} for i, r in enumerate(programs.records(tmp_path / "torn"))]
-    assert torn == records
+    assert programs.records(tmp_path / "torn") == records
 
 
-# The completions are noise: what is rewarded here is text that any of them may have.
-MY_REWARDS = """
-def late(completions, item):
-    assert item["answer"] == str(2 * int(item["prompt"].split()[2])) and item["level"] in (0, 1, 2)
-    return [float(text > "P") for text in completions]
-"""
-
-
-def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path, config, monkeypatch):
+def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path, folder, config):
     """Stopped in the middle of an epoch of 32 prompts: after it, as without it, every prompt comes once an epoch.
 
     On four devices that hold the weights in parts.
     """
-    import datasets
-
     config.mesh.fsdp = config.mesh.tensor = 2
     config.mesh.fsdp_min_elements = 0
-
-    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    datasets.Dataset.from_list(word_problems(40)).save_to_disk(tmp_path / "sums")
-    config.task.name, config.task.dataset.path = "dataset", str(tmp_path / "sums")
+    config.task.name, config.task.dataset.path = "dataset", str(folder / "sums")
     config.reward.task, config.reward.shaping = "my_rewards:late", "0.5*length + format"
     config.log.completions_every, config.log.num_groups, config.num_steps = 1, 8, 6
-    whole = parse_config(config)
-    trainer.train(whole, tmp_path / "whole")
-    trainer.train(dataclasses.replace(whole, num_steps=3), tmp_path / "torn")
-    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
+    with run_of(config) as run:
+        trainer.train_run(run, tmp_path / "whole")
+        train_in_two(run, tmp_path / "torn", 3)
 
     def prompts(run):
         rows = [json.loads(line) for line in (tmp_path / run / "completions.jsonl").read_text().splitlines()]
@@ -144,30 +166,25 @@ def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path,
         assert 0 < parts["my_rewards:late"] < 1 and record["reward/errors"] == parts["format"] == 0
 
 
-def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run_resumes(tmp_path, config, monkeypatch):
+def test_batches_scored_while_another_is_trained_on_are_one_step_old_and_the_run_resumes(tmp_path, config, monkeypatch):
     """Against the same steps one after another, which no donated buffer can spoil."""
-    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
-    monkeypatch.syspath_prepend(str(tmp_path))
     config.reward.task, config.async_steps = "my_rewards:late", 1
     config.dynamic_sampling.enabled, config.optimizer.schedule = True, "constant"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
-    whole = parse_config(config)
-    trainer.train(dataclasses.replace(whole, num_steps=2), tmp_path / "torn")
-    trainer.train(whole, tmp_path / "torn", allow_config_change=True)
-    records = programs.records(tmp_path / "torn")
-    assert run_data(tmp_path / "torn")["checks"]
-    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
-    assert "policy/sampler_logp_gap" not in records[1]
-    assert records[1]["policy/ratio"] == pytest.approx(1, abs=1e-6) and abs(records[2]["policy/ratio"] - 1) > 1e-4
+    with run_of(config) as run:
+        train_in_two(run, tmp_path / "torn", 2)
+        records = programs.records(tmp_path / "torn")
+        assert run_data(tmp_path / "torn")["checks"]
+        assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+        assert "policy/sampler_logp_gap" not in records[1]
+        assert records[1]["policy/ratio"] == pytest.approx(1, abs=1e-6) and abs(records[2]["policy/ratio"] - 1) > 1e-4
 
-    run = make_run(whole)
-    events = []
-    judge = run.task.reward
-    monkeypatch.setattr(run.task, "reward", lambda *args: events.append("judged") or judge(*args))
-    state = run.initial_state()
-    held, batch, _ = run.collect(dataclasses.replace(state, step=state.step - 1))
-    state = dataclasses.replace(held, step=state.step)
-    try:
+        events = []
+        score = run.task.reward
+        monkeypatch.setattr(run.task, "reward", lambda *args: events.append("scored") or score(*args))
+        state = run.initial_state()
+        held, batch, _ = run.collect(dataclasses.replace(state, step=state.step - 1))
+        state = dataclasses.replace(held, step=state.step)
         for step in range(4):
             held, ahead, _ = run.collect(jax.tree.map(jnp.copy, state))
             assert int(batch.sampled_at_P.max()) == step - 1
@@ -182,13 +199,11 @@ def test_batches_judged_while_another_is_trained_on_are_one_step_old_and_the_run
             return run.update(state, jax.tree.map(jnp.copy, state.next_batch))
 
         make_async_step(run.fns.collect, update)(dataclasses.replace(state, next_batch=batch))
-        assert events[:2] == ["trained", "judged"]
-    finally:
-        run.task.close()
+        assert events[:2] == ["trained", "scored"]
 
 
-def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_folder):
-    weights = model_folder / "model.safetensors"
+def test_bad_folders_end_before_anything_is_written(tmp_path, folder, config):
+    weights = folder / "model" / "model.safetensors"
     good = weights.read_bytes()
     try:
         weights.write_bytes(good[: len(good) // 2])
@@ -200,4 +215,4 @@ def test_bad_folders_end_before_anything_is_written(tmp_path, config, model_fold
     with pytest.raises(UserError, match=r"none\.jsonl"):
         trainer.train(parse_config(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert families.read_architecture(str(model_folder)).vocab_size == 259
+    assert families.read_architecture(str(folder / "model")).vocab_size == 259

@@ -35,51 +35,58 @@ def ended(together):
     return [process.returncode for process in together], outputs
 
 
-def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """-> (folder, outputs) of two processes that trained `two`, `whole` and `torn`, until the first was killed in `torn`.
+
+    One run after another, for processes that start and compile are most of the time. `torn` was stopped before by a signal to
+    the second process, which both obeyed.
+    """
+    folder = tmp_path_factory.mktemp("hosts")
+    save_hf_tokenizer(folder / "model", {}, eos_token="<eos>", pad_token="<pad>")
+    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(folder / "model")
+    hosts_program.write_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.syspath_prepend(str(folder))
+        with started(folder, "two", "whole", "torn", "torn") as two:  # the second time it goes on
+            wait_for_step(two[0], folder / "torn", 2)
+            two[1].send_signal(signal.SIGTERM)
+            wait_for_step(two[0], folder / "torn", 5)
+            two[0].kill()
+            statuses, outputs = ended(two)
+        assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
+        yield folder, outputs
+
+
+def started(folder, *names):
+    """Two processes with two devices each that train the runs of these names."""
+
+    def args(port, process):
+        return [str(port), "2", str(process), str(folder), *names]
+
+    return programs.together("tests.hosts_program", 2, args, num_devices=2, cache=folder)
+
+
+def test_two_processes_do_what_one_does_and_only_the_first_speaks(pair):
     """With GTPO, whose statistics are of the whole batch: rows of both processes."""
-
-    def flags(port, process):
-        joining = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}")
-        small = ("--config.warm_start.num_steps=100", "--config.eval.num_samples=0")
-        return ["--config=configs/gtpo.py:runlocal", f"--workdir={tmp_path / 'two'}", *small, *joining]
-
-    with programs.together("experiments.train", 2, flags, num_devices=2) as two:
-        statuses, outputs = ended(two)
-    assert statuses == [0, 0], "\n".join(outputs)
+    folder, outputs = pair
     assert "step 3/3" in outputs[0] and not {"step", "curve", "gtpo"} & set(outputs[1].split())
     config = gtpo.get_config("runlocal")
-    config.warm_start.num_steps, config.eval.num_samples, config.mesh.data = 100, 0, 4
-    trainer.train(parse_config(config), tmp_path / "one")
-    same_numbers(tmp_path / "two", tmp_path / "one")
+    config.update_from_flattened_dict({**hosts_program.SMALL, "mesh.data": 4})
+    trainer.train(parse_config(config), folder / "one by flags")
+    same_numbers(folder / "two", folder / "one by flags")
 
 
-def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monkeypatch):
+def test_a_host_task_on_two_processes_stopped_killed_and_resumed(pair):
     """Rewards of a user, dynamic sampling, weights in parts over both. One process gets the signal, both obey it."""
-    save_hf_tokenizer(tmp_path / "model", {}, eos_token="<eos>", pad_token="<pad>")
-    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    hosts_program.write_data(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    one, whole, torn = (tmp_path / name for name in ("one", "whole", "torn"))
-
-    def start(*names):
-        def args(port, process):
-            return [str(port), "2", str(process), str(tmp_path), *names]
-
-        return programs.together("tests.hosts_program", 2, args, num_devices=2, cache=tmp_path)
-
-    with start("whole", "torn", "torn") as two:  # the second time it goes on
-        wait_for_step(two[0], torn, 2)
-        two[1].send_signal(signal.SIGTERM)
-        wait_for_step(two[0], torn, 5)
-        two[0].kill()
-        statuses, outputs = ended(two)
-    assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
-    ends = [re.findall(r"(\w+) ended at step (\d)", output) for output in outputs]
+    folder, outputs = pair
+    one, whole, torn = (folder / name for name in ("one", "whole", "torn"))
+    ends = [re.findall(r"(\w+) has ended at (\d)", output) for output in outputs]
     assert ends[0] == ends[1] and [name for name, _ in ends[0]] == ["whole", "torn"]
     assert [step for _, step in ends[0]] in (["6", "2"], ["6", "3"], ["6", "4"])
     assert "Terminating process because the JAX distributed service detected fatal errors" in outputs[1]
-    with start("torn") as two:
+    with started(folder, "torn") as two:
         statuses, outputs = ended(two)
     assert statuses == [0, 0], "\n".join(outputs)
 
@@ -89,7 +96,7 @@ def test_a_host_task_on_two_processes_stopped_killed_and_resumed(tmp_path, monke
     assert len({record.get("groups/rounds") for record in records}) > 2
     assert programs.records(torn) == records
     assert (torn / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
-    trainer.train(hosts_program.config_of(tmp_path, 4), one)
+    trainer.train(hosts_program.config_of(folder, 4), one)
     same_numbers(whole, one)
 
 

@@ -152,7 +152,7 @@ def test_the_embedded_task_takes_no_settings_of_the_others(changes: dict[str, An
         tiny.config_of(changes=changes)
 
 
-# --- the judge
+# --- the reward function
 
 
 def config_of(**changes: Any) -> Config:
@@ -160,23 +160,23 @@ def config_of(**changes: Any) -> Config:
     return tiny.config_of(changes={"task.name": "jsonl", "model.path": "unused", **fields})
 
 
-MakeJudge = Callable[..., Callable[..., Reward]]
+MakeRewardFunction = Callable[..., Callable[..., Reward]]
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJudge]:
-    """judge(expression, ...) -> a Judge; its users' functions are in `my_rewards`."""
+def reward_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRewardFunction]:
+    """reward_function(expression, ...) -> a RewardFunction; its users' functions are in `my_rewards`."""
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    judges = []
+    made = []
 
     def make(task: str = "", shaping: str = "", **scoring: Any) -> RewardFunction:
         settings = {f"scoring__{name}": value for name, value in scoring.items()}
-        judges.append(RewardFunction(config_of(task=task, shaping=shaping, **settings).reward, "jsonl", 10))
-        return judges[-1]
+        made.append(RewardFunction(config_of(task=task, shaping=shaping, **settings).reward, "jsonl", 10))
+        return made[-1]
 
     yield make
-    for each in judges:
+    for each in made:
         each.close()
 
 
@@ -226,11 +226,11 @@ def lengths(completions_PG: Sequence[Sequence[str]]) -> np.ndarray:
     return np.array([[len(text) for text in row] for row in completions_PG])
 
 
-def test_parts_are_scored_apart_and_summed_by_weight(judge: MakeJudge) -> None:
+def test_parts_are_scored_apart_and_summed_by_weight(reward_function: MakeRewardFunction) -> None:
     completions_PG = [["<think></think><answer>4</answer>", "4"], ["5", "<think></think><answer>6</answer>"]]
     items = [{"answer": "4"}, {"answer": "6"}]
     lengths_PG = np.array([[10, 1], [5, 8]])
-    reward = judge("exact", "0.5*format - 2*length + exact")(items, completions_PG, lengths_PG)
+    reward = reward_function("exact", "0.5*format - 2*length + exact")(items, completions_PG, lengths_PG)
     np.testing.assert_array_equal(reward.task_PG, [[1, 1], [0, 1]])
     np.testing.assert_allclose(reward.shaping_PG, [[1.5 - 0, 1 - 1.8], [0 - 1.0, 1.5 - 0.4]], rtol=1e-6)
     assert reward.task_PG.dtype == reward.shaping_PG.dtype == np.float32
@@ -240,18 +240,18 @@ def test_parts_are_scored_apart_and_summed_by_weight(judge: MakeJudge) -> None:
     )
 
 
-def test_math_verify_is_what_an_empty_expression_means(judge: MakeJudge) -> None:
-    reward = judge()([{"answer": "\\frac{1}{2}"}], [["\\boxed{0.5}", "\\boxed{2}"]], np.ones((1, 2)))
+def test_math_verify_is_what_an_empty_expression_means(reward_function: MakeRewardFunction) -> None:
+    reward = reward_function()([{"answer": "\\frac{1}{2}"}], [["\\boxed{0.5}", "\\boxed{2}"]], np.ones((1, 2)))
     np.testing.assert_array_equal(reward.task_PG, [[1, 0]])
     np.testing.assert_array_equal(reward.shaping_PG, [[0, 0]])
 
 
-def test_users_functions_for_one_completion_and_for_a_group(judge: MakeJudge) -> None:
+def test_users_functions_for_one_completion_and_for_a_group(reward_function: MakeRewardFunction) -> None:
     completions_PG = [["bb", "a", "cccc"], ["a", "bad", "cc"], ["z", "short", "y"], ["b", "c", "a"]]
     items = [{"answer": "", "level": level} for level in (10, 20, 30, 40)]
     expected_PG = [[11, 10, 12], [0, 0, 0], [0, 0, 0], [41, 42, 40]]
     for num_workers in (1, 3):
-        reward = judge("my_rewards:rank", "my_rewards:brevity", num_workers=num_workers)(
+        reward = reward_function("my_rewards:rank", "my_rewards:brevity", num_workers=num_workers)(
             items, completions_PG, lengths(completions_PG)
         )
         np.testing.assert_array_equal(reward.task_PG, expected_PG)
@@ -260,17 +260,17 @@ def test_users_functions_for_one_completion_and_for_a_group(judge: MakeJudge) ->
 
 
 @pytest.mark.parametrize("name", ["my_rewards:absent", "no_such_file:f"])
-def test_users_functions_that_are_not_there_are_named_at_once(judge: MakeJudge, name: str) -> None:
+def test_users_functions_that_are_not_there_are_named_at_once(reward_function: MakeRewardFunction, name: str) -> None:
     with pytest.raises(UserError, match=f"config.reward: cannot import {name}"):
-        judge("exact", name)
+        reward_function("exact", name)
 
 
 HARD = ["\\boxed{10^{10^6}}", "\\boxed{9^{9^{9^{9^9}}}}", "$" + "\\frac{" * 500 + "}" * 500 + "$", "\0" * 9, "x" * 2**20]
 
 
-def test_hostile_answers_cost_themselves_only(judge: MakeJudge) -> None:
+def test_hostile_answers_cost_themselves_only(reward_function: MakeRewardFunction) -> None:
     good, bad = ["\\boxed{4}", "<answer>\\frac{8}{2}</answer>"], ["\\boxed{5}", "0"]
-    each = judge("math_verify", "0.5*exact", time_limit_secs=6.0, memory_limit_mb=1024)
+    each = reward_function("math_verify", "0.5*exact", time_limit_secs=6.0, memory_limit_mb=1024)
     for hard in (HARD, []):
         completions_PG = [[*good, *hard, *bad]]
         reward = each([{"answer": "4"}], completions_PG, lengths(completions_PG))
@@ -278,7 +278,7 @@ def test_hostile_answers_cost_themselves_only(judge: MakeJudge) -> None:
         np.testing.assert_array_equal(reward.shaping_PG, [[0.5, 0, *[0] * len(hard), 0, 0]])
 
 
-def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Path, judge: MakeJudge) -> None:
+def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Path, reward_function: MakeRewardFunction) -> None:
     config = config_of(
         task="my_rewards:hoards",
         shaping="regex + my_rewards:stubborn",
@@ -295,10 +295,10 @@ def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Pat
     assert (values(reward)["reward/errors"], values(reward)["reward/timeouts"]) == (0.25, 0.5)
 
 
-def test_a_part_that_always_hangs_leaves_the_others_their_scores(judge: MakeJudge) -> None:
+def test_a_part_that_always_hangs_leaves_the_others_their_scores(reward_function: MakeRewardFunction) -> None:
     completions_PG = [[f"{p}{g}" for g in range(10)] for p in range(10)]
     began = time.monotonic()
-    reward = judge("exact", "my_rewards:sleeps", time_limit_secs=0.5)(
+    reward = reward_function("exact", "my_rewards:sleeps", time_limit_secs=0.5)(
         [{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG)
     )
     np.testing.assert_array_equal(reward.task_PG, np.eye(10))
@@ -306,9 +306,9 @@ def test_a_part_that_always_hangs_leaves_the_others_their_scores(judge: MakeJudg
     assert time.monotonic() - began < 40.0  # one after the other on two workers: 25 s, and starting each takes as long again
 
 
-def test_what_a_users_function_starts_ends_with_its_worker(tmp_path: Path, judge: MakeJudge) -> None:
+def test_what_a_users_function_starts_ends_with_its_worker(tmp_path: Path, reward_function: MakeRewardFunction) -> None:
     """Children that ignore SIGTERM, in the worker's session and in their own."""
-    each = judge("my_rewards:litters", time_limit_secs=3.0, num_workers=1)
+    each = reward_function("my_rewards:litters", time_limit_secs=3.0, num_workers=1)
     completions_PG = [["a", "hang"]]
     reward = each([{"answer": "", "file": str(tmp_path / "pids")}], completions_PG, lengths(completions_PG))
     each.close()  # type: ignore[attr-defined]

@@ -79,8 +79,8 @@ class OneScorer:
 
     def score(self, items: Sequence[Any], completions: Sequence[str]) -> tuple[np.ndarray, int, int]:
         """-> (scores, number of errors, number of timeouts)"""
-        judged = self.pool.score(items, [[completion] for completion in completions])
-        return judged.scores["it"].reshape(-1), int(judged.is_error_PG.sum()), int(judged.is_timeout_PG.sum())
+        scored = self.pool.score(items, [[completion] for completion in completions])
+        return scored.scores["it"].reshape(-1), int(scored.is_error_PG.sum()), int(scored.is_timeout_PG.sum())
 
     def close(self) -> None:
         self.pool.close()
