@@ -188,7 +188,7 @@ def time_step(run: Run, state: TrainState, args: argparse.Namespace) -> Measured
             metrics = metrics_lib.unstack_metrics(metrics, num_steps)[-1]
         else:
             state, batch, metrics = run.collect(held[0])
-            state, _ = run.update(state, batch)
+            state = run.update(state, batch)[0]
         held[:] = state, batch, metrics
         return jax.block_until_ready(held)
 

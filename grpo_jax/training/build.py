@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from grpo_jax.config import Config
 from grpo_jax.models.architecture import Architecture
@@ -27,7 +28,7 @@ SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reason
 
 
 def make_task(config: Config) -> Task:
-    """The task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
+    """Make the task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
     tokenizer: Tokenizer = HFTokenizer(config.model.path) if config.model.path else CharTokenizer(ALPHABET)
     if config.task.name == "arithmetic":
         return ArithmeticTask(
@@ -41,7 +42,7 @@ def make_task(config: Config) -> Task:
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
-    """The decoder's static half: from the folder's config.json, or of the configured size for a built-in tokenizer."""
+    """Make the decoder's static half: from the folder's config.json, or of the configured size for a built-in tokenizer."""
     size = config.model
     if size.path:
         from grpo_jax.models.families import read_architecture
@@ -62,40 +63,43 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 
-def initial_params(config: Config, model: ModelDef, task: Task, places: Any) -> Params:
-    """The weights to start from, without adapters: loaded, or fresh and warm-started on worked answers.
+def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTree[Sharding]) -> Params:
+    """Make the weights to start from, without adapters: loaded, or fresh and warm-started on worked answers.
 
     A warm start is a small decoder's: it runs on one device, so that its result does not depend on the mesh.
 
     Args:
       config: model, warm_start and seed are read. model: decoder. task: of the worked answers.
-      places: the sharding of each weight; loaded and fresh ones are born there.
+      shardings: of each weight; loaded and fresh ones are created in them.
     Returns: float32 if they are trained; frozen under adapters, they need no more precision than they are computed with.
     """
     if config.model.path:
         from grpo_jax.models.hf import load_params
 
         dtype = jnp.float32 if model.lora is None else model.dtype
-        return load_params(config.model.path, model.arch, dtype, places)
+        return load_params(config.model.path, model.arch, dtype, shardings)
     init = functools.partial(init_params, model.arch)
     key = key_for(config.seed, "init")
     if not config.warm_start.num_steps:
-        return jax.jit(init, out_shardings=places)(key)
-    whole = dataclasses.replace(model, lora=None)
-    warm_start = make_warm_start(whole, task, config.warm_start, config.learner.logprob_chunk_tokens)
-    return hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), places)
+        return jax.jit(init, out_shardings=shardings)(key)
+    # All weights take part in a warm start: adapters come on top of what it has taught.
+    decoder = dataclasses.replace(model, lora=None)
+    warm_start = make_warm_start(decoder, task, config.warm_start, config.learner.logprob_chunk_tokens)
+    # Each process has made it on a device of its own. Arrays over several processes must be the same in all of them, so the
+    # result of the first counts.
+    return hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), shardings)
 
 
-def initial_adapters(config: Config, model: ModelDef, places: Any) -> Params:
+def initial_adapters(config: Config, model: ModelDef, shardings: PyTree[Sharding]) -> Params:
     """Load the adapters of config.lora.path, or make fresh ones that change nothing yet.
 
     Args:
-      config: lora.path and seed are read. model: with its LoRA. places: the sharding of each adapter.
+      config: lora.path and seed are read. model: with its LoRA. shardings: of each adapter.
     Returns: float32 adapters.
     """
     if config.lora.path:
         from grpo_jax.models.peft import load_adapters
 
-        return hosts.make_global_array(load_adapters(config.lora.path, model), places)
+        return hosts.make_global_array(load_adapters(config.lora.path, model), shardings)
     init = functools.partial(init_adapters, model.param_shapes())
-    return jax.jit(init, out_shardings=places)(key_for(config.seed, "adapters"))
+    return jax.jit(init, out_shardings=shardings)(key_for(config.seed, "adapters"))

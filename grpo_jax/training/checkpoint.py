@@ -30,11 +30,12 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        # keep = 0 is about finished runs (`trainer.finalize_run`): one that is under way needs a checkpoint to resume from.
         options = ocp.CheckpointManagerOptions(max_to_keep=max(config.keep, 1), create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def latest_step(self) -> int | None:
-        """The newest finished checkpoint, or None."""
+        """Return the step of the newest finished checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
@@ -44,10 +45,12 @@ class Checkpointer:
           step: of the state. state: its frozen parts are left out.
           config: stored as JSON beside it, so that a checkpoint says by itself of which run it is.
         """
+        # The loop saves once more when it ends, maybe at a step that it has just saved.
         if self._manager.latest_step() == step:
             return
         state = without_frozen(state)
-        # On a CPU "copying to the host" copies nothing, and the next iteration would overwrite these donated buffers.
+        # The writing is asynchronous, and begins with a copy to the host. On a CPU that "copies" nothing: the files would be
+        # written from the very buffers that the next call takes, since states are donated, and overwrites. So copy first.
         state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
         self._manager.save(step, args=items)
@@ -64,7 +67,7 @@ class Checkpointer:
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """The steps of all finished checkpoints in a workdir, the oldest first."""
+    """List the steps of all finished checkpoints in a workdir, the oldest first."""
     return sorted(_reader(workdir).all_steps()) if (workdir / "checkpoints").is_dir() else []
 
 
@@ -76,6 +79,7 @@ def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
     Returns: the weights, like `like`.
     Raises: UserError if they were saved from another structure.
     """
+    # Partial, or Adam's moments would be read as well: twice the bytes of the weights.
     item = {"params": like}
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -92,12 +96,15 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     except (ValueError, KeyError) as error:
+        # Orbax's messages go over many lines; the first says what is wrong.
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
 
 
 def without_frozen(state: TrainState) -> TrainState:
-    """The state without the weights and numbers that stay as they are."""
+    """Return the state without the weights and numbers that never change."""
+    # They are the bulk of it (a base under adapters, a reference as large as the policy), and their source is on disk already.
+    # The hyperparams come from the config, so that a run resumed with --allow_config_change goes by the new numbers.
     return dataclasses.replace(state, base=None, ref_params=None, hyperparams=None)
 
 
@@ -105,7 +112,7 @@ def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_
     """Write the config into a new workdir; in an old one, refuse if it was made by another config.
 
     Args:
-      workdir: folder of the run. config: as a plain dict. allow_config_change: take the new config without a word.
+      workdir: folder of the run. config: as a plain dict. allow_config_change: do not compare it with the old one.
     Raises: UserError naming the first fields that differ, or that the folder cannot be written.
     """
     if not allow_config_change:
@@ -116,7 +123,9 @@ def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_
             write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    hosts.broadcast_from_process0(np.zeros(()))  # it is written
+    # The other processes wait until the file is written. Then each looks for it: a --workdir on a disk of its own is a one-line
+    # error here, and not a failure in the middle of a save.
+    hosts.broadcast_from_process0(np.zeros(()))
     deadline = time.monotonic() + SEEN_WITHIN_SECS
     while not (workdir / "config.json").exists():
         if time.monotonic() > deadline:
@@ -129,6 +138,7 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
+    # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
     differences = list(_differences(complete(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
     if differences:
         raise UserError(
@@ -138,7 +148,8 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Either the whole new file or the old one, whenever the process dies."""
+    """Write a text file so that, whenever the process dies, there is either all of the new file or the old one."""
+    # Beside it, because a rename is atomic only within one file system.
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -7,25 +7,37 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.types import Batch
+from grpo_jax.types import Arrays, Batch
 
 UNFINISHED = "\ufffd"  # what a tokenizer says for bytes that are not a character yet
 
 
-def completion_rows(batch: Batch, adv_PGT: Any, grpo_PG: Any, tokenizer: Tokenizer, num_groups: int) -> list[dict[str, Any]]:
-    """The first groups of a batch, one record a completion; dropped rows have none.
+def completion_rows(
+    batch: Batch,
+    adv_PGT: Float[Arrays, "P G T"],
+    grpo_PG: Float[Arrays, "P G"],
+    tokenizer: Tokenizer,
+    num_groups: int,
+) -> list[dict[str, Any]]:
+    """Make the records of the first groups of a batch, one a completion; dropped rows have none.
 
-    adv_PGT, grpo_PG: see `advantages_with_grpo`. Lists have one entry a token: `token_text` (the pieces put together
-    are the completion; a stop token's is empty, and so are all but the last of the tokens that share a character),
-    `token_entropy` in nats, `token_advantage`. Numbers have four significant digits.
+    Args:
+      batch: that was trained on. adv_PGT, grpo_PG: of `advantages_with_grpo`. tokenizer: of the task.
+      num_groups: how many groups are recorded.
+    Returns: records of plain Python values. Lists have one entry a token: `token_text` (the pieces put together are the
+      completion; a stop token's is empty, and so are all but the last of the tokens that share a character), `token_entropy`
+      in nats, `token_advantage`. Numbers have four significant digits.
     """
+    # Sliced on the device: of a large batch, no more than what is recorded goes to the host.
     few, adv_PGT, grpo_PG = hosts.gather_to_host(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
     rolled, rows = few.rollout, []
     for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
         num = int(rolled.mask_PGT[p, g].sum())
+        # An empty slot of dynamic sampling's buffer: a real completion has one token at least.
         if num == 0:
             continue
         ids, entropies = rolled.tokens_PGT[p, g, :num], rolled.entropy_PGT[p, g, :num]
@@ -49,7 +61,7 @@ def completion_rows(batch: Batch, adv_PGT: Any, grpo_PG: Any, tokenizer: Tokeniz
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    """The text that each token adds; joined, the text of them all.
+    """Split a text into what each token adds; joined, the pieces are the text of all tokens.
 
     Byte-level tokenizers cut characters into tokens: such a token adds nothing, and the one that completes the character
     adds it. Each token is decoded behind the one before it, for some tokenizers drop the space of a first token.
@@ -57,6 +69,7 @@ def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     ids = [int(each) for each in ids]
     pieces, begin, end = [], 0, 0  # ids[begin:end] is the context: the tokens of the last piece
     for now in range(1, len(ids) + 1):
+        # From the last piece on only, not from the beginning: a long completion would take quadratic time.
         before, text = tokenizer.decode(ids[begin:end]), tokenizer.decode(ids[begin:now])
         if text.endswith(UNFINISHED) and now < len(ids):
             pieces.append("")
@@ -68,5 +81,5 @@ def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def short(x: Any) -> float:
-    """Four significant digits."""
+    """Round to four significant digits, which keeps the file small."""
     return float(f"{float(x):.4g}")

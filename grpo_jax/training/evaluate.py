@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Bool, Float
 
 from grpo_jax.analysis.estimates import Estimate, estimate, majority, pass_at_k
 from grpo_jax.config import Config, RolloutConfig
@@ -27,24 +27,29 @@ Evaluate = Callable[[Params], dict[str, Estimate]]
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Completions of all held-out prompts. is_right_PG: bool; lengths_PG: tokens; majority_P: `estimates.majority`."""
+    """Completions of all held-out prompts. lengths_PG: tokens. majority_P: of `estimates.majority`."""
 
-    is_right_PG: np.ndarray
-    lengths_PG: np.ndarray
-    majority_P: np.ndarray
+    is_right_PG: Bool[np.ndarray, "P G"]
+    lengths_PG: Float[np.ndarray, "P G"]
+    majority_P: Float[np.ndarray, " P"]
 
 
 def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Evaluate:
-    """-> evaluate(params) -> {name: Estimate over all held-out prompts}.
+    """Bind an evaluation on the held-out prompts.
 
     "success": the greedy answer is right. "length_mean": of the greedy answers, tokens.
     With n = eval.num_samples > 0, from n samples of each prompt at the training temperature: "mean@n", "pass@k" for
-    k = 2, 4, ... n, and "maj@n".
-    Batches have one fixed shape; the last one is filled with repeats that are not counted. Of several hosts each judges the
-    rows of its own devices.
+    k = 2, 4, ... n, and "maj@n". Of several hosts each scores the rows of its own devices.
+
+    Args:
+      config: seed, eval, rollout (distribution and budget) and success_threshold are read.
+      task: of the prompts and the reward. model: decoder. mesh: rows are sharded over it.
+    Returns: evaluate(params) -> {name: Estimate over all held-out prompts}. params: all weights of the policy.
     """
     prompts = jax.device_get(task.eval_prompts())
     num = len(prompts.tokens_PS)
+    # One width for all batches, so that the rollout compiles once, and a multiple of the shards, so that rows divide evenly.
+    # The last batch is filled up with repeats of the last prompt; `answer` drops them before anything is averaged.
     shards = num_row_shards(mesh)
     width = -(-min(config.eval.batch_size, num) // shards) * shards
     n = config.eval.num_samples
@@ -53,23 +58,26 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     greedily = compiled_rollout(model, greedy(config.rollout), ends, mesh)
     sampled = compiled_rollout(model, dataclasses.replace(config.rollout, group_size=max(n, 1)), ends, mesh)
 
-    def answer(rollout: Any, params: Params) -> Answers:
+    def answer(rollout: Callable[..., Rollout], params: Params) -> Answers:
         batches = []
         for start in range(0, num, width):
+            # The step is in no key: evaluations along a run draw with the same noise, so that their differences are the
+            # policy's.
             rows = np.minimum(np.arange(start, start + width), num - 1)
             batch = hosts.make_global_batch(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
-            batches.append(judged(rolled))
+            batches.append(score(rolled))
         return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
 
-    def judged(rolled: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The fields of `Answers` for one batch."""
+    def score(rolled: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compute the fields of `Answers` for one batch."""
         rows, (answer, tokens, mask) = hosts.addressable_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
         is_right = np.asarray(task.reward(answer, tokens, mask).task_PG) >= config.objective.success_threshold
         own = is_right, mask.sum(-1), majority(task.final_answers(tokens, mask), is_right)
         return hosts.allgather_rows(rows, own, width)
 
     def evaluate(params: Params) -> dict[str, Estimate]:
+        # Once for all batches: the rollout would gather sharded weights in each of its calls.
         params = sampler_weights(params)
         best = answer(greedily, params)
         values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
@@ -85,18 +93,24 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh) -> Callable[..., Any]:
-    """`make_rollout`, compiled once for all runs of one process."""
+def compiled_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh) -> Callable[..., Rollout]:
+    """Jit `make_rollout`, once for all runs of one process.
+
+    Args:
+      model, config, ends, mesh: as there; all hashable.
+    Returns: run(params, prompts, key) -> Rollout, its rows sharded over the mesh.
+    """
+    # The runs of a sweep in this process differ in numbers that no rollout depends on; jit's cache belongs to the function.
     return jax.jit(make_rollout(model, config, ends, mesh), out_shardings=NamedSharding(mesh, ROWS))
 
 
 def ks(num_samples: int) -> list[int]:
-    """2, 4, 8, ... and the number of samples itself: the k of pass@k (pass@1 is the mean)."""
+    """List the k of pass@k: 2, 4, 8, ... and the number of samples itself (pass@1 is the mean)."""
     return sorted({2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples} | {num_samples} - {1})
 
 
 def to_metrics(estimates: dict[str, Estimate]) -> dict[str, float]:
-    """Flat, for a run's records: eval/<name>, eval/<name>_low, eval/<name>_high."""
+    """Flatten estimates for a run's records: eval/<name>, eval/<name>_low, eval/<name>_high."""
     metrics = {}
     for name, each in estimates.items():
         metrics |= {f"eval/{name}": each.value, f"eval/{name}_low": each.low, f"eval/{name}_high": each.high}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config
@@ -16,7 +17,7 @@ from grpo_jax.metrics import Mean, Metric
 from grpo_jax.rewards.shaping import is_informative
 from grpo_jax.training import dynamic_sampling
 from grpo_jax.training.samplers import DeviceSampler, StartedRound
-from grpo_jax.types import Batch, GroupBuffer, TrainState
+from grpo_jax.types import Arrays, Batch, GroupBuffer, TrainState
 
 Collected = tuple[TrainState, Batch, dict[str, Metric]]
 Iteration = Callable[[TrainState], Collected]
@@ -26,7 +27,7 @@ class SamplingCarry(NamedTuple):
     """Carried from one sampling round to the next. rounds: int32, rounds done in this iteration."""
 
     buffer: GroupBuffer
-    rounds: Any
+    rounds: Int[Arrays, ""]
     metrics: dict[str, Metric]
 
 
@@ -46,10 +47,11 @@ class Collect:
 
     def start(self, state: TrainState) -> StartedRound:
         """Put the first round of the step on the device's queue."""
+        # The weights are gathered over fsdp here; they stay in the StartedRound, and further rounds of the step use them again.
         return self.sampler.start(state, self.sampler.sampler_weights(state.policy), jnp.int32(0))
 
     def finish(self, state: TrainState, started: StartedRound) -> Collected:
-        """Take a started round to the whole batch. state: the one it was started with."""
+        """Collect the batch that begins with a started round. state: the one it was started with."""
         if self.config.dynamic_sampling.enabled:
             return self.collect_informative(state, started)
         batch, metrics = self.sampler.finish(started)
@@ -62,17 +64,20 @@ class Collect:
         P, max_rounds = self.config.rollout.num_prompts, self.config.dynamic_sampling.max_sampling_rounds
 
         def add_round(done: SamplingCarry) -> SamplingCarry:
+            # The state stays that of the step's beginning: the round's number alone sets prompts and keys apart.
             batch, metrics = self.sampler.finish(self.sampler.start(state, started.weights, done.rounds))
             buffer = self._push(done.buffer, batch, is_informative(batch.task_reward_PG))
             return SamplingCarry(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
 
-        def is_short(done: SamplingCarry):
+        def is_short(done: SamplingCarry) -> Bool[Arrays, ""]:
             return (done.buffer.count < P) & (done.rounds < max_rounds)
 
-        # The first round is before the loop: a full buffer from last time must not leave a step without samples.
+        # The first round is before the loop: a full buffer from last time must not leave a step without samples. It also gives
+        # the loop's carry its metrics, whose names and shapes must be known before a traced loop begins.
         batch, metrics = self.sampler.finish(started)
         buffer = self._push(state.pending, batch, is_informative(batch.task_reward_PG))
         done = self.sampler.while_loop(is_short, add_round, SamplingCarry(buffer, jnp.int32(1), metrics))
+        # With all rounds spent there may be fewer than P groups; shapes are static, so the missing ones come out masked.
         batch, buffer = self._pop(done.buffer, P)
         one = jnp.float32(1)
         metrics = {
@@ -103,6 +108,8 @@ def make_iterations(collect: Callable[[TrainState], Collected], train_step: Trai
             state, batch, metrics = step(carry[0])
             return (state, batch), metrics
 
+        # The batch is carried and not stacked: only the last one is looked at, and all of them would take num_steps times the
+        # memory. A carry needs a first value of the right shapes, which costs no computation this way.
         no_batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, state)[1])
         (state, batch), metrics = jax.lax.scan(next_step, (state, no_batch), None, length=num_steps)
         return state, batch, metrics
@@ -114,7 +121,7 @@ def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[Train
     """Collect and update side by side, for a task of the host: while the device trains on one batch, the next is scored.
 
     The next batch is sampled with the weights that this update begins with, so it is one step old when its turn comes; its
-    old log-probs are its sampler's, and the ratio does the rest.
+    old log-probs are its sampler's, and the ratio corrects for the step between.
 
     Args:
       collect: of a host's sampler. update: trains on `state.next_batch` and donates the state.
@@ -123,6 +130,7 @@ def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[Train
     snapshot = jax.jit(copy_sampling_state)
 
     def async_step(state: TrainState) -> Collected:
+        # The update donates the state, and its buffers may be overwritten while further rounds still sample with them.
         seen = snapshot(state)
         # Dispatch is asynchronous: the rollout and the update are on the device's queue, one behind the other, before the
         # host waits for the completions and scores them. So the update runs while the rewards are computed.
@@ -138,12 +146,15 @@ def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[Train
 
 def prefetch_first_batch(collect: Callable[[TrainState], Collected], state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
     """Sample the first batch of an async run by itself; -> (the state at step 0 with it, metrics of all sampled)."""
-    before = dataclasses.replace(state, step=state.step - 1)  # the randomness of step 0 is the next batch's
+    # Sampled as if at step -1: step 0 samples the batch of step 1 with its own randomness. It also marks the batch as one step
+    # old, as all later ones are.
+    before = dataclasses.replace(state, step=state.step - 1)
     after, batch, sampled = collect(before)
     return dataclasses.replace(after, step=state.step, next_batch=batch), sampled
 
 
 def copy_sampling_state(state: TrainState) -> TrainState:
     """Copy the part of a state that `Collect` reads; the copy outlives the donated state."""
+    # No rollout reads Adam's moments and the reference, and where all weights are trained they are three times the policy.
     read = dataclasses.replace(state, params=state.policy, base=None, opt_state=None, ref_params=None, next_batch=None)
     return jax.tree.map(jnp.copy, read)

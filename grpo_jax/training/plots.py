@@ -20,7 +20,8 @@ PANELS = (
 
 def learning_curve(records: Sequence[dict[str, float]], title: str, path: pathlib.Path) -> None:
     """Draw success, reward, entropy and length over the steps, and write a PNG."""
-    from matplotlib.figure import Figure  # here, not above: a slow import that most of a run does without
+    # Here, not above: a slow import that most of a run does without. A Figure of its own, without pyplot, needs no display.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     figure.suptitle(title)

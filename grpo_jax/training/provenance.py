@@ -13,7 +13,7 @@ import jax
 
 
 def provenance() -> dict[str, str]:
-    """For the records of a run: date (UTC), commit (empty if unknown), version of jax, devices ("1 x NVIDIA H200")."""
+    """Collect for a run's records: date (UTC), commit (empty if unknown), version of jax, devices ("1 x NVIDIA H200")."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
@@ -23,14 +23,16 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout that this package runs from, -dirty with changes; empty if it is no checkout of its own."""
+    """Return the short hash of the checkout that this package runs from, -dirty with changes; empty without a checkout."""
     folder = pathlib.Path(__file__).parent
-    tracked = _git(folder, "ls-files", pathlib.Path(__file__).name)  # an installed copy may lie in someone else's checkout
+    # An installed copy may be inside of someone else's checkout: that one does not track this file.
+    tracked = _git(folder, "ls-files", pathlib.Path(__file__).name)
     return _git(folder, "describe", "--always", "--dirty", "--exclude=*") if tracked else ""
 
 
 def device_kind() -> str:
     """Name the device that jax computes on; a CPU by its model's name where Linux tells it."""
+    # JAX calls every CPU "cpu", and seconds say nothing without the machine they were measured on.
     kind = jax.devices()[0].device_kind
     cpu_info = pathlib.Path("/proc/cpuinfo")
     if jax.default_backend() != "cpu":

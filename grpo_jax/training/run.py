@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
@@ -18,6 +19,7 @@ from grpo_jax.learner.advantage_diagnostics import advantages_with_grpo
 from grpo_jax.learner.hyperparams import hyperparams_of, static_key, with_hyperparams
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import TrainStep, make_train_step
+from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import (
@@ -34,10 +36,22 @@ from grpo_jax.tasks import Task
 from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer, restore_params
 from grpo_jax.training.dynamic_sampling import empty_buffer
-from grpo_jax.training.evaluate import make_evaluate
+from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
 from grpo_jax.types import Batch, Hyperparams, Params, TrainState, join_params
+
+
+class CompiledUpdate(Protocol):
+    """A jitted TrainStep. `lower` is for the planner, which compiles it for devices that are not there."""
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        """Update on a batch; the state is donated."""
+        ...
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Trace for arrays or their shapes, without computing anything."""
+        ...
 
 
 class TrainFns:
@@ -47,6 +61,8 @@ class TrainFns:
     """
 
     def __init__(self, config: Config, mesh: Mesh, task: Task, model: ModelDef):
+        # From here on no traced number is in reach: one that a function read from the config would be a constant of the
+        # program, and wrong for every other run that shares it.
         self.config, self.task = static_key(config), task
         self.optimizer = functools.partial(make_optimizer, self.config.optimizer, config.num_updates)
         self.sampler: DeviceSampler = make_sampler(self.config, task, model, mesh)
@@ -55,11 +71,12 @@ class TrainFns:
         self.iterate: Iteration = make_iterations(self.collect, self.update, max(config.steps_per_call, 1))
 
     def init(self, weights: Params, adapters: Params | None, hyperparams: Hyperparams) -> TrainState:
-        """The state at step 0.
+        """Make the state at step 0.
 
         Args:
-          weights: all weights but adapters. adapters: what is trained instead, on frozen weights; None: the weights are.
-          hyperparams: the numbers that the run goes by.
+          weights: all weights but adapters. adapters: trained on frozen weights; None: the weights are trained.
+          hyperparams: the run's numbers.
+        Returns: the state, with every array that later ones have: compiled programs need one structure from the start.
         """
         config = self.config
         base, trained = None, weights
@@ -75,6 +92,8 @@ class TrainFns:
             pending=None,
             hyperparams=hyperparams,
         )
+        # A copy, because every call donates the state and no buffer can be given away twice. Without a KL there is none, and
+        # with adapters the frozen base is the reference: either saves the memory of all weights.
         if config.objective.needs_reference and adapters is None:
             state = dataclasses.replace(state, ref_params=jax.tree.map(jnp.copy, weights))
         if config.dynamic_sampling.enabled:
@@ -85,14 +104,14 @@ class TrainFns:
         return state
 
     def example_batch(self, policy: Params) -> Batch:
-        """The shapes of a batch, without computing one. policy: all weights, or their shapes."""
+        """Return the shapes of a batch, without computing one. policy: all weights, or their shapes."""
         P, G = self.config.rollout.num_prompts, self.config.rollout.group_size
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
         row = jax.ShapeDtypeStruct((P, G), jnp.float32)
         return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
 
-    def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Any, Any]:
-        """`advantages_with_grpo` of a batch."""
+    def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+        """Compute `advantages_with_grpo` of a batch."""
         obj = with_hyperparams(self.config.objective, hyperparams)
         return advantages_with_grpo(obj, batch, filter_truncated=self.config.overlong.filter)
 
@@ -113,15 +132,15 @@ class Run:
     fns: TrainFns
     abstract_state: TrainState
     init: Callable[[Params, Params | None, Hyperparams], TrainState]
-    collect: Any
-    update: Any
-    iterate: Any
-    async_step: Callable[[TrainState], Collected]
+    collect: Callable[[TrainState], Collected]
+    update: CompiledUpdate
+    iterate: Iteration
+    async_step: Iteration
     load_weights: Callable[[], Params]
-    _advantages: Callable[[Hyperparams, Batch], tuple[Any, Any]]
+    _advantages: Callable[[Hyperparams, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
 
     @functools.cached_property
-    def evaluate(self):
+    def evaluate(self) -> Evaluate:
         """evaluate(params) -> {name: Estimate}; see `make_evaluate`."""
         return make_evaluate(self.config, self.task, self.model, self.mesh)
 
@@ -130,12 +149,12 @@ class Run:
         """The config's numbers, on every device."""
         return jax.device_put(hyperparams_of(self.config), NamedSharding(self.mesh, REPLICATED))
 
-    def advantages(self, batch: Batch) -> tuple[Any, Any]:
-        """The advantages of a batch and plain GRPO's of its rows; see `advantages_with_grpo`."""
+    def advantages(self, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+        """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`."""
         return self._advantages(self.hyperparams, batch)
 
     def with_config(self, config: Config) -> Run:
-        """The run of another config of the same static key, with the same compiled functions.
+        """Return the run of another config of the same static key, with the same compiled functions.
 
         Raises: ValueError if the static keys differ.
         """
@@ -145,34 +164,37 @@ class Run:
         return dataclasses.replace(self, config=config, load_weights=load)
 
     def initial_weights(self) -> Params:
-        """All weights at step 0 but adapters, each in its sharding."""
+        """Return all weights at step 0 but adapters, each in its sharding."""
         return jax.device_put(self.load_weights(), shardings_of(base_of(self.abstract_state)))
 
     def initial_state(self) -> TrainState:
-        """The state at step 0: weights loaded or warm-started, each in its sharding."""
+        """Return the state at step 0: weights loaded or warm-started, each in its sharding."""
         weights, adapters = self.initial_weights(), None
         if self.model.lora is not None:
             adapters = build.initial_adapters(self.config, self.model, shardings_of(self.abstract_state.params))
         return self.init(weights, adapters, self.hyperparams)
 
     def restore_state(self, checkpointer: Checkpointer, step: int) -> TrainState:
-        """The state after `step`: what changes is read from the checkpoint, frozen weights are reloaded from their source."""
+        """Read the state after `step` from its checkpoint, and the frozen weights from their source again."""
         like = self.abstract_state
+        # The numbers are this config's: in a run that resumes with changed settings the new ones hold.
         state = dataclasses.replace(checkpointer.restore(step, like), hyperparams=self.hyperparams)
+        # With nothing frozen there is no need to load weights, or to warm-start them once more.
         if like.base is None and like.ref_params is None:
             return state
         weights = self.initial_weights()
         return dataclasses.replace(state, base=like.base and weights, ref_params=like.ref_params and weights)
 
     def restore_policy(self, workdir: pathlib.Path, step: int) -> Params:
-        """The policy's weights after `step` of the run in `workdir`, and nothing else."""
+        """Read the policy's weights after `step` of the run in `workdir`, and nothing else."""
         trained = restore_params(workdir, step, self.abstract_state.params)
         if self.model.lora is None:
             return trained
         return join_params(self.initial_weights(), trained)
 
     def vmapped(self) -> Run:
-        """The same run with functions that advance many states of its static key: each takes and gives stacked ones."""
+        """Return the same run with functions that advance many states of its static key, stacked on a leading axis."""
+        # The axis of members is not sharded: each device has its shards of all of them, laid out as for a single run.
         states = jax.tree.map(
             lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), shardings_of(self.abstract_state)
         )
@@ -186,7 +208,8 @@ class Run:
 
 
 def make_run(config: Config) -> Run:
-    """Config -> Run. Reads the task's data and the model's config.json; loads no weights. Raises UserError on bad input."""
+    """Make the run of a config: read the task's data and the model's config.json, but no weights. Raises UserError."""
+    # What fails fast comes first: a mesh that does not suit is known before data is read, and bad data before weights are.
     mesh = make_mesh(config.mesh.sizes)
     check_batch_divisible(config, mesh)
     task = build.make_task(config)
@@ -198,6 +221,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
 
     Args:
       config: checked. mesh: of its sizes. task: where prompts and rewards come from. model: the decoder's static half.
+    Returns: the run; nothing is compiled before its functions are called.
     Raises: UserError if the task or the model cannot do what the config asks.
     """
     check_task_suits(config, task)
@@ -207,8 +231,11 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
     like = abstract_state_of(config, mesh, jax.eval_shape(fns.init, base, adapters or None, hyperparams))
     states, everywhere = shardings_of(like), NamedSharding(mesh, REPLICATED)
+    # Shardings of results are fixed, or the compiler would choose them: a state that came back in others would make the next
+    # call compile once more, and could not take the place of the donated buffers.
     sampled = (states, NamedSharding(mesh, ROWS), everywhere)  # of the state, and the batch and metrics beside it
-    collect: Any = fns.collect
+    # A host's sampler jits its own parts, for tokens and rewards pass through the host between them.
+    collect: Callable[[TrainState], Collected] = fns.collect
     if task.is_traceable:
         collect = jax.jit(collect, donate_argnums=0, out_shardings=sampled)
     return Run(
@@ -232,7 +259,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
 
 
 def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: TrainState) -> Params:
-    """`build.initial_params`, in the shardings of a state.
+    """Make `build.initial_params` in the shardings of a state.
 
     Args:
       config, model, task: of the run. abstract_state: shapes and shardings.
@@ -242,12 +269,12 @@ def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: Tr
 
 
 def base_of(state: TrainState) -> Params:
-    """All of the policy's weights but adapters."""
+    """Return all of the policy's weights but adapters."""
     return state.params if state.base is None else state.base
 
 
 def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
-    """The shapes of a state with the shardings they belong to.
+    """Give the shapes of a state their shardings.
 
     Args:
       config: fsdp_min_elements and offload are read. mesh: may be abstract. shapes: from `jax.eval_shape`.
@@ -256,13 +283,15 @@ def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainSt
     like = with_shardings(shapes, mesh, config.mesh.fsdp_min_elements)
     if config.optimizer.offload:
         like = dataclasses.replace(like, opt_state=offload_to_host(like.opt_state))
+    # A batch is no weight, so the table of parameters has no axes for it: its rows are sharded, as they were when sampled.
     rows = NamedSharding(mesh, ROWS)
     next_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), like.next_batch)
     return dataclasses.replace(like, next_batch=next_batch)
 
 
 def check_task_suits(config: Config, task: Task) -> None:
-    """The task can be run as the config asks. Raises UserError naming the field."""
+    """Check that the task can be run as the config asks. Raises UserError naming the field."""
+    # Not in config/validation.py: the task alone knows if it is traceable, and tests and programs bring tasks of their own.
     if config.async_steps and task.is_traceable:
         raise UserError(
             f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "
@@ -275,7 +304,8 @@ def check_task_suits(config: Config, task: Task) -> None:
 
 
 def check_batch_divisible(config: Config, mesh: Mesh) -> None:
-    """Every device gets as many whole groups as the others, in every minibatch and microbatch. Raises UserError."""
+    """Check that in every minibatch and microbatch each device has equally many whole groups. Raises UserError."""
+    # Not in config/validation.py: with mesh.data = -1 the machine decides how many devices there are.
     prompts, learner = config.rollout.num_prompts, config.learner
     in_minibatch, shards = prompts // learner.num_minibatches, num_row_shards(mesh)
     if in_minibatch % shards:
@@ -284,9 +314,10 @@ def check_batch_divisible(config: Config, mesh: Mesh) -> None:
             f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp); use a multiple, "
             "or set config.mesh.data"
         )
-    groups, cuts = in_minibatch // shards, learner.num_microbatches
-    if groups % cuts and (cuts % groups or config.rollout.group_size % (cuts // groups)):
+    groups, num = in_minibatch // shards, learner.num_microbatches
+    # Microbatches may be smaller than a group, as each token's advantage and weight are known before the batch is split.
+    if groups % num and (num % groups or config.rollout.group_size % (num // groups)):
         raise UserError(
-            f"config.learner.num_microbatches = {cuts}: must divide a device's {groups} groups, "
+            f"config.learner.num_microbatches = {num}: must divide a device's {groups} groups, "
             f"or be a multiple of them that also divides group_size = {config.rollout.group_size}"
         )

@@ -26,9 +26,9 @@ _SUMMARIES: Any = summary_pb2
 
 
 class RunLog:
-    """Appends a run's records and shows how it goes. Records beyond `step` are cut off, so that none appears twice.
+    """Appends a run's records and shows its progress. Records beyond `step` are removed, so that none appears twice.
 
-    step: of the checkpoint that the run goes on from; -1: none. num_steps: of the whole run.
+    step: of the checkpoint that the run resumes from; -1: none. num_steps: of the whole run.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, num_steps: int):
@@ -36,11 +36,12 @@ class RunLog:
         self._metrics = _reopen(workdir / "metrics.jsonl", step)
         self._completions = _reopen(workdir / "completions.jsonl", step)
         self._events = EventFileWriter(str(workdir / "tensorboard"))
+        # An event file cannot be truncated; this event tells TensorBoard to drop the points of earlier files from its step on.
         restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
         self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl, a point on each TensorBoard curve, the progress line."""
+        """Write a line in metrics.jsonl and a point on each TensorBoard curve, and show the step."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         summary = _SUMMARIES.Summary(
             value=[_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -52,12 +53,14 @@ class RunLog:
             self._progress.note(f"step {step}: {missing:.0%} of the groups are missing: all sampling rounds spent")
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Sampled completions, a line each."""
+        """Write sampled completions, a line each."""
         for row in rows:
             self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
-        """Everything so far is on disk (called before a checkpoint: the log may run ahead of it, never behind)."""
+        """Put all records so far on disk."""
+        # Called before a checkpoint: the log may be ahead of it, and is truncated on resuming, but never behind. fsync, because
+        # flush alone leaves lines in the system's memory, which a crash of the machine may lose while the checkpoint survives.
         for file in (self._metrics, self._completions):
             file.flush()
             os.fsync(file.fileno())
@@ -72,16 +75,18 @@ class RunLog:
 
 
 def _reopen(path: pathlib.Path, step: int) -> IO[str]:
-    """Open for appending after the last record of `step`; a line cut short by a kill goes too."""
+    """Open for appending after the last record of `step`; a line that a kill left unfinished goes too."""
+    # Steps beyond the checkpoint are done again. And behind an unfinished line the next record would not begin on its own line.
     kept = [line for line, record in _records(path) if record["step"] <= step]
     path.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8", buffering=1)  # a line at a time, for those who look while the run goes on
 
 
 def _records(path: pathlib.Path):
-    """-> (line, record) for each whole line; the last one may have been cut anywhere, inside a character too."""
+    """Yield (line, record) of each complete line."""
     if not path.exists():
         return
+    # A kill may leave the last line unfinished, even inside of a character: that must be no error of decoding.
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -91,17 +96,17 @@ def _records(path: pathlib.Path):
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl, in order."""
+    """Read the records of metrics.jsonl, in order."""
     return [record for _, record in _records(workdir / "metrics.jsonl")]
 
 
 def read_completions(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of completions.jsonl, in order; their fields: `completions.completion_rows`, and `step`."""
+    """Read the records of completions.jsonl, in order; their fields: `completions.completion_rows`, and `step`."""
     return [record for _, record in _records(workdir / "completions.jsonl")]
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """The config that the run was started with. Raises UserError if the folder is not that of a run."""
+    """Read the config that the run was started with. Raises UserError if the folder is not that of a run."""
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
@@ -109,7 +114,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def points(records: Iterable[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of each record that has the metric. "@" stands for any number: eval/mean@ finds eval/mean@4."""
+    """List (step, value) of each record that has the metric. "@" is for any number: eval/mean@ finds eval/mean@4."""
     pattern = re.compile(re.escape(name).replace("@", r"@\d+"))
     return [(record["step"], record[key]) for record in records for key in record if pattern.fullmatch(key)]
 
@@ -143,6 +148,7 @@ class ProgressLine:
         say = "  ".join(f"{label} {form.format(self._seen[key])}" for label, key, form in self.FIELDS if key in self._seen)
         self._progress.update(self._bar, completed=step, say=say)
         now = time.monotonic()
+        # The first step compiles, which may take longer than all others: time left counts from the end of it.
         if self._warm is None and step > self._start:
             self._warm = step, now
         if not self._is_live and (now - self._last_line >= PLAIN_LINE_EVERY_SECS or step in (self._start, self._total)):
@@ -153,7 +159,7 @@ class ProgressLine:
             print(f"step {step}/{self._total}  {say}{left}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line above the live one, at most once every PLAIN_LINE_EVERY_SECS."""
+        """Print a line above the live one, at most once every PLAIN_LINE_EVERY_SECS."""
         now = time.monotonic()
         if now - self._last_note >= PLAIN_LINE_EVERY_SECS:
             self._last_note = now

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int, Key
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config, RolloutConfig
@@ -27,25 +28,26 @@ from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from grpo_jax.tasks import Task, TraceableTask
-from grpo_jax.types import Batch, Params, Prompts, Reward, Rollout, TrainState
+from grpo_jax.types import Arrays, Batch, Params, Prompts, Reward, Rollout, TrainState
+
+# (weights as `make_sampler_weights` gives them, prompts, key of the round) -> completions.
+RunRollout = Callable[[Params, Prompts, Key[jax.Array, ""]], Rollout]
 
 
 class StartedRound(NamedTuple):
     """A rollout that may still be under way.
 
-    weights: what it is sampled with, for further rounds. shuffle_key: of the control experiment. step: int32, whose policy
+    weights: those it is sampled with, for further rounds. shuffle_key: of the control experiment. step: int32, whose policy
     samples.
     """
 
     weights: Params
     rollout: Rollout
-    shuffle_key: Any
-    step: Any
+    shuffle_key: Key[jax.Array, ""]
+    step: Int[Arrays, ""]
 
 
-def make_rollout(
-    model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh
-) -> Callable[[Params, Prompts, Any], Rollout]:
+def make_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: Mesh) -> RunRollout:
     """Bind a rollout to a mesh. Each device leaves its decoding loop when its own rows have ended.
 
     Args:
@@ -53,6 +55,8 @@ def make_rollout(
     Returns: run(params, prompts, key) -> Rollout. params: as `gather_params_for_decoding` gives them; sharded over fsdp they
       would be gathered in every call.
     """
+    # By hand and not by the compiler: its loop would run in all devices until the last row of all had ended, and agree on that
+    # with a collective at every token.
     sharded = shard_map_over_batch(
         lambda params, prompts, keys_PG: rollout(model, params, prompts, keys_PG, config, ends),
         mesh,
@@ -60,7 +64,8 @@ def make_rollout(
         ROWS,
     )
 
-    def run(params: Params, prompts: Prompts, key: Any) -> Rollout:
+    def run(params: Params, prompts: Prompts, key: Key[jax.Array, ""]) -> Rollout:
+        # Made outside of `sharded`, where a row still has its number in the global batch: so the mesh changes no sample.
         keys_PG = row_keys(key, len(prompts.tokens_PS), config.group_size)
         prompts, keys_PG = constrain((prompts, keys_PG), mesh, ROWS)
         return sharded(params, prompts, keys_PG)
@@ -69,7 +74,8 @@ def make_rollout(
 
 
 def make_sampler_weights(config: Config, mesh: Mesh) -> Callable[[Params], Params]:
-    """Bind `gather_params_for_decoding`: the policy -> its weights as rollouts read them, made once for a step."""
+    """Bind `gather_params_for_decoding`: the policy -> its weights as rollouts read them."""
+    # Apart from the rollout: all rounds of a step, or all batches of an evaluation, need one gather between them.
     dtype, min_elements = jnp.dtype(config.model.dtype), config.mesh.fsdp_min_elements
     return lambda policy: gather_params_for_decoding(policy, mesh, min_elements, dtype)
 
@@ -79,19 +85,27 @@ class DeviceSampler:
 
     while_loop = staticmethod(jax.lax.while_loop)
 
-    def __init__(self, config: Config, task: Any, run_rollout: Callable[[Params, Prompts, Any], Rollout], mesh: Mesh):
-        """Bind the static parts. task: a TraceableTask, or for a HostSampler any Task. run_rollout: from `make_rollout`."""
+    def __init__(self, config: Config, task: Any, run_rollout: RunRollout, mesh: Mesh):
+        """Bind the static parts.
+
+        Args:
+          config: of the run, or its static key. task: a TraceableTask, or for a HostSampler any Task.
+          run_rollout: from `make_rollout`. mesh: rows are sharded over it.
+        """
         self.config, self.task, self.mesh = config, task, mesh
         self.run_rollout = run_rollout
         self.sampler_weights = make_sampler_weights(config, mesh)
 
-    def start(self, state: TrainState, weights: Params, number: Any) -> StartedRound:
+    def start(self, state: TrainState, weights: Params, number: Int[Arrays, ""]) -> StartedRound:
         """Put a rollout on the device's queue.
 
         Args:
           state: its data position and hyperparams decide the prompts, its step the randomness.
           weights: from `sampler_weights`. number: int32, of the round within this step, from 0.
+        Returns: the round, to be finished. It returns at once; the device may be at work on something else still.
         """
+        # A round is started and finished apart for `make_async_step`: the update goes on the queue between the two, and the
+        # device works on it while the host computes the rewards.
         assert state.hyperparams is not None, "a state to sample with has its hyperparams"
         prompts = self.prompts(state, number)
         key, shuffle_key = (
@@ -101,20 +115,22 @@ class DeviceSampler:
         return StartedRound(weights, self.run_rollout(weights, prompts, key), shuffle_key, state.step)
 
     def finish(self, started: StartedRound) -> tuple[Batch, dict[str, Metric]]:
-        """Reward a round; -> (its Batch, metrics of all that was sampled)."""
+        """Score a round; -> (its Batch, metrics of all that was sampled)."""
         return self.make_batch(started.rollout, self.reward(started.rollout), started.shuffle_key, started.step)
 
-    def prompts(self, state: TrainState, number: Any) -> Prompts:
-        """The training prompts of a round."""
+    def prompts(self, state: TrainState, number: Int[Arrays, ""]) -> Prompts:
+        """Return the training prompts of a round."""
         P = self.config.rollout.num_prompts
         assert state.hyperparams is not None
         return self.task.train_prompts(state.num_prompts_drawn + number * P, P, state.hyperparams.seed)
 
     def reward(self, rolled: Rollout) -> Reward:
-        """The task's word on every completion."""
+        """Score every completion by the task's reward."""
         return self.task.reward(rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT)
 
-    def make_batch(self, rolled: Rollout, reward: Reward, shuffle_key: Any, step: Any) -> tuple[Batch, dict[str, Metric]]:
+    def make_batch(
+        self, rolled: Rollout, reward: Reward, shuffle_key: Key[jax.Array, ""], step: Int[Arrays, ""]
+    ) -> tuple[Batch, dict[str, Metric]]:
         """Shape the rewards.
 
         Args:
@@ -138,32 +154,36 @@ class DeviceSampler:
 class HostSampler(DeviceSampler):
     """Rounds of a task on the host: prompts and rewards are numpy arrays, the parts between them are jitted one by one."""
 
-    def __init__(self, config: Config, task: Task, run_rollout: Callable[[Params, Prompts, Any], Rollout], mesh: Mesh):
+    def __init__(self, config: Config, task: Task, run_rollout: RunRollout, mesh: Mesh):
         super().__init__(config, task, run_rollout, mesh)
+        # No program holds a whole round, since prompts and rewards need the host, so each of the parts is one. The sharding of
+        # the rollout is fixed: `addressable_rows` asks which rows are this process's.
         self.run_rollout = jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
         self.sampler_weights = jax.jit(self.sampler_weights)
         self.make_batch = jax.jit(self.make_batch)
 
     @staticmethod
     def while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
-        """`jax.lax.while_loop` for bodies that need the host."""
+        """Loop like `jax.lax.while_loop`, for bodies that need the host."""
+        # The condition reads rewards, which all processes have in full: so all of them decide alike, and come to the same
+        # number of rollouts. If one left the loop alone, the others would wait for it in a collective.
         while np.asarray(cond(carry)):
             carry = body(carry)
         return carry
 
-    def prompts(self, state: TrainState, number: Any) -> Prompts:
-        """The training prompts of a round; each process reads those of its own devices."""
+    def prompts(self, state: TrainState, number: Int[Arrays, ""]) -> Prompts:
+        """Return the training prompts of a round; each process reads those of its own devices."""
         P = self.config.rollout.num_prompts
         start = int(state.num_prompts_drawn + number * P)
         return hosts.make_global_batch(lambda first, num: self.task.train_prompts(start + first, num), P, self.mesh)
 
     def reward(self, rolled: Rollout) -> Reward:
-        """The task's word on every completion; each process scores its own rows, all of them get the whole."""
+        """Score every completion: each process its own rows, and all processes get the rewards of all."""
         return score_local_rows(self.task, rolled)
 
 
 def end_tokens(task: Task) -> EndTokens:
-    """The ids that completions of a task end with."""
+    """Return the ids that completions of a task end with."""
     return EndTokens(task.stop_ids, task.tokenizer.pad_id)
 
 
@@ -172,6 +192,7 @@ def make_sampler(config: Config, task: Task | TraceableTask, model: ModelDef, me
 
     Args:
       config: of the run, or its static key. task: traceable or on the host. model: decoder. mesh: rows are sharded over it.
+    Returns: a DeviceSampler for a traceable task, else a HostSampler.
     """
     run_rollout = make_rollout(model, config.rollout, end_tokens(task), mesh)
     if task.is_traceable:
@@ -180,7 +201,9 @@ def make_sampler(config: Config, task: Task | TraceableTask, model: ModelDef, me
 
 
 def score_local_rows(task: Task, rolled: Rollout) -> Reward:
-    """`task.reward` on this process's rows, then the rewards of all rows in every process."""
+    """Call `task.reward` on this process's rows, and gather the rewards of all rows in every process."""
+    # Scoring is what takes the host's time, so no row is scored twice. Rewards decide which groups are kept and if another
+    # round is needed, and every process must decide that alike: so all of them get all rewards, a few numbers for each row.
     rows, local = hosts.addressable_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
     reward = task.reward(*local)
     task_PG, shaping_PG = hosts.allgather_rows(rows, (reward.task_PG, reward.shaping_PG), len(rolled.tokens_PGT))
@@ -188,7 +211,8 @@ def score_local_rows(task: Task, rolled: Rollout) -> Reward:
 
 
 def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
-    """Metrics of the policy in a round, over all of its completions, kept or not."""
+    """Compute metrics of the policy in a round, over all of its completions, kept or not."""
+    # Of the kept groups alone they would say how well the filter works: each has right and wrong answers in it.
     rolled = batch.rollout
     lengths_PG = rolled.mask_PGT.sum(-1)
     return {

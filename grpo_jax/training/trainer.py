@@ -23,6 +23,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
 from grpo_jax.training.completions import completion_rows
@@ -45,7 +46,7 @@ def train(
 
     Args:
       config: of the run. workdir: its folder, new or that of the same run.
-      allow_config_change: go on though the folder was written by another config.
+      allow_config_change: resume although the folder was written by another config.
       profiled: steps whose calls jax.profiler traces into <workdir>/profile.
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
@@ -87,11 +88,13 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> None
 def train_members(
     fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, *, allow_config_change: bool
 ) -> list[dict[str, Any] | None]:
-    """Open the folders of some runs, loop, and finish each; -> their summaries.
+    """Open the folders of some runs, loop, and finish each.
 
     Args:
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
       profiler: of the calls. allow_config_change: as in `train`.
+    Returns: their summaries; None for each on hosts that do not write.
+    Raises: ValueError if the runs are not all at one step.
     """
     with contextlib.ExitStack() as stack:
         opened = [
@@ -99,10 +102,12 @@ def train_members(
             for run, workdir in zip(runs, workdirs, strict=True)
         ]
         members, states, resumed = zip(*opened, strict=True)
+        # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
             raise ValueError(f"runs at different steps cannot go on together: {resumed}")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
+    # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
     if not hosts.is_first():
         return [None] * len(runs)
     return [finalize_run(run.config, workdir) for run, workdir in zip(runs, workdirs, strict=True)]
@@ -115,9 +120,10 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
     Args:
       run: built. workdir: its folder. allow_config_change: as in `train`.
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
-    Raises: UserError if there is nothing to go on from, or the folder is another config's.
+    Raises: UserError if there is nothing to resume from, or the folder is another config's.
     """
-    # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+    # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them. All processes
+    # take the first one's word on the folder, since they compute the weights together and a file may show late on one host.
     names = ("checkpoints", "summary.json")
     is_begun, is_ended = hosts.broadcast_from_process0(np.asarray([(workdir / name).exists() for name in names]))
     if is_ended and not is_begun:
@@ -135,6 +141,7 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
         state = run.restore_state(checkpointer, resumed)
     elif state is None:  # killed before its first checkpoint
         state = announced_initial_state(run)
+    # The log is opened last, because this removes the records beyond the checkpoint: it must have been read without an error.
     log = None
     if hosts.is_first():
         log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps)
@@ -147,7 +154,7 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
 
 
 def announced_initial_state(run: Run) -> TrainState:
-    """`Run.initial_state`, with a line for those who wait for it."""
+    """Make `Run.initial_state`, with a line on the console for those who wait for it."""
     config = run.config
     what = f"warm start, {config.warm_start.num_steps} supervised steps"
     if config.model.path:
@@ -162,6 +169,8 @@ def announced_initial_state(run: Run) -> TrainState:
 class StopSignal:
     """While it is entered, SIGTERM asks the loop to save and end; the handler itself only takes note."""
 
+    # Python runs a handler between any two statements. There the state may be donated to a call that has not returned, or a
+    # record half written, so nothing could be saved from inside of it.
     is_set = False
 
     def __enter__(self) -> StopSignal:
@@ -189,14 +198,14 @@ class PendingMetrics:
     """The steps of one call before they are in the records. timing: of each; evaluated: after the last."""
 
     last_step: int
-    steps: list[dict[str, Any]]
+    steps: list[dict[str, Metric]]
     timing: dict[str, float]
     evaluated: dict[str, float]
 
 
 @dataclasses.dataclass
 class Member:
-    """A run with its open files: what is written between calls. log: None on hosts that do not write.
+    """A run with its open files. It writes between calls. log: None on hosts that do not write.
 
     pending: the metrics of the newest call. They are read and written while the next one computes.
     """
@@ -222,8 +231,10 @@ class Member:
           state, batch: as the call left them. pending: its metrics; written here if the state is saved, else in the next call.
         """
         config, step = self.run.config, pending.last_step
+        # Not read yet: the next call is put on the device's queue first, and then the host has time to write.
         self.pending = pending
         if config.log.completions_every and step % config.log.completions_every == 0:
+            # In every process, though only the first writes: rows of all of them are gathered.
             adv_PGT, grpo_PG = self.run.advantages(batch)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
             if self.log:
@@ -231,17 +242,21 @@ class Member:
         is_last = step == config.num_steps
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
+        # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
         if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
+        # Taken before it is written: `Loop.advance` and `save` both flush, and no record may be there twice.
         pending, self.pending = self.pending, None
         if pending is None:
             return
         first = pending.last_step - len(pending.steps) + 1
         for step, metrics in enumerate(pending.steps, first):
-            num_tokens = float(metrics["completion/length_mean"].total)
+            lengths = metrics["completion/length_mean"]
+            assert isinstance(lengths, Mean)  # its total is the number of tokens
+            num_tokens = float(lengths.total)
             values = {**metrics_lib.to_floats(metrics), **pending.timing}
             values["tokens/s"] = num_tokens / pending.timing["time/step_secs"]
             if step == pending.last_step:
@@ -254,7 +269,9 @@ class Member:
             self.log.metrics(step, values)
 
     def save(self, state: TrainState) -> None:
-        """Put everything on disk; the log first, then the checkpoint: a resumed run then never lacks a record."""
+        """Put everything on disk."""
+        # The log first, then the checkpoint. A kill between the two leaves records beyond the checkpoint, which the resumed run
+        # removes and writes again; the other way round, the pending step would never have a record.
         self.flush_pending()
         if self.log:
             self.log.flush()
@@ -280,6 +297,8 @@ class Loop:
         state = self.stack(states)
         del states  # the calls donate it
         for step in self.calls(resumed):
+            # A signal reaches the processes at different times, or only one of them. One that left the loop by itself would
+            # leave the others waiting in the next call's collectives, so all are asked, and all stop at the same step.
             if hosts.any_process(self.stop.is_set):
                 break
             with self.profiler(step):
@@ -287,16 +306,20 @@ class Loop:
             each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
             for member, member_state, member_batch, member_pending in each:
                 member.after_step(member_state, member_batch, member_pending)
+        # After a SIGTERM this is the save that was asked for; at the end of a run the step is saved already.
         for member, member_state in zip(self.members, self.unstack(state), strict=True):
             member.save(member_state)
 
     def calls(self, resumed: int | None) -> range:
-        """The last step of each call."""
+        """Return the last step of each call."""
         num = max(self.fns.config.steps_per_call, 1)
         return range((resumed or 0) + num, self.fns.config.num_steps + 1, num)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Batch, list[PendingMetrics]]:
-        """Make one call, up to step `step`; what is pending from the last one is written while the device works."""
+        """Make one call, up to step `step`; metrics pending from the call before are written while the device works."""
+        # Calls return as soon as they are queued. Reading this call's metrics would wait for it, and the device would be idle
+        # while they are written; those of the call before are there already. So records are one call late, and are written
+        # before the host blocks.
         config, began = self.fns.config, time.monotonic()
         timing: dict[str, float] = {}
         if config.steps_per_call:
@@ -306,22 +329,26 @@ class Loop:
         else:
             state, batch, sampled = self.fns.collect(state)
             self.flush_pending()
+            # Only to time the halves apart: the update could be queued behind the rollout.
             jax.block_until_ready(batch)
             timing["time/rollout_secs"] = time.monotonic() - began
             state, updated = self.fns.update(state, batch)
             metrics = metrics_lib.merge(sampled, updated)
         self.flush_pending()
+        # For the time of the step, and so that no more than one call is ever on the queue.
         jax.block_until_ready(state.step)
         secs = time.monotonic() - began
         if timing:
             timing["time/update_secs"] = secs - timing["time/rollout_secs"]
         timing["time/step_secs"] = secs / max(config.steps_per_call, 1)
+        # Each member's record has its share, so that the seconds of a sweep's runs add up to what the sweep took.
         timing = {name: each / len(self.members) for name, each in timing.items()}
         return state, batch, [PendingMetrics(step, steps, timing, {}) for steps in self.steps_of(metrics)]
 
-    def steps_of(self, metrics: dict[str, Any]) -> list[list[dict[str, Any]]]:
-        """The metrics of a call -> for each member, those of its steps."""
+    def steps_of(self, metrics: dict[str, Metric]) -> list[list[dict[str, Metric]]]:
+        """Split the metrics of a call: for each member, those of its steps."""
         num_steps = self.fns.config.steps_per_call
+        # Stacked ones are read in one transfer: on the device, each step of each metric would be a slice of its own.
         if num_steps or len(self.members) > 1:
             metrics = jax.device_get(metrics)
         if not num_steps:
@@ -329,12 +356,13 @@ class Loop:
         return [metrics_lib.unstack_metrics(one, num_steps) for one in self.unstack(metrics)]
 
     def flush_pending(self) -> None:
-        """`Member.flush_pending` of all."""
+        """Flush the pending records of all members."""
         for member in self.members:
             member.flush_pending()
 
     def stack(self, trees: Sequence[Any]) -> Any:
-        """The trees of all members -> one, with a leading axis of members; that of a single one stays as it is."""
+        """Stack the trees of all members on a leading axis; the tree of a single one stays as it is."""
+        # A run by itself is no batch of one: its programs are those that were not vmapped.
         if len(trees) == 1:
             return trees[0]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -348,7 +376,8 @@ class Loop:
 
 @functools.partial(jax.jit, static_argnums=1)
 def split_leading_axis(tree: Any, num: int) -> list[Any]:
-    """A tree of arrays [num, ...] -> num trees."""
+    """Split a tree of arrays [num, ...] into num trees."""
+    # Under jit all slices are one call; a state has many leaves, and each would be dispatched num times.
     return [jax.tree.map(operator.itemgetter(i), tree) for i in range(num)]
 
 
