@@ -1,4 +1,4 @@
-"""A field of a config that knows all there is to know about it: default, comment, unit, range. Nothing else repeats these."""
+"""A field of a config with everything that is known about it: default, comment, unit, range. Nothing else repeats these."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """Say what is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
+        # Before the bounds, since a field may have none, and no field can be NaN or infinite.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
         if self.choices and value not in self.choices:
@@ -51,6 +52,7 @@ class Knob:
 
 def knob(default: Any, about: str, **limits: Any) -> Any:
     """Declare a field of a frozen dataclass; limits: the other fields of Knob."""
+    # Any, as `dataclasses.field` is typed as its default: the field's own annotation says its type.
     return dataclasses.field(default=default, metadata={"knob": Knob(about, **limits)})
 
 

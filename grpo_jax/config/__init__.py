@@ -67,7 +67,9 @@ __all__ = [
 
 
 def parse_config(config: Any) -> Config:
-    """ConfigDict (or nested mapping) -> validated Config. Raises UserError naming field, value and fix."""
+    """Make a validated Config of a ConfigDict or nested mapping. Raises UserError naming field, value and fix."""
+    # In this order: names of older versions first, or they would be unknown; then types; then values, which checks may compare
+    # only when all types are right.
     values = config.to_dict() if hasattr(config, "to_dict") else config
     parsed = build(Config, upgrade(values) if isinstance(values, Mapping) else values, "config")
     validate(parsed)

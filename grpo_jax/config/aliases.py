@@ -22,7 +22,7 @@ RENAMED: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def upgrade(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A nested mapping of settings with old names replaced by new ones; what is set under its new name stays.
+    """Replace old names in a nested mapping of settings by new ones; a setting under its new name stays.
 
     Args:
       values: settings, nested as a Config is. where: their dotted path, empty for a whole config.
@@ -30,6 +30,7 @@ def upgrade(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     new = {}
     for name, value in values.items():
         dotted = f"{where}{name}"
+        # A renamed field keeps its group, so its new name belongs into the same mapping.
         if dotted in RENAMED:
             name, value = upgrade_setting(dotted, value)
             new.setdefault(name.rpartition(".")[2], value)
@@ -39,15 +40,14 @@ def upgrade(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an older version's config.json under today's names, with newer fields at their defaults.
-
-    Only for what a run wrote itself: in a person's config a missing field is a mistake, and an error.
-    """
+    """Bring the settings of an older version's config.json to today's names, with newer fields at their defaults."""
+    # Only for files that a run wrote itself: it had no such field, and did what the default does. In a person's config a
+    # missing field is a mistake, and `strict.build` says so.
     return _filled(upgrade(values), Config().to_dict())
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, and what only the defaults have, at every depth."""
+    """Add to the values what only the defaults have, at every depth."""
     filled = {**defaults, **values}
     for name, default in defaults.items():
         if isinstance(default, Mapping) and isinstance(filled[name], Mapping):
@@ -56,7 +56,7 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 
 def upgrade_setting(name: str, value: Any) -> tuple[str, Any]:
-    """One setting by its dotted name, under its new name. Warns (FutureWarning) if the name is an old one."""
+    """Return one setting, by its dotted name, under its new name. Warns (FutureWarning) if the name is an old one."""
     if name not in RENAMED:
         return name, value
     new_name, convert = RENAMED[name]

@@ -25,13 +25,15 @@ class Part(NamedTuple):
 
 
 def parse(expression: str, field: str) -> tuple[Part, ...]:
-    """The terms of an expression, none for an empty one. field: where it stands, for messages.
+    """Parse the terms of an expression, none for an empty one. field: its dotted name, for messages.
 
     >>> parse("0.2*format - my_rewards:brevity", "config.reward.shaping")
     (Part(name='format', weight=0.2), Part(name='my_rewards:brevity', weight=-1.0))
 
     Raises UserError naming the field and what is wrong with it.
     """
+    # Term by term, and not by one pattern for all: so a message can quote the rest that could not be read. Only the first term
+    # may be without a sign.
     parts: list[Part] = []
     position = len(expression) - len(expression.lstrip())
     while position < len(expression):
@@ -40,6 +42,7 @@ def parse(expression: str, field: str) -> tuple[Part, ...]:
             rest = expression[position:]
             raise UserError(f"{field} = {expression!r}: cannot read {rest!r}; write it like '0.2*format + 0.1*length'")
         name = term["name"]
+        # A module is not imported here: users' rewards are loaded in the processes that score.
         if ":" not in name and name not in NAMES:
             raise UserError(f"{field} = {expression!r}: no part {name!r}; there are {', '.join(NAMES)} and module:function")
         if name in [part.name for part in parts]:

@@ -12,17 +12,26 @@ from grpo_jax.errors import UserError
 
 
 def build(cls: type, values: Any, where: str) -> Any:
-    """One dataclass from a mapping. where: its dotted path, for messages. Raises UserError naming the field."""
+    """Build one dataclass from a mapping, exactly.
+
+    Args:
+      cls: the dataclass. values: of all of its fields, and of no other. where: its dotted path, for messages.
+    Raises: UserError naming the field.
+    """
+    # Everything that reads a config relies on this and checks nothing itself. A misspelt field must end here: otherwise the one
+    # that was meant would silently keep its default.
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a group of fields ({', '.join(field_names(cls))}), got {values!r}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise UserError(f"{where}.{unknown[0]}: unknown field; known here: {', '.join(field_names(cls))}")
+    # The dataclasses' defaults are for configs/base.py, which every config starts from. A field missing here is a mistake.
     missing = [name for name in field_names(cls) if name not in values]
     if missing:
         raise UserError(f"{where}.{missing[0]}: missing; start from configs/base.py, which sets every field")
     built = {name: convert(hints[name], values[name], f"{where}.{name}") for name in field_names(cls)}
+    # A dataclass may check its own fields, as `Objective` does: the library is used without configs too.
     try:
         return cls(**built)
     except UserError:
@@ -32,10 +41,19 @@ def build(cls: type, values: Any, where: str) -> Any:
 
 
 def field_names(cls: type) -> list[str]:
+    """List the fields of a dataclass as they are declared."""
     return [field.name for field in dataclasses.fields(cls)]
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
+    """Convert one value to a field's type.
+
+    Args:
+      hint: the type: a dataclass, a tuple of one type, a plain type, or one of these or None.
+      value: as it was written. where: its dotted path, for messages.
+    Returns: the value; an int becomes a float where one is expected, a list a tuple.
+    Raises: UserError naming the field if the type is wrong.
+    """
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -49,6 +67,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             raise wrong
         item = typing.get_args(hint)[0]
         return tuple(convert(item, each, f"{where}[{i}]") for i, each in enumerate(value))
+    # `1` for 1.0 is what people write. True is an int to Python, but for a number it is a mistake.
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):

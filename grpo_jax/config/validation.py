@@ -16,6 +16,9 @@ from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
 
 def validate(config: Config) -> None:
     """Check values and combinations that types cannot. Raises UserError naming the field, its value and the fix."""
+    # All checks that need nothing but the config are here, once, and the code that is given a Config has none. What depends on
+    # the devices or the task's class is checked where these are known (training/run.py), and files where they are read.
+    # Ranges come first: the checks of combinations divide by these numbers.
     _check_knobs(config)
     _check_operands(config)
     _require_objective(config)
@@ -64,7 +67,8 @@ def validate(config: Config) -> None:
 
 
 def _require_objective(config: Config) -> None:
-    """Its names are in the tables of their axes."""
+    """Check that the objective's names are in the tables of their axes."""
+    # The tables are where the functions are, and know best what they hold; here the message gets the config's prefix.
     try:
         objectives.check_choices(config.objective)
     except ValueError as error:
@@ -72,7 +76,8 @@ def _require_objective(config: Config) -> None:
 
 
 def _require_importance(config: Config) -> None:
-    """Truncated importance sampling corrects what the sampler's numerics did: it needs the learner's word beside it."""
+    """Check truncated importance sampling, which compares the learner's log-probabilities with the sampler's."""
+    # A cap below 1 would weigh tokens down on which both agree exactly.
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
@@ -92,7 +97,8 @@ def _check_steps_per_call(config: Config) -> None:
 
 
 def _check_async(config: Config) -> None:
-    """A batch that is sampled ahead is one step old, and what the sampler said of it is all there is."""
+    """Check settings that do not go together with batches sampled one step ahead."""
+    # When such a batch is trained on, the weights that sampled it are gone: old_logp cannot be computed again.
     if config.async_steps and config.steps_per_call:
         raise UserError(
             f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
@@ -106,6 +112,7 @@ def _check_async(config: Config) -> None:
 
 
 def _require_mesh(config: Config) -> None:
+    """Check the sizes of the mesh axes among each other; whether there are so many devices, `make_mesh` knows."""
     axes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
     for axis, size in axes.items():
         if size < 1 and size != -1:
@@ -116,6 +123,7 @@ def _require_mesh(config: Config) -> None:
 
 
 def _require_adapters(config: Config) -> None:
+    """Check the matrices that get adapters, and that a PEFT folder comes with the settings it was made with."""
     lora = config.lora
     unknown = [name for name in lora.targets if name not in TARGETS]
     if unknown or not lora.targets:
@@ -125,7 +133,8 @@ def _require_adapters(config: Config) -> None:
 
 
 def _require_reward(config: Config) -> None:
-    """The reward's expressions can be read, and fit the task."""
+    """Check that the reward's expressions can be read, and fit the task."""
+    # Before a model is loaded, and not when the first completion is scored.
     task, reward = config.task, config.reward
     for name in ("task", "shaping"):
         field, expression = f"config.reward.{name}", getattr(reward, name)
@@ -149,7 +158,8 @@ def _require_reward(config: Config) -> None:
 
 
 def _require_generators(config: Config) -> None:
-    """The mixture of reasoning-gym generators."""
+    """Check the mixture of reasoning-gym generators."""
+    # Whether a generator exists, the library alone knows: it is asked when the task is made.
     gym, field = config.task.reasoning_gym, "config.task.reasoning_gym"
     if not gym.datasets or len(set(gym.datasets)) < len(gym.datasets):
         raise UserError(f"{field}.datasets = {gym.datasets!r}: name at least one generator, and none twice")
@@ -167,7 +177,7 @@ def _require_generators(config: Config) -> None:
 
 
 def _check_knobs(config: Config) -> None:
-    """Every field is in the range, and among the choices, that its declaration gives."""
+    """Check that every field is in the range, and among the choices, that its declaration gives."""
     for name, value, declared in walk(config):
         complaint = declared.complaint(value) if declared else ""
         if complaint:
@@ -175,7 +185,7 @@ def _check_knobs(config: Config) -> None:
 
 
 def _check_operands(config: Config) -> None:
-    """The arithmetic task has problems."""
+    """Check that the arithmetic task has problems to give."""
     if config.task.arithmetic.max_operand <= config.task.arithmetic.min_operand:
         raise UserError(
             f"config.task.arithmetic.max_operand = {config.task.arithmetic.max_operand}: must be above "

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from grpo_jax import objectives
 from grpo_jax.metrics import Correlation, Mean, Metric
 from grpo_jax.objectives import Objective
-from grpo_jax.types import AxisName, Batch, Rollout
+from grpo_jax.types import Arrays, AxisName, Batch, Rollout
 
 GRPO = objectives.get("grpo")
 SAME = 1e-4  # advantages that differ by less than this share of the larger one are the same
 
 
-def trained_mask(rollout: Rollout, filter_truncated: bool):
-    """float32[P, G, T]: the completion tokens that are trained on. filter_truncated: rows cut off by the budget are not."""
+def trained_mask(rollout: Rollout, filter_truncated: bool) -> Float[Arrays, "P G T"]:
+    """Mask the completion tokens that are trained on. filter_truncated: rows that the budget truncated are not."""
     return rollout.mask_PGT * ~rollout.is_truncated_PG[..., None] if filter_truncated else rollout.mask_PGT
 
 
-def batch_advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_name: AxisName | None = None):
-    """`objectives.advantages` of a batch of whole groups -> float32[P, G, T], 0 where masked."""
+def batch_advantages(
+    obj: Objective,
+    batch: Batch,
+    mask_PGT: Float[Arrays, "P G T"],
+    entropy_PGT: Float[Arrays, "P G T"],
+    axis_name: AxisName | None = None,
+) -> Float[jax.Array, "P G T"]:
+    """Compute `objectives.advantages` of a batch of whole groups.
+
+    Args:
+      obj: the objective. batch: its rewards are read. mask_PGT: the trained tokens.
+      entropy_PGT: float32 nats. axis_name: mesh axes that batch statistics go over, inside `shard_map`.
+    Returns: float32, 0 where masked.
+    """
     P, G, T = mask_PGT.shape
     adv_BT = objectives.advantages(
         obj,
@@ -36,16 +49,24 @@ def batch_advantages(obj: Objective, batch: Batch, mask_PGT, entropy_PGT, axis_n
     return adv_BT.reshape(P, G, T)
 
 
-def subtract_kl(obj: Objective, batch: Batch, logp_PGT: Any, ref_logp_PGT: Any, mask_PGT: Any) -> Batch:
-    """The batch with `objectives.rewards_with_kl` as its shaped reward; the task's reward stays.
+def subtract_kl(
+    obj: Objective,
+    batch: Batch,
+    logp_PGT: Float[jax.Array, "P G T"],
+    ref_logp_PGT: Float[jax.Array, "P G T"] | None,
+    mask_PGT: Float[Arrays, "P G T"],
+) -> Batch:
+    """Take the KL off the shaped reward, by `objectives.rewards_with_kl`; the task's reward stays.
 
     Args:
       obj: with kl_in_reward = 0 the batch comes back as it is. batch: whole groups.
       logp_PGT, ref_logp_PGT: float32 nats, of the policy at the start of the update and of the reference (or None).
       mask_PGT: the trained tokens.
+    Returns: the batch with these rewards.
     """
     if not obj.has_kl_in_reward:
         return batch
+    assert ref_logp_PGT is not None, "a KL in the reward without a reference"
     T = mask_PGT.shape[-1]
     reward_B = objectives.rewards_with_kl(
         obj, batch.reward_PG.reshape(-1), logp_PGT.reshape(-1, T), ref_logp_PGT.reshape(-1, T), mask_PGT.reshape(-1, T)
@@ -53,24 +74,37 @@ def subtract_kl(obj: Objective, batch: Batch, logp_PGT: Any, ref_logp_PGT: Any, 
     return dataclasses.replace(batch, reward_PG=reward_B.reshape(batch.reward_PG.shape))
 
 
-def advantages_with_grpo(obj: Objective, batch: Batch, filter_truncated: bool):
-    """-> (advantage float32[P, G, T], plain GRPO's advantage of each row, float32[P, G]), from the recorded entropy.
+def advantages_with_grpo(
+    obj: Objective, batch: Batch, filter_truncated: bool
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+    """Compute the advantages of a batch from the recorded entropy, and plain GRPO's beside them.
 
     These are the update's own numbers, with two exceptions. With learner.old_logp = "learner" the update takes the entropy
     from a forward pass of its own, which differs from the sampler's by its numerics; and objective.kl_in_reward is not in
     them, for the reference's log-probabilities are known inside the update only.
+
+    Args:
+      obj: the objective. batch: that was trained on. filter_truncated: as in `trained_mask`.
+    Returns: (float32 advantage of each token, plain GRPO's of each row).
     """
     mask_PGT, entropy_PGT = trained_mask(batch.rollout, filter_truncated), batch.rollout.entropy_PGT
     ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
+    # GRPO's is the same for all tokens of a row, and every row that is not dropped has a first one.
     return ours_PGT, grpo_PGT[..., 0]
 
 
-def advantage_metrics(obj: Objective, batch: Batch, mask_PGT, adv_PGT) -> dict[str, Metric]:
+def advantage_metrics(
+    obj: Objective, batch: Batch, mask_PGT: Float[jax.Array, "P G T"], adv_PGT: Float[jax.Array, "P G T"]
+) -> dict[str, Metric]:
     """Measure whether the advantages do what they should, over the trained tokens of a batch (on any number of devices).
 
     advantage/differs_from_grpo: share of tokens whose advantage is not plain GRPO's; 0 says that the variant's estimator
     changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)
     of its completion; 0 where one of them is the same everywhere.
+
+    Args:
+      obj: the objective. batch: full. mask_PGT: the trained tokens. adv_PGT: the update's own advantages.
+    Returns: the two metrics by name.
     """
     grpo_PGT = batch_advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
     is_different_PGT = jnp.abs(adv_PGT - grpo_PGT) > SAME * jnp.maximum(jnp.abs(adv_PGT), jnp.abs(grpo_PGT))

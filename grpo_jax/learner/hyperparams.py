@@ -1,4 +1,4 @@
-"""Config -> what of it is data, and what is the compiled program's own.
+"""The numbers of a config that are data of the state, and the rest of it, which is part of the compiled program.
 
 A program is made from `static_key(config)`, where every traced field has the same blank value; the numbers themselves
 travel in `TrainState.hyperparams`. So runs of one static key use the very same program, and jit's cache is shared.
@@ -19,7 +19,8 @@ from grpo_jax.types import Hyperparams
 
 T = TypeVar("T")
 
-# Field of Hyperparams -> field of the config.
+# Field of Hyperparams -> field of the config: those that decide no shape and no branch of a program, so that one program serves
+# a sweep over them. A field that decides one must be known when the program is traced.
 TRACED_FIELDS: Mapping[str, str] = {
     "seed": "seed",
     "clip_low": "objective.clip_low",
@@ -33,23 +34,24 @@ TRACED_FIELDS: Mapping[str, str] = {
 
 
 def hyperparams_of(config: Config) -> Hyperparams:
-    """The config's numbers as scalars: the seed int32, the others float32."""
+    """Return the config's numbers as scalars: the seed int32, the others float32."""
+    # As arrays with a dtype: jit would take Python numbers too, but as weakly typed ones, and compile for these once more.
     values = {name: value_of(config, dotted) for name, dotted in TRACED_FIELDS.items()}
     seed = jnp.asarray(values.pop("seed"), jnp.int32)
     return Hyperparams(seed=seed, **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
 
 def static_key(config: Config) -> Config:
-    """The config with its traced fields blanked: all that a compiled program depends on.
-
-    kl_coef keeps whether it is 0, for without a penalty there is no reference model.
-    """
+    """Return the config with its traced fields blanked: all that a compiled program depends on."""
+    # kl_coef keeps whether it is 0: without a penalty there is no reference in the state and no forward pass of it, which is
+    # another program. So it becomes 1 or 0, and not 0 like the others.
     blank = {dotted: type(value_of(config, dotted))(0) for dotted in TRACED_FIELDS.values()}
     return with_fields(config, blank | {"objective.kl_coef": float(config.objective.has_kl)})
 
 
 def with_hyperparams(obj: Objective, hyperparams: Hyperparams) -> Objective:
-    """The objective with its numbers taken from the state (they may be traced)."""
+    """Return the objective with its numbers taken from the state (they may be traced)."""
+    # kl_coef stays a Python 0 without a KL, because `Objective.has_kl` is a branch, which a traced number cannot decide.
     return dataclasses.replace(
         obj,
         clip_low=hyperparams.clip_low,
@@ -60,12 +62,12 @@ def with_hyperparams(obj: Objective, hyperparams: Hyperparams) -> Objective:
 
 
 def value_of(config: Any, dotted: str) -> Any:
-    """The field of a config, by its dotted name."""
+    """Return the field of a config, by its dotted name."""
     return functools.reduce(getattr, dotted.split("."), config)
 
 
 def with_fields(config: T, values: Mapping[str, Any]) -> T:
-    """The config with these fields, by their dotted names, replaced. Ranges are not checked again."""
+    """Return the config with these fields, by their dotted names, replaced. Ranges are not checked again."""
     for dotted, value in values.items():
         first, _, rest = dotted.partition(".")
         inner = with_fields(getattr(config, first), {rest: value}) if rest else value

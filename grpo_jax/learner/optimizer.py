@@ -6,35 +6,39 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Float, PyTree
 
 from grpo_jax.config import OptimizerConfig
-from grpo_jax.types import Hyperparams
+from grpo_jax.types import Arrays, Hyperparams, Params
 
 
-def is_decayed(params: Any) -> Any:
-    """Weight decay is for matrices: norms and biases are left out (by name, since stacked layers add an axis)."""
+def is_decayed(params: Params) -> PyTree[bool]:
+    """Tell which weights decay: matrices do, norms and biases do not."""
+    # By name, since layers are stacked: a norm's scale has two axes there, as a matrix has elsewhere.
 
-    def by_name(path: Any, _: Any) -> bool:
+    def by_name(path: jax.tree_util.KeyPath, _: Any) -> bool:
         name = jax.tree_util.keystr(path)
         return "norm" not in name and "bias" not in name
 
     return jax.tree_util.tree_map_with_path(by_name, params)
 
 
-def learning_rate(peak: Any, config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """Linear warm-up to the peak over warmup_steps, then constant, or down to zero at the last update (linear, cosine).
+def learning_rate(peak: float | Float[Arrays, ""], config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """Schedule a linear warm-up to the peak over warmup_steps, then constant, or down to zero at the last update.
 
     Args:
       peak: the highest rate, a number or a traced scalar. config: its schedule and warmup_steps are read.
       num_updates: optimizer steps of the whole run.
     Returns: optimizer step -> rate.
     """
+    # At least one step, also where the run ends within the warm-up: a cosine over none is an error.
     warmup, num_after = config.warmup_steps, max(num_updates - config.warmup_steps, 1)
     schedules = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, num_after),
         "cosine": optax.cosine_decay_schedule(peak, num_after),
     }
+    # From peak / warmup and not from 0: at rate 0 the first update would be computed for nothing.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1))
     return optax.join_schedules([rise, schedules[config.schedule]], [warmup])
 
@@ -42,13 +46,14 @@ def learning_rate(peak: Any, config: OptimizerConfig, num_updates: int) -> optax
 def make_optimizer(config: OptimizerConfig, num_updates: int, hyperparams: Hyperparams) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
-    It is made inside the traced update, from the numbers in the state: optax's transformations are pure functions, so this
-    costs nothing, and their state holds moments and counts only.
-
     Args:
       config: schedule, warm-up, b1, b2 and eps. num_updates: optimizer steps of the run.
-      hyperparams: learning rate, weight decay and the norm that gradients are clipped to.
+      hyperparams: learning rate, weight decay and the norm that gradients are clipped to; they may be traced.
+    Returns: the transformation; its state holds moments and counts only.
     """
+    # It is made inside the traced update, because its numbers are those of the state: made outside, they would be constants of
+    # the program, and runs with other learning rates would not share it. optax's transformations are pure functions, so this
+    # costs nothing, and as no number is in the optimizer's state, none is frozen into a checkpoint.
     return optax.chain(
         optax.clip_by_global_norm(hyperparams.max_grad_norm),
         optax.adamw(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Bool, Float, Int, PyTree
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
@@ -43,25 +44,28 @@ from grpo_jax.parallel.sharding import (
 )
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import sampling_of
-from grpo_jax.types import AxisName, Batch, Hyperparams, Params, Rollout, TrainState, join_params
+from grpo_jax.types import Arrays, AxisName, Batch, Hyperparams, Leaf, Params, Rollout, TrainState, join_params
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
+# Groups with the weight of each token, float32[P, G, T], over the global denominator. Compiled loops stack them.
+Pieces = tuple["Target", Float[Leaf, "P G T"]]
 
 
 @flax.struct.dataclass
 class Target:
     """All that the loss needs beside the policy; fixed for the whole update.
 
+    advantage_PGT: float32. old_logp_PGT, ref_logp_PGT: float32 nats; ref_logp_PGT is None without a KL.
     is_fresh_PG: sampled by the very policy that the update starts from (not taken from dynamic sampling's buffer).
     importance_PGT: probability by the learner over that by the sampler, not yet truncated; None with importance_cap 0.
     """
 
     rollout: Rollout
-    is_fresh_PG: Any
-    advantage_PGT: Any
-    old_logp_PGT: Any
-    ref_logp_PGT: Any
-    importance_PGT: Any
+    is_fresh_PG: Bool[Leaf, "P G"]
+    advantage_PGT: Float[Leaf, "P G T"]
+    old_logp_PGT: Float[Leaf, "P G T"]
+    ref_logp_PGT: Float[Leaf, "P G T"] | None
+    importance_PGT: Float[Leaf, "P G T"] | None
 
 
 def make_train_step(
@@ -82,6 +86,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         assert state.hyperparams is not None, "a state to train with has its hyperparams"
         optimizer = make_optimizer(state.hyperparams)
+        # Into shard_map goes only what the log-probabilities read. Its specs name the axes that are manual there: data, fsdp.
         policies = dataclasses.replace(state, opt_state=None, pending=None, next_batch=None)
         parts = drop_mesh_axis(specs_of(policies, mesh, min_elements), "tensor")
         prepare = shard_map_over_batch(
@@ -110,6 +115,7 @@ def make_train_step(
             (parts.params, parts.base, REPLICATED, ROWS),
             (parts.params, REPLICATED),
         )
+        # A scan, so that one minibatch is compiled and not all epochs x minibatches of them.
         minibatches = split_minibatches(target, state.hyperparams.seed, state.step, config.learner)
         (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
         metrics = metrics_lib.reduce_stacked(stacked)
@@ -134,13 +140,15 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     """
     assert state.hyperparams is not None
     obj = with_hyperparams(config.objective, state.hyperparams)
+    # A smaller mask and not a smaller batch, whose shape is static: rows that are filtered out weigh nothing from here on.
     mask_PGT = trained_mask(batch.rollout, config.overlong.filter)
     rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
     P, G, _ = mask_PGT.shape
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if config.learner.old_logp == "learner":
-        # Groups that waited in the buffer were sampled by an older policy: for them the recorded values are used.
+        # Recomputed, they are the current policy's. Groups that waited in the buffer were sampled by an older one, and the
+        # ratio must be over that: for them the recorded values are used.
         recomputed = logprobs_in_microbatches(model, state.policy, rollout, config)
         recorded = (old_logp_PGT, entropy_PGT)
         old_logp_PGT, entropy_PGT = (
@@ -165,21 +173,25 @@ def reference_policy(model: ModelDef, state: TrainState) -> tuple[ModelDef, Para
     return dataclasses.replace(model, lora=None), ref_params
 
 
-def logprobs_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, config: Config):
-    """`policy_logprobs` with the update's peak memory; -> (logp_PGT, entropy_PGT), float32 nats.
+def logprobs_in_microbatches(
+    model: ModelDef, params: Params, rollout: Rollout, config: Config
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
+    """Compute `policy_logprobs` in microbatches, as the gradients are: it takes no more memory than they do.
 
     Args:
-      model, params: the policy that is asked. rollout: completions [P, G, T] with their prompts.
+      model, params: the policy. rollout: completions [P, G, T] with their prompts.
       config: learner (microbatches, buckets, chunks) and the rollout's distribution are read.
+    Returns: (logp_PGT, entropy_PGT), float32 nats.
     """
     shape = rollout.tokens_PGT.shape
     buckets = buckets_of(config)
 
-    def logprobs_of(piece: Rollout):
+    def logprobs_of(piece: Rollout) -> tuple[jax.Array, jax.Array]:
+        # Padded to T again: the branches of a switch over buckets must give results of one shape.
         found = policy_logprobs(model, params, piece, sampling_of(config.rollout), config.learner.logprob_chunk_tokens)
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, shape[-1] - x.shape[-1]))), found)
 
-    def at_bucket(piece: Rollout):
+    def at_bucket(piece: Rollout) -> tuple[jax.Array, jax.Array]:
         return batching.run_at_bucket(logprobs_of, piece, piece.mask_PGT, buckets)
 
     num_microbatches = config.learner.num_microbatches
@@ -188,11 +200,12 @@ def logprobs_in_microbatches(model: ModelDef, params: Params, rollout: Rollout, 
     order = batching.length_order(rollout.mask_PGT)
     ordered = jax.tree.map(lambda x: x[order], rollout)
     pieces = jax.lax.map(at_bucket, batching.split_microbatches(ordered, ordered, num_microbatches))
+    # The inverse permutation: group p's values go back to the place of group p.
     return jax.tree.map(lambda x: x.reshape(shape)[jnp.argsort(order)], pieces)
 
 
 def buckets_of(config: Config) -> tuple[int, ...]:
-    """The completion lengths, in tokens, that the update is compiled for."""
+    """List the completion lengths, in tokens, that the update is compiled for."""
     return batching.length_buckets(config.rollout.max_completion_tokens, config.learner.bucket_tokens)
 
 
@@ -203,8 +216,8 @@ def compute_gradients(
     target: Target,
     obj: Objective,
     config: Config,
-    shards: tuple[Any, Any] | None = None,
-):
+    shards: tuple[PyTree[PartitionSpec], PyTree[PartitionSpec] | None] | None = None,
+) -> tuple[Params, dict[str, Metric]]:
     """Differentiate the global loss by `params`: a sum over microbatches, then one sum over devices.
 
     Args:
@@ -237,26 +250,36 @@ def compute_gradients(
         (loss, metrics), grads = jax.value_and_grad(
             lambda trained: microbatch_loss(model, join_params(base, trained), piece, weight_PGT, obj, config), has_aux=True
         )(params)
+        # The loss is a sum over microbatches and devices, where other metrics are means: it is counted once, after all sums.
         metrics["loss/total"] = Mean(loss, jnp.zeros_like(loss))
         return grads, metrics
 
     pieces = (target, (weight_BT / denom).reshape(mask_PGT.shape))
     grads, metrics = sum_over_microbatches(gradients_of, pieces, config)
     if shards:
+        # Over the axes that a weight is replicated over, and no other: along fsdp a sharded weight's gradient has been summed
+        # and scattered already, as the transpose of its gather.
         grads = jax.tree.map(lambda grad, spec: jax.lax.psum(grad, replicated_axes(spec)), grads, shards[0])
         metrics = metrics_lib.psum(metrics, ROW_AXES)
     metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
     return grads, metrics
 
 
-def sum_over_microbatches(gradients_of: Callable[[Any], Any], pieces: tuple[Target, Any], config: Config):
-    """Add up gradients_of(microbatch) -> (grads, metrics), each microbatch at the shortest bucket that holds it.
+def sum_over_microbatches(
+    gradients_of: Callable[[Pieces], tuple[Params, dict[str, Metric]]], pieces: Pieces, config: Config
+) -> tuple[Params, dict[str, Metric]]:
+    """Add up gradients over microbatches, each at the shortest bucket that holds it.
 
     Groups are sorted by length first: neighbours then need about the same bucket, and short microbatches cost little.
+
+    Args:
+      gradients_of: microbatch -> (grads, metrics). pieces: all of this device's groups, with the weights of their tokens.
+      config: num_microbatches and the buckets are read.
+    Returns: (sum of grads, merged metrics).
     """
     num_microbatches, buckets = config.learner.num_microbatches, buckets_of(config)
 
-    def microbatch_gradients(piece_and_weight):
+    def microbatch_gradients(piece_and_weight: Pieces) -> tuple[Params, dict[str, Metric]]:
         return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, buckets)
 
     if num_microbatches == 1:
@@ -265,6 +288,7 @@ def sum_over_microbatches(gradients_of: Callable[[Any], Any], pieces: tuple[Targ
     order = batching.length_order(rollout.mask_PGT)
     pieces = jax.tree.map(lambda x: x[order], pieces)
     pieces = batching.split_microbatches(pieces, rollout, num_microbatches)
+    # The sum begins at zeros and not at the first microbatch, which would be compiled a second time outside of the scan.
     shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     zeros = vary_like(zeros, rollout.tokens_PGT)
@@ -278,11 +302,18 @@ def sum_over_microbatches(gradients_of: Callable[[Any], Any], pieces: tuple[Targ
 
 
 def replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The row axes that a weight is replicated over."""
+    """Return the row axes that a weight is replicated over."""
     return tuple(axis for axis in ROW_AXES if axis not in spec)
 
 
-def microbatch_loss(model: ModelDef, params: Params, target: Target, weight_PGT, obj: Objective, config: Config):
+def microbatch_loss(
+    model: ModelDef,
+    params: Params,
+    target: Target,
+    weight_PGT: Float[jax.Array, "P G T"],
+    obj: Objective,
+    config: Config,
+) -> tuple[Float[jax.Array, ""], dict[str, Metric]]:
     """Compute sum(loss * weight) of one microbatch, the weight being its share of the global loss.
 
     Args:
@@ -309,6 +340,7 @@ def microbatch_loss(model: ModelDef, params: Params, target: Target, weight_PGT,
         rows(adv_PGT),
         mask_BT,
     )
+    # The gap between sampler and learner is their numerics only where both had the same weights: on fresh groups.
     gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
     is_fresh_PGT = target.is_fresh_PG[..., None] & (rollout.mask_PGT > 0)
     metrics: dict[str, Metric] = {
@@ -320,8 +352,8 @@ def microbatch_loss(model: ModelDef, params: Params, target: Target, weight_PGT,
     return (loss_BT * rows(weight_PGT)).sum(), metrics
 
 
-def weight_by_importance(target: Target, cap: float) -> tuple[Any, dict[str, Metric]]:
-    """Truncated importance sampling: each token's policy loss weighs min(learner's / sampler's probability, cap).
+def weight_by_importance(target: Target, cap: float) -> tuple[Float[jax.Array, "P G T"], dict[str, Metric]]:
+    """Truncate importance weights: each token's policy loss weighs min(learner's / sampler's probability, cap).
 
     For a sampler of other numerics than the learner's (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"). The weight goes onto the advantage, in a positive factor of which every surrogate is linear.
@@ -337,13 +369,17 @@ def weight_by_importance(target: Target, cap: float) -> tuple[Any, dict[str, Met
     return target.advantage_PGT * weight_PGT, metrics
 
 
-def split_minibatches(target: Target, seed: Any, step: Any, config: LearnerConfig) -> Target:
-    """[P, ...] -> [epochs * minibatches, P / minibatches, ...]: groups in a fresh order each epoch, none left out.
+def split_minibatches(
+    target: Target, seed: int | Int[Arrays, ""], step: int | Int[Arrays, ""], config: LearnerConfig
+) -> Target:
+    """Split [P, ...] into [epochs * minibatches, P / minibatches, ...]: groups in a fresh order each epoch, none left out.
 
     Args:
-      target: whole batch. seed, step: of the order (they may be traced). config: num_epochs and num_minibatches.
+      target: full batch. seed, step: of the order (they may be traced). config: num_epochs and num_minibatches.
+    Returns: the minibatches, on a leading axis to scan over.
     """
     P = len(target.advantage_PGT)
+    # One minibatch holds all groups, and in a sum their order is of no account.
     if config.num_minibatches == 1:
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (config.num_epochs, *x.shape)), target)
     keys = jax.random.split(key_for(seed, "minibatches", step), config.num_epochs)

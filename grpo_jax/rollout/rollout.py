@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Key
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.linear import head_logits
@@ -24,23 +25,34 @@ class EndTokens(NamedTuple):
 
 
 def sampling_of(config: RolloutConfig) -> Sampling:
-    """The distribution that a rollout draws from."""
+    """Return the distribution that a rollout draws from."""
     return Sampling(config.temperature, config.top_k, config.top_p)
 
 
 def greedy(config: RolloutConfig) -> RolloutConfig:
-    """The same rollout with the most probable token at every position, once for each prompt."""
+    """Return the same rollout with the most probable token at every position, once for each prompt."""
     return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0)
 
 
-def row_keys(key, num_prompts: int, group_size: int):
-    """A key for each row, [P, G], from its number in the global batch: not from the device it happens to be on."""
+def row_keys(key: Key[jax.Array, ""], num_prompts: int, group_size: int) -> Key[jax.Array, "P G"]:
+    """Make a key for each completion from its number in the global batch.
+
+    Args:
+      key: of the round. num_prompts: P, of all devices. group_size: G.
+    Returns: random keys [P, G].
+    """
+    # Not from the device that a row happens to be on: the mesh then changes no sample.
     rows = jnp.arange(num_prompts * group_size)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows).reshape(num_prompts, group_size)
 
 
 def rollout(
-    model: ModelDef, params: Params, prompts: Prompts, row_keys_PG: Any, config: RolloutConfig, ends: EndTokens
+    model: ModelDef,
+    params: Params,
+    prompts: Prompts,
+    row_keys_PG: Key[jax.Array, "P G"],
+    config: RolloutConfig,
+    ends: EndTokens,
 ) -> Rollout:
     """Sample G completions of each prompt.
 
@@ -72,11 +84,13 @@ def rollout(
         pad_id=ends.pad_id,
         max_completion_tokens=config.max_completion_tokens,
     )
+    # With room for all completions there is nothing to refill, and the plain loop has less to do at each token.
     if 0 < config.max_live_sequences < P * G:
         done = decode_continuous(ctx, config.max_live_sequences)
     else:
         done = decode_batched(ctx)
     done = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), done)
+    # The fields of a Draw are named for one token of each row; here they hold [P, G, T].
     return Rollout(
         prompts=prompts,
         tokens_PGT=done.drawn.token_B,
