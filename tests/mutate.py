@@ -132,7 +132,7 @@ BUGS = [
         "divided twice under accumulation",
         "grpo_jax/learner/train_step.py",
         "(weight_BT / denom).reshape",
-        "(weight_BT / denom / spec.num_microbatches).reshape",
+        "(weight_BT / denom / config.learner.num_microbatches).reshape",
         "tests/test_train_step.py",
     ),
     (
@@ -265,7 +265,7 @@ BUGS = [
         "the reference has the adapters on",
         "grpo_jax/learner/train_step.py",
         "dataclasses.replace(model, lora=None), ref_params",
-        "model, join(ref_params, state.params) if model.lora else ref_params",
+        "model, join_params(ref_params, state.params) if model.lora else ref_params",
         "tests/test_lora.py -k chain_rule",
     ),
     (
