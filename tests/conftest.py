@@ -25,7 +25,24 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Files of a minute or more, the longest first, then all others by name: two processes that take file after file end together.
-LONGEST_FIRST = ()
+LONGEST_FIRST = (
+    "test_hosts",
+    "test_resume",
+    "test_colab",
+    "test_objectives",
+    "test_train_step",
+    "test_learning",
+    "test_host_training",
+    "test_contributing",
+    "test_sweep",
+    "test_transformer",
+    "test_lora",
+    "test_rollout",
+    "test_mesh",
+    "test_beyond",
+    "test_shared_program",
+    "test_plan",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

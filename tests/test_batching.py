@@ -41,6 +41,7 @@ def short_groups(batch):
 
 
 @pytest.mark.parametrize(("name", "num_microbatches", "num_devices"), [("grpo", 1, 8), ("gtpo", 4, 1), ("dr_grpo", 16, 1)])
+@pytest.mark.slow
 def test_the_update_is_the_same_at_any_choice_of_widths(name, num_microbatches, num_devices):
     """With a reference and old log-probs of the learner, so that their passes are cut too."""
     batch, params = short_groups(tiny.random_batch(8, 4, T)), tiny.bigram_params()
@@ -54,6 +55,7 @@ def test_the_update_is_the_same_at_any_choice_of_widths(name, num_microbatches, 
         np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 def test_padding_beyond_the_width_is_never_computed():
     """The padding token's embedding is NaN, which nothing survives that looks at it."""
     batch = tiny.random_batch(8, 4, T)

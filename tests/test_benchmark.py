@@ -121,6 +121,7 @@ def small(monkeypatch):
     return ["--prompt-len=4", "--completion-len=3", "--model=tiny"]
 
 
+@pytest.mark.slow
 def test_a_measurement_counts_its_tokens_and_compiles_before_it_times(small):
     record = benchmark.measure(benchmark.parse([*small, "--what=step"]))
     assert record["tokens"] == 2 * 2 * 3
@@ -166,6 +167,7 @@ def test_a_config_keeps_its_own_settings_but_for_flags():
         cli.load_config("configs/nothing.py", "--config")
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_does_not_stop_the_rest(monkeypatch, tmp_path, capsys):
     """Three systems in two rounds: one answers, one crashes, one cannot be installed."""
     (tmp_path / "good.py").write_text('import json; print("noise"); print(json.dumps(dict(tokens_per_s=10.0, version="v")))')

@@ -117,6 +117,7 @@ def printed(notebook, cell_id):
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_the_variants_from_end_to_end(tmp_path, monkeypatch):
     """Two steps a run and little to compile, which is what takes the time."""
     changes = {"num_steps": 2, "eval_every": 0, "eval.num_samples": 0, "log.completions_every": 0}
@@ -135,6 +136,7 @@ def test_the_variants_from_end_to_end(tmp_path, monkeypatch):
     assert "gtpo_constant against grpo" in shown(notebook, "crossed-report", "text/markdown")[0]
 
 
+@pytest.mark.slow
 def test_a_language_model_from_end_to_end(tmp_path, monkeypatch):
     model = tmp_path / "model"
     save_hf_tokenizer(model, {}, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE)

@@ -14,6 +14,8 @@ from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.transformer import ModelDef
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 VOCAB, CHUNK = 4096, 16
 
 

@@ -48,6 +48,7 @@ def test_pieces_keep_a_space_that_the_first_token_of_a_text_loses():
     assert text_pieces(Metaspace(), [0, 1, 2, 3, 0]) == ["the", " cat", "s", " ", " the"]
 
 
+@pytest.mark.slow
 def test_a_row_holds_its_own_tokens_numbers():
     obj, batch = objectives.get("gtpo"), tiny.random_batch(num_prompts=4, group_size=3, max_tokens=5)
     batch = tiny.with_rollout(batch, mask_PGT=batch.rollout.mask_PGT.at[1, 2].set(0))

@@ -66,6 +66,7 @@ def tables(text):
 # ----------------------------------------------------------------------------------------------- formulas and examples
 
 
+@pytest.mark.slow
 def test_the_examples_compute_what_the_page_says():
     source = "\n".join(blocks(ENGLISH, "python"))
     test = doctest.DocTestParser().get_doctest(source, {}, "docs/variants.md", None, 0)

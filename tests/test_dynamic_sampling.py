@@ -186,7 +186,9 @@ def collected(num_devices, is_traceable):
     return simulate(STREAM_N, 10), got
 
 
-every_way = pytest.mark.parametrize("num_devices, is_traceable", [(1, True), (4, True), (1, False)])
+every_way = pytest.mark.parametrize(
+    "num_devices, is_traceable", [(1, True), pytest.param(4, True, marks=pytest.mark.slow), (1, False)]
+)
 
 
 @every_way

@@ -19,6 +19,8 @@ from grpo_jax.training.run import make_run
 from tests import programs, tiny
 from tests.test_tasks_host import save_hf_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LORA = LoRA(rank=1, alpha=1.0, targets=("q_proj",))
 
 

@@ -40,6 +40,7 @@ def assert_same_weights(left, right):
     ("name", "dtype"),
     [*((name, "float32") for name in ("llama 3", "qwen2 tied", "qwen3 untied", "mistral", "gemma 3")), ("gemma 3", "bfloat16")],
 )
+@pytest.mark.slow
 def test_load_export_load_is_the_identity_and_torch_agrees(tmp_path, name, dtype):
     model = torch_model(name, getattr(torch, dtype))
     model.save_pretrained(tmp_path / "source")
@@ -72,6 +73,7 @@ def test_shards_are_no_larger_than_asked_and_the_index_is_true(tmp_path, max_sha
     assert_same_weights(out, tmp_path / "source")
 
 
+@pytest.mark.slow
 def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     text = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     text |= dict(num_key_value_heads=2, head_dim=12, sliding_window=4, sliding_window_pattern=2)
@@ -135,6 +137,7 @@ def trained(tmp_path):
     return source, workdir
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path, trained):
     source, workdir = trained
     assert export(str(workdir), str(tmp_path / "newest"), None, None, ONE_FILE) == (2, "bfloat16")
@@ -151,6 +154,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path, trained):
     assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "newest").iterdir())  # others may read it
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):
     source, workdir = trained
     with pytest.raises(UserError, match=r"--step=7: no such checkpoint in .*; there are: 1, 2"):

@@ -29,6 +29,7 @@ def pair(request, tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_logits_equal_torch_on_left_padded_batches(pair):
     model, folder = pair
     tokens_BT, mask_BT = left_padded()
@@ -41,6 +42,7 @@ def test_logits_equal_torch_on_left_padded_batches(pair):
     ("name", "num_layers"),
     [("llama 3", 2), ("qwen2, windows", 2), ("qwen3 untied", 2), ("mistral", 2), ("gemma 3", 5)],
 )
+@pytest.mark.slow
 def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_layers):
     """The sampler's cached decode, the learner's forward over prefix and completion, torch's over whole rows.
 

@@ -25,6 +25,8 @@ from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # Scores by the first letter of what was sampled, and misbehaves on some of it.
 BAD_SCORER = """
 import time

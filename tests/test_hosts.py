@@ -68,6 +68,7 @@ def started(folder, *names):
     return programs.together("tests.hosts_program", 2, args, num_devices=2, cache=folder)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_only_the_first_speaks(pair):
     """With GTPO, whose statistics are of the whole batch: rows of both processes."""
     folder, outputs = pair
@@ -78,6 +79,7 @@ def test_two_processes_do_what_one_does_and_only_the_first_speaks(pair):
     same_numbers(folder / "two", folder / "one by flags")
 
 
+@pytest.mark.slow
 def test_a_host_task_on_two_processes_stopped_killed_and_resumed(pair):
     """Rewards of a user, dynamic sampling, weights in parts over both. One process gets the signal, both obey it."""
     folder, outputs = pair

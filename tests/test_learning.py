@@ -19,7 +19,7 @@ from grpo_jax.training.run import make_run
 from grpo_jax.types import Prompts, Reward
 from tests import programs, tiny
 
-VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
+VARIANTS = ("grpo", "dapo", "gtpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "grpo_s")))
 LETTERS = "abcdefgh"
 
 
@@ -88,11 +88,13 @@ def test_every_variant_learns(monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["dapo", "gtpo"])
+@pytest.mark.slow
 def test_nothing_is_learnt_from_shuffled_rewards(monkeypatch, variant):
     curve, _, _ = success_by_step(monkeypatch, variant, is_shuffled=True)
     assert curve[-20:].mean() < curve[0] + 0.1
 
 
+@pytest.mark.slow
 def test_many_steps_in_one_call_are_the_steps_one_by_one(tmp_path):
     """The records of a run of 4 steps: two calls of two, with an evaluation after each, against four.
 

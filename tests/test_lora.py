@@ -66,11 +66,12 @@ def test_fresh_adapters_sit_where_they_are_wanted_and_change_nothing():
     assert np.abs(first - second).min() > 0, "two adapters began alike"
 
 
+@pytest.mark.slow
 def test_one_step_is_the_chain_rule_through_merged_weights():
     """Against training all weights from the merged ones, with the base as reference: W' = W + s B A."""
     objective = objectives.get("grpo")
     assert objective.kl_coef > 0
-    learner = {"num_microbatches": 2, "logprob_chunk_tokens": 32, "bucket_tokens": 2, "old_logp": "learner"}
+    learner = {"num_microbatches": 2, "logprob_chunk_tokens": 32, "bucket_tokens": 4, "old_logp": "learner"}
     config = tiny.update_config(objective, Sampling(0.7), **learner)
     batch, sgd = tiny.random_batch(), optax.sgd(1.0)
     base, adapters = tiny.random_params(tiny.LLAMA), random_adapters(MODEL)
@@ -101,6 +102,7 @@ def test_one_step_is_the_chain_rule_through_merged_weights():
     assert tiny.largest_difference(flatten_dict(moved), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_bitwise(tmp_path):
     """2 steps = 1 + 1."""
     config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": 2})
@@ -114,6 +116,7 @@ def test_a_run_with_adapters_resumes_bitwise(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.slow
 def test_what_never_changes_is_not_saved_and_comes_back_as_it_was(tmp_path, rank):
     """The reference or the base: here from the seed, in a run with a model folder from the folder."""
     config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": rank})
@@ -146,6 +149,7 @@ def folder(tmp_path):
 
 
 @peft_warns
+@pytest.mark.slow
 def test_peft_loads_what_we_save(tmp_path, folder):
     lora = LoRA(rank=4, alpha=6.0, targets=TARGETS)
     model = ModelDef(read_architecture(folder), lora=lora)
@@ -168,6 +172,7 @@ def test_peft_loads_what_we_save(tmp_path, folder):
 
 
 @peft_warns
+@pytest.mark.slow
 def test_we_load_what_peft_saves(tmp_path, folder):
     settings = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     theirs = get_peft_model(torch_model("qwen3 tied"), settings)

@@ -82,6 +82,7 @@ def batch_of(seed):
 
 
 @pytest.mark.parametrize("sizes, num_microbatches", [(EIGHT, 2), ((1, 1, 2), 1)])
+@pytest.mark.slow
 def test_three_updates_are_those_of_one_device(sizes, num_microbatches):
     """Other meshes, variants and a KL penalty: rows in test_train_step.py; all of them: `python -m tests.mesh_matrix`."""
     _, params, metrics = updated(sizes, num_microbatches)
@@ -95,6 +96,7 @@ def test_three_updates_are_those_of_one_device(sizes, num_microbatches):
         assert each["grad/norm"] == pytest.approx(one["grad/norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_update_gathers_each_layer_once_a_pass_and_scatters_its_gradient():
     """Passes: forward and backward, prompts with completions. Of a device's half along tensor; nothing stacked travels."""
     program = updated(EIGHT, 2)[0]
@@ -155,6 +157,7 @@ def sampled(sizes):
     return program, jax.device_get(program(*arguments))
 
 
+@pytest.mark.slow
 def test_a_mesh_samples_the_same_tokens():
     rolled, expected = (sampled(sizes)[1] for sizes in (EIGHT, ONE))
     np.testing.assert_array_equal(rolled.tokens_PGT, expected.tokens_PGT)
@@ -162,6 +165,7 @@ def test_a_mesh_samples_the_same_tokens():
     assert len(np.unique(expected.tokens_PGT)) > 10 and 0 < expected.is_truncated_PG.mean() < 1
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads():
     program, _ = sampled(EIGHT)
     loops, main = program.as_text().split("\nENTRY ")
@@ -199,6 +203,7 @@ def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
     assert param_spec(("layers", "mlp", "up", "weight"), (5, 40, 16), mesh, 641) == PartitionSpec(None, "tensor")
 
 
+@pytest.mark.slow
 def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
     changes = {"eval.num_samples": 0, "learner.num_minibatches": 2, "objective.kl_coef": 0.0}
     away, here = (make_run(config_of((2, 1, 1), {**changes, "optimizer.offload": offload})) for offload in (True, False))
@@ -224,6 +229,7 @@ def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
     assert int(state.step) == 2 and max(np.abs(x).max() for x in jax.tree.leaves(jax.device_get(state.opt_state[1][0].mu))) > 0
 
 
+@pytest.mark.slow
 def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_path):
     small = {"model.num_kv_heads": 2, "objective.kl_coef": 0.0, "eval.num_samples": 0}
 

@@ -62,6 +62,7 @@ def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_networ
 
 
 @pytest.mark.parametrize("changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}, {"optimizer.offload": True}])
+@pytest.mark.slow
 def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
     like = compiled.run_of(planned).abstract_state
@@ -72,11 +73,13 @@ def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     assert real == sum(part.num_bytes for part in memory.state_parts(planned)) > 1e5
 
 
+@pytest.mark.slow
 def test_the_update_holds_what_was_planned():
     planned = memory.phase_bytes(memory.parts_of(job_of(EIGHT)), memory.UPDATE)
     assert compiled.temporary_bytes(update_on_eight()) == pytest.approx(planned, rel=0.2)
 
 
+@pytest.mark.slow
 def test_an_update_of_few_rows_holds_little_but_gradients():
     """A wide decoder, everything recomputed: little else is there."""
     few = {"model.remat": "full", "rollout.num_prompts": 2, "rollout.group_size": 2, "rollout.max_completion_tokens": 5}
@@ -86,6 +89,7 @@ def test_an_update_of_few_rows_holds_little_but_gradients():
 
 
 @pytest.mark.parametrize("changes", [{}, {"rollout.max_live_sequences": 20}])
+@pytest.mark.slow
 def test_the_rollout_holds_what_was_planned(changes):
     planned = job_of(ONE, changes, arch=dataclasses.replace(ARCH, num_layers=2))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)
@@ -128,6 +132,7 @@ def test_caches_are_as_large_as_their_arithmetic_says():
 # --------------------------------------------------------------------------------------------------------- what travels
 
 
+@pytest.mark.slow
 def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
     """One [D, D] more in each layer, which no table shards: each device holds it in full, and reads it at every token."""
 
@@ -160,6 +165,7 @@ def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
     assert np.subtract(after, before) == pytest.approx(more)
 
 
+@pytest.mark.slow
 def test_collectives_of_the_update_are_those_of_its_layout():
     """Each layer's seven matrices in two passes, their gradients in one; embedding and head once."""
     planned, found = job_of(EIGHT), collectives.traffic(update_on_eight().as_text())
@@ -230,6 +236,7 @@ def test_devices_share_the_arithmetic():
     assert one == pytest.approx(8 * eight)
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     planned = job_of(EIGHT, {"rollout.num_prompts": 8})
     peaks = {other.mesh: memory.peak_bytes(memory.parts_of(other)) for other in job.allowed_meshes(planned)}
@@ -260,6 +267,7 @@ def test_bad_input_is_one_line():
         compiled.require_simulable(512)
 
 
+@pytest.mark.slow
 def test_the_command_prints_arithmetic():
     status, output = programs.run("experiments.plan", "--config=configs/dapo.py:runlocal", "--chip=v5e", "--devices=8")
     assert status == 0 and "fits" in output and "optimizer state" in output and "bound by" in output, output

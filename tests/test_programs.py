@@ -4,6 +4,8 @@ import pytest
 
 from tests import programs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("flags", "says"),

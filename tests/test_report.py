@@ -206,6 +206,7 @@ def report(*args):
         main()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sweep(sweep, capsys):
     out = sweep / "report"
     text = (out / "report.md").read_text()
@@ -254,6 +255,7 @@ def test_unequal_seeds_are_listed_for_each_setting():
     assert document.list_seeds(study_of({"grpo": GRPO[:3], "dapo": GRPO[:2]})) == "grpo: 3 (0, 1, 2); dapo: 2 (0, 1)"
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_that_needs_nothing_else(sweep):
     html = (sweep / "report/report.html").read_text()
     assert "&lt;b&gt;|*x*" in html and "<b>" not in html and "$" not in html
@@ -326,6 +328,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert re.search(expected.replace("(", r"\(").replace(")", r"\)"), said), said
 
 
+@pytest.mark.slow
 def test_the_readme_keeps_all_but_its_table(sweep, tmp_path):
     readme = tmp_path / "README.md"
     said = "The table stands between `<!-- report:begin -->` and `<!-- report:end -->`.\n"

@@ -11,6 +11,8 @@ import pytest
 
 from tests import programs
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 24
 NUM_DEVICES = 8
 IN_PARTS = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.fsdp_min_elements=0"]

@@ -268,6 +268,7 @@ def test_users_functions_that_are_not_there_are_named_at_once(reward_function: M
 HARD = ["\\boxed{10^{10^6}}", "\\boxed{9^{9^{9^{9^9}}}}", "$" + "\\frac{" * 500 + "}" * 500 + "$", "\0" * 9, "x" * 2**20]
 
 
+@pytest.mark.slow
 def test_hostile_answers_cost_themselves_only(reward_function: MakeRewardFunction) -> None:
     good, bad = ["\\boxed{4}", "<answer>\\frac{8}{2}</answer>"], ["\\boxed{5}", "0"]
     each = reward_function("math_verify", "0.5*exact", time_limit_secs=6.0, memory_limit_mb=1024)
@@ -278,6 +279,7 @@ def test_hostile_answers_cost_themselves_only(reward_function: MakeRewardFunctio
         np.testing.assert_array_equal(reward.shaping_PG, [[0.5, 0, *[0] * len(hard), 0, 0]])
 
 
+@pytest.mark.slow
 def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Path, reward_function: MakeRewardFunction) -> None:
     config = config_of(
         task="my_rewards:hoards",
@@ -295,6 +297,7 @@ def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Pat
     assert (values(reward)["reward/errors"], values(reward)["reward/timeouts"]) == (0.25, 0.5)
 
 
+@pytest.mark.slow
 def test_a_part_that_always_hangs_leaves_the_others_their_scores(reward_function: MakeRewardFunction) -> None:
     completions_PG = [[f"{p}{g}" for g in range(10)] for p in range(10)]
     began = time.monotonic()
@@ -306,6 +309,7 @@ def test_a_part_that_always_hangs_leaves_the_others_their_scores(reward_function
     assert time.monotonic() - began < 40.0  # one after the other on two workers: 25 s, and starting each takes as long again
 
 
+@pytest.mark.slow
 def test_what_a_users_function_starts_ends_with_its_worker(tmp_path: Path, reward_function: MakeRewardFunction) -> None:
     """Children that ignore SIGTERM, in the worker's session and in their own."""
     each = reward_function("my_rewards:litters", time_limit_secs=3.0, num_workers=1)

@@ -111,6 +111,7 @@ def test_a_row_does_not_depend_on_the_other_rows():
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.slow
 def test_number_of_devices_changes_nothing(num_devices):
     assert_same(sampled(num_devices=num_devices), sampled())
 
@@ -153,6 +154,7 @@ def test_the_learner_agrees_with_the_sampler(sampling):
     np.testing.assert_allclose(entropy_PGT[active], got.entropy_PGT[active], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_chain_of_argmaxes():
     """Each token is the best one after the tokens before it, by a plain forward over prompt and completion."""
     got = sampled(spec_of(sampling=GREEDY))
@@ -211,6 +213,7 @@ def test_the_loop_ends_with_the_longest_row(stop_ids, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_ids", [STOPS, (9999,)], ids=["some stop", "none"])
+@pytest.mark.slow
 def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
     spec = spec_of(stop_ids=stop_ids)
     monkeypatch.setattr(decoding, "MIN_SLOTS_TO_GROW", 2)
@@ -240,6 +243,7 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 
 @pytest.mark.parametrize("max_live_sequences", [1, 5, P * G - 1])
 @pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
+@pytest.mark.slow
 def test_rows_that_are_refilled_draw_the_same(max_live_sequences, sampling):
     spec = spec_of(sampling=sampling)
     got = sampled(spec_of(sampling=sampling, max_live_sequences=max_live_sequences))
@@ -255,6 +259,7 @@ def test_refilled_rows_of_one_length(stop_ids):
     assert_same(sampled(spec_of(stop_ids=stop_ids, max_live_sequences=4)), sampled(spec))
 
 
+@pytest.mark.slow
 def test_refilled_rows_on_several_devices():
     """max_live_sequences are each device's: 3 of 2 prompts' 6 completions here, of 8 prompts' 24 on one."""
     spec = spec_of(max_live_sequences=3)

@@ -21,6 +21,8 @@ from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 
+pytestmark = pytest.mark.slow
+
 SCORERS = '''
 import os, sys, time
 

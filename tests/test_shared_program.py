@@ -11,6 +11,8 @@ from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
 from tests import programs, tiny
 
+pytestmark = pytest.mark.slow
+
 CHANGES = {
     "steps_per_call": 3,
     "eval_every": 0,

@@ -251,6 +251,7 @@ def test_folders_without_records_are_named(tmp_path):
         show([write_run(tmp_path / "fine", records_of(), [])], tmp_path / "none" / "show.html")
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_page(tmp_path):
     workdir = write_run(tmp_path / "run", records_of(), [])
     status, output = programs.run("experiments.show", str(workdir), f"--out={tmp_path}/page.html")

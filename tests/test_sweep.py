@@ -200,6 +200,7 @@ def test_a_warm_start_is_made_once_for_all_settings_of_a_seed(tmp_path):
 SHORT = ["--set=num_steps=0", "--set=warm_start.num_steps=0", "--set=eval.num_samples=0", "--config.num_processes=1"]
 
 
+@pytest.mark.slow
 def test_a_failing_run_stops_no_other(tmp_path):
     """The whole program, with runs that are evaluated but not trained; the first has no model."""
     (tmp_path / "sweep.py").write_text(
@@ -232,6 +233,7 @@ def test_a_sweep_says_beforehand_that_it_has_too_few_seeds_to_show_anything(num_
     assert warning is None if least is None else f"holds {num_seeds}; with fewer than {least} no" in warning
 
 
+@pytest.mark.slow
 def test_typos_end_in_one_line_before_anything_runs(tmp_path):
     flags = ["--config=configs/sweeps/variants.py:runlocal", f"--workdir={tmp_path}/out"]
     status, output = programs.run("experiments.sweep", *flags, "--set=num_step=3")
@@ -273,6 +275,7 @@ def reported(workdir):
     return *tables_, {file.name: programs.records(file) for file in workdir.glob("runs/*")}
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_ends_with_the_report_of_an_unbroken_one(tmp_path):
     sweep, whole, torn, cache = (tmp_path / name for name in ("sweep.py", "whole", "torn", "compiled"))
     sweep.write_text(

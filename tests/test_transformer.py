@@ -201,6 +201,7 @@ def value_and_grads(model, params, inputs):
     return jax.jit(jax.value_and_grad(lambda p: (continued(model, p, *inputs)[1] * direction_BTD).sum()))(params)
 
 
+@pytest.mark.slow
 def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
     arch, inputs = GEMMA, make_inputs()
     params = tiny.random_params(arch)
@@ -213,6 +214,7 @@ def test_remat_scan_and_unrolled_layers_agree(monkeypatch):
     assert float(unrolled[0]) != 0 and min(float(jnp.abs(g).max()) for g in jax.tree.leaves(unrolled[1])) > 0
 
 
+@pytest.mark.slow
 def test_remat_recomputes_and_few_layers_are_unrolled():
     tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
 
@@ -300,6 +302,7 @@ def test_attention_over_prefix_and_own_keys_is_one_softmax(scale):
 
 
 @pytest.mark.parametrize("arch", [ARCHS["qwen3"], GEMMA], ids=["qwen3", "gemma"])
+@pytest.mark.slow
 def test_long_rows_in_blocks_are_the_same_and_hold_no_square_of_scores(arch, monkeypatch):
     """Blocks that do not divide the rows, beside prompts and windows."""
     params = tiny.random_params(arch)
