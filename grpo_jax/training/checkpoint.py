@@ -48,17 +48,18 @@ class Checkpointer:
         # The loop saves once more when it ends, maybe at a step that it has just saved.
         if self._manager.latest_step() == step:
             return
-        state = without_frozen(state)
+        saved = saved_fields(state)
         # The writing is asynchronous, and begins with a copy to the host. On a CPU that "copies" nothing: the files would be
         # written from the very buffers that the next call takes, since states are donated, and overwrites. So copy first.
-        state = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        if jax.default_backend() == "cpu":
+            saved = jax.tree.map(jnp.copy, saved)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(saved), config=ocp.args.JsonSave(config))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Read the state saved at `step`, sharded like `like`. Raises UserError if it was saved from another structure."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), without_frozen(like))
-        return _restore(self._manager, step, ocp.args.StandardRestore(abstract))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved_fields(like))
+        return dataclasses.replace(_BLANK, **_restore(self._manager, step, abstract))
 
     def close(self) -> None:
         """Wait for the last save and release the threads."""
@@ -79,12 +80,7 @@ def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
     Returns: the weights, like `like`.
     Raises: UserError if they were saved from another structure.
     """
-    # Partial, or Adam's moments would be read as well: twice the bytes of the weights.
-    item = {"params": like}
-    args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    return _restore(_reader(workdir), step, args)["params"]
+    return _restore(_reader(workdir), step, {"params": like})["params"]
 
 
 def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
@@ -92,7 +88,12 @@ def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    """Read some fields of a saved state, by their names; like: their shapes and shardings."""
+    # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
+    # adds or leaves out is no reason to refuse what is there.
+    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+    args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
         return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     except (ValueError, KeyError) as error:
@@ -101,11 +102,16 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
 
 
-def without_frozen(state: TrainState) -> TrainState:
-    """Return the state without the weights and numbers that never change."""
-    # They are the bulk of it (a base under adapters, a reference as large as the policy), and their source is on disk already.
-    # The hyperparams come from the config, so that a run resumed with --allow_config_change goes by the new numbers.
-    return dataclasses.replace(state, base=None, ref_params=None, hyperparams=None)
+_BLANK = TrainState(*(None for field in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]
+
+
+def saved_fields(state: TrainState) -> dict[str, Any]:
+    """Pick the fields that a checkpoint holds: all but those that never change and those that are not there."""
+    # What never changes is the bulk of a state (a base under adapters, a reference as large as the policy); its source is on
+    # disk already. The hyperparams come from the config, so that a run resumed with --allow_config_change has the new ones.
+    frozen = ("base", "ref_params", "hyperparams")
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if name not in frozen and value is not None}
 
 
 def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
