@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and how to mend it.
+    """Bad input: the message is one line that says what is wrong, where, and how to fix it.
 
     Command-line programs print it without a traceback and exit with status 2.
     """
