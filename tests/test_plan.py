@@ -67,7 +67,8 @@ def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
     like = compiled.run_of(planned).abstract_state
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
-    counters = 2 * 4  # step and num_prompts_drawn, int32
+    numbers = (state.step, state.num_prompts_drawn, state.hyperparams)  # scalars, which the plan leaves out
+    counters = sum(x.nbytes for x in jax.tree.leaves(numbers))
     there = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind == "device"]
     real = sum(x.addressable_shards[0].data.nbytes for x in there) - counters
     assert real == sum(part.num_bytes for part in memory.state_parts(planned)) > 1e5
@@ -137,8 +138,8 @@ def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
     """One [D, D] more in each layer, which no table shards: each device holds it in full, and reads it at every token."""
 
     class TwoGates(transformer.MLP):
-        def __init__(self, arch, *, rngs):
-            super().__init__(arch, rngs=rngs)
+        def __init__(self, arch, *, lora=None, rngs):
+            super().__init__(arch, lora=lora, rngs=rngs)
             self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
 
         def __call__(self, x):
