@@ -13,7 +13,7 @@ from tests import programs
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 24
+NUM_STEPS = 18
 NUM_DEVICES = 8
 IN_PARTS = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.fsdp_min_elements=0"]
 
@@ -29,7 +29,7 @@ def flags(workdir, variant="dapo"):
         f"--config=configs/{variant}.py:runlocal",
         f"--workdir={workdir}",
         f"--config.num_steps={NUM_STEPS}",
-        "--config.eval_every=12",
+        "--config.eval_every=9",
         "--config.checkpoint.every=4",
         "--config.warm_start.num_steps=100",
         *IN_PARTS,
@@ -87,9 +87,9 @@ def torn(tmp_path_factory, whole, cache):
     """The folder of the same run, killed, stopped, killed and ended by the same command."""
     del whole  # comes first: it compiles
     folder, chance = tmp_path_factory.mktemp("torn"), random.Random(os.urandom(8))
-    killed(folder, chance.choice([3, 4, 8, 9]), cache)
-    stopped_at = stopped(folder, 11, cache)
-    killed(folder, min(stopped_at + chance.randint(1, 10), 18), cache)
+    killed(folder, chance.choice([3, 4, 6]), cache)
+    stopped_at = stopped(folder, 7, cache)
+    killed(folder, min(stopped_at + chance.randint(1, 8), 14), cache)
     ended(folder, cache)
     return folder
 
