@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import objectives
+from grpo_jax.knobs import Knob, walk
 from grpo_jax.objectives.choices import CHOICES
 from tests import oracle
 
@@ -313,15 +314,34 @@ def test_presets_match_oracle_end_to_end(name):
     assert_end_to_end(objectives.get(name), make_batch(seed=4, rewards="graded"))
 
 
+def other_values(value, knob):
+    """Other values of a number in its range: half and twice, or half of the way to a bound; of an int one less and more."""
+    if isinstance(value, int):
+        return [other for other in (value - 1, value + 1) if not knob.complaint(other)]
+    lower, higher = value / 2, value * 2
+    bounds = [bound for bound in (knob.at_most, knob.below) if bound is not None]
+    if bounds and knob.complaint(higher):
+        higher = (value + bounds[0]) / 2
+    return [other for other in (lower, higher) if not knob.complaint(other)]
+
+
 @every_variant
 def test_every_number_of_a_variant_does_what_the_oracle_says(name):
-    """Each number half as large and twice as large, one at a time: also the hyper-parameter that a new variant brings."""
+    """Each number lower and higher, one at a time: also the hyper-parameter that a new variant brings."""
     plain, batch = objectives.get(name), make_batch(seed=4, rewards="graded")
-    numbers = {field: value for field, value in dataclasses.asdict(plain).items() if isinstance(value, float) and value}
-    assert len(numbers) >= 7
-    for field, value in numbers.items():
-        for changed in (value / 2, value * 2):
+    numbers = [(field, value, knob) for field, value, knob in walk(plain) if isinstance(value, float | int) and value]
+    numbers = [(field, value, knob) for field, value, knob in numbers if not isinstance(value, bool)]
+    assert len(numbers) >= 8
+    for field, value, knob in numbers:
+        assert other_values(value, knob), f"{field}: no other value is in its range"
+        for changed in other_values(value, knob):
             assert_end_to_end(dataclasses.replace(plain, **{field: changed}), batch)
+
+
+def test_other_values_stay_in_the_range():
+    assert other_values(0.75, Knob("", at_least=0, at_most=1)) == [0.375, 0.875]
+    assert other_values(0.2, Knob("", at_least=0)) == [0.1, 0.4]
+    assert other_values(1, Knob("", at_least=1)) == [2]
 
 
 @every_loss
