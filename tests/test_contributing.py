@@ -46,6 +46,7 @@ def test_an_example_is_at_most_three_files_and_thirty_lines(example):
     assert {anchor for _, _, anchor, _ in pieces} >= {"Objective", "ENTRIES"}
 
 
+@pytest.mark.slow
 def test_the_examples_are_variants_that_match_their_oracle(clone):
     names = [re.search(r'^        "(\w+)": Variant\(', example, re.M)[1] for example in EXAMPLES]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q"]

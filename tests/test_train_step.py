@@ -157,6 +157,7 @@ def three_updates(name, num_devices, num_microbatches):
 
 @every_variant
 @pytest.mark.parametrize("num_devices, num_microbatches", [(8, 1), (1, 4), (8, 2)])
+@pytest.mark.slow
 def test_devices_and_microbatches_change_nothing(name, num_devices, num_microbatches):
     """With 8 devices, data x fsdp, each has one group, which 2 microbatches cut in half: group statistics must not notice."""
     expected, expected_history = three_updates(name, 1, 1)
@@ -191,6 +192,7 @@ def test_microbatches_hold_every_row_once_beside_its_own_prompt(num_microbatches
 
 
 @pytest.mark.parametrize("num_epochs, num_minibatches", [(2, 2), (3, 1)])
+@pytest.mark.slow
 def test_inner_epochs_move_the_ratio_away_from_one_and_keep_old_logp(num_epochs, num_minibatches):
     """Every optimizer step by hand, with the old log-probs of the start: a step that renewed them would keep the ratio at 1."""
     spec = spec_of("gtpo", num_epochs=num_epochs, num_minibatches=num_minibatches)
@@ -485,6 +487,7 @@ def test_other_batches_do_not_recompile():
     assert step_of(spec)._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_whole_run_compiles_once():
     """With dynamic sampling, so that every part of the state changes; each iteration's state goes into the next."""
     changes = {

@@ -92,6 +92,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
     """Read some fields of a saved state, by their names; like: their shapes and shardings."""
     # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
     # adds or leaves out is no reason to refuse what is there.
+    _check_fits(manager.directory / str(step), like)
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
@@ -100,6 +101,25 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
         # Orbax's messages go over many lines; the first says what is wrong.
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
+
+
+def _check_fits(folder: Any, like: dict[str, Any]) -> None:
+    """Raise UserError naming the first array that the checkpoint lacks, or has in another shape."""
+    # Orbax would say so too, but in the middle of reading: what it has begun stays behind and complains when Python ends.
+    metadata: Any = ocp.PyTreeCheckpointer().metadata(folder / "state")
+    stored = {path_text(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
+    for path, x in jax.tree_util.tree_leaves_with_path(like):
+        found = stored.get(path_text(path), "missing")
+        if found != x.shape:
+            raise UserError(
+                f"{folder}: does not fit this config ({path_text(path)} is {found}, the config asks for shape {x.shape}); "
+                "use another --workdir"
+            )
+
+
+def path_text(path: Any) -> str:
+    """Join the keys of a leaf's path by dots; a tuple's places are numbers, as Orbax writes them."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 _BLANK = TrainState(*(None for field in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]
