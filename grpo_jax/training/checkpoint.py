@@ -92,6 +92,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
     """Read some fields of a saved state, by their names; like: their shapes and shardings."""
     # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
     # adds or leaves out is no reason to refuse what is there.
+    manager.wait_until_finished()  # the step may be the one that is being written
     _check_fits(manager.directory / str(step), like)
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
