@@ -108,7 +108,7 @@ def test_the_package_imports_nothing_of_the_clone_around_it():
 
 
 def test_the_list_of_seeded_bugs_fits_the_code():
-    """`make mutate` takes long and is run seldom: what it replaces must still be there."""
+    """`make mutate` takes long and is run rarely: what it replaces must still be there."""
     assert [name for name, file, old, *_ in mutate.BUGS if old not in (mutate.ROOT / file).read_text()] == []
 
 
