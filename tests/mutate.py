@@ -152,7 +152,7 @@ BUGS = [
     (
         "dynamic sampling without a cap",
         "grpo_jax/training/iteration.py",
-        "config.dynamic_sampling.max_sampling_rounds",
+        "self.config.dynamic_sampling.max_sampling_rounds",
         "50",
         "tests/test_dynamic_sampling.py",
     ),
