@@ -79,9 +79,8 @@ def token_loss(
     if ref_logp_BT is not None and obj.needs_reference:
         logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
         aux["kl_ref"] = kl_k3(*logps)
-    if ref_logp_BT is not None and obj.has_kl:
-        logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
-        loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)
+        if obj.has_kl:
+            loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)
     return jnp.where(kept_BT, loss_BT, 0.0), aux
 
 

@@ -123,8 +123,8 @@ def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 
 def path_names(path: Any) -> tuple[str, ...]:
-    """Return a leaf's path in a pytree as plain names."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+    """Return a leaf's path in a pytree as plain names; a tuple's places are numbers."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
 def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:

@@ -18,6 +18,7 @@ from grpo_jax.config import CheckpointConfig
 from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
+from grpo_jax.parallel.sharding import path_names
 from grpo_jax.types import Params, TrainState
 
 SEEN_WITHIN_SECS = 60.0  # a network's file system may show a file so late to the other hosts
@@ -90,11 +91,11 @@ def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) -> dict[str, Any]:
     """Read some fields of a saved state, by their names; like: their shapes and shardings."""
-    # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
-    # adds or leaves out is no reason to refuse what is there.
     manager.wait_until_finished()  # the step may be the one that is being written
     _check_fits(manager.directory / str(step), like)
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+    # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
+    # adds or leaves out is no reason to refuse what is there.
     args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
         return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
@@ -108,19 +109,15 @@ def _check_fits(folder: Any, like: dict[str, Any]) -> None:
     """Raise UserError naming the first array that the checkpoint lacks, or has in another shape."""
     # Orbax would say so too, but in the middle of reading: what it has begun stays behind and complains when Python ends.
     metadata: Any = ocp.PyTreeCheckpointer().metadata(folder / "state")
-    stored = {path_text(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
+    stored = {path_names(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
     for path, x in jax.tree_util.tree_leaves_with_path(like):
-        found = stored.get(path_text(path), "missing")
+        found = stored.get(path_names(path), "missing")
         if found != x.shape:
+            name = ".".join(path_names(path))
             raise UserError(
-                f"{folder}: does not fit this config ({path_text(path)} is {found}, the config asks for shape {x.shape}); "
+                f"{folder}: does not fit this config ({name} is {found}, the config asks for shape {x.shape}); "
                 "use another --workdir"
             )
-
-
-def path_text(path: Any) -> str:
-    """Join the keys of a leaf's path by dots; a tuple's places are numbers, as Orbax writes them."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 _BLANK = TrainState(*(None for field in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]
