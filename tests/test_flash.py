@@ -75,14 +75,14 @@ def test_outputs_and_gradients_are_those_of_plain_operations(S, T, H, window):
 
 @pytest.mark.slow
 def test_several_blocks_are_one_row(monkeypatch):
-    """Blocks of keys whose parts of the queries' gradient are added up, and one kernel for each gradient where they are many."""
+    """Blocks of keys whose parts of the queries' gradient are added up; one kernel for each gradient where they are many."""
     monkeypatch.setattr(flash, "BLOCKS", {128: 1.0})
+    monkeypatch.setattr(flash, "MIN_BACKWARD_KEYS", 128)
     arch, (arrays, mask_PS) = arch_of(64, 200), inputs(260, 380, 64)
     given = arrays, mask_PS, jnp.ones_like(arrays[0]).at[:, ::2].set(-0.5)
     expected = value_and_grads(arch, None, *given)
     assert_same(value_and_grads(arch, INTERPRETED, *given), expected)
     monkeypatch.setattr(flash, "MAX_PARTIAL_DQ", 1)
-    monkeypatch.setattr(flash, "MAX_BACKWARD_KEYS", 128)
     assert_same(value_and_grads(arch, INTERPRETED, *given), expected)
 
 
@@ -97,7 +97,7 @@ def test_the_cotangent_of_each_part_is_that_of_the_whole(monkeypatch):
 
     def of_parts_alone(static, arrays, masks):
         """What a kernel's own derivative gives: each part's output and log-sum-exp in place of the whole's."""
-        (q, own, prompt), out, lse, d_out = arrays
+        (q, own, prompt), _, lse, d_out = arrays
         own_out, own_lse = flash._merged(static, (q, own, None), masks)
         d_own_out = d_out * jnp.exp(own_lse - lse)[..., None]
         dq, d_own, _ = gradients(static, ((q, own, None), own_out, own_lse, d_own_out), masks)

@@ -19,7 +19,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -32,8 +31,9 @@ LANES = 128  # the unit of every length that a kernel sees
 # loaded more often. An assumption: no chip was at hand to measure it.
 BLOCKS = {512: 1.0, 384: 1.05, 256: 1.15, 128: 1.5}
 MIN_QUERIES = 128  # fewer fill no block: plain operations are as good
-MAX_PARTIAL_DQ = 4  # copies of the queries' gradient, one for each block of keys of the backward kernel
-MAX_BACKWARD_KEYS = 4096  # in such a block: beyond it a core's own memory would not hold them
+# The backward kernel's keys at a time: for each such block it writes a copy of the queries' gradient. Beyond the largest a
+# core's own memory would not hold them, and there is one kernel for each gradient.
+MIN_BACKWARD_KEYS, MAX_BACKWARD_KEYS, MAX_PARTIAL_DQ = 1024, 4096, 4
 SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them where it keeps products
 
 
@@ -84,19 +84,26 @@ def attend_causally(
       prompt: those of the prompts, [P, K, S, H], or None; rows p*G .. p*G+G-1 see prompt p. rows: the padding and the window.
     Returns: the heads' outputs, in the dtype of the queries; undefined but finite on padding.
     """
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    width = _width(H)
-    q_BNTH = _pad(q_BTNH.transpose(0, 2, 1, 3), padded_length(T), width)
-    own = jax.tree.map(lambda x: _pad(x, padded_length(T), width), own)
-    masks = rows.own_BT, rows.prompt_PS
-    slots = 0
+    B, T, N, H = q_BTNH.shape
+    K, P, slots = own[0].shape[1], B, 0
     if prompt is not None:
-        slots = prompt[0].shape[2]
-        prompt = jax.tree.map(lambda x: _pad(x, padded_length(slots), width), prompt)
-    masks = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), masks)
+        assert not rows.is_left_padded, "what continues a prompt has no padding before it"
+        P, slots = len(prompt[0]), prompt[0].shape[2]
+        prompt = jax.tree.map(lambda x: _pad(x, padded_length(slots), _width(H)), prompt)
+    # A prompt's G rows are more heads of it, in an order in which both calls find their keys: head (k, g, r) reads the prompt's
+    # keys k, which are those of every G * R heads, and its row's own keys (k, g), those of every R. So nothing is repeated, and
+    # queries are laid out once for both.
+    q_PTGKRH = q_BTNH.reshape(P, B // P, T, K, N // K, H)
+    q_PMTH = q_PTGKRH.transpose(0, 3, 1, 4, 2, 5).reshape(P, -1, T, H)
+    own = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(P, B // P, K, T, H), 1, 2).reshape(P, -1, T, H), own)
+    q_PMTH, own = jax.tree.map(lambda x: _pad(x, padded_length(T), _width(H)), (q_PMTH, own))
+    masks = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), (rows.own_BT, rows.prompt_PS)
+    )
     static = Static(rows.window, rows.is_left_padded, slots, rows.hardware)
-    out_BNTH = _attention(static, (q_BNTH, own, prompt), (*masks, rows.is_local))
-    return out_BNTH[:, :, :T, :H].transpose(0, 2, 1, 3)
+    out_PMTH = _attention(static, (q_PMTH, own, prompt), (*masks, rows.is_local))
+    out_PKGRTH = out_PMTH[:, :, :T, :H].reshape(P, K, B // P, N // K, T, H)
+    return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
 def block_of(num: int) -> int:
@@ -124,22 +131,34 @@ def _pad(x: Float[Array, "R M U H"], length: int, width: int) -> Float[Array, "R
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, arrays: Any, masks: Any) -> Float[Array, "B N T H"]:
+def _attention(static: Static, arrays: Any, masks: Any) -> Float[Array, "P M T H"]:
     return _forward(static, arrays, masks)[0]
 
 
-def _forward(static: Static, arrays: Any, masks: Any) -> tuple[Float[Array, "B N T H"], Any]:
-    # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`).
-    out_BNTH, lse_BNT = (checkpoint_name(x, SAVED_NAME) for x in _on_devices(static, _merged, arrays, masks))
-    return out_BNTH, (arrays, masks, out_BNTH, lse_BNT)
+def _forward(static: Static, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Any]:
+    out_PMTH, lse_PMT = _on_devices(static, _merged, arrays, masks)
+    # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`); kept with the heads side by
+    # side, for a last axis of 64 channels would be padded to a register's 128.
+    kept_PTX, lse_PMT = checkpoint_name(_pack(out_PMTH), SAVED_NAME), checkpoint_name(lse_PMT, SAVED_NAME)
+    return _unpack(kept_PTX, out_PMTH.shape[1]), (arrays, masks, kept_PTX, lse_PMT)
 
 
-def _backward(static: Static, residuals: Any, d_out_BNTH: Float[Array, "B N T H"]) -> tuple[Any, None]:
-    arrays, masks, out_BNTH, lse_BNT = residuals
-    return _on_devices(static, _gradients, (arrays, out_BNTH, lse_BNT, d_out_BNTH), masks), None
+def _backward(static: Static, residuals: Any, d_out_PMTH: Float[Array, "P M T H"]) -> tuple[Any, None]:
+    arrays, masks, kept_PTX, lse_PMT = residuals
+    out_PMTH = _unpack(kept_PTX, d_out_PMTH.shape[1])
+    return _on_devices(static, _gradients, (arrays, out_PMTH, lse_PMT, d_out_PMTH), masks), None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _pack(x_PMTH: Float[Array, "P M T H"]) -> Float[Array, "P T MH"]:
+    x_PTMH = x_PMTH.transpose(0, 2, 1, 3)
+    return x_PTMH.reshape(*x_PTMH.shape[:2], -1)
+
+
+def _unpack(x_PTX: Float[Array, "P T MH"], num_heads: int) -> Float[Array, "P M T H"]:
+    return x_PTX.reshape(*x_PTX.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
 
 
 def _on_devices(static: Static, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
@@ -169,50 +188,40 @@ def _on_devices(static: Static, function: Callable[..., Any], arrays: Any, masks
     return vary_like(sharded(arrays, masks), masks[0])
 
 
-def _merged(static: Static, arrays: Any, masks: Any) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+def _merged(static: Static, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Float[Array, "P M T"]]:
     """Run both parts forward -> (outputs, float32 log-sum-exp of all scores)."""
-    q_BNTH, own, prompt = arrays
+    q_PMTH, own, prompt = arrays
     own_BT, prompt_PS, is_local = masks
 
     def run(window: int | None) -> tuple[Array, Array]:
-        kernel = _own_kernel(static, q_BNTH.shape, window)
-        out_BNTH, lse_BNT = _run_forward(kernel, q_BNTH, own, _own_segments(static, own_BT))
+        out_PMTH, lse_PMT = _run_forward(_own_kernel(static, q_PMTH, window), q_PMTH, own, _own_segments(static, own_BT))
         if prompt is None:
-            return out_BNTH, lse_BNT
-        num_prompts, T = len(prompt_PS), q_BNTH.shape[2]
-        q_PNXH = _fold(q_BNTH, num_prompts)
-        kernel = _prompt_kernel(static, q_PNXH.shape, T, prompt_PS.shape[1], window)
-        given = _run_forward(kernel, q_PNXH, prompt, _prompt_segments(q_PNXH, prompt_PS))
-        seen_BNTH, seen_lse_BNT = (_unfold(x, T) for x in given)
-        both_BNT = jnp.logaddexp(lse_BNT, seen_lse_BNT)
-        out_BNTH = _share(out_BNTH, lse_BNT - both_BNT) + _share(seen_BNTH, seen_lse_BNT - both_BNT)
-        return out_BNTH.astype(q_BNTH.dtype), both_BNT
+            return out_PMTH, lse_PMT
+        kernel, segments = _prompt_kernel(static, q_PMTH, prompt_PS, window), _prompt_segments(q_PMTH, prompt_PS)
+        seen_PMTH, seen_lse_PMT = _run_forward(kernel, q_PMTH, prompt, segments)
+        share_PMT1 = jax.nn.sigmoid(seen_lse_PMT - lse_PMT)[..., None]  # of the prompt in the sum of exponentials
+        moved_PMTH = (seen_PMTH.astype(jnp.float32) - out_PMTH) * share_PMT1
+        if window is not None:
+            # A block of queries that sees no key of the prompt is never run: its output is 0 / 0.
+            moved_PMTH = jnp.where(share_PMT1 > 0, moved_PMTH, 0.0)
+        return (out_PMTH + moved_PMTH).astype(q_PMTH.dtype), jnp.logaddexp(lse_PMT, seen_lse_PMT)
 
     return _by_kind(static, is_local, run)
 
 
-def _share(out_BNTH: Float[Array, "B N T H"], log_share_BNT: Float[Array, "B N T"]) -> Float[Array, "B N T H"]:
-    """Weight one part's output. A block of queries that sees no key of it was never run: its output may be NaN."""
-    share_BNT1 = jnp.exp(log_share_BNT)[..., None]
-    return jnp.where(share_BNT1 > 0, out_BNTH.astype(jnp.float32) * share_BNT1, 0.0)
-
-
 def _gradients(static: Static, arrays: Any, masks: Any) -> Any:
     """Run both parts backward, each with the whole's output and log-sum-exp -> gradients like (q, own, prompt)."""
-    (q_BNTH, own, prompt), *whole = arrays  # whole: output, log-sum-exp, the output's cotangent
+    (q_PMTH, own, prompt), *whole = arrays  # whole: output, log-sum-exp, the output's cotangent
     own_BT, prompt_PS, is_local = masks
 
     def run(window: int | None) -> tuple[Array, Any, Any]:
-        kernel = _own_kernel(static, q_BNTH.shape, window)
-        dq_BNTH, *d_own = _run_backward(kernel, q_BNTH, own, _own_segments(static, own_BT), whole)
+        kernel = _own_kernel(static, q_PMTH, window)
+        dq_PMTH, *d_own = _run_backward(kernel, q_PMTH, own, _own_segments(static, own_BT), whole)
         if prompt is None:
-            return dq_BNTH, tuple(d_own), None
-        num_prompts, T = len(prompt_PS), q_BNTH.shape[2]
-        q_PNXH = _fold(q_BNTH, num_prompts)
-        kernel = _prompt_kernel(static, q_PNXH.shape, T, prompt_PS.shape[1], window)
-        folded = [_fold(x, num_prompts) for x in whole]
-        dq_PNXH, *d_prompt = _run_backward(kernel, q_PNXH, prompt, _prompt_segments(q_PNXH, prompt_PS), folded)
-        return dq_BNTH + _unfold(dq_PNXH, T), tuple(d_own), tuple(d_prompt)
+            return dq_PMTH, tuple(d_own), None
+        kernel, segments = _prompt_kernel(static, q_PMTH, prompt_PS, window), _prompt_segments(q_PMTH, prompt_PS)
+        seen_dq_PMTH, *d_prompt = _run_backward(kernel, q_PMTH, prompt, segments, whole)
+        return dq_PMTH + seen_dq_PMTH, tuple(d_own), tuple(d_prompt)
 
     return _by_kind(static, is_local, run)
 
@@ -222,17 +231,6 @@ def _by_kind(static: Static, is_local: Any, run: Callable[[int | None], Any]) ->
     if is_local is None:
         return run(static.window)
     return jax.lax.cond(is_local, lambda: run(static.window), lambda: run(None))
-
-
-def _fold(x: Float[Array, "B N T ..."], num_prompts: int) -> Float[Array, "P N GT ..."]:
-    """Put a group's rows one behind the other."""
-    x = jnp.swapaxes(x.reshape(num_prompts, -1, *x.shape[1:]), 1, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _unfold(x: Float[Array, "P N GT ..."], num_tokens: int) -> Float[Array, "B N T ..."]:
-    x = jnp.swapaxes(x.reshape(*x.shape[:2], -1, num_tokens, *x.shape[3:]), 1, 2)
-    return x.reshape(-1, *x.shape[2:])
 
 
 # --------------------------------------------------------------------------------------------------------------- the kernels
@@ -245,48 +243,43 @@ def _library() -> tuple[Any, Any]:
     return splash_attention_kernel, splash_attention_mask
 
 
-def _own_kernel(static: Static, shape: tuple[int, ...], window: int | None) -> Any:
-    """Return the kernel of rows that see themselves. shape: of their queries."""
+def _own_kernel(static: Static, q_PMTH: Array, window: int | None) -> Any:
+    """Return the kernel of rows that see themselves."""
     _, masks = _library()
-    _, num_heads, T, _ = shape
+    T = q_PMTH.shape[2]
     mask = masks.CausalMask((T, T))
     if window is not None and window < T:
         mask = masks.LocalMask((T, T), (window - 1, 0), 0)
-    return _make_kernel(static, mask, num_heads)
+    return _make_kernel(static, mask, q_PMTH)
 
 
-def _prompt_kernel(static: Static, shape: tuple[int, ...], num_tokens: int, num_slots: int, window: int | None) -> Any:
-    """Return the kernel of rows that see their prompt.
-
-    Args:
-      static: of the call. shape: of the folded queries. num_tokens: T of each row in them. num_slots: the prompts', padded.
-      window: in tokens, or None.
-    """
+def _prompt_kernel(static: Static, q_PMTH: Array, prompt_PS: Array, window: int | None) -> Any:
+    """Return the kernel of rows that see their prompt."""
     _, masks = _library()
-    _, num_heads, num_queries, _ = shape
-    mask = masks.FullMask((num_queries, num_slots))
+    shape = q_PMTH.shape[2], prompt_PS.shape[1]
+    mask = masks.FullMask(shape)
     if window is not None:
         # Token t stands S + t - s slots behind the prompt's slot s, however much of the prompt is padding on the left.
-        mask = masks.LocalMask((num_queries, num_slots), (window - 1, None), static.prompt_slots)
-        mask.q_sequence = np.tile(np.arange(num_tokens, dtype=np.int32), num_queries // num_tokens)
-    return _make_kernel(static, mask, num_heads)
+        mask = masks.LocalMask(shape, (window - 1, None), static.prompt_slots)
+    return _make_kernel(static, mask, q_PMTH)
 
 
-def _make_kernel(static: Static, mask: Any, num_heads: int) -> Any:
+def _make_kernel(static: Static, mask: Any, q_PMTH: Array) -> Any:
     kernels, masks = _library()
     queries, keys = (block_of(size) for size in mask.shape)
     num_keys = mask.shape[1]
-    # Backward in one kernel where its partial sums of the queries' gradient, one for each block of keys, are few.
-    largest = keys
-    while num_keys > largest * MAX_PARTIAL_DQ and num_keys % (2 * largest) == 0 and largest < MAX_BACKWARD_KEYS:
-        largest *= 2
+    backward_keys = keys
+    while num_keys % (2 * backward_keys) == 0 and (
+        backward_keys < MIN_BACKWARD_KEYS or backward_keys * MAX_PARTIAL_DQ < num_keys
+    ):
+        backward_keys *= 2
     sizes = {"block_q": queries, "block_kv": keys, "block_q_dkv": queries, "block_kv_dkv_compute": keys}
-    if num_keys <= largest * MAX_PARTIAL_DQ:
-        sizes |= {"block_kv_dkv": largest, "use_fused_bwd_kernel": True}
+    if backward_keys <= MAX_BACKWARD_KEYS and num_keys <= backward_keys * MAX_PARTIAL_DQ:
+        sizes |= {"block_kv_dkv": backward_keys, "use_fused_bwd_kernel": True}
     else:
         sizes |= {"block_kv_dkv": keys, "block_q_dq": queries, "block_kv_dq": keys}
     return kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([mask] * num_heads),
+        mask=masks.MultiHeadMask([mask] * q_PMTH.shape[1]),
         block_sizes=kernels.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
@@ -303,10 +296,10 @@ def _own_segments(static: Static, own_BT: Array) -> Any:
     return kernels.SegmentIds(q=own_BT, kv=own_BT)
 
 
-def _prompt_segments(q_PNXH: Array, prompt_PS: Array) -> Any:
+def _prompt_segments(q_PMTH: Array, prompt_PS: Array) -> Any:
     """Hide the prompts' padding from all queries."""
     kernels, _ = _library()
-    return kernels.SegmentIds(q=jnp.ones((len(prompt_PS), q_PNXH.shape[2]), jnp.int32), kv=prompt_PS)
+    return kernels.SegmentIds(q=jnp.ones((len(prompt_PS), q_PMTH.shape[2]), jnp.int32), kv=prompt_PS)
 
 
 def _run_forward(kernel: Any, q: Array, keys_and_values: KeysAndValues, segments: Any) -> tuple[Array, Array]:
