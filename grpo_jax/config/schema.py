@@ -13,7 +13,7 @@ from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("auto", "none", "dots", "full")
+REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")
@@ -27,7 +27,9 @@ class ModelConfig:
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
     remat: str = knob(
-        "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
+        "auto",
+        "what the backward pass computes again: dots all but matrix products, narrow wide ones too, auto by depth and device",
+        choices=REMATS,
     )
     dim: int = knob(64, "width D of the fresh decoder", at_least=2)
     num_layers: int = knob(2, "its layers L", at_least=1)
@@ -200,7 +202,9 @@ class LearnerConfig:
         unit="tokens",
         at_least=0,
     )
-    logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
+    logprob_chunk_tokens: int = knob(
+        0, "positions whose [chunk, V] logits exist at a time; 0: what suits the device", unit="tokens", at_least=0
+    )
     old_logp: str = knob(
         "sampler", "learner: one more forward pass, for a sampler of other numerics (bfloat16)", choices=OLD_LOGP
     )

@@ -381,11 +381,16 @@ class ModelDef:
 
     @property
     def remat_policy(self) -> str:
-        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it.
+
+        Accelerators have less memory beside their arithmetic than hosts, so there a scan keeps less.
+        """
         if self.remat != "auto":
             return self.remat
         if self.arch.num_layers <= MAX_UNROLLED:
             return "none"
+        if self.hardware is not None:
+            return "narrow"
         return "dots"
 
     def bind(self, params: Params) -> Decoder:
@@ -397,7 +402,17 @@ class ModelDef:
         shapes, layers = self.param_shapes(), params["layers"]
         abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        if self.hardware is not None and abstract.gather is None:
+            layers = jax.tree.map(self._cast_matrices, layers)
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+
+    def _cast_matrices(self, x_LOI: Array) -> Array:
+        """Cast stacked matrices to the compute dtype; biases and norms stay."""
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
+        # digits that it has. And XLA casts once what no microbatch changes.
+        if x_LOI.ndim < 3:
+            return x_LOI
+        return x_LOI.astype(self.dtype)
 
     def param_shapes(self) -> Params:
         """Return the tree that `bind` takes, adapters included, as shapes."""

@@ -79,6 +79,10 @@ class Schedule:
                     self.entry = name
             elif name and (match := INSTRUCTION.match(line)):
                 self.computations[name].append(Instruction(*match.groups()))
+            elif name and line not in ("", "}") and self.computations[name]:
+                # A kernel's metadata has line breaks in it.
+                last = self.computations[name][-1]
+                self.computations[name][-1] = dataclasses.replace(last, rest=f"{last.rest}\n{line}")
             elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
                 table = line
             elif table and (match := re.match(r"(\d+) (.*)", line)):
