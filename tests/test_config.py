@@ -7,10 +7,10 @@ import pathlib
 
 import pytest
 
-from configs import base
-from configs import variant as by_name
 from grpo_jax import objectives
 from grpo_jax.config import Config, parse_config
+from grpo_jax.configs import base
+from grpo_jax.configs import variant as by_name
 from grpo_jax.errors import UserError
 from grpo_jax.knobs import walk
 from grpo_jax.parallel.sharding import make_mesh
@@ -100,7 +100,7 @@ def test_every_field_is_read_somewhere():
     """A flag that nobody reads is a lie; reading a value only to check its range does not count."""
     read = set()
     for file in ROOT.glob("grpo_jax/**/*.py"):
-        if file.parent.name == "config":
+        if file.parent.name in ("config", "configs"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):

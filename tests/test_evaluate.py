@@ -7,9 +7,9 @@ import torch
 from flax.traverse_util import flatten_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs import base
 from grpo_jax.analysis.estimates import Estimate
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.peft import save_adapters

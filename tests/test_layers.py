@@ -18,12 +18,14 @@ FLOORS = (
     ("parallel", "objectives", "analysis"),
     ("models",),
     ("config",),
+    ("configs",),
     ("rollout",),
     ("learner",),
     ("rewards",),
     ("tasks",),
     ("training",),
     ("tools",),
+    ("__main__",),
 )
 PURE = (
     "objectives",

@@ -1,6 +1,6 @@
 """The configuration: one frozen dataclass a stage. Each field is declared once, with default, comment, unit and range.
 
-configs/base.py, the list of fields (`python -m experiments.fields`) and the checks of ranges are made from here.
+configs/base.py, the list of fields (`grpo-jax fields`) and the checks of ranges are made from here.
 """
 
 from __future__ import annotations

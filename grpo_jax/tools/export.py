@@ -1,4 +1,4 @@
-"""Export a run's model as a Hugging Face folder: python -m experiments.export --workdir=runs/x --out=folder
+"""Export a run's model as a Hugging Face folder: grpo-jax export --workdir=runs/x --out=folder
 
 Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
 `transformers`, vLLM and others load the folder. LoRA's adapters are merged into the weights, or with --adapter written
@@ -12,17 +12,13 @@ import pathlib
 from absl import flags
 
 from grpo_jax.errors import UserError
-from grpo_jax.models.export import DTYPES, export_folder
-from grpo_jax.models.folders import new_folder, require_new
-from grpo_jax.models.hf import stored_dtype
-from grpo_jax.models.lora import merge_adapters, split_adapters
-from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 
+STEP = flags.DEFINE_integer("step", None, cli.STEP_HELP)
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
-DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")
+DTYPE = flags.DEFINE_string(
+    "dtype", None, "of the weights: float32, bfloat16 or float16; that of the model training began from if not given"
+)
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of weights, in 10^9 bytes", lower_bound=1e-6)
 ADAPTER = flags.DEFINE_bool("adapter", False, "of a LoRA run: the adapters alone, in PEFT's format, float32")
 
@@ -32,7 +28,7 @@ def main() -> None:
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
-    step, what = export(cli.WORKDIR.value, OUT.value, cli.STEP.value, DTYPE.value, shard_bytes, is_adapter=ADAPTER.value)
+    step, what = export(cli.WORKDIR.value, OUT.value, STEP.value, DTYPE.value, shard_bytes, is_adapter=ADAPTER.value)
     print(f"{OUT.value}: {what} after step {step}")
 
 
@@ -51,6 +47,14 @@ def export(
     Returns: the step, and in words what was written.
     Raises: UserError if the run has no such checkpoint, no Hugging Face model or no adapters, or `out` cannot be written.
     """
+    from grpo_jax.models.export import export_folder
+    from grpo_jax.models.folders import new_folder, require_new
+    from grpo_jax.models.hf import stored_dtype
+    from grpo_jax.models.lora import merge_adapters, split_adapters
+    from grpo_jax.models.peft import save_adapters
+    from grpo_jax.training.run import make_run
+    from grpo_jax.training.runlog import read_config
+
     config = read_config(pathlib.Path(workdir))
     source = config.model.path
     if not source:
@@ -81,3 +85,8 @@ def export(
         written = f"{dtype}, adapters merged"
     export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
     return step, written
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

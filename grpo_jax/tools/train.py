@@ -1,4 +1,4 @@
-"""Train: python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo --config.seed=1
+"""Train: grpo-jax train --config=dapo:tiny --workdir=runs/dapo --config.seed=1
 
 The same command goes on from the newest checkpoint in the workdir. SIGTERM saves and exits 0. On several hosts it runs on
 each of them, with --distributed or --coordinator (docs/scale.md).
@@ -7,17 +7,15 @@ each of them, with --distributed or --coordinator (docs/scale.md).
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from grpo_jax import objectives
-from grpo_jax.caches import enable_compilation_cache_on_accelerators
 from grpo_jax.errors import UserError
-from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli
-from grpo_jax.training import trainer
+
+if TYPE_CHECKING:
+    from grpo_jax.config import Config
 
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
@@ -35,6 +33,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator: which
 
 def main() -> None:
     """Run the command: train, then show before and after as a table."""
+    from grpo_jax.caches import enable_compilation_cache_on_accelerators
+    from grpo_jax.training import trainer
+
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/dapo")
@@ -47,6 +48,16 @@ def main() -> None:
     summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
     if summary is None:  # another host speaks
         return
+    show_summary(summary, config, workdir)
+
+
+def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path) -> None:
+    """Print before and after as a table, and where the records are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from grpo_jax import objectives
+
     table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")
     for name in ("steps", "held-out success before", "after", "training seconds"):
         table.add_column(name, justify="right")
@@ -63,6 +74,8 @@ def main() -> None:
 
 def join_hosts() -> None:
     """Become one of several processes, if a flag says so. Raises UserError."""
+    from grpo_jax.parallel import hosts
+
     # A forgotten flag has to be an error: the process would train by itself while the others wait for it.
     named = {"--coordinator": COORDINATOR.value, "--num_processes": NUM_PROCESSES.value, "--process_id": PROCESS_ID.value}
     missing = [name for name, value in named.items() if value is None]
@@ -82,3 +95,8 @@ def parse_steps(text: str) -> range:
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
         raise UserError(f"--profile={text}: expected two steps, first:last, for example 10:12")
     return range(int(first), int(last) + 1)
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

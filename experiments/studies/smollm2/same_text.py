@@ -27,6 +27,7 @@ from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_config
 from grpo_jax.types import Prompts
 
+STEP = flags.DEFINE_integer("step", None, cli.STEP_HELP)
 EXPORTED = flags.DEFINE_string("exported", None, "Hugging Face folder, or PEFT's with --adapter")
 NUM_TOKENS = 64
 TIE = 1e-4
@@ -51,7 +52,7 @@ def main() -> None:
         raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
-    policy = run.restore_policy(workdir, cli.choose_step(workdir, cli.STEP.value))
+    policy = run.restore_policy(workdir, cli.choose_step(workdir, STEP.value))
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]

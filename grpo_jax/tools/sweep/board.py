@@ -24,7 +24,7 @@ PLAIN_LINE_EVERY_SECS = 30.0
 
 
 class Board:
-    """The status of every run. Each change goes to sweep.json, which experiments.report reads."""
+    """The status of every run. Each change goes to sweep.json, which grpo-jax report reads."""
 
     def __init__(self, specs: Sequence[RunSpec], workdir: pathlib.Path, num_at_once: int):
         self.specs, self.workdir, self.num_at_once = specs, workdir, num_at_once

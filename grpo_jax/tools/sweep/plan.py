@@ -113,7 +113,7 @@ def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any], where: s
                 break
             node = node[parent]
         if not isinstance(node, dict) or last not in node:
-            raise UserError(f"{where}: {dotted!r} is no field; configs/base.py lists them all")
+            raise UserError(f"{where}: {dotted!r} is no field; `grpo-jax fields` lists them all")
         node[last] = value
     try:
         return parse_config(settings)

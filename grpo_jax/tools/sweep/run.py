@@ -82,4 +82,4 @@ def print_outcome(board: Board, secs: float) -> None:
     for folder, error in board.errors.items():
         print(f"failed: {folder}: {error}   (output: {board.workdir / folder / 'output.txt'})", file=sys.stderr)
     print(f"{board.summary()}; {secs:.0f} s. {board.describe_time(secs)}")
-    print(f"runs: {board.workdir}/sweep.json   compare: python -m experiments.report {board.workdir}")
+    print(f"runs: {board.workdir}/sweep.json   compare: grpo-jax report {board.workdir}")

@@ -2,10 +2,10 @@
 
 Differs from GRPO's loss only with several updates a batch: --config.learner.num_minibatches=4.
 
-    python -m experiments.train --config=configs/cispo.py:tiny --workdir=runs/cispo
+    grpo-jax train --config=cispo:tiny --workdir=runs/cispo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

@@ -2,15 +2,15 @@
 
 Four updates a batch, as a clip does nothing on the first of them.
 
-    python -m experiments.sweep --config=configs/sweeps/dapo_parts.py:tiny --workdir=runs/dapo_parts
+    grpo-jax sweep --config=sweeps/dapo_parts:tiny --workdir=runs/dapo_parts
 """
 
-from configs import dapo
-from configs.sweeps import base
+from grpo_jax.configs import dapo
+from grpo_jax.configs.sweeps import base
 
 
 def parts(scale: str) -> dict[str, base.Changes]:
-    """What each part changes, in the order of the sweep."""
+    """List the changes of each part, in the order of the sweep."""
     return {
         "kl_off": {"objective.kl_coef": 0.0},
         "clip_higher": {"objective.clip_high": 0.28},
@@ -22,7 +22,7 @@ def parts(scale: str) -> dict[str, base.Changes]:
 
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale)
-    config.configs = ("configs/grpo.py",)
+    config.configs = ("grpo",)
     changes = {"learner.num_minibatches": 4}
     config.sets = {"": dict(changes)}
     for name, part in parts(scale).items():

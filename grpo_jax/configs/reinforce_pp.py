@@ -1,9 +1,9 @@
 """REINFORCE++: advantages are rewards normalised over the whole batch (Hu et al., arXiv 2501.03262).
 
-python -m experiments.train --config=configs/reinforce_pp.py:tiny --workdir=runs/reinforce_pp
+grpo-jax train --config=reinforce_pp:tiny --workdir=runs/reinforce_pp
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

@@ -1,19 +1,19 @@
-"""What the constants of frameworks and papers do by themselves: std ddof, std epsilon, then whole presets' objectives.
+"""Constants of frameworks and papers by themselves: std ddof, std epsilon, then whole presets' objectives.
 
 Only the objective is a preset's: DAPO's sampling is configs/sweeps/dapo_parts.py's, and dual clip needs several updates a
 batch, so there are four.
 
-    python -m experiments.sweep --config=configs/sweeps/frameworks.py:tiny --workdir=runs/frameworks
+    grpo-jax sweep --config=sweeps/frameworks:tiny --workdir=runs/frameworks
 """
 
-from configs import base as settings
-from configs.sweeps import base
 from grpo_jax import objectives
+from grpo_jax.configs import base as settings
+from grpo_jax.configs.sweeps import base
 
 
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale)
-    config.configs = ("configs/grpo.py",)
+    config.configs = ("grpo",)
     config.seeds = tuple(range(10))  # fewer could show nothing about 11 settings
     constants = {"": {}, **base.grid({"objective.std_ddof": (0,)}), **base.grid({"objective.adv_eps": (1e-8, 1e-4)})}
     presets = {name: settings.changes_to(name) for name in objectives.PRESETS}

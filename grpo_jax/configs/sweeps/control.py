@@ -1,9 +1,9 @@
 """The five variants beside a control: the same runs with their rewards handed to the wrong rows, where nothing may be learnt.
 
-python -m experiments.sweep --config=configs/sweeps/control.py:tiny --workdir=runs/control
+grpo-jax sweep --config=sweeps/control:tiny --workdir=runs/control
 """
 
-from configs.sweeps import variants
+from grpo_jax.configs.sweeps import variants
 
 
 def get_config(scale: str = "tiny"):

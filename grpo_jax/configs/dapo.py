@@ -1,9 +1,9 @@
 """DAPO: decoupled clip, token-level loss, dynamic sampling, soft overlong punishment, no KL (Yu et al., arXiv 2503.14476).
 
-python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo
+grpo-jax train --config=dapo:tiny --workdir=runs/dapo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

@@ -3,18 +3,18 @@
 entropy_weight 0 is the variant without its idea. include_other_side False is the mistaken reading, under which being right
 counts for nothing on average: its runs unlearn the task instead.
 
-    python -m experiments.sweep --config=configs/sweeps/entropy_weight.py:tiny --workdir=runs/entropy_weight
+    grpo-jax sweep --config=sweeps/entropy_weight:tiny --workdir=runs/entropy_weight
 """
 
-from configs import base as settings
-from configs.sweeps import base, dapo_parts
+from grpo_jax.configs import base as settings
+from grpo_jax.configs.sweeps import base, dapo_parts
 
 WEIGHTS, SCOPES = (0.0, 0.1, 0.5), ("batch", "group")
 
 
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale)
-    config.configs = ("configs/grpo.py",)
+    config.configs = ("grpo",)
     config.seeds = tuple(range(10))  # fewer could show nothing about 18 settings
     variants = {name: settings.changes_to(name) for name in ("gtpo", "grpo_s")}
     weights = base.grid({"objective.entropy_weight": WEIGHTS, "objective.stat_scope": SCOPES})

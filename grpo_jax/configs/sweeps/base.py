@@ -1,7 +1,7 @@
 """A sweep is every config file x every set of changes x every seed. The format, and how to write sets.
 
     config = base.get_config(scale)
-    config.configs = ("configs/grpo.py", "configs/dapo.py")
+    config.configs = ("grpo", "dapo")
     config.sets = {"": {}, "no_kl": {"objective.kl_coef": 0.0}}          # named; "" is the config file as it is
     config.sets = base.grid({"objective.kl_coef": (0.0, 0.04), "optimizer.learning_rate": (3e-4, 6e-4)})
     config.sets = base.each([{"objective.clip_low": x, "objective.clip_high": 2 * x} for x in (0.1, 0.2)])
@@ -21,10 +21,10 @@ Changes = Mapping[str, Any]  # field of configs/base.py, dotted -> value
 
 
 def get_config(scale: str = "tiny") -> Any:
-    """What all sweeps share."""
+    """Make the config that all sweeps begin from."""
     config: Any = ConfigDict(convert_dict=False)  # sets have dots in their keys
     config.scale = scale  # what follows the colon of each config file: tiny | smollm2 | runlocal
-    config.configs = ()  # files; the name of each is the `variant` of its runs
+    config.configs = ()  # shipped names (dapo) or files (my/dapo.py); the name of each is the `variant` of its runs
     config.sets = {"": {}}  # name -> changes
     config.seeds = tuple(range(8))
     config.num_processes = 0  # runs at a time; 0: one a processor core, one in all on an accelerator

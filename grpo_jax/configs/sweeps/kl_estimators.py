@@ -2,15 +2,15 @@
 
 k1's gradient is 0 in expectation (docs/variants.md): its runs should drift like the one without a penalty.
 
-    python -m experiments.sweep --config=configs/sweeps/kl_estimators.py:tiny --workdir=runs/kl_estimators
+    grpo-jax sweep --config=sweeps/kl_estimators:tiny --workdir=runs/kl_estimators
 """
 
-from configs.sweeps import base
+from grpo_jax.configs.sweeps import base
 
 
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale)
-    config.configs = ("configs/grpo.py",)
+    config.configs = ("grpo",)
     penalties = base.grid({"objective.kl_estimator": ("k1", "k2", "k3"), "objective.kl_coef": (0.04, 0.4)})
     config.sets = {"kl_coef=0": {"objective.kl_coef": 0.0}, **penalties}
     return config

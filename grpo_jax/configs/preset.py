@@ -1,13 +1,13 @@
 """An algorithm with the constants of a paper or of a framework's defaults (docs/variants.md, "Where constants come from").
 
-The argument names the preset, and after a comma the scale:
+`--config=trl_default:tiny` comes here as the argument "trl_default,tiny":
 
-    python -m experiments.train --config=configs/preset.py:trl_default --workdir=runs/trl_default
-    python -m experiments.train --config=configs/preset.py:verl_default,smollm2 --workdir=runs/verl_default
+    grpo-jax train --config=trl_default --workdir=runs/trl_default
+    grpo-jax train --config=verl_default:smollm2 --workdir=runs/verl_default
 """
 
-from configs import variant
 from grpo_jax import objectives
+from grpo_jax.configs import variant
 
 
 def get_config(argument: str = "deepseekmath"):

@@ -20,7 +20,7 @@ from grpo_jax.caches import cache_folder
 def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     """The settings shared by all variants, at one scale."""
     config: Any = ConfigDict()
-    # fields: begin (each is declared in grpo_jax/config/schema.py; python -m experiments.fields --write=configs/base.py)
+    # fields: begin (each is declared in grpo_jax/config/schema.py; grpo-jax fields --write=configs/base.py)
     config.seed = 0  # of weights, prompts and samples
     config.num_steps = 800  # iterations of rollout and update [steps]
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after

@@ -2,10 +2,10 @@
 
 Differs from GRPO only with several updates a batch: --config.learner.num_minibatches=4.
 
-    python -m experiments.train --config=configs/gmpo.py:tiny --workdir=runs/gmpo
+    grpo-jax train --config=gmpo:tiny --workdir=runs/gmpo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

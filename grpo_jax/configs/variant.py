@@ -1,13 +1,13 @@
 """Any variant by its name (grpo_jax/objectives/variants.py), also one that has no file of its own here.
 
-The argument names the variant, and after a comma the scale:
+`--config=gspo:runlocal` comes here as the argument "gspo,runlocal":
 
-    python -m experiments.train --config=configs/variant.py:gspo --workdir=runs/gspo
-    python -m experiments.train --config=configs/variant.py:gtpo,smollm2 --workdir=runs/gtpo
+    grpo-jax train --config=gspo --workdir=runs/gspo
+    grpo-jax train --config=gtpo:smollm2 --workdir=runs/gtpo
 """
 
-from configs import base, dapo
 from grpo_jax import objectives
+from grpo_jax.configs import base, dapo
 
 
 def get_config(argument: str = "grpo"):

@@ -1,9 +1,9 @@
 """RLOO: REINFORCE with the mean of the other completions' rewards as baseline (Ahmadian et al., arXiv 2402.14740).
 
-python -m experiments.train --config=configs/rloo.py:tiny --workdir=runs/rloo
+grpo-jax train --config=rloo:tiny --workdir=runs/rloo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

@@ -1,9 +1,9 @@
 """GTPO: token-level rewards shaped by the sampling policy's entropy (Tan et al., arXiv 2508.04349, eqs. 2-5).
 
-python -m experiments.train --config=configs/gtpo.py:tiny --workdir=runs/gtpo
+grpo-jax train --config=gtpo:tiny --workdir=runs/gtpo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

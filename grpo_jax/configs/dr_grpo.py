@@ -2,10 +2,10 @@
 
 A KL term is kept beside the paper's two corrections; --config.objective.kl_coef=0 is the paper's objective.
 
-    python -m experiments.train --config=configs/dr_grpo.py:tiny --workdir=runs/dr_grpo
+    grpo-jax train --config=dr_grpo:tiny --workdir=runs/dr_grpo
 """
 
-from configs import base
+from grpo_jax.configs import base
 
 
 def get_config(scale: str = "tiny"):

@@ -1,9 +1,9 @@
 """The five variants on sums of numbers up to 299: nine times as many questions, two places to carry, and a longer warm start.
 
-python -m experiments.sweep --config=configs/sweeps/harder.py:tiny --workdir=runs/harder
+grpo-jax sweep --config=sweeps/harder:tiny --workdir=runs/harder
 """
 
-from configs.sweeps import variants
+from grpo_jax.configs.sweeps import variants
 
 HARDER = {"task.arithmetic.max_operand": 299, "warm_start.num_steps": 2000}
 
