@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.config.aliases import upgrade
+from grpo_jax.config.resolve import resolve
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
@@ -73,4 +74,4 @@ def parse_config(config: Any) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     parsed = build(Config, upgrade(values) if isinstance(values, Mapping) else values, "config")
     validate(parsed)
-    return parsed
+    return resolve(parsed)

@@ -14,7 +14,7 @@ from grpo_jax.objectives import Objective
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
-OLD_LOGP = ("sampler", "learner")
+OLD_LOGP = ("auto", "sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")
 GRPO = Objective()
@@ -179,11 +179,15 @@ class DynamicSamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OverlongConfig:
-    """DAPO eq. 13. `cache_tokens` = 0: no punishment. `filter`: truncated rows leave the loss."""
+    """DAPO eq. 13. `filter`: truncated rows leave the loss."""
 
-    cache_tokens: int = knob(
-        0, "L_cache: the last tokens of the budget, where the reward falls from 0 to -1", unit="tokens", at_least=0
+    cache_share: float = knob(
+        0.0,
+        "L_cache as a share of the budget, in whose last tokens the reward falls from 0 to -1; 0: none",
+        at_least=0,
+        at_most=1,
     )
+    cache_tokens: int = knob(0, "L_cache itself, in place of the share; 0: by the share", unit="tokens", at_least=0)
     filter: bool = knob(False, "completions truncated by the budget leave the loss")
 
 
@@ -202,7 +206,9 @@ class LearnerConfig:
     )
     logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
     old_logp: str = knob(
-        "sampler", "learner: one more forward pass, for a sampler of other numerics (bfloat16)", choices=OLD_LOGP
+        "auto",
+        "learner: one more forward pass gives the ratio's denominator; auto: in bfloat16 with a narrow clip",
+        choices=OLD_LOGP,
     )
     importance_cap: float = knob(
         0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0

@@ -60,6 +60,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if value is None:  # a placeholder of the config file, for what only the user can know
+        raise UserError(f"{where} is not set: give it a value, for example --{where}=...")
     origin = typing.get_origin(hint) or hint
     wrong = UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     if origin is tuple:

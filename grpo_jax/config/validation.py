@@ -81,7 +81,7 @@ def _require_importance(config: Config) -> None:
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
-    if cap and old_logp != "learner":
+    if cap and (old_logp == "sampler" or config.async_steps):
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
             "set that to 'learner'"
@@ -104,7 +104,7 @@ def _check_async(config: Config) -> None:
             f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
             "the host, the other for tasks of the device; set one of them to 0"
         )
-    if config.async_steps and config.learner.old_logp != "sampler":
+    if config.async_steps and config.learner.old_logp == "learner":
         raise UserError(
             f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
             "the learner has moved on from the policy that sampled, set it to 'sampler'"

@@ -3,7 +3,8 @@
 The argument after the colon picks the scale:
 
 :tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
-:smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
+:llm       any Hugging Face model, --config.model.path=folder or hub id, on your task (docs/data.md)
+:smollm2   the example of it: SmolLM2-135M-Instruct (`grpo-jax smollm2` fetches it) learns few-shot sums
 :runlocal  :tiny shrunk to seconds, to see that a config runs
 """
 
@@ -109,7 +110,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.dynamic_sampling.max_sampling_rounds = 4  # rounds of num_prompts prompts; then the step trains on the groups it has
 
     config.overlong = ConfigDict()
-    config.overlong.cache_tokens = 0  # L_cache: the last tokens of the budget, where the reward falls from 0 to -1
+    # L_cache as a share of the budget, in whose last tokens the reward falls from 0 to -1; 0: none
+    config.overlong.cache_share = 0.0
+    config.overlong.cache_tokens = 0  # L_cache itself, in place of the share; 0: by the share [tokens]
     config.overlong.filter = False  # completions truncated by the budget leave the loss
 
     config.learner = ConfigDict()
@@ -119,8 +122,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
     config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
-    # sampler | learner; learner: one more forward pass, for a sampler of other numerics (bfloat16)
-    config.learner.old_logp = "sampler"
+    # auto | sampler | learner; learner: one more forward pass gives the ratio's denominator; auto: in bfloat16 with a narrow clip
+    config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
     config.optimizer = ConfigDict()
@@ -154,7 +157,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.log.num_groups = 2  # groups in each sample
     # fields: end
 
-    scales = {"tiny": tiny, "smollm2": smollm2, "runlocal": runlocal}
+    scales = {"tiny": tiny, "llm": llm, "smollm2": smollm2, "runlocal": runlocal}
     if scale not in scales:
         raise ValueError(f"unknown scale {scale!r} after the colon; known: {', '.join(scales)}")
     scales[scale](config)
@@ -180,23 +183,32 @@ def tiny(config: Any) -> None:
     """The settings above."""
 
 
-def smollm2(config: Any) -> None:
-    """A real language model: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in five."""
-    config.model.path = str(cache_folder() / "SmolLM2-135M-Instruct")
+def llm(config: Any) -> None:
+    """Any real language model: what changes against the decoder of :tiny, which is fresh and small."""
+    config.model.path = placeholder(str)
     config.warm_start.num_steps = 0
-    config.task.arithmetic.min_operand = 0
-    config.task.arithmetic.max_operand = 50
     config.task.arithmetic.num_shots = 4
-    config.num_steps = 80
+    config.num_steps = 200
     config.eval_every = 20
     config.rollout.num_prompts = 8
-    config.rollout.max_completion_tokens = 6
-    config.optimizer.learning_rate = 1e-5
+    config.rollout.max_completion_tokens = 256
+    config.optimizer.learning_rate = 1e-6
     config.eval.num_prompts = 64
     config.eval.num_samples = 2
     config.eval.batch_size = 32
     config.checkpoint.every = 20
     config.log.completions_every = 5
+
+
+def smollm2(config: Any) -> None:
+    """The example of :llm: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in five."""
+    llm(config)
+    config.model.path = str(cache_folder() / "SmolLM2-135M-Instruct")
+    config.task.arithmetic.min_operand = 0
+    config.task.arithmetic.max_operand = 50
+    config.num_steps = 80
+    config.rollout.max_completion_tokens = 6
+    config.optimizer.learning_rate = 1e-5
 
 
 def runlocal(config: Any) -> None:

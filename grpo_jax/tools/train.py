@@ -17,6 +17,7 @@ from grpo_jax.tools import cli
 if TYPE_CHECKING:
     from grpo_jax.config import Config
 
+FEWEST_STEPS = 20  # with fewer a rise of the held-out success would be luck
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
 )
@@ -69,6 +70,10 @@ def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path)
     )
     console = Console()
     console.print(table)
+    if config.num_steps < FEWEST_STEPS:
+        console.print(
+            f"note: {config.num_steps} steps show that everything runs; they are too few to learn from", soft_wrap=True
+        )
     console.print(f"curve: {workdir}/learning_curve.png   records: {workdir}/metrics.jsonl", soft_wrap=True)
 
 

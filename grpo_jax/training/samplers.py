@@ -145,7 +145,7 @@ class DeviceSampler:
             reward,
             step,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
-            cache_tokens=self.config.overlong.cache_tokens,
+            cache_tokens=shaping.num_cache_tokens(self.config.overlong, self.config.rollout.max_completion_tokens),
         )
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
