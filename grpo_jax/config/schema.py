@@ -207,7 +207,7 @@ class LearnerConfig:
     logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
     old_logp: str = knob(
         "auto",
-        "learner: one more forward pass gives the ratio's denominator; auto: in bfloat16 with a narrow clip",
+        "learner: a further forward pass gives the ratio's denominator; auto: in bfloat16 with narrow clip",
         choices=OLD_LOGP,
     )
     importance_cap: float = knob(

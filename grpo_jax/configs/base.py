@@ -122,7 +122,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
     config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
-    # auto | sampler | learner; learner: one more forward pass gives the ratio's denominator; auto: in bfloat16 with a narrow clip
+    # auto | sampler | learner; learner: a further forward pass gives the ratio's denominator; auto: in bfloat16 with narrow clip
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
