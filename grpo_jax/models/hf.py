@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.folders import INDEX, SINGLE, read_json, resolve, with_progress
+from grpo_jax.models.folders import INDEX, SINGLE, resolve, with_progress
 from grpo_jax.models.transformer import init_params
 from grpo_jax.types import Params
 

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
-from grpo_jax.training.checkpoint import write_atomically
+from grpo_jax.training.checkpoint import read_config
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
 

@@ -18,8 +18,8 @@ from grpo_jax.models.hf import stored_dtype
 from grpo_jax.models.lora import merge_adapters, split_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
+from grpo_jax.training.checkpoint import read_config
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")

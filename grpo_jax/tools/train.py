@@ -19,6 +19,7 @@ from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli
 from grpo_jax.training import trainer
 
+UNKNOWN = "?"  # its record was damaged
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
 )
@@ -52,8 +53,7 @@ def main() -> None:
         table.add_column(name, justify="right")
     table.add_row(
         f"{summary['steps']}/{config.num_steps}",
-        f"{summary['success_before']:.3f}",
-        f"{summary['success_after']:.3f}",
+        *(UNKNOWN if summary[name] is None else f"{summary[name]:.3f}" for name in ("success_before", "success_after")),
         f"{summary['training_secs']:.0f}",
     )
     console = Console()

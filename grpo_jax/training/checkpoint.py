@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from typing import Any
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax.config import CheckpointConfig
+from grpo_jax.config import CheckpointConfig, Config, parse_config
 from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
+from grpo_jax.files import note_once, read_json, write_atomically
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import path_names
 from grpo_jax.types import Params, TrainState
@@ -163,7 +164,7 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     if not path.exists():
         return
     # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
-    differences = list(_differences(complete(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
+    differences = list(_differences(complete(read_settings(workdir)), json.loads(json.dumps(config)), "config"))
     if differences:
         raise UserError(
             f"{path}: written by another config: {'; '.join(differences[:3])}; "
@@ -171,12 +172,32 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         )
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write a text file so that, whenever the process dies, there is either all of the new file or the old one."""
-    # Beside it, because a rename is atomic only within one file system.
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def read_settings(workdir: pathlib.Path) -> dict[str, Any]:
+    """Read the settings that a run was started with, as they are in its config.json; of a damaged one its newest checkpoint's.
+
+    Raises: UserError if the folder is not that of a run, or none of its copies can be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
+    try:
+        return read_json(path, "delete the folder, or start its run again with another --workdir")
+    except UserError as error:
+        for step in reversed(saved_steps(workdir)):
+            with contextlib.suppress(UserError):
+                settings = read_json(workdir / "checkpoints" / str(step) / "config" / "metadata")
+                note_once(f"{error.args[0].split(';')[0]}; taken from the checkpoint of step {step}")
+                return settings
+        raise
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """Read the config that the run was started with. Raises UserError if the folder is not that of a run."""
+    settings = read_settings(workdir)
+    try:
+        return parse_config(complete(settings))
+    except UserError as error:
+        raise UserError(f"{workdir}/config.json: {error}") from None
 
 
 def _differences(old: Any, new: Any, where: str):

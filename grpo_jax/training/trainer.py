@@ -23,9 +23,10 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
+from grpo_jax.training.checkpoint import Checkpointer, init_workdir
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.iteration import prefetch_first_batch
@@ -395,8 +396,9 @@ def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     evaluated = [record for record in records if "eval/success" in record]
     summary: dict[str, Any] = {
         "steps": records[-1]["step"] if records else 0,
-        "success_before": evaluated[0]["eval/success"],
-        "success_after": evaluated[-1]["eval/success"],
+        # Of step 0 and no other: if that record was damaged, nothing is known of what was before.
+        "success_before": next((record["eval/success"] for record in evaluated if record["step"] == 0), None),
+        "success_after": evaluated[-1]["eval/success"] if evaluated else None,
         "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
         **provenance(),
     }

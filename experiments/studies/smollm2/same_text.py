@@ -23,8 +23,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from grpo_jax.rollout.rollout import EndTokens, greedy, rollout, row_keys
 from grpo_jax.tools import cli
+from grpo_jax.training.checkpoint import read_config
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 from grpo_jax.types import Prompts
 
 EXPORTED = flags.DEFINE_string("exported", None, "Hugging Face folder, or PEFT's with --adapter")

@@ -13,12 +13,12 @@ import shlex
 import sys
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
 from grpo_jax.tools.report import document, figures, hparams, page, tables
 from grpo_jax.tools.report.analysis import Study, analyse
 from grpo_jax.tools.report.runs import load
 from grpo_jax.tools.report.verdict import verdict
-from grpo_jax.training.checkpoint import write_atomically
 
 
 def main() -> None:

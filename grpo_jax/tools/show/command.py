@@ -10,9 +10,9 @@ import argparse
 import pathlib
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
 from grpo_jax.tools.show.page import page
-from grpo_jax.training.checkpoint import write_atomically
 
 
 def main() -> None:
