@@ -132,6 +132,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.optimizer.eps = 1e-8  # added to the root of the second moment
     config.optimizer.weight_decay = 0.0  # of matrices; norms and biases have none
     config.optimizer.max_grad_norm = 1.0  # gradients are clipped to this global norm
+    # steps in a row with an update left out, as its gradient or loss is not finite; then the run stops
+    config.optimizer.max_skipped_steps = 3
     config.optimizer.offload = False  # Adam's moments wait in the host's memory and are on the device only for their update
 
     config.mesh = ConfigDict()

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from grpo_jax.config import Config, parse_config
 from grpo_jax.config.aliases import RENAMED, upgrade_setting
 from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import saved_steps
 
@@ -98,13 +99,13 @@ def choose_step(workdir: pathlib.Path, step: int | None) -> int:
     return step
 
 
-def fail(message: str) -> None:
-    """Write one line on stderr and end the process with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
+    """Write one line on stderr and end the process."""
+    print(f"error: {printable(message)}", file=sys.stderr)
     # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
     if hosts.is_joined():
-        hosts.exit_without_barrier(EXIT_BAD_INPUT)
-    sys.exit(EXIT_BAD_INPUT)
+        hosts.exit_without_barrier(status)
+    sys.exit(status)
 
 
 def _call(main: Callable[[], Any]) -> None:
@@ -112,7 +113,7 @@ def _call(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.status)
     except BaseException:
         if hosts.is_joined():
             traceback.print_exc()

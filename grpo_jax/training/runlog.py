@@ -65,6 +65,10 @@ class RunLog:
         for row in rows:
             self._completions.write({"step": step, **row})
 
+    def note(self, text: str) -> None:
+        """Show a line above the progress."""
+        self._progress.note(text, is_rare=True)
+
     def flush(self) -> None:
         """Put all records so far on disk."""
         # Called before a checkpoint: the log may be ahead of it, and is cut off on resuming, but never behind. A crash of the
@@ -177,12 +181,13 @@ class ProgressLine:
                 left = f"  left {(now - self._warm[1]) / (step - self._warm[0]) * (self._total - step):.0f} s"
             print(f"step {step}/{self._total}  {say}{left}", file=sys.stderr, flush=True)
 
-    def note(self, text: str) -> None:
-        """Print a line above the live one, at most once every PLAIN_LINE_EVERY_SECS."""
+    def note(self, text: str, *, is_rare: bool = False) -> None:
+        """Print a line above the live one; what is not rare at most once every PLAIN_LINE_EVERY_SECS."""
         now = time.monotonic()
-        if now - self._last_note >= PLAIN_LINE_EVERY_SECS:
-            self._last_note = now
-            self._progress.console.print(text)
+        if is_rare or now - self._last_note >= PLAIN_LINE_EVERY_SECS:
+            self._last_note = self._last_note if is_rare else now
+            # As plain text: brackets in it are no markup.
+            self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

@@ -60,8 +60,8 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
                 board.refresh()
                 if event is None:
                     continue
-                job, happened, error = event
-                for spec in job.runs:
+                job, happened, errors = event
+                for spec, error in zip(job.runs, errors, strict=True):
                     if happened == "running":
                         board.set(spec, "running")
                     else:
