@@ -146,8 +146,8 @@ def apply_gradients(
     updates, new_opt_state = optimizer.update(grads, opt_state, params)
     new = optax.apply_updates(params, updates), new_opt_state
     # Judged on the device, where the host need not wait for it, and by the gradient: the new weights would have to exist beside
-    # the old ones until then. With a finite gradient, and settings in the ranges of `OptimizerConfig`, AdamW's update is so too.
-    # And a select, for NaN times 0 is NaN.
+    # the old ones until then. With a finite gradient, and settings in the ranges of `OptimizerConfig`, AdamW's update is finite
+    # too. And a select, for NaN times 0 is NaN.
     is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     params, opt_state = jax.tree.map(lambda x, old: jnp.where(is_finite, x, old), new, (params, opt_state))
     if is_offloaded:

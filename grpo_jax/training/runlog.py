@@ -39,6 +39,7 @@ class RunLog:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, num_steps: int):
+        self._workdir = workdir
         self._progress = ProgressLine(max(step, 0), num_steps)
         self._metrics = RecordFile(workdir / "metrics.jsonl", step, metrics_fault)
         self._completions = RecordFile(workdir / "completions.jsonl", step, completion_fault)
@@ -67,7 +68,7 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Show a line above the progress."""
-        self._progress.note(text, is_rare=True)
+        self._progress.note(f"{self._workdir}: {text}", is_rare=True)
 
     def flush(self) -> None:
         """Put all records so far on disk."""
