@@ -18,7 +18,9 @@ from grpo_jax.config.aliases import RENAMED, upgrade_setting
 from grpo_jax.errors import UserError
 from grpo_jax.files import printable
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.training.checkpoint import read_newest, require_step
+from grpo_jax.training.run import Run
+from grpo_jax.types import Params
 
 EXIT_BAD_INPUT = 2
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
@@ -26,7 +28,8 @@ INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `config
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )
-STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest")
+STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest that can be read")
+STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
 
 
@@ -85,18 +88,18 @@ def find_config_file(path: str) -> pathlib.Path:
     return here  # also if it is absent: the message then names the path as it was given
 
 
-def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """Return `step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none or not that one."""
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
-        )
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
-    return step
+def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
+    """Read the policy of a step, or of the newest checkpoint that can be read.
+
+    Args:
+      run: of the workdir. workdir: with its checkpoints. step: of one of them; None: the newest. is_strict: no older one.
+    Returns: (the step, all weights).
+    Raises: UserError if it is not there or damaged.
+    """
+    require_step(workdir, step)
+    found = read_newest(workdir, lambda each: run.restore_policy(workdir, each), step, is_strict=is_strict)
+    assert found is not None, "there is a checkpoint, and it was neither read nor refused"
+    return found
 
 
 def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
@@ -124,6 +127,7 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
+    argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
     except (AttributeError, KeyError) as error:

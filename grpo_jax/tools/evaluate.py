@@ -21,8 +21,8 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
-from grpo_jax.training.checkpoint import read_config
 from grpo_jax.training.run import make_run
+from grpo_jax.training.settings import read_config
 
 OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
 
@@ -35,8 +35,7 @@ def main() -> None:
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
-            step = cli.choose_step(workdir, cli.STEP.value)
-            policy = run.restore_policy(workdir, step)
+            step, policy = cli.restore_policy(run, workdir, cli.STEP.value, is_strict=cli.STRICT.value)
         else:
             step, policy = 0, run.initial_state().policy
         estimates = run.evaluate(policy)

@@ -18,8 +18,9 @@ from grpo_jax.models.hf import stored_dtype
 from grpo_jax.models.lora import merge_adapters, split_adapters
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
-from grpo_jax.training.checkpoint import read_config
+from grpo_jax.training.checkpoint import require_step
 from grpo_jax.training.run import make_run
+from grpo_jax.training.settings import read_config
 
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")
@@ -32,22 +33,38 @@ def main() -> None:
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
-    step, what = export(cli.WORKDIR.value, OUT.value, cli.STEP.value, DTYPE.value, shard_bytes, is_adapter=ADAPTER.value)
+    step, what = export(
+        cli.WORKDIR.value,
+        OUT.value,
+        cli.STEP.value,
+        DTYPE.value,
+        shard_bytes,
+        is_adapter=ADAPTER.value,
+        is_strict=cli.STRICT.value,
+    )
     print(f"{OUT.value}: {what} after step {step}")
 
 
 def export(
-    workdir: str, out: str, step: int | None, dtype: str | None, max_shard_bytes: int, *, is_adapter: bool = False
+    workdir: str,
+    out: str,
+    step: int | None,
+    dtype: str | None,
+    max_shard_bytes: int,
+    *,
+    is_adapter: bool = False,
+    is_strict: bool = False,
 ) -> tuple[int, str]:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
       workdir: folder of the run.
       out: folder to write; absent or empty.
-      step: of the checkpoint; None: the newest.
+      step: of the checkpoint; None: the newest that can be read.
       dtype: of the weights, one of DTYPES; None: that of the model training began from.
       max_shard_bytes: largest file of weights, bytes.
       is_adapter: write the adapters of a LoRA run alone, instead of merging them into the weights.
+      is_strict: a damaged checkpoint is an error: no older one is taken.
     Returns: the step, and in words what was written.
     Raises: UserError if the run has no such checkpoint, no Hugging Face model or no adapters, or `out` cannot be written.
     """
@@ -62,11 +79,11 @@ def export(
         raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
     require_new(pathlib.Path(out))  # before a long load
     dtype = dtype or stored_dtype(source)
-    step = cli.choose_step(pathlib.Path(workdir), step)
+    require_step(pathlib.Path(workdir), step)
     run = make_run(config)
     # The task is closed as soon as the weights are here: its scoring processes have nothing to do in an export.
     try:
-        policy = run.restore_policy(pathlib.Path(workdir), step)
+        step, policy = cli.restore_policy(run, pathlib.Path(workdir), step, is_strict=is_strict)
     finally:
         run.task.close()
     lora = run.model.lora

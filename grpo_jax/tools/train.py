@@ -1,6 +1,7 @@
 """Train: python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/dapo --config.seed=1
 
-The same command goes on from the newest checkpoint in the workdir. SIGTERM saves and exits 0. On several hosts it runs on
+The same command goes on from the newest checkpoint in the workdir that can be read. SIGTERM, SIGHUP or Ctrl-C saves and exits
+0; a second Ctrl-C ends at once. On several hosts it runs on
 each of them, with --distributed or --coordinator (docs/scale.md).
 """
 
@@ -18,13 +19,14 @@ from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli
 from grpo_jax.training import trainer
+from grpo_jax.training.settings import Start
 
 UNKNOWN = "?"  # its record was damaged
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
 )
-ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "go on in a workdir that another config wrote (for example with more num_steps)"
+ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
+    "allow_config_change", [], "fields or groups, optimizer.learning_rate,mesh: go on in a workdir with other values of these"
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; how they meet is known from the TPU pod, Slurm, Kubernetes or Open MPI"
@@ -45,7 +47,8 @@ def main() -> None:
     # for it asks JAX for its devices, and these are fixed from then on.
     join_hosts()
     enable_compilation_cache_on_accelerators()
-    summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
+    start = Start(cli.STEP.value, cli.STRICT.value, [name.removeprefix("config.") for name in ALLOW_CONFIG_CHANGE.value])
+    summary = trainer.train(config, workdir, start, profiled=profiled)
     if summary is None:  # another host speaks
         return
     table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")

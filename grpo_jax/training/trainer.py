@@ -26,7 +26,7 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.files import write_atomically
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import Checkpointer, init_workdir
+from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
@@ -35,11 +35,12 @@ from grpo_jax.training.plots import learning_curve
 from grpo_jax.training.provenance import provenance
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
+from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, init_workdir
 from grpo_jax.types import Batch, TrainState
 
 
 def train(
-    config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    config: Config, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
 ) -> dict[str, Any] | None:
     """Run `config` in `workdir` from where it left off.
 
@@ -48,31 +49,31 @@ def train(
 
     Args:
       config: of the run. workdir: its folder, new or that of the same run.
-      allow_config_change: resume although the folder was written by another config.
+      start: what to go on from, in a folder that holds its beginning.
       profiled: steps whose calls jax.profiler traces into <workdir>/profile.
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
     run = make_run(config)
     try:
-        return train_run(run, workdir, allow_config_change=allow_config_change, profiled=profiled)
+        return train_run(run, workdir, start, profiled=profiled)
     finally:
         run.task.close()
 
 
 def train_run(
-    run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    run: Run, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already.
 
     Args:
-      run: from `make_run`. workdir, allow_config_change, profiled: as in `train`.
+      run: from `make_run`. workdir, start, profiled: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
-    return train_members(run, [run], [workdir], profiler, allow_config_change=allow_config_change)[0]
+    return train_members(run, [run], [workdir], profiler, start)[0]
 
 
 def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list[str]:
@@ -86,26 +87,23 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Raises: ValueError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
-    summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, allow_config_change=False)
+    summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
     return [(summary or {}).get("error", "") for summary in summaries]
 
 
 def train_members(
-    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, *, allow_config_change: bool
+    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, start: Start
 ) -> list[dict[str, Any] | None]:
     """Open the folders of some runs, loop, and finish each.
 
     Args:
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
-      profiler: of the calls. allow_config_change: as in `train`.
+      profiler: of the calls. start: as in `train`.
     Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
     Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        opened = [
-            stack.enter_context(open_run(run, workdir, allow_config_change=allow_config_change))
-            for run, workdir in zip(runs, workdirs, strict=True)
-        ]
+        opened = [stack.enter_context(open_run(run, workdir, start)) for run, workdir in zip(runs, workdirs, strict=True)]
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
@@ -125,11 +123,11 @@ def train_members(
 
 
 @contextlib.contextmanager
-def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> Iterator[tuple[Member, TrainState, int | None]]:
+def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Member, TrainState, int | None]]:
     """Open a run's files.
 
     Args:
-      run: built. workdir: its folder. allow_config_change: as in `train`.
+      run: built. workdir: its folder. start: as in `train`.
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
     Raises: UserError if there is nothing to resume from, or the folder is another config's.
     """
@@ -145,11 +143,13 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
     state = None
     if not is_begun:
         state = announced_initial_state(run)
-    init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
+    init_workdir(workdir, run.config.to_dict(), start)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
-    resumed = checkpointer.latest_step()
-    if resumed is not None:
-        state = run.restore_state(checkpointer, resumed)
+    resumed = None
+    restore = functools.partial(run.restore_state, checkpointer)
+    found = checkpointer.restore_newest(restore, start.step, is_strict=start.is_strict)
+    if found is not None:
+        resumed, state = found
     elif state is None:  # killed before its first checkpoint
         state = announced_initial_state(run)
     # The log is opened last, because this removes the records beyond the checkpoint: it must have been read without an error.

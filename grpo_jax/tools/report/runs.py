@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, read_json
-from grpo_jax.training.checkpoint import read_settings
 from grpo_jax.training.runlog import read_metrics
+from grpo_jax.training.settings import read_settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tools.show.health import Record, health
-from grpo_jax.training.checkpoint import read_config
 from grpo_jax.training.runlog import points, read_completions, read_metrics
+from grpo_jax.training.settings import read_config
 
 Item = TypeVar("Item")
 Row = Mapping[str, Any]  # of completions.jsonl
