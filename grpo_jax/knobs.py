@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+TINY, HUGE = 2.0**-126, 2.0**127  # of float32, those that are not rounded to 0 or infinity
+
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
@@ -29,6 +31,11 @@ class Knob:
         # Before the bounds, since a field may have none, and no field can be NaN or infinite.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        # What a program computes with is float32 and int32, where other numbers would be infinite, 0, or another one.
+        if isinstance(value, float) and value and not TINY <= abs(value) <= HUGE:
+            return f"float32 has numbers from {TINY:.1g} to {HUGE:.1g} alone"
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            return "must fit into 32 bits"
         if self.choices and value not in self.choices:
             return f"unknown; known: {', '.join(map(str, self.choices))}"
         if self.at_least is not None and not value >= self.at_least:

@@ -31,6 +31,13 @@ BUGS = [
         "tests/test_objectives.py -k loss_is_its_parts",
     ),
     (
+        "an update that is NaN taken",
+        "grpo_jax/learner/train_step.py",
+        "jnp.isfinite(norm) & jnp.isfinite(loss)",
+        "jnp.isfinite(norm) | True",
+        "tests/test_guard.py -k leaves_all",
+    ),
+    (
         "mean instead of sum",
         f"{OBJECTIVES}/__init__.py",
         "(loss_BT * weight_BT).sum() / denom",

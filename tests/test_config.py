@@ -129,7 +129,7 @@ def broken(changes):
     [
         ({"rollout.group_size": 1}, r"config\.rollout\.group_size = 1: .* at least 2"),
         ({"rollout.num_prompts": 0}, r"config\.rollout\.num_prompts = 0: must be at least 1"),
-        ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be above 0"),
+        ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be at least 0\.001"),
         ({"rollout.top_p": 1.5}, r"config\.rollout\.top_p = 1\.5"),
         ({"rollout.typo": 3}, r"config\.rollout\.typo: unknown field; known here: num_prompts"),
         ({"seed": "one"}, r"config\.seed = 'one': expected int, got str"),
@@ -166,7 +166,7 @@ def broken(changes):
         ({"task.name": "jsonl"}, r"config\.model\.path is empty"),
         ({"task.arithmetic.operators": "*"}, r"config\.task\.arithmetic\.operators = '\*'"),
         ({"task.arithmetic.max_operand": 0}, r"config\.task\.arithmetic\.max_operand = 0"),
-        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 = 1\.0: must be below 1"),
+        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 = 1\.0: must be at most 0\.999999"),
         ({"warm_start.label_noise": 1.5}, r"config\.warm_start\.label_noise = 1\.5: must be at most 1"),
         ({"optimizer.schedule": "magic"}, r"config\.optimizer\.schedule = 'magic'"),
         ({"async_steps": 2}, r"config\.async_steps = 2: unknown; known: 0, 1"),

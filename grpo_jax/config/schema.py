@@ -41,7 +41,7 @@ class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
     rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
-    alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0)
+    alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
     targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
 
@@ -126,7 +126,7 @@ class FormatConfig:
 class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
-    num_workers: int = knob(2, "processes, beside each process that trains", at_least=1)
+    num_workers: int = knob(2, "processes, beside each process that trains", at_least=1, at_most=1024)
     time_limit_secs: float = knob(5.0, "for one answer; then it scores 0 and is counted", unit="seconds", above=0)
     memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
 
@@ -148,7 +148,7 @@ class WarmStartConfig:
 
     num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
     batch_size: int = knob(128, "worked answers in a step", at_least=1)
-    learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0)
+    learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
         0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
     )
@@ -161,7 +161,7 @@ class RolloutConfig:
     num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
     group_size: int = knob(8, "G: completions of each prompt; at least 2")
     max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
-    temperature: float = knob(1.0, "logits are divided by it", above=0)
+    temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
     max_live_sequences: int = knob(
@@ -207,7 +207,7 @@ class LearnerConfig:
     logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
     old_logp: str = knob(
         "auto",
-        "learner: a further forward pass gives the ratio's denominator; auto: in bfloat16 with narrow clip",
+        "learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip",
         choices=OLD_LOGP,
     )
     importance_cap: float = knob(
@@ -219,14 +219,17 @@ class LearnerConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and a schedule after it."""
 
-    learning_rate: float = knob(6e-4, "of AdamW, at its peak", at_least=0)
+    learning_rate: float = knob(6e-4, "of AdamW, at its peak", at_least=0, at_most=1)
     schedule: str = knob("linear", "after the warm-up; linear and cosine go down to zero", choices=SCHEDULES)
     warmup_steps: int = knob(10, "the learning rate rises over these optimizer steps", unit="steps", at_least=0)
-    b1: float = knob(0.9, "decay of the first moment", at_least=0, below=1)
-    b2: float = knob(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = knob(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = knob(0.0, "of matrices; norms and biases have none", at_least=0)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm", above=0)
+    b1: float = knob(0.9, "decay of the first moment", at_least=0, at_most=0.999999)
+    b2: float = knob(0.999, "decay of the second moment", at_least=0, at_most=0.999999)
+    eps: float = knob(1e-8, "added to the root of the second moment", at_least=1e-20, at_most=1)
+    weight_decay: float = knob(0.0, "of matrices; norms and biases have none", at_least=0, at_most=1)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm", above=0, at_most=1e9)
+    max_skipped_steps: int = knob(
+        3, "steps in a row with an update left out, as its gradient or loss is not finite; then the run stops", at_least=1
+    )
     offload: bool = knob(False, "Adam's moments wait in the host's memory and are on the device only for their update")
 
 

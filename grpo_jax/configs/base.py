@@ -122,7 +122,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
     config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
-    # auto | sampler | learner; learner: a further forward pass gives the ratio's denominator; auto: in bfloat16 with narrow clip
+    # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
@@ -135,6 +135,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.optimizer.eps = 1e-8  # added to the root of the second moment
     config.optimizer.weight_decay = 0.0  # of matrices; norms and biases have none
     config.optimizer.max_grad_norm = 1.0  # gradients are clipped to this global norm
+    # steps in a row with an update left out, as its gradient or loss is not finite; then the run stops
+    config.optimizer.max_skipped_steps = 3
     config.optimizer.offload = False  # Adam's moments wait in the host's memory and are on the device only for their update
 
     config.mesh = ConfigDict()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.models.folders import read_json, resolve
+from grpo_jax.models.folders import resolve
 
 Settings = Mapping[str, Any]  # of a config.json
 

@@ -20,9 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.folders import INDEX, SINGLE, read_json, resolve, with_progress
+from grpo_jax.models.folders import INDEX, SINGLE, resolve, with_progress
 from grpo_jax.models.transformer import init_params
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.types import Params
 
 # Ours -> theirs; `{}` is the layer's number, our leading axis. Which of these exist follows from the architecture.
@@ -129,7 +131,20 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
         _check_tensors(folder, architecture, slots, tensors)
         each = jax.tree.leaves(jax.tree.broadcast(shardings, jax.tree.unflatten(treedef, slots)))
         work = with_progress(list(zip(slots, each, strict=True)), "loading weights")
-        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work])
+        leaves = [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work]
+    _check_finite(folder, slots, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> None:
+    """Raise UserError naming the first tensor that holds NaN or infinity."""
+    # One such number makes every log-probability NaN, and nothing later would say which it was.
+    found = find_not_finite(leaves)
+    if found:
+        (key, *_), place = found[0]
+        slot = slots[key.idx]
+        name = slot.names[place] if slot.is_stacked else f"{slot.names[0]} (at index {place})"
+        raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
@@ -231,7 +246,7 @@ def _are_equal(left: _Tensor, right: _Tensor) -> bool:
     return all(np.array_equal(left_rows[span], right_rows[span]) for span in spans)
 
 
-def _and_more(names: list[str]) -> str:
+def _and_more(names: list[Any]) -> str:
     if len(names) == 1:
         return ""
     return f" (and {len(names) - 1} more)"

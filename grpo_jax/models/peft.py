@@ -87,6 +87,8 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
                 found = tensors[name].shape
             if found != shape.shape[1:]:
                 raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[1:]}")
+            if not np.isfinite(tensors[name].astype(np.float32)).all():
+                raise UserError(f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity; save it again")
     return unflatten_dict(
         {path: jnp.asarray(np.stack([tensors[name] for name in each]), jnp.float32) for path, each in names.items()}
     )

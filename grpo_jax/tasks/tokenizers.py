@@ -57,7 +57,8 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        from grpo_jax.models.folders import read_json, resolve  # here, for the embedded task needs none of it
+        from grpo_jax.files import read_json
+        from grpo_jax.models.folders import resolve  # here, for the embedded task needs none of it
 
         self.path = path
         folder = resolve(path)

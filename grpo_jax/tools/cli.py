@@ -19,9 +19,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
+    from grpo_jax.training.run import Run
+    from grpo_jax.types import Params
 
 EXIT_BAD_INPUT = 2
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
@@ -33,7 +36,8 @@ CONFIG = config_flags.DEFINE_config_file(
     "--config.<field>=<value> overrides a field, `grpo-jax fields` lists them",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
-STEP_HELP = "checkpoint to take; default: the newest"
+STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest that can be read")
+STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 
 
 def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None) -> None:
@@ -134,29 +138,29 @@ def find_config(name: str, field: str = "--config") -> tuple[pathlib.Path, str]:
     raise UserError(f"{field}: no config {place!r} is shipped; give a path that ends in .py, or one of {known}")
 
 
-def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """Return `step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none or not that one."""
-    from grpo_jax.training.checkpoint import saved_steps
+def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
+    """Read the policy of a step, or of the newest checkpoint that can be read.
 
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
-        )
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
-    return step
+    Args:
+      run: of the workdir. workdir: with its checkpoints. step: of one of them; None: the newest. is_strict: no older one.
+    Returns: (the step, all weights).
+    Raises: UserError if it is not there or damaged.
+    """
+    from grpo_jax.training.checkpoint import read_newest, require_step
+
+    require_step(workdir, step)
+    found = read_newest(workdir, lambda each: run.restore_policy(workdir, each), step, is_strict=is_strict)
+    assert found is not None, "there is a checkpoint, and it was neither read nor refused"
+    return found
 
 
-def fail(message: str) -> None:
-    """Write one line on stderr and end the process with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
+    """Write one line on stderr and end the process."""
+    print(f"error: {printable(message)}", file=sys.stderr)
     # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
     if hosts := _joined_hosts():
-        hosts.exit_without_barrier(EXIT_BAD_INPUT)
-    sys.exit(EXIT_BAD_INPUT)
+        hosts.exit_without_barrier(status)
+    sys.exit(status)
 
 
 def _joined_hosts() -> Any:
@@ -170,7 +174,7 @@ def _call(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.status)
     except BaseException:
         if hosts := _joined_hosts():
             traceback.print_exc()
@@ -181,6 +185,7 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
+    argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
     except (AttributeError, KeyError) as error:

@@ -1,6 +1,7 @@
 """Train: grpo-jax train --config=dapo:tiny --workdir=runs/dapo --config.seed=1
 
-The same command goes on from the newest checkpoint in the workdir. SIGTERM saves and exits 0. On several hosts it runs on
+The same command goes on from the newest checkpoint in the workdir that can be read. SIGTERM, SIGHUP or Ctrl-C saves and exits
+0; a second Ctrl-C ends at once. On several hosts it runs on
 each of them, with --distributed or --coordinator (docs/scale.md).
 """
 
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     from grpo_jax.config import Config
 
 FEWEST_STEPS = 20  # with fewer a rise of the held-out success would be luck
+UNKNOWN = "?"  # its record was damaged
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
 )
-ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "go on in a workdir that another config wrote (for example with more num_steps)"
+ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
+    "allow_config_change", [], "fields or groups, optimizer.learning_rate,mesh: go on in a workdir with other values of these"
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; how they meet is known from the TPU pod, Slurm, Kubernetes or Open MPI"
@@ -36,6 +40,7 @@ def main() -> None:
     """Run the command: train, then show before and after as a table."""
     from grpo_jax.caches import enable_compilation_cache_on_accelerators
     from grpo_jax.training import trainer
+    from grpo_jax.training.settings import Start
 
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
@@ -46,7 +51,8 @@ def main() -> None:
     # for it asks JAX for its devices, and these are fixed from then on.
     join_hosts()
     enable_compilation_cache_on_accelerators()
-    summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
+    start = Start(cli.STEP.value, cli.STRICT.value, [name.removeprefix("config.") for name in ALLOW_CONFIG_CHANGE.value])
+    summary = trainer.train(config, workdir, start, profiled=profiled)
     if summary is None:  # another host speaks
         return
     show_summary(summary, config, workdir)
@@ -64,8 +70,7 @@ def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path)
         table.add_column(name, justify="right")
     table.add_row(
         f"{summary['steps']}/{config.num_steps}",
-        f"{summary['success_before']:.3f}",
-        f"{summary['success_after']:.3f}",
+        *(UNKNOWN if summary[name] is None else f"{summary[name]:.3f}" for name in ("success_before", "success_after")),
         f"{summary['training_secs']:.0f}",
     )
     console = Console()

@@ -22,22 +22,25 @@ import numpy as np
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
+from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.evaluate import to_metrics
+from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.plots import learning_curve
 from grpo_jax.training.provenance import provenance
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
+from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, init_workdir
 from grpo_jax.types import Batch, TrainState
 
 
 def train(
-    config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    config: Config, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
 ) -> dict[str, Any] | None:
     """Run `config` in `workdir` from where it left off.
 
@@ -46,61 +49,61 @@ def train(
 
     Args:
       config: of the run. workdir: its folder, new or that of the same run.
-      allow_config_change: resume although the folder was written by another config.
+      start: what to go on from, in a folder that holds its beginning.
       profiled: steps whose calls jax.profiler traces into <workdir>/profile.
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
     run = make_run(config)
     try:
-        return train_run(run, workdir, allow_config_change=allow_config_change, profiled=profiled)
+        return train_run(run, workdir, start, profiled=profiled)
     finally:
         run.task.close()
 
 
 def train_run(
-    run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    run: Run, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already.
 
     Args:
-      run: from `make_run`. workdir, allow_config_change, profiled: as in `train`.
+      run: from `make_run`. workdir, start, profiled: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
-    return train_members(run, [run], [workdir], profiler, allow_config_change=allow_config_change)[0]
+    return train_members(run, [run], [workdir], profiler, start)[0]
 
 
-def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> None:
+def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list[str]:
     """`train` for runs of one static key, in one program: every call advances all, and each leaves its own ordinary folder.
 
     A step takes as long as the slowest run of it, and its recorded seconds are the share of one run. SIGTERM saves all.
 
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
+    Returns: why each could not go on; "" for one that did.
     Raises: ValueError if the runs are not all at one step.
     """
-    train_members(runs[0].vmapped(), runs, workdirs, Profiler(workdirs[0], None), allow_config_change=False)
+    profiler = Profiler(workdirs[0], None)
+    summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
+    return [(summary or {}).get("error", "") for summary in summaries]
 
 
 def train_members(
-    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, *, allow_config_change: bool
+    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, start: Start
 ) -> list[dict[str, Any] | None]:
     """Open the folders of some runs, loop, and finish each.
 
     Args:
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
-      profiler: of the calls. allow_config_change: as in `train`.
-    Returns: their summaries; None for each on hosts that do not write.
-    Raises: ValueError if the runs are not all at one step.
+      profiler: of the calls. start: as in `train`.
+    Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
+    Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        opened = [
-            stack.enter_context(open_run(run, workdir, allow_config_change=allow_config_change))
-            for run, workdir in zip(runs, workdirs, strict=True)
-        ]
+        opened = [stack.enter_context(open_run(run, workdir, start)) for run, workdir in zip(runs, workdirs, strict=True)]
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
@@ -108,17 +111,23 @@ def train_members(
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
+    # Of several in one program, those that cannot go on stop no other, and each says why.
+    if len(runs) == 1 and members[0].error:
+        raise RunError(members[0].error)
     if not hosts.is_first():
         return [None] * len(runs)
-    return [finalize_run(run.config, workdir) for run, workdir in zip(runs, workdirs, strict=True)]
+    return [
+        {"error": member.error} if member.error else finalize_run(member.run.config, workdir)
+        for member, workdir in zip(members, workdirs, strict=True)
+    ]
 
 
 @contextlib.contextmanager
-def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> Iterator[tuple[Member, TrainState, int | None]]:
+def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Member, TrainState, int | None]]:
     """Open a run's files.
 
     Args:
-      run: built. workdir: its folder. allow_config_change: as in `train`.
+      run: built. workdir: its folder. start: as in `train`.
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
     Raises: UserError if there is nothing to resume from, or the folder is another config's.
     """
@@ -134,11 +143,13 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
     state = None
     if not is_begun:
         state = announced_initial_state(run)
-    init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
+    init_workdir(workdir, run.config.to_dict(), start)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
-    resumed = checkpointer.latest_step()
-    if resumed is not None:
-        state = run.restore_state(checkpointer, resumed)
+    resumed = None
+    restore = functools.partial(run.restore_state, checkpointer)
+    found = checkpointer.restore_newest(restore, start.step, is_strict=start.is_strict)
+    if found is not None:
+        resumed, state = found
     elif state is None:  # killed before its first checkpoint
         state = announced_initial_state(run)
     # The log is opened last, because this removes the records beyond the checkpoint: it must have been read without an error.
@@ -208,12 +219,17 @@ class Member:
     """A run with its open files. It writes between calls. log: None on hosts that do not write.
 
     pending: the metrics of the newest call. They are read and written while the next one computes.
+    skipped: its updates that were left out. error: why it cannot go on; "" while it can. It writes nothing from then on.
     """
 
     run: Run
     log: RunLog | None
     checkpointer: Checkpointer
     pending: PendingMetrics | None = None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        self.skipped = SkippedSteps(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
@@ -230,6 +246,8 @@ class Member:
         Args:
           state, batch: as the call left them. pending: its metrics; written here if the state is saved, else in the next call.
         """
+        if self.error:
+            return
         config, step = self.run.config, pending.last_step
         # Not read yet: the next call is put on the device's queue first, and then the host has time to write.
         self.pending = pending
@@ -250,7 +268,7 @@ class Member:
         """Read the metrics of a call's steps off the device and write their records."""
         # Taken before it is written: `Loop.advance` and `save` both flush, and no record may be there twice.
         pending, self.pending = self.pending, None
-        if pending is None:
+        if pending is None or self.error:
             return
         first = pending.last_step - len(pending.steps) + 1
         for step, metrics in enumerate(pending.steps, first):
@@ -262,6 +280,19 @@ class Member:
             if step == pending.last_step:
                 values |= pending.evaluated
             self.write(step, values)
+            self.watch(step, values)
+
+    def watch(self, step: int, values: dict[str, float]) -> None:
+        """Say which updates were left out, and note when they are too many."""
+        said = self.skipped.count(step, values)
+        if said and self.log:
+            self.log.note(said)
+        if self.skipped.are_too_many and not self.error:
+            num = self.skipped.num
+            self.error = (
+                f"{said}. Stopped: {num} step(s) in a row, as config.optimizer.max_skipped_steps = {num} asks; the weights are "
+                f"those after step {step - num}, and no checkpoint was written since"
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add a record."""
@@ -273,6 +304,8 @@ class Member:
         # The log first, then the checkpoint. A kill between the two leaves records beyond the checkpoint, which the resumed run
         # removes and writes again; the other way round, the pending step would never have a record.
         self.flush_pending()
+        if self.error:  # the last good checkpoint must not make room for this one
+            return
         if self.log:
             self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
@@ -306,6 +339,8 @@ class Loop:
             each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
             for member, member_state, member_batch, member_pending in each:
                 member.after_step(member_state, member_batch, member_pending)
+            if all(member.error for member in self.members):
+                break
         # After a SIGTERM this is the save that was asked for; at the end of a run the step is saved already.
         for member, member_state in zip(self.members, self.unstack(state), strict=True):
             member.save(member_state)
@@ -395,8 +430,9 @@ def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     evaluated = [record for record in records if "eval/success" in record]
     summary: dict[str, Any] = {
         "steps": records[-1]["step"] if records else 0,
-        "success_before": evaluated[0]["eval/success"],
-        "success_after": evaluated[-1]["eval/success"],
+        # Of step 0 and no other: if that record was damaged, nothing is known of what was before.
+        "success_before": next((record["eval/success"] for record in evaluated if record["step"] == 0), None),
+        "success_after": evaluated[-1]["eval/success"] if evaluated else None,
         "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
         **provenance(),
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools.report import document, figures, hparams, page, tables
 from grpo_jax.tools.report.analysis import Study
-from grpo_jax.training.checkpoint import write_atomically
 
 
 def write(study: Study, out: pathlib.Path, command: str) -> None:

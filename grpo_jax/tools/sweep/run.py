@@ -14,7 +14,7 @@ from grpo_jax.tools.sweep import plan, pool
 from grpo_jax.tools.sweep.board import Board
 from grpo_jax.tools.sweep.plan import Sweep
 from grpo_jax.tools.sweep.worker import jobs_of
-from grpo_jax.training.checkpoint import check_same_config
+from grpo_jax.training.settings import check_same_config
 from grpo_jax.training.trainer import StopSignal
 
 
@@ -60,8 +60,8 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
                 board.refresh()
                 if event is None:
                     continue
-                job, happened, error = event
-                for spec in job.runs:
+                job, happened, errors = event
+                for spec, error in zip(job.runs, errors, strict=True):
                     if happened == "running":
                         board.set(spec, "running")
                     else:
