@@ -13,6 +13,7 @@ from grpo_jax.config.aliases import upgrade
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
+    ChoiceConfig,
     ColumnsConfig,
     Config,
     DatasetConfig,
@@ -29,6 +30,7 @@ from grpo_jax.config.schema import (
     OverlongConfig,
     ReasoningGymConfig,
     RegexConfig,
+    RepetitionConfig,
     RewardConfig,
     RolloutConfig,
     ScoringConfig,
@@ -41,6 +43,7 @@ from grpo_jax.config.validation import validate
 __all__ = [
     "ArithmeticConfig",
     "CheckpointConfig",
+    "ChoiceConfig",
     "ColumnsConfig",
     "Config",
     "DatasetConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "OverlongConfig",
     "ReasoningGymConfig",
     "RegexConfig",
+    "RepetitionConfig",
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",
