@@ -23,6 +23,7 @@ _ANNOUNCED = re.compile(
     r"\bantwort(?:\s+ist|\s*:)|\brespuesta(?:\s+es|\s*:)|\b\u043e\u0442\u0432\u0435\u0442\s*(?:-|:))\s*:?",
     re.IGNORECASE,
 )
+_ANNOUNCING = ("answer", "答", "réponse", "antwort", "respuesta", "\u043e\u0442\u0432\u0435\u0442")
 # A sentence ends at a stop before white space, or where its reason begins.
 _SENTENCE_END = re.compile(
     r"\n|[.!?;](?=\s|$|[*_`\"')])|。|,?\s(?:because|since|so that|which|where|and so|as)\s|,\s(?:so|and|but|not)\s",
@@ -55,6 +56,7 @@ _UNIT_LETTERS = frozenset("mgshlLNJWVFCTAD")
 _TUPLE = re.compile(r"[(\[]([^()\[\]\n,]{1,60}(?:,[^()\[\]\n,]{1,60}){1,20})[)\]]")
 _JOINED = re.compile(r"[\s$*`]*(?:,\s*)?(?<![A-Za-z])(or|and|或者?|和)[\s$*`]*$")
 _MIXED = re.compile(r"\d{1,3} \d{1,3}/\d{1,3}")
+_IN_PROSE = re.compile(r"[a-z]{2} (?<!\\sqrt )\$?\d+\$?\.?\s*$")  # "... is 42."
 _SCALED = re.compile(r"\s?(?:percent|per cent|hundred|thousand|[mbtr]+illion|[百千万萬亿億]+)(?![a-z])", re.IGNORECASE)
 _DAYTIME = re.compile(r"\s?[ap]\.?m\b\.?", re.IGNORECASE)
 _WORD_OF = {"and": "and", "和": "and"}
@@ -187,6 +189,8 @@ def is_value(line: str) -> bool:
 
 def announced_answer(text: str) -> str | None:
     """Find what "the answer is" or "Answer:" announces last: a value, or words that no number follows; None if neither."""
+    if not any(map(text.casefold().__contains__, _ANNOUNCING)):  # most texts, and a hundred times faster
+        return None
     announced = _last_match(_ANNOUNCED, text)
     if announced is None:
         return None
@@ -247,6 +251,9 @@ def _last_run(text: str) -> tuple[int, int] | None:
     anchor = _last_match(_ANCHOR, text)
     if anchor is None:
         return None
+    is_dollar = text[anchor.start() - 1 : anchor.start()] == "$"
+    if _IN_PROSE.match(text, max(0, anchor.start() - 3 - is_dollar)):  # most texts, and ten times faster
+        return anchor.span()
     low, high = max(0, anchor.start() - _WINDOW), min(len(text), anchor.end() + _WINDOW)
     for match in _TUPLE.finditer(text, low, high):
         if match.end() >= anchor.end() and all(map(_is_coordinate, match[1].split(","))):

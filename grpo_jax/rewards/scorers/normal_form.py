@@ -49,6 +49,8 @@ def normalise_answer(answer: str) -> str:
     >>> normalise_answer("**$1,024.50**."), normalise_answer("42.0"), normalise_answer("(1,200)"), normalise_answer("1.5e6")
     ('1024.5', '42', '(1,200)', '1500000')
     """
+    if answer.isascii() and answer.isdigit():
+        return answer
     return plain_number(_PERCENT_WORD.sub("%", undressed(answer)))
 
 
@@ -61,10 +63,11 @@ def undressed(answer: str) -> str:
             text = _without_mark(text, mark)
     text = _SEPARATED.sub("", text)
     text = " ".join(_SPACES.sub(" ", text).split())
-    for _ in range(3):  # bold and italic and code, one inside the other
-        text, num = _EMPHASIS.subn(r"\2", text)
-        if not num:
-            break
+    if "*" in text or "_" in text or "`" in text:
+        for _ in range(3):  # bold and italic and code, one inside the other
+            text, num = _EMPHASIS.subn(r"\2", text)
+            if not num:
+                break
     text = text.rstrip(" .,;") if not text.endswith("...") else text
     return without_separators(text)
 

@@ -9,6 +9,8 @@ from typing import Any
 from grpo_jax.rewards.scorers.answers import REASONING_TAGS, acceptable_answers, find_answer, judged_text, whole_text
 from grpo_jax.rewards.scorers.normal_form import normalise_answer
 
+DRESSING = 20  # characters beside an answer, as $ \\text{ }, in a text that is nothing but the answer
+
 
 def exact_score(completion: str, item: dict[str, Any], *, reasoning_tags: Sequence[str] = REASONING_TAGS) -> float:
     """Return 1.0 if the final answer, or all of the text, is `item["answer"]` (one of several) in the same spelling.
@@ -20,9 +22,13 @@ def exact_score(completion: str, item: dict[str, Any], *, reasoning_tags: Sequen
     text = judged_text(completion, item, reasoning_tags)
     if text is None:
         return 0.0
-    found = normalise_answer(find_answer(text).text)
-    given = {found, found.removesuffix("%"), normalise_answer(text)} - {""}
-    return float(any(normalise_answer(gold) in given for gold in acceptable_answers(item)))
+    golds = acceptable_answers(item)
+    found = find_answer(text)
+    spelling = normalise_answer(found.text)
+    given = {spelling, spelling.removesuffix("%")}
+    if not found.is_marked and len(text) <= 2 * max(map(len, golds)) + DRESSING:
+        given.add(normalise_answer(text))
+    return float(text.strip() in golds or any(normalise_answer(gold) in given - {""} for gold in golds))
 
 
 def regex_score(
