@@ -14,6 +14,7 @@ from grpo_jax.config.resolve import resolve
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
+    ChoiceConfig,
     ColumnsConfig,
     Config,
     DatasetConfig,
@@ -30,6 +31,7 @@ from grpo_jax.config.schema import (
     OverlongConfig,
     ReasoningGymConfig,
     RegexConfig,
+    RepetitionConfig,
     RewardConfig,
     RolloutConfig,
     ScoringConfig,
@@ -42,6 +44,7 @@ from grpo_jax.config.validation import validate
 __all__ = [
     "ArithmeticConfig",
     "CheckpointConfig",
+    "ChoiceConfig",
     "ColumnsConfig",
     "Config",
     "DatasetConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "OverlongConfig",
     "ReasoningGymConfig",
     "RegexConfig",
+    "RepetitionConfig",
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",

@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
+CHOICE_ANSWERS = ("label", "index")
 SCHEDULES = ("constant", "linear", "cosine")
 GRPO = Objective()
 
@@ -120,6 +121,28 @@ class FormatConfig:
     """Settings of the part `format`."""
 
     pattern: str = knob(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", "of a whole completion")
+    once: tuple[str, ...] = knob(
+        ("<think>", "</think>", "<answer>", "</answer>"),
+        "those of these that the pattern names stand once: no block is repeated",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceConfig:
+    """Settings of the part `choice`."""
+
+    options: str = knob("choices", 'column of options: texts, {"A": text, ...} or {"label": [...], "text": [...]}')
+    prompt: str = knob("prompt", 'column whose "A) ...", "(B) ..." are the options of a row without a column of them')
+    answer: str = knob(
+        "label", "form of the row's answer: label (or text) of an option, or its index from 0", choices=CHOICE_ANSWERS
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionConfig:
+    """Settings of the part `repetition`."""
+
+    ngram_size: int = knob(3, "words in a row that count as repeated where they stand again", unit="words", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +160,11 @@ class RewardConfig:
 
     task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
+    reasoning_tags: tuple[str, ...] = knob(("<think>", "</think>"), "answers are looked for behind the closing one; (): none")
     regex: RegexConfig = RegexConfig()
     format: FormatConfig = FormatConfig()
+    choice: ChoiceConfig = ChoiceConfig()
+    repetition: RepetitionConfig = RepetitionConfig()
     scoring: ScoringConfig = ScoringConfig()
 
 

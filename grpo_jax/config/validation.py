@@ -145,6 +145,9 @@ def _require_reward(config: Config) -> None:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    tags = reward.reasoning_tags
+    if len(tags) not in (0, 2) or not all(tags):
+        raise UserError(f"config.reward.reasoning_tags = {tags!r}: an opening and a closing tag, or () for none")
     for name in ("regex", "format"):
         pattern = getattr(reward, name).pattern
         try:

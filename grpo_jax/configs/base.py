@@ -81,10 +81,20 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
+    config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
     config.reward.regex = ConfigDict()
     config.reward.regex.pattern = ""  # must occur; its group, if it has one, must equal the answer
     config.reward.format = ConfigDict()
     config.reward.format.pattern = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of a whole completion
+    # those of these that the pattern names stand once: no block is repeated
+    config.reward.format.once = ("<think>", "</think>", "<answer>", "</answer>")
+    config.reward.choice = ConfigDict()
+    config.reward.choice.options = "choices"  # column of options: texts, {"A": text, ...} or {"label": [...], "text": [...]}
+    config.reward.choice.prompt = "prompt"  # column whose "A) ...", "(B) ..." are the options of a row without a column of them
+    # label | index; form of the row's answer: label (or text) of an option, or its index from 0
+    config.reward.choice.answer = "label"
+    config.reward.repetition = ConfigDict()
+    config.reward.repetition.ngram_size = 3  # words in a row that count as repeated where they stand again
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
     config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted [seconds]

@@ -13,6 +13,7 @@ from grpo_jax.config import RewardConfig, reward_expression
 from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import UserError
 from grpo_jax.metrics import Mean
+from grpo_jax.rewards.parts import settings_of
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.scorers import FUNCTIONS
 from grpo_jax.types import Reward
@@ -33,7 +34,7 @@ class RewardFunction:
         self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
         self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
-        settings = {"regex": {"pattern": config.regex.pattern}, "format": {"pattern": config.format.pattern}}
+        settings = settings_of(config)
         # A part that both expressions name is scored once.
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
+from grpo_jax.tasks.questions import Question, Split, hold_out, question_of
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
@@ -29,7 +29,7 @@ def load(config: TaskConfig, num_eval: int) -> Split:
 def _load_questions(config: TaskConfig, name: str) -> list[Question]:
     path = config.dataset.path
     rows = _load_from_disk(path, name) if _is_saved(path) else _load_from_anywhere(path, config.dataset.subset, name)
-    return [make_question(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
+    return [question_of(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
 
 
 def _is_saved(path: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grpo_jax.config import ColumnsConfig, TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
+from grpo_jax.tasks.questions import Question, Split, hold_out, question_of
 
 
 def load(config: TaskConfig, num_eval: int) -> Split:
@@ -65,4 +65,4 @@ def _parse_line(text: str, where: str, columns: ColumnsConfig) -> Question:
         raise UserError(f"{where}: nested too deeply; each line must be one flat JSON object") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with prompt and answer, got {text:.60}")
-    return make_question(row, columns, where)
+    return question_of(row, columns, where)

@@ -43,7 +43,7 @@ class Split:
     weights: Mapping[str, float]
 
 
-def make_question(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Question:
+def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Question:
     """Make a question of a row.
 
     The final answer is the one that the answer column marks (`#### 42`, \\boxed{42}), else all of it.
