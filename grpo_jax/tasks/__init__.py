@@ -25,8 +25,16 @@ class Tokenizer(Protocol):
         """Text -> ids, with no special tokens added."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Text -> ids of a prompt: begun as the tokenizer begins a text (one BOS, where it writes one), without an end."""
+        ...
+
     def decode(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
-        """Ids -> text, special tokens left out."""
+        """Ids -> the text that is judged: ends of turns and padding left out, other special tokens as they are."""
+        ...
+
+    def decode_prompt(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
+        """Ids -> text as the model reads it, every special token written out."""
         ...
 
 

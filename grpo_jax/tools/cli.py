@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging as python_logging
 import pathlib
 import re
 import sys
@@ -32,6 +33,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, 
 def run(main: Callable[[], Any]) -> None:
     """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    python_logging.getLogger("grpo_jax").setLevel(python_logging.WARNING)  # what the library itself has to say is heard
     _add_to_help(main.__module__)
     # Flags are parsed before `_call` begins, so what they raise is caught here.
     try:
