@@ -187,7 +187,7 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, caplo
     assert (task.num_train, task.prompt_tokens) == (12, 12)
     assert caplog.messages == [
         f"questions left out: 8 training ({reason}), 1 held-out ({reason})",
-        "held out are 1 questions, config.eval.num_prompts = 2: there are no more that differ and fit",
+        "held out: 1 question, config.eval.num_prompts = 2: there are no more that differ and fit",
     ]
     assert task.data_metrics == {
         "data/train": 12.0,

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import TaskConfig
@@ -130,6 +131,26 @@ def merge_system(messages: Sequence[Message]) -> list[Message]:
     return [*rest]
 
 
+def template_writes_date(path: str, chat_template: str) -> bool:
+    """Tell if the chat template of a model writes the day it is used on, without loading its tokenizer.
+
+    Args:
+      path: of the model. chat_template: file of a template in place of its own, or empty.
+    """
+    from grpo_jax.models.folders import resolve  # here, for the embedded task needs none of it
+
+    files = [Path(chat_template).expanduser()]
+    if not chat_template:
+        folder = resolve(path)
+        files = [folder / "tokenizer_config.json", *folder.glob("chat_template*"), *folder.glob("additional_chat_templates/*")]
+    return any(writes_date(file.read_text(encoding="utf-8", errors="replace")) for file in files if file.is_file())
+
+
+def today() -> datetime.date:
+    """Return the day of this process's clock."""
+    return datetime.date.today()
+
+
 def writes_date(template: str) -> bool:
     """Tell if a template writes the day it is used on."""
     return "strftime_now" in template
@@ -143,7 +164,7 @@ def with_date(template: str, day: str) -> str:
     Returns: the template with the dates written out.
     """
     # In the template's text, since transformers hands no functions on to a template.
-    date = datetime.date.fromisoformat(day) if day else datetime.date.today()
+    date = datetime.date.fromisoformat(day) if day else today()
     fixed = _DATE.sub(lambda call: json.dumps(date.strftime(call["format"]), ensure_ascii=False), template)
     if "strftime_now(" in fixed:
         _log.warning("the chat template computes the date in a way that cannot be fixed: prompts differ from day to day")

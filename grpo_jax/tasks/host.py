@@ -40,6 +40,7 @@ class HostTask:
         # One table for both, so that a row number is all that a batch has to carry.
         selected = [*selection.train, *selection.held_out]
         self._ids = [np.asarray(each.prompt.ids, np.int32) for each in selected]
+        self.prompt_opens = frozenset(each.prompt.opens for each in selected) - {""}
         self._items = [_item(each) for each in selected]
         self.num_train = len(selection.train)
         self._held_out_rows = np.arange(self.num_train, len(self._ids), dtype=np.int32)
@@ -48,6 +49,17 @@ class HostTask:
         self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
         self.data_metrics = data_metrics_of(selection)
         self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
+
+    @property
+    def summary(self) -> str:
+        """The data in one line: how many questions, and how long."""
+        said = (
+            f"{self.num_train} questions to train on, {len(self._held_out_rows)} held out; "
+            f"prompts of {min(map(len, self._ids))} to {self.prompt_tokens} tokens"
+        )
+        if self.prompt_opens:
+            said += f"; prompts begin the answer with {', '.join(map(repr, sorted(self.prompt_opens)))}"
+        return said
 
     @functools.cached_property
     def fingerprint(self) -> str:

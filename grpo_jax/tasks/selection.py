@@ -211,21 +211,26 @@ def say(selection: Selection, limit: int, conflicting: Sequence[tuple[Question, 
         _log.warning("questions left out: %s", ", ".join(left_out))
     if len(selection.held_out) < selection.num_wanted:
         _log.warning(
-            "held out are %d questions, config.eval.num_prompts = %d: there are no more that differ and fit",
-            len(selection.held_out),
+            "held out: %s, config.eval.num_prompts = %d: there are no more that differ and fit",
+            counted(len(selection.held_out), "question"),
             selection.num_wanted,
         )
     if conflicting:
         one, other = conflicting[0]
         _log.warning(
-            "%d rows give a prompt another answer than a row before: %s %r, %s %r%s",
-            len(conflicting),
+            "%s with another answer than an earlier row with the same prompt: %s %r, %s %r%s",
+            counted(len(conflicting), "row"),
             one.where,
             one.item.get("answer"),
             other.where,
             other.item.get("answer"),
             ", ..." * (len(conflicting) > 1),
         )
+
+
+def counted(num: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{num} {noun}{'s' * (num != 1)}"
 
 
 def _check_markup(fitting: Fitting, questions: Sequence[Question]) -> None:

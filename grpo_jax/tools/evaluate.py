@@ -21,6 +21,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.training.checkpoint import write_atomically
+from grpo_jax.training.data_record import pin_template_date
 from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_config
 
@@ -31,6 +32,8 @@ def main() -> None:
     """Run the command: evaluate, write the results, show them as a table."""
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
+    if workdir:
+        config = pin_template_date(config, [workdir])
     run = make_run(config)
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:

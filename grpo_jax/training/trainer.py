@@ -25,8 +25,10 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
+from grpo_jax.tasks import data_metrics
 from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
 from grpo_jax.training.completions import completion_rows
+from grpo_jax.training.data_record import note_data, pin_template_date
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.plots import learning_curve
@@ -51,7 +53,7 @@ def train(
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
-    run = make_run(config)
+    run = make_run(pin_template_date(config, [workdir]))
     try:
         return train_run(run, workdir, allow_config_change=allow_config_change, profiled=profiled)
     finally:
@@ -135,6 +137,8 @@ def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> I
     if not is_begun:
         state = announced_initial_state(run)
     init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
+    if hosts.is_first():
+        note_data(workdir, run.task)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
     resumed = checkpointer.latest_step()
     if resumed is not None:
@@ -217,7 +221,7 @@ class Member:
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = to_metrics(self.run.evaluate(state.policy))
+        values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -398,6 +402,7 @@ def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "success_before": evaluated[0]["eval/success"],
         "success_after": evaluated[-1]["eval/success"],
         "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
+        **{name: value for name, value in records[0].items() if name.startswith("data/")},
         **provenance(),
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
