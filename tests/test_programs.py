@@ -18,7 +18,10 @@ pytestmark = pytest.mark.slow
     ("flags", "says"),
     [
         (["--config=configs/ppo.py:tiny"], "no file configs/ppo.py; known here: configs/cispo.py, configs/dapo.py"),
-        (["--config=configs/dapo.py:galactic"], "unknown scale 'galactic' after the colon; known: tiny, llm, smollm2, runlocal"),
+        (
+            ["--config=configs/dapo.py:galactic"],
+            "unknown scale 'galactic' after the colon; known: tiny, llm, smollm2",
+        ),
         (["--config=configs/dapo.py", "--config.rollout.num_promts=3"], "--config.rollout.num_promts: unknown field; did you"),
         (["--config=configs/dapo.py", "--config.seed=one"], "--config.seed=one"),
         (["--config=configs/dapo.py", "--config.rollout.group_size=1"], "config.rollout.group_size = 1"),

@@ -11,7 +11,7 @@ from typing import Any
 from grpo_jax.knobs import knob
 from grpo_jax.objectives import Objective
 
-TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
+TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
@@ -59,15 +59,17 @@ class ArithmeticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
-    """Columns of a jsonl or dataset row; rewards see the other columns too."""
+    """Columns of a jsonl or dataset row, `reward_model.ground_truth` for one inside of another; rewards see all of the row."""
 
     prompt: str = knob("prompt", 'text, or chat messages [{"role": ..., "content": ...}, ...]')
-    answer: str = knob("answer", "text or a number; of a worked one, what follows #### or is boxed counts")
+    answer: str = knob(
+        "answer", "text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlConfig:
-    """A file with one object a line."""
+    """Data files: JSON Lines, a JSON array, CSV, TSV or Parquet, maybe gzipped; several with commas between, or a glob."""
 
     path: str = knob("", 'one {"prompt": ..., "answer": ...} a line')
     eval_path: str = knob("", "held-out questions; empty: eval.num_prompts lines are held out of `path`")
@@ -75,12 +77,13 @@ class JsonlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """A Hugging Face dataset: a folder of `save_to_disk`, or what `load_dataset` takes."""
+    """A Hugging Face dataset: a folder of `save_to_disk`, or what `load_dataset` takes; or data files, as `task.jsonl` has."""
 
-    path: str = knob("", "folder of datasets.save_to_disk, or a hub id or folder for datasets.load_dataset")
+    path: str = knob("", "folder of datasets.save_to_disk, a hub id or folder for datasets.load_dataset, or data files")
     subset: str = knob("", 'the dataset\'s configuration, "main" of openai/gsm8k')
     split: str = knob("train", "trained on")
     eval_split: str = knob("", "held-out questions; empty: eval.num_prompts rows are held out of `split`")
+    eval_path: str = knob("", "held-out questions from another folder, hub id or files; empty: from `path`")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ class ReasoningGymConfig:
 
     datasets: tuple[str, ...] = knob(("basic_arithmetic",), "generators; several are mixed")
     weights: tuple[float, ...] = knob((), "share of each; empty: equal")
-    params: str = knob("", 'JSON, {"basic_arithmetic": {"max_terms": 3}}: settings of each; empty: its own')
+    params: str = knob("", 'JSON, {"basic_arithmetic": {"max_terms": 3}}: settings of each; empty: its own', is_json=True)
     num_train: int = knob(10_000, "questions generated for training", at_least=1)
 
 
@@ -99,9 +102,18 @@ class TaskConfig:
 
     name: str = knob("arithmetic", "source of questions", choices=TASKS)
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", unit="tokens", at_least=1)
-    system_prompt: str = knob("", "goes before every question; this and the next two: of all tasks but arithmetic")
-    use_chat_template: bool = knob(True, "False for base models: prompts as plain text")
+    shuffle: bool = knob(True, "a new order in each epoch; False: the order of the data, for curricula; not of arithmetic")
+    system_prompt: str = knob("", "goes before every question; this and the rest of these: of all tasks but arithmetic")
+    prompt_template: str = knob("", '"{prompt} Put the answer in \\boxed{}.": around every question; empty: it alone')
     num_shots: int = knob(0, "worked questions before each question; they leave the training data", at_least=0)
+    assistant_prefill: str = knob("", "text behind every prompt, with which the model's answer begins")
+    use_chat_template: bool = knob(True, "False for base models: prompts as plain text")
+    chat_template: str = knob("", "file of a chat template in place of the model's; empty: the model's")
+    chat_template_kwargs: str = knob("", 'JSON, {"enable_thinking": false}: arguments of the chat template', is_json=True)
+    template_date: str = knob("", "2026-11-26: the day that a chat template writes; empty: that of the run's first start")
+    mixture: str = knob(
+        "", 'JSON of task "mixture": [{"weight": 2, "name": "jsonl", "jsonl": {...}, "columns": {...}}, ...]', is_json=True
+    )
     columns: ColumnsConfig = ColumnsConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     jsonl: JsonlConfig = JsonlConfig()

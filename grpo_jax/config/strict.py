@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -30,7 +31,10 @@ def build(cls: type, values: Any, where: str) -> Any:
     missing = [name for name in field_names(cls) if name not in values]
     if missing:
         raise UserError(f"{where}.{missing[0]}: missing; start from configs/base.py, which sets every field")
-    built = {name: convert(hints[name], values[name], f"{where}.{name}") for name in field_names(cls)}
+    built = {
+        field.name: convert(hints[field.name], _as_text(field, values[field.name]), f"{where}.{field.name}")
+        for field in dataclasses.fields(cls)
+    }
     # A dataclass may check its own fields, as `Objective` does: the library is used without configs too.
     try:
         return cls(**built)
@@ -38,6 +42,15 @@ def build(cls: type, values: Any, where: str) -> Any:
         raise
     except ValueError as error:
         raise UserError(f"{where.rpartition('.')[0]}.{error}") from None  # the message begins with the last part of `where`
+
+
+def _as_text(field: dataclasses.Field, value: Any) -> Any:
+    """Write a dict or a list as JSON, where a field is declared to hold that."""
+    # A Config is hashed, so that programs can be shared: a dict could not be in it.
+    declared = field.metadata.get("knob")
+    if declared is not None and declared.is_json and isinstance(value, Mapping | list | tuple):
+        return json.dumps(value)
+    return value
 
 
 def field_names(cls: type) -> list[str]:

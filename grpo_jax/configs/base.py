@@ -51,14 +51,22 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym; source of questions
+    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym | mixture; source of questions
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
-    config.task.system_prompt = ""  # goes before every question; this and the next two: of all tasks but arithmetic
-    config.task.use_chat_template = True  # False for base models: prompts as plain text
+    config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of arithmetic
+    config.task.system_prompt = ""  # goes before every question; this and the rest of these: of all tasks but arithmetic
+    config.task.prompt_template = ""  # "{prompt} Put the answer in \boxed{}.": around every question; empty: it alone
     config.task.num_shots = 0  # worked questions before each question; they leave the training data
+    config.task.assistant_prefill = ""  # text behind every prompt, with which the model's answer begins
+    config.task.use_chat_template = True  # False for base models: prompts as plain text
+    config.task.chat_template = ""  # file of a chat template in place of the model's; empty: the model's
+    config.task.chat_template_kwargs = ""  # JSON, {"enable_thinking": false}: arguments of the chat template
+    config.task.template_date = ""  # 2026-11-26: the day that a chat template writes; empty: that of the run's first start
+    config.task.mixture = ""  # JSON of task "mixture": [{"weight": 2, "name": "jsonl", "jsonl": {...}, "columns": {...}}, ...]
     config.task.columns = ConfigDict()
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
-    config.task.columns.answer = "answer"  # text or a number; of a worked one, what follows #### or is boxed counts
+    # text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none
+    config.task.columns.answer = "answer"
     config.task.arithmetic = ConfigDict()
     config.task.arithmetic.min_operand = 0  # smallest operand
     config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
@@ -68,10 +76,12 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
     config.task.jsonl.eval_path = ""  # held-out questions; empty: eval.num_prompts lines are held out of `path`
     config.task.dataset = ConfigDict()
-    config.task.dataset.path = ""  # folder of datasets.save_to_disk, or a hub id or folder for datasets.load_dataset
+    # folder of datasets.save_to_disk, a hub id or folder for datasets.load_dataset, or data files
+    config.task.dataset.path = ""
     config.task.dataset.subset = ""  # the dataset's configuration, "main" of openai/gsm8k
     config.task.dataset.split = "train"  # trained on
     config.task.dataset.eval_split = ""  # held-out questions; empty: eval.num_prompts rows are held out of `split`
+    config.task.dataset.eval_path = ""  # held-out questions from another folder, hub id or files; empty: from `path`
     config.task.reasoning_gym = ConfigDict()
     config.task.reasoning_gym.datasets = ("basic_arithmetic",)  # generators; several are mixed
     config.task.reasoning_gym.weights = ()  # share of each; empty: equal

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging as python_logging
 import pathlib
 import re
 import sys
@@ -46,6 +47,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    python_logging.getLogger("grpo_jax").setLevel(python_logging.WARNING)  # what the library itself has to say is heard
     if parser:
         args = parser.parse_args()
         _call(lambda: main(args))

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 flags.declare_key_flag("step")
 flags.declare_key_flag("strict")
-OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
+# Export has a flag of this name too: a program that imports both must not fail, and no process runs two commands.
+OUT = flags.DEFINE_string(
+    "out", None, "JSON file of the results; default: evaluation.json in the workdir, else none", allow_override=True
+)
 
 
 def main() -> None:
@@ -33,10 +36,13 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from grpo_jax.training.data_record import pin_template_date
     from grpo_jax.training.run import make_run
 
     workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
+    if workdir:
+        config = pin_template_date(config, [workdir])
     run = make_run(config)
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:

@@ -7,6 +7,7 @@ each of them, with --distributed or --coordinator (docs/scale.md).
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,8 @@ def join_hosts() -> None:
         hosts.start(*named.values())
     elif len(missing) < len(named):
         raise UserError(f"{missing[0]} is missing; --coordinator, --num_processes and --process_id go together")
+    if hosts.is_joined() and not hosts.is_first():
+        logging.getLogger("grpo_jax").setLevel(logging.ERROR)  # all have the same to say of the data
 
 
 def parse_steps(text: str) -> range:

@@ -18,29 +18,34 @@ from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.rng import key_for
-from grpo_jax.tasks import Task, Tokenizer, dataset, jsonl, reasoning_gym
+from grpo_jax.tasks import Task, Tokenizer
 from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
 from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.sources import load_data
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.training.warm_start import make_warm_start
 from grpo_jax.types import Params
 
-# Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
-SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
-
 
 def make_task(config: Config) -> Task:
     """Make the task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
-    tokenizer: Tokenizer = HFTokenizer(config.model.path) if config.model.path else CharTokenizer(ALPHABET)
+    tokenizer: Tokenizer = CharTokenizer(ALPHABET)
+    if config.model.path:
+        tokenizer = HFTokenizer(config.model.path, config.task.chat_template)
+    task: Task
     if config.task.name == "arithmetic":
-        return ArithmeticTask(
+        task = ArithmeticTask(
             config.task.arithmetic,
             tokenizer,
             seed=config.seed,
             num_eval=config.eval.num_prompts,
             max_answer_tokens=config.rollout.max_completion_tokens,
         )
-    return HostTask(config, tokenizer, SOURCES[config.task.name](config.task, config.eval.num_prompts))
+    else:
+        task = HostTask(config, tokenizer, load_data(config))
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.check_length(task.prompt_tokens, config.rollout.max_completion_tokens)
+    return task
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:

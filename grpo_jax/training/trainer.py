@@ -26,8 +26,10 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.files import write_atomically
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
+from grpo_jax.tasks import data_metrics
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
+from grpo_jax.training.data_record import note_data, pin_template_date
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
@@ -54,7 +56,7 @@ def train(
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
-    run = make_run(config)
+    run = make_run(pin_template_date(config, [workdir]))
     try:
         return train_run(run, workdir, start, profiled=profiled)
     finally:
@@ -144,6 +146,8 @@ def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Me
     if not is_begun:
         state = announced_initial_state(run)
     init_workdir(workdir, run.config.to_dict(), start)
+    if hosts.is_first():
+        note_data(workdir, run.task)
     checkpointer = Checkpointer(workdir, run.config.checkpoint)
     resumed = None
     restore = functools.partial(run.restore_state, checkpointer)
@@ -233,7 +237,7 @@ class Member:
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = to_metrics(self.run.evaluate(state.policy))
+        values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -434,6 +438,7 @@ def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "success_before": next((record["eval/success"] for record in evaluated if record["step"] == 0), None),
         "success_after": evaluated[-1]["eval/success"] if evaluated else None,
         "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
+        **{name: value for name, value in records[0].items() if name.startswith("data/")},
         **provenance(),
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
