@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture, Rope
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
@@ -93,11 +95,13 @@ class AttentionView:
 
     rope: RopeTables of their positions, None where they are rotated already. mask_BTU: bool, the keys of their row that they
     see. mask_PGTS: bool, those of their prompt, None without a prompt. The masks may have axes of size 1.
+    rows: the same in a kernel's terms, where accelerators have one; else None.
     """
 
     rope: Any
     mask_BTU: jax.Array
     mask_PGTS: jax.Array | None
+    rows: flash.CausalRows | None = None
 
 
 def make_views(
@@ -106,6 +110,7 @@ def make_views(
     key_positions_BU: Int[Array, "#B U"],
     mask_BTU: Bool[Array, "#B T U"],
     prefix: Prefix | None,
+    rows: flash.CausalRows | None = None,
 ) -> tuple[AttentionView, AttentionView]:
     """Return what global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
@@ -113,13 +118,14 @@ def make_views(
       arch: says which layers are local, and their window in tokens.
       positions_BT, key_positions_BU: of the queries and of their row's keys, counted in tokens from the prompt's first.
       mask_BTU: bool, causal and without padding, broadcastable over B. prefix: of the rows' prompts, or None.
+      rows: the same for a kernel, or None.
     Returns: (view of global layers, view of local layers).
     """
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
     mask_PGTS = None
     if prefix is not None:
         mask_PGTS = prefix.mask_PS[:, None, None]
-    global_view = AttentionView(rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS)
+    global_view = AttentionView(rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS, rows)
     if not arch.local_layers:
         return global_view, global_view
     window = arch.sliding_window
@@ -133,7 +139,7 @@ def make_views(
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    local_view = AttentionView(rope, local_BTU, mask_PGTS)
+    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows)
     if len(arch.local_layers) == arch.num_layers:
         return local_view, local_view
     return global_view, local_view
@@ -144,7 +150,10 @@ def select_view(views: tuple[AttentionView, AttentionView], is_local: Bool[Array
     if is_local is None:
         return views[0]
     # What both kinds share, often the rotary tables, is handed on and not selected.
-    return jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    view = jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    if view.rows is None:
+        return view
+    return dataclasses.replace(view, rows=dataclasses.replace(view.rows, is_local=is_local))
 
 
 def attend(
@@ -158,6 +167,13 @@ def attend(
       prefix: one layer's, of the prompts, or None; rows p*G .. p*G+G-1 see prompt p.
     Returns: the heads' outputs, in the dtype of the queries.
     """
+    if flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
+        assert view.rows is not None
+        prompt = None
+        if prefix is not None:
+            prompt = prefix.k.swapaxes(2, 3), prefix.v
+        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows)
     # A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
     # backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
     T = q_BTNH.shape[1]

@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, rotate, select_view
+from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.types import Params
 
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
@@ -194,6 +196,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         lora: LoRA | None = None,
         gather: GatherLayer | None = None,
+        hardware: Hardware | None = None,
         rngs: nnx.Rngs,
     ):
         """Draw fresh parameters.
@@ -201,8 +204,10 @@ class Decoder(nnx.Module):
         Args:
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
+          hardware: accelerators that the program is compiled for, or None.
         """
         self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
+        self.hardware = hardware
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
         self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
@@ -289,7 +294,13 @@ class Decoder(nnx.Module):
         if prefix is not None:
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
-        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
+        rows = None
+        if self.hardware is not None:
+            window = self.arch.sliding_window if self.arch.local_layers else None
+            prompt_PS = None if prefix is None else prefix.mask_PS.astype(jnp.int32)
+            # Completions are padded on the right alone.
+            rows = CausalRows(mask_BT.astype(jnp.int32), prompt_PS, None, window, prefix is None, self.hardware)
+        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix, rows)
 
     def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
         """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other."""
@@ -366,6 +377,7 @@ class ModelDef:
     dtype: str = "float32"
     remat: str = "none"
     lora: LoRA | None = None
+    hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
 
     @property
     def remat_policy(self) -> str:
@@ -396,6 +408,8 @@ class ModelDef:
 
         def build() -> Decoder:
             remat, rngs = self.remat_policy, nnx.Rngs(0)
-            return Decoder(self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, rngs=rngs)
+            return Decoder(
+                self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, hardware=self.hardware, rngs=rngs
+            )
 
         return nnx.eval_shape(build)

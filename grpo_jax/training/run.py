@@ -22,6 +22,7 @@ from grpo_jax.learner.train_step import TrainStep, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
     ROWS,
@@ -226,6 +227,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     """
     check_task_suits(config, task)
     check_divisible(model.arch.sharded_sizes, mesh)
+    model = dataclasses.replace(model, hardware=hardware_of(mesh))
     fns = TrainFns(config, mesh, task, model)
     base, adapters = split_adapters(model.param_shapes())
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
@@ -265,6 +267,8 @@ def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: Tr
       config, model, task: of the run. abstract_state: shapes and shardings.
     Returns: all weights but adapters.
     """
+    # A warm start is compiled for one device and no mesh, where a kernel's rows could not be sharded.
+    model = dataclasses.replace(model, hardware=None)
     return build.initial_params(config, model, task, shardings_of(base_of(abstract_state)))
 
 
