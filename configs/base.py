@@ -80,13 +80,15 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
+    config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
     config.reward.regex = ConfigDict()
     config.reward.regex.pattern = ""  # must occur; its group, if it has one, must equal the answer
     config.reward.format = ConfigDict()
     config.reward.format.pattern = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of a whole completion
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
-    config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted [seconds]
+    # for one completion; one without a score by then is left out and counted [seconds]
+    config.reward.scoring.time_limit_secs = 5.0
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
 
     config.warm_start = ConfigDict()

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
+
+
+class Params(dict):
+    """Settings whose names no schema knows: values of JSON by name. Hashable, as fields of a frozen config must be."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=repr))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.knobs import Params
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -61,6 +63,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     origin = typing.get_origin(hint) or hint
+    if origin is Params:
+        return _params(value, where)
     wrong = UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, tuple | list):
@@ -73,3 +77,20 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):
         raise wrong
     return value
+
+
+def _params(value: Any, where: str) -> Params:
+    """Check settings of any names: they must survive config.json. Raises UserError naming the one that does not."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} = {value!r:.80}: expected settings by name, {{name: value}}")
+    for name, each in value.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"{where}.{name}: not the name of a parameter")
+        try:
+            json.dumps(each, allow_nan=False)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{where}.{name} = {each!r:.80}: must be text, a number, a bool, or lists or dicts of these"
+            ) from None
+    # As JSON has them, so that a run that resumes from its config.json is given the very same values.
+    return Params(json.loads(json.dumps(value)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import logging
 import pathlib
 import re
 import sys
@@ -10,16 +12,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from grpo_jax.config import Config, parse_config
 from grpo_jax.config.aliases import RENAMED, upgrade_setting
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import saved_steps
 
-EXIT_BAD_INPUT = 2
+EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
+PARAMS = "--config.reward.params."  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `configs`, in a clone and where pip puts it
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,13 +35,42 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, 
 
 def run(main: Callable[[], Any]) -> None:
     """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    show_own_messages()
     _add_to_help(main.__module__)
     # Flags are parsed before `_call` begins, so what they raise is caught here.
     try:
         app.run(lambda _: _call(main), flags_parser=_parse)
     except UserError as error:
         fail(str(error))
+
+
+def show_own_messages() -> None:
+    """Let this package's own log reach stderr, warnings with their name, each message once."""
+    # By a handler of its own: what the level above silences are other libraries, and no message here may go with them.
+    own = logging.getLogger("grpo_jax")
+    if any(isinstance(handler, OwnMessages) for handler in own.handlers):
+        return
+    own.addHandler(OwnMessages())
+    own.setLevel(logging.INFO)
+    own.propagate = False
+
+
+class OwnMessages(logging.Handler):
+    """Writes each message to stderr once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record that has not been written yet."""
+        text = record.getMessage()
+        if record.levelno > logging.INFO:
+            text = f"{record.levelname.lower()}: {text}"
+        if text not in self._seen:
+            self._seen.add(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def _add_to_help(command: str) -> None:
@@ -98,13 +131,13 @@ def choose_step(workdir: pathlib.Path, step: int | None) -> int:
     return step
 
 
-def fail(message: str) -> None:
-    """Write one line on stderr and end the process with status 2."""
+def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
+    """Write one line on stderr and end the process."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
     if hosts.is_joined():
-        hosts.exit_without_barrier(EXIT_BAD_INPUT)
-    sys.exit(EXIT_BAD_INPUT)
+        hosts.exit_without_barrier(status)
+    sys.exit(status)
 
 
 def _call(main: Callable[[], Any]) -> None:
@@ -113,6 +146,8 @@ def _call(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         fail(str(error))
+    except RunError as error:
+        fail(str(error), EXIT_FAILED)
     except BaseException:
         if hosts.is_joined():
             traceback.print_exc()
@@ -123,8 +158,12 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
+    params, argv = _split_params(argv)
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
+        if params and CONFIG.value is not None:
+            with CONFIG.value.unlocked():
+                CONFIG.value.reward.params.update(params)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
@@ -133,6 +172,22 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
+
+
+def _split_params(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take --config.reward.params.<name>=value out of the flags, for ConfigDict knows no field by these names."""
+    params, rest = {}, []
+    for arg in argv:
+        name, equals, text = arg.removeprefix(PARAMS).partition("=")
+        if not arg.startswith(PARAMS) or not equals:
+            rest.append(arg)
+            continue
+        # As in --set of a sweep: text that is no Python value stays text.
+        try:
+            params[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            params[name] = text
+    return params, rest
 
 
 def _upgrade(arg: str) -> str:

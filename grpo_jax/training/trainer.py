@@ -25,6 +25,7 @@ from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
+from grpo_jax.tasks.host import HostTask
 from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.evaluate import to_metrics
@@ -67,6 +68,8 @@ def train_run(
       run: from `make_run`. workdir, allow_config_change, profiled: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
+    if isinstance(run.task, HostTask):
+        run.task.keep_errors_in(workdir / "reward_errors")
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
