@@ -152,8 +152,8 @@ BUGS = [
     (
         "dynamic sampling judged on the shaped reward",
         "grpo_jax/training/iteration.py",
-        "is_informative(batch.task_reward_PG)",
-        "is_informative(batch.reward_PG)",
+        "is_informative(batch.task_reward_PG, ",
+        "is_informative(batch.reward_PG, ",
         "tests/test_dynamic_sampling.py",
     ),
     (
@@ -180,8 +180,8 @@ BUGS = [
     (
         "recorded advantages without the overlong filter",
         "grpo_jax/learner/advantage_diagnostics.py",
-        "if filter_truncated else rollout.mask_PGT",
-        "if False else rollout.mask_PGT",
+        "if filter_truncated:",
+        "if False:",
         "tests/test_advantage_diagnostics.py",
     ),
     (
@@ -208,8 +208,8 @@ BUGS = [
     (
         "shaping counts as success",
         "grpo_jax/rewards/reward_function.py",
-        "Reward(_weighted_sum(self._task, scores)",
-        "Reward(_weighted_sum((*self._task, *self._shaping), scores)",
+        "_weighted_sum(self._task, scores)",
+        "_weighted_sum((*self._task, *self._shaping), scores)",
         "tests/test_reward_function.py -k scored_apart",
     ),
     (
@@ -242,8 +242,8 @@ BUGS = [
     ),
     (
         "a scorer's children are left behind",
-        "grpo_jax/rewards/pool/worker.py",
-        "for pid in children:",
+        "grpo_jax/rewards/pool/keeper.py",
+        "for pid in descendants(os.getpid()):",
         "for pid in ():",
         "tests/test_reward_function.py -k starts_ends",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from grpo_jax.knobs import knob
+from grpo_jax.knobs import Params, knob
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
@@ -162,7 +162,9 @@ class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
     num_workers: int = knob(2, "processes, beside each process that trains", at_least=1, at_most=1024)
-    time_limit_secs: float = knob(5.0, "for one answer; then it scores 0 and is counted", unit="seconds", above=0)
+    time_limit_secs: float = knob(
+        5.0, "for one completion; one without a score by then is left out and counted", unit="seconds", above=0, at_most=1e6
+    )
     memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
 
 
@@ -173,6 +175,7 @@ class RewardConfig:
     task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
     reasoning_tags: tuple[str, ...] = knob(("<think>", "</think>"), "answers are looked for behind the closing one; (): none")
+    params: Params = knob(Params(), "settings for your own functions, by parameter: config.reward.params.scale = 2.0")
     regex: RegexConfig = RegexConfig()
     format: FormatConfig = FormatConfig()
     choice: ChoiceConfig = ChoiceConfig()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.knobs import Params
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -76,6 +77,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if value is None:  # a placeholder of the config file, for what only the user can know
         raise UserError(f"{where} is not set: give it a value, for example --{where}=...")
     origin = typing.get_origin(hint) or hint
+    if origin is Params:
+        return _params(value, where)
     wrong = UserError(f"{where} = {value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, tuple | list):
@@ -88,3 +91,20 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):
         raise wrong
     return value
+
+
+def _params(value: Any, where: str) -> Params:
+    """Check settings of any names: they must survive config.json. Raises UserError naming the one that does not."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} = {value!r:.80}: expected settings by name, {{name: value}}")
+    for name, each in value.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"{where}.{name}: not the name of a parameter")
+        try:
+            json.dumps(each, allow_nan=False)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{where}.{name} = {each!r:.80}: must be text, a number, a bool, or lists or dicts of these"
+            ) from None
+    # As JSON has them, so that a run that resumes from its config.json is given the very same values.
+    return Params(json.loads(json.dumps(value)))

@@ -92,6 +92,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
     config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
+    config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
     config.reward.regex = ConfigDict()
     config.reward.regex.pattern = ""  # must occur; its group, if it has one, must equal the answer
     config.reward.format = ConfigDict()
@@ -107,7 +108,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.repetition.ngram_size = 3  # words in a row that count as repeated where they stand again
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
-    config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted [seconds]
+    # for one completion; one without a score by then is left out and counted [seconds]
+    config.reward.scoring.time_limit_secs = 5.0
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
 
     config.warm_start = ConfigDict()

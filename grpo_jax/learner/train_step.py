@@ -170,7 +170,7 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     assert state.hyperparams is not None
     obj = with_hyperparams(config.objective, state.hyperparams)
     # A smaller mask and not a smaller batch, whose shape is static: rows that are filtered out weigh nothing from here on.
-    mask_PGT = trained_mask(batch.rollout, config.overlong.filter)
+    mask_PGT = trained_mask(batch, config.overlong.filter)
     rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
     P, G, _ = mask_PGT.shape
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))

@@ -6,8 +6,9 @@ Imported by every command before it knows what it is asked for, so jax and what 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
-import logging as python_logging
+import logging
 import pathlib
 import re
 import sys
@@ -16,7 +17,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_jax.types import Params
 
 EXIT_BAD_INPUT = 2
+PARAMS = "--config.reward.params."  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(
@@ -46,8 +49,8 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
-    python_logging.getLogger("grpo_jax").setLevel(python_logging.WARNING)  # what the library itself has to say is heard
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    show_own_messages()
     if parser:
         args = parser.parse_args()
         _call(lambda: main(args))
@@ -80,6 +83,34 @@ def _help(command: str) -> str:
             about = f"{about} (default: {flag.default})"
         lines += [f"  --{flag.name}:", textwrap.indent(textwrap.fill(about, 90), " " * 6)]
     return "\n".join(lines)
+
+
+def show_own_messages() -> None:
+    """Let this package's own log reach stderr, warnings with their name, each message once."""
+    # By a handler of its own: what the level above silences are other libraries, and no message here may go with them.
+    own = logging.getLogger("grpo_jax")
+    if any(isinstance(handler, OwnMessages) for handler in own.handlers):
+        return
+    own.addHandler(OwnMessages())
+    own.setLevel(logging.INFO)
+    own.propagate = False
+
+
+class OwnMessages(logging.Handler):
+    """Writes each message to stderr once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record that has not been written yet."""
+        text = record.getMessage()
+        if record.levelno > logging.INFO:
+            text = f"{record.levelname.lower()}: {text}"
+        if text not in self._seen:
+            self._seen.add(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def config_from_flags() -> Config:
@@ -188,8 +219,12 @@ def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
     argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
+    params, argv = _split_params(argv)
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
+        if params and CONFIG.value is not None:
+            with CONFIG.value.unlocked():
+                CONFIG.value.reward.params.update(params)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
@@ -198,6 +233,22 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
+
+
+def _split_params(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take --config.reward.params.<name>=value out of the flags, for ConfigDict knows no field by these names."""
+    params, rest = {}, []
+    for arg in argv:
+        name, equals, text = arg.removeprefix(PARAMS).partition("=")
+        if not arg.startswith(PARAMS) or not equals:
+            rest.append(arg)
+            continue
+        # As in --set of a sweep: text that is no Python value stays text.
+        try:
+            params[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            params[name] = text
+    return params, rest
 
 
 def _upgrade(arg: str) -> str:

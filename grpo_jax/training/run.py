@@ -108,8 +108,8 @@ class TrainFns:
         """Return the shapes of a batch, without computing one. policy: all weights, or their shapes."""
         P, G = self.config.rollout.num_prompts, self.config.rollout.group_size
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
-        row = jax.ShapeDtypeStruct((P, G), jnp.float32)
-        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
+        row, is_scored = (jax.ShapeDtypeStruct((P, G), dtype) for dtype in (jnp.float32, jnp.bool_))
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored)
 
     def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute `advantages_with_grpo` of a batch."""

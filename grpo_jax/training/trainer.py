@@ -27,6 +27,7 @@ from grpo_jax.files import write_atomically
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import data_metrics
+from grpo_jax.tasks.host import HostTask
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.data_record import note_data, pin_template_date
@@ -72,6 +73,8 @@ def train_run(
       run: from `make_run`. workdir, start, profiled: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
+    if isinstance(run.task, HostTask):
+        run.task.keep_errors_in(workdir / "reward_errors")
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)

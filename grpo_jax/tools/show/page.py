@@ -184,10 +184,13 @@ def completion_data(row: Row, success_threshold: float) -> dict[str, Any]:
     advantage: Any = quantise(row["token_advantage"])
     if len(set(advantage)) == 1:
         advantage = advantage[0]
+    # Records of older versions have no such field: there, every row had a score.
+    is_scored = row.get("is_scored", True)
     return {
-        "reward": finite_or_none(row["reward"]),
-        "taskReward": finite_or_none(row["task_reward"]),
-        "isSuccess": row["task_reward"] >= success_threshold,
+        "isScored": is_scored,
+        "reward": finite_or_none(row["reward"]) if is_scored else None,
+        "taskReward": finite_or_none(row["task_reward"]) if is_scored else None,
+        "isSuccess": is_scored and row["task_reward"] >= success_threshold,
         "isTruncated": row["is_truncated"],
         "meanEntropy": finite_or_none(row["entropy"]),
         "grpo": finite_or_none(row["grpo_advantage"]),
