@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,12 +18,14 @@ from ml_collections import config_flags
 from grpo_jax.config import Config, parse_config
 from grpo_jax.config.aliases import RENAMED, upgrade_setting
 from grpo_jax.errors import UserError
-from grpo_jax.files import printable
+from grpo_jax.files import is_text, printable
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import read_newest, require_step
 from grpo_jax.training.run import Run
 from grpo_jax.types import Params
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `configs`, in a clone and where pip puts it
@@ -35,7 +39,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, 
 
 def run(main: Callable[[], Any]) -> None:
     """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    logging.set_verbosity(logging.FATAL)  # Orbax reports every file; its errors are raised too
     _add_to_help(main.__module__)
     # Flags are parsed before `_call` begins, so what they raise is caught here.
     try:
@@ -88,6 +92,13 @@ def find_config_file(path: str) -> pathlib.Path:
     return here  # also if it is absent: the message then names the path as it was given
 
 
+def workdir_of(text: str) -> pathlib.Path:
+    """Return a flag's folder. Raises UserError if no file system could have it."""
+    if not is_text(text):
+        raise UserError(f"--workdir={text!r}: a zero byte or half a character is no part of a folder's name")
+    return pathlib.Path(text)
+
+
 def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
     """Read the policy of a step, or of the newest checkpoint that can be read.
 
@@ -117,6 +128,13 @@ def _call(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted before there was anything to save", EXIT_INTERRUPTED)
+    except OSError as error:
+        # Of a file that cannot be opened or written a traceback tells nothing; of any other error it may.
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
     except BaseException:
         if hosts.is_joined():
             traceback.print_exc()

@@ -29,7 +29,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evalu
 
 def main() -> None:
     """Run the command: evaluate, write the results, show them as a table."""
-    workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
+    workdir = cli.workdir_of(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
     run = make_run(config)
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.

@@ -7,15 +7,15 @@ each of them, with --distributed or --coordinator (docs/scale.md).
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grpo_jax import objectives
 from grpo_jax.caches import enable_compilation_cache_on_accelerators
 from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli
 from grpo_jax.training import trainer
@@ -41,7 +41,7 @@ def main() -> None:
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/dapo")
-    workdir = pathlib.Path(cli.WORKDIR.value)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
     profiled = parse_steps(PROFILE.value) if PROFILE.value else None
     # Flags are checked first: once a process has joined, others depend on it, and it cannot just exit. The cache comes after,
     # for it asks JAX for its devices, and these are fixed from then on.
@@ -51,7 +51,8 @@ def main() -> None:
     summary = trainer.train(config, workdir, start, profiled=profiled)
     if summary is None:  # another host speaks
         return
-    table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")
+    # As Text: brackets in a folder's name are no markup.
+    table = Table(title=Text(printable(f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")))
     for name in ("steps", "held-out success before", "after", "training seconds"):
         table.add_column(name, justify="right")
     table.add_row(
@@ -61,7 +62,8 @@ def main() -> None:
     )
     console = Console()
     console.print(table)
-    console.print(f"curve: {workdir}/learning_curve.png   records: {workdir}/metrics.jsonl", soft_wrap=True)
+    shown = printable(str(workdir))
+    console.print(Text(f"curve: {shown}/learning_curve.png   records: {shown}/metrics.jsonl"), soft_wrap=True)
 
 
 def join_hosts() -> None:
