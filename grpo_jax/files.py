@@ -13,6 +13,7 @@ from grpo_jax.errors import UserError
 
 MAX_SHOWN = 1000  # characters of a message; a setting may be a whole file
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 _said: set[str] = set()
 
 
@@ -23,6 +24,11 @@ def printable(text: str, limit: int = MAX_SHOWN) -> str:
     if len(shown) <= limit:
         return shown
     return f"{shown[: limit // 2]} [{len(shown) - limit} characters] {shown[-limit // 2 :]}"
+
+
+def is_text(text: str) -> bool:
+    """Tell if a text can be a path, an argument or a file's content: no zero byte, and no half of a surrogate pair."""
+    return "\x00" not in text and not SURROGATE.search(text)
 
 
 def note_once(text: str) -> None:

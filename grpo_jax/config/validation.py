@@ -11,6 +11,7 @@ from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
 from grpo_jax.config.schema import TARGETS, Config, TaskConfig
 from grpo_jax.errors import UserError
+from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
 from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
 
@@ -233,6 +234,9 @@ def _require_generators(task: TaskConfig, field: str) -> None:
 def _check_knobs(config: Config) -> None:
     """Check that every field is in the range, and among the choices, that its declaration gives."""
     for name, value, declared in walk(config):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, str) and not is_text(each) for each in texts):
+            raise UserError(f"config.{name} = {value!r}: holds a zero byte, or half of a character (a lone surrogate)")
         complaint = declared.complaint(value) if declared else ""
         if complaint:
             raise UserError(f"config.{name} = {value!r}: {complaint}")

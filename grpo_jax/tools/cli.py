@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import importlib.util
 import logging
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -22,13 +24,15 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
-from grpo_jax.files import printable
+from grpo_jax.files import is_text, printable
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
     from grpo_jax.training.run import Run
     from grpo_jax.types import Params
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
 PARAMS = "--config.reward.params."  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
@@ -49,7 +53,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
     show_own_messages()
     if parser:
         args = parser.parse_args()
@@ -171,6 +175,13 @@ def find_config(name: str, field: str = "--config") -> tuple[pathlib.Path, str]:
     raise UserError(f"{field}: no config {place!r} is shipped; give a path that ends in .py, or one of {known}")
 
 
+def workdir_of(text: str) -> pathlib.Path:
+    """Return a flag's folder. Raises UserError if no file system could have it."""
+    if not is_text(text):
+        raise UserError(f"--workdir={text!r}: a zero byte or half a character is no part of a folder's name")
+    return pathlib.Path(text)
+
+
 def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
     """Read the policy of a step, or of the newest checkpoint that can be read.
 
@@ -208,6 +219,13 @@ def _call(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted before there was anything to save", EXIT_INTERRUPTED)
+    except OSError as error:
+        # Of a file that cannot be opened or written a traceback tells nothing; of any other error it may.
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
     except BaseException:
         if hosts := _joined_hosts():
             traceback.print_exc()

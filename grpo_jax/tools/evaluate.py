@@ -39,7 +39,7 @@ def main() -> None:
     from grpo_jax.training.data_record import pin_template_date
     from grpo_jax.training.run import make_run
 
-    workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
+    workdir = cli.workdir_of(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
     if workdir:
         config = pin_template_date(config, [workdir])

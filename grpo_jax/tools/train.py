@@ -8,15 +8,17 @@ each of them, with --distributed or --coordinator (docs/scale.md).
 from __future__ import annotations
 
 import logging
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 from grpo_jax.tools import cli
 
 if TYPE_CHECKING:
+    import pathlib
+
     from grpo_jax.config import Config
 
 FEWEST_STEPS = 20  # with fewer a rise of the held-out success would be luck
@@ -46,7 +48,7 @@ def main() -> None:
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/dapo")
-    workdir = pathlib.Path(cli.WORKDIR.value)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
     profiled = parse_steps(PROFILE.value) if PROFILE.value else None
     # Flags are checked first: once a process has joined, others depend on it, and it cannot just exit. The cache comes after,
     # for it asks JAX for its devices, and these are fixed from then on.
@@ -63,10 +65,12 @@ def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path)
     """Print before and after as a table, and where the records are."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from grpo_jax import objectives
 
-    table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")
+    # As Text: brackets in a folder's name are no markup.
+    table = Table(title=Text(printable(f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")))
     for name in ("steps", "held-out success before", "after", "training seconds"):
         table.add_column(name, justify="right")
     table.add_row(
@@ -77,10 +81,10 @@ def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path)
     console = Console()
     console.print(table)
     if config.num_steps < FEWEST_STEPS:
-        console.print(
-            f"note: {config.num_steps} steps show that everything runs; they are too few to learn from", soft_wrap=True
-        )
-    console.print(f"curve: {workdir}/learning_curve.png   records: {workdir}/metrics.jsonl", soft_wrap=True)
+        note = f"note: {config.num_steps} steps show that everything runs; they are too few to learn from"
+        console.print(note, soft_wrap=True)
+    shown = printable(str(workdir))
+    console.print(Text(f"curve: {shown}/learning_curve.png   records: {shown}/metrics.jsonl"), soft_wrap=True)
 
 
 def join_hosts() -> None:

@@ -13,6 +13,8 @@ from jaxtyping import PyTree
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
+from grpo_jax.models.folders import resolve
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
@@ -46,6 +48,14 @@ def make_task(config: Config) -> Task:
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.check_length(task.prompt_tokens, config.rollout.max_completion_tokens)
     return task
+
+
+def sources_of(config: Config) -> dict[str, str]:
+    """Mark the files outside of its folder that a run is made of: field of the config, or part of it -> fingerprint."""
+    if not config.model.path:
+        return {}
+    folder = resolve(config.model.path)
+    return {"model.path": fingerprint(folder, WEIGHTS), "model.path.tokenizer": fingerprint(folder, TOKENIZER)}
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:

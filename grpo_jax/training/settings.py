@@ -107,12 +107,12 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any], start: Star
         note_once(f"{path}: going on with another setting, {each}")
 
 
-def check_sources(workdir: pathlib.Path, sources: dict[str, str], read_again: Sequence[str], start: Start) -> None:
+def check_sources(workdir: pathlib.Path, sources: dict[str, str], start: Start, *, reads_again: Sequence[str]) -> None:
     """Compare the marks of files outside of the workdir, which the run was begun with, with those of today.
 
     Args:
-      workdir: of the run, with its config.json. sources: mark of each, by a name. read_again: those of them that a run reads
-        again when it goes on. start: the changes it allows, by these names.
+      workdir: of the run, with its config.json. sources: mark of each, by a name. start: the changes it allows, by these
+        names. reads_again: those that a run reads once more when it goes on.
     Raises: UserError naming one of the latter that has changed and is not allowed.
     """
     path, before = workdir / "sources.json", {}
@@ -125,7 +125,7 @@ def check_sources(workdir: pathlib.Path, sources: dict[str, str], read_again: Se
         if before.get(name, mark) == mark:
             continue
         what = f"{path}: the files of {name} are not those that the run began with"
-        if name in read_again and not start.allows(name):
+        if name in reads_again and not start.allows(name):
             raise UserError(
                 f"{what}, and it reads them again; bring them back, use another --workdir, or go on with the new ones by "
                 f"--allow_config_change={name}"

@@ -119,7 +119,7 @@ class Board:
         ordered = sorted(self.specs, key=lambda spec: STATUSES.index(self.status[spec.folder]))
         # Lines are left for the head and the summary: of a live table taller than the terminal, rich does not show the end.
         for spec in ordered[: max(height - 4, 1)]:
-            table.add_row(*self.cells(spec))
+            table.add_row(*map(Text, self.cells(spec)))
         return Group(table, Text(self.summary()))
 
     def cells(self, spec: RunSpec) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.tools.sweep import worker
 from grpo_jax.tools.sweep.worker import Job
-from grpo_jax.training.trainer import StopSignal
+from grpo_jax.training.signals import StopSignal
 
 POLL_SECS = 1.0
 Event = tuple[Job, str, list[str]]  # job, "running" | "ended", what went wrong with each run ("" if nothing did)

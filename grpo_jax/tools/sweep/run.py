@@ -16,7 +16,7 @@ from grpo_jax.tools.sweep.plan import Sweep
 from grpo_jax.tools.sweep.worker import jobs_of
 from grpo_jax.training.data_record import pin_template_date
 from grpo_jax.training.settings import check_same_config
-from grpo_jax.training.trainer import StopSignal
+from grpo_jax.training.signals import StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
