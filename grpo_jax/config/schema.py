@@ -306,5 +306,5 @@ class Config:
         return self.num_steps * self.learner.num_epochs * self.learner.num_minibatches
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`."""
-        return dataclasses.asdict(self)
+        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`. Functions are written by name."""
+        return {**dataclasses.asdict(self), "objective": self.objective.to_dict()}

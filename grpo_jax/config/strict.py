@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.objectives import Params
+from grpo_jax.objectives.params import read_params
 
 
 def build(cls: type, values: Any, where: str) -> Any:
@@ -49,14 +51,18 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """Convert one value to a field's type.
 
     Args:
-      hint: the type: a dataclass, a tuple of one type, a plain type, or one of these or None.
+      hint: the type: a dataclass, a tuple of one type, a plain type, a mapping of numbers; or one of these, None or a function.
       value: as it was written. where: its dotted path, for messages.
     Returns: the value; an int becomes a float where one is expected, a list a tuple.
     Raises: UserError naming the field if the type is wrong.
     """
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is Mapping:
+        return _params(value, where)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if callable(value) and any(typing.get_origin(arg) is Callable for arg in typing.get_args(hint)):
+            return value
         if value is None and type(None) in typing.get_args(hint):
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -73,3 +79,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if (isinstance(value, bool) and origin is not bool) or not isinstance(value, origin):
         raise wrong
     return value
+
+
+def _params(value: Any, where: str) -> Params:
+    """Make Params of a mapping, its JSON text or Params. Raises UserError naming the field."""
+    try:
+        return read_params(value)
+    except ValueError as error:
+        raise UserError(f"{where.rpartition('.')[0].rpartition('.')[0]}.{error}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import pathlib
 import re
 import sys
@@ -181,13 +182,21 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
+    params, argv = _split_params(argv)
+    # ml_collections looks for overrides in sys.argv, whatever is parsed.
+    whole, sys.argv = sys.argv, argv
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
+        if params and CONFIG.value is not None:
+            with CONFIG.value.objective.params.unlocked():
+                CONFIG.value.objective.params.update(params)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
         last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
         raise UserError(last.removeprefix("ValueError: ")) from None
+    finally:
+        sys.argv = whole
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
@@ -204,6 +213,26 @@ def _upgrade(arg: str) -> str:
         return arg
     new_name, value = upgrade_setting(name.removeprefix("--config."), value)
     return f"--config.{new_name}{equals}{value}"
+
+
+def _split_params(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take --config.objective.params.NAME=number, or .params={"NAME": number}, out of the flags. Raises UserError.
+
+    No config lists these names, and ml_collections takes none that it does not know.
+    """
+    field = "--config.objective.params"
+    own = [arg for arg in argv if re.match(rf"{re.escape(field)}[.=]", arg)]
+    params: dict[str, Any] = {}
+    for arg in own:
+        name, equals, text = arg.removeprefix(field).partition("=")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not equals or (isinstance(value, dict) == bool(name)) or value is None:
+            raise UserError(f"{arg}: write {field}.NAME=0.3 or {field}='{{\"NAME\": 0.3}}'")
+        params |= {name[1:]: value} if name else value
+    return params, [arg for arg in argv if arg not in own]
 
 
 def _explain_unknown_field(text: str, argv: list[str]) -> str:

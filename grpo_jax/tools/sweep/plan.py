@@ -112,7 +112,9 @@ def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any], where: s
                 node = None  # from here on nothing is found, and the message below names the whole path
                 break
             node = node[parent]
-        if not isinstance(node, dict) or last not in node:
+        # Numbers for functions of one's own have names that no config lists.
+        is_param = parents == ["objective", "params"]
+        if not isinstance(node, dict) or (last not in node and not is_param):
             raise UserError(f"{where}: {dotted!r} is no field; `grpo-jax fields` lists them all")
         node[last] = value
     try:
