@@ -11,7 +11,7 @@ from typing import Any
 TINY, HUGE = 2.0**-126, 2.0**127  # of float32, those that are not rounded to 0 or infinity
 
 
-class Params(dict):
+class Settings(dict):
     """Settings whose names no schema knows: values of JSON by name. Hashable, as fields of a frozen config must be."""
 
     def __hash__(self) -> int:  # type: ignore[override]

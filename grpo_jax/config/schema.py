@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from grpo_jax.knobs import Params, knob
+from grpo_jax.knobs import Settings, knob
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
@@ -175,7 +175,7 @@ class RewardConfig:
     task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
     reasoning_tags: tuple[str, ...] = knob(("<think>", "</think>"), "answers are looked for behind the closing one; (): none")
-    params: Params = knob(Params(), "settings for your own functions, by parameter: config.reward.params.scale = 2.0")
+    params: Settings = knob(Settings(), "settings for your own functions, by parameter: config.reward.params.scale = 2.0")
     regex: RegexConfig = RegexConfig()
     format: FormatConfig = FormatConfig()
     choice: ChoiceConfig = ChoiceConfig()
@@ -356,5 +356,5 @@ class Config:
         return self.num_steps * self.learner.num_epochs * self.learner.num_minibatches
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`."""
-        return dataclasses.asdict(self)
+        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`. Functions are written by name."""
+        return {**dataclasses.asdict(self), "objective": self.objective.to_dict()}

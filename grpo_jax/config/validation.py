@@ -13,7 +13,8 @@ from grpo_jax.config.schema import TARGETS, Config, TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
-from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
+from grpo_jax.objectives.functions import name_of
+from grpo_jax.objectives.ratios import is_per_row
 
 # Of transformers' apply_chat_template; what a chat template itself reads goes beside them.
 RESERVED_ARGUMENTS = frozenset(
@@ -47,10 +48,10 @@ def validate(config: Config) -> None:
             f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
             f"config.rollout.num_prompts = {rollout.num_prompts}"
         )
-    if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
+    if is_per_row(objective) and objective.aggregation not in ("sequence_mean", "sequence_sum"):
         raise UserError(
-            f"config.objective.aggregation = {objective.aggregation!r}: a {objective.ratio!r} ratio has one value a row, "
-            "use 'sequence_mean'"
+            f"config.objective.aggregation = {name_of(objective.aggregation)!r}: a {name_of(objective.ratio)!r} ratio has one "
+            "value a row, use 'sequence_mean', or 'sequence_sum' for rows that count by their length"
         )
     if config.overlong.cache_tokens > rollout.max_completion_tokens:
         raise UserError(

@@ -8,7 +8,6 @@ The argument after the colon picks the scale:
 :runlocal  :tiny shrunk to seconds, to see that a config runs
 """
 
-import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -190,7 +189,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
 
 def objective_of(variant: str) -> Any:
     """The fields of a variant's objective; what they mean: grpo_jax/objectives/variants.py."""
-    objective: Any = ConfigDict(dataclasses.asdict(objectives.get(variant)))
+    objective: Any = ConfigDict(objectives.get(variant).to_dict())
     for field, kind in {"entropy_clip": tuple, "dual_clip": float}.items():
         if objective[field] is None:  # a bare None could not be set from the command line
             objective[field] = placeholder(kind)
@@ -199,7 +198,7 @@ def objective_of(variant: str) -> Any:
 
 def changes_to(variant: str) -> dict[str, Any]:
     """The fields that make GRPO's objective into the variant's, as a set of a sweep has them."""
-    wanted, grpo = (dataclasses.asdict(objectives.get(name)) for name in (variant, "grpo"))
+    wanted, grpo = (objectives.get(name).to_dict() for name in (variant, "grpo"))
     return {f"objective.{field}": value for field, value in wanted.items() if value != grpo[field]}
 
 

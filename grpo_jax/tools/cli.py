@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
-PARAMS = "--config.reward.params."  # fields of any name
+FREE_FIELD = re.compile(r"--config\.(reward|objective)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(
@@ -237,36 +237,56 @@ def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
     argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
-    params, argv = _split_params(argv)
+    free, argv = _split_free_fields(argv)
+    # ml_collections looks for overrides in sys.argv, whatever is parsed.
+    whole, sys.argv = sys.argv, argv
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
-        if params and CONFIG.value is not None:
-            with CONFIG.value.unlocked():
-                CONFIG.value.reward.params.update(params)
+        for group, values in free.items():
+            if CONFIG.value is not None:
+                with CONFIG.value.unlocked():
+                    CONFIG.value[group].params.update(values)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
         last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
         raise UserError(last.removeprefix("ValueError: ")) from None
+    finally:
+        sys.argv = whole
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
 
 
-def _split_params(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take --config.reward.params.<name>=value out of the flags, for ConfigDict knows no field by these names."""
-    params, rest = {}, []
+def _split_free_fields(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Take --config.<group>.params.NAME=value, or .params={"NAME": value}, out of the flags.
+
+    No config lists these names, and ml_collections takes none that it does not know.
+
+    Args:
+      argv: the flags.
+    Returns: group -> name -> value, and the other flags.
+    Raises: UserError if one is not written like this.
+    """
+    free: dict[str, dict[str, Any]] = {}
+    rest = []
     for arg in argv:
-        name, equals, text = arg.removeprefix(PARAMS).partition("=")
-        if not arg.startswith(PARAMS) or not equals:
+        found = FREE_FIELD.match(arg)
+        if not found:
             rest.append(arg)
             continue
+        group, name, text = found.groups()
         # As in --set of a sweep: text that is no Python value stays text.
         try:
-            params[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text or "")
         except (ValueError, SyntaxError):
-            params[name] = text
-    return params, rest
+            value = text
+        is_number = isinstance(value, int | float) or not name
+        if text is None or isinstance(value, dict) == bool(name) or (group == "objective" and not is_number):
+            field = f"--config.{group}.params"
+            raise UserError(f"{arg}: write {field}.NAME=0.3 or {field}='{{\"NAME\": 0.3}}'")
+        free.setdefault(group, {}).update({name: value} if name else value)
+    return free, rest
 
 
 def _upgrade(arg: str) -> str:
