@@ -90,7 +90,7 @@ def export(
     lora = run.model.lora
     if lora is not None and is_adapter:
         with new_folder(out) as folder:
-            save_adapters(folder, split_adapters(policy)[1], lora, source)
+            save_adapters(folder, split_adapters(policy)[1], run.model, source)
         return step, "adapters"
     # Merged unless asked otherwise: any program that knows the family can load the folder, also one that has no adapters.
     written = dtype
