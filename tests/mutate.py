@@ -103,8 +103,8 @@ BUGS = [
     (
         "log-probs shifted by one",
         "grpo_jax/learner/logprobs.py",
-        "tokens_BT[:, :-1]",
-        "tokens_BT[:, 1:]",
+        "tokens_BT[:, :num_read]",
+        "tokens_BT[:, -num_read:]",
         "tests/test_rollout.py",
     ),
     (

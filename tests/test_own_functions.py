@@ -204,14 +204,14 @@ def test_a_config_has_them_as_a_mapping_or_as_json(written):
     ],
 )
 def test_flags_name_them(flags, params):
-    found, rest = cli._split_params(["train", "--config=dapo", *flags])
-    assert found == params and len(rest) == 2 + (not params)
+    found, rest = cli._split_free_fields(["train", "--config=dapo", *flags])
+    assert found.get("objective", {}) == params and len(rest) == 2 + (not params)
 
 
 @pytest.mark.parametrize("flag", [f"--config.objective.params{rest}" for rest in (".width=wide", ".width", "=3")])
 def test_a_flag_that_is_no_number_says_how_to_write_it(flag):
     with pytest.raises(UserError, match=r"write --config.objective.params.NAME=0.3 or"):
-        cli._split_params([flag])
+        cli._split_free_fields([flag])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class CausalRows:
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What is compiled into a call. prompt_slots: S, before it was padded to blocks."""
+    """Facts that are compiled into a call. prompt_slots: S, before it was padded to blocks."""
 
     window: int | None
     is_left_padded: bool
