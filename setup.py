@@ -15,6 +15,7 @@ TEST = [
     "pytest-xdist>=3.7",
     "nbclient>=0.10",
     "ipykernel>=6.29",
+    "setuptools>=70.1",  # builds the wheel that a test installs
     *TASKS,
     *SMOLLM2,
 ]
@@ -28,7 +29,8 @@ setup(
     license="Apache-2.0",
     url="https://github.com/OWNER/grpo_jax",  # OWNER: still to be named; README.md and colab/ have the address too
     python_requires=">=3.11",
-    packages=find_packages(include=["grpo_jax*", "experiments*", "configs*"]),
+    packages=find_packages(include=["grpo_jax", "grpo_jax.*"]),
+    entry_points={"console_scripts": ["grpo-jax=grpo_jax.tools.main:main"]},
     package_data={
         "grpo_jax.tools.show": ["page.html", "page.css", "page.js"],
         "grpo_jax.tools.report": ["page.html", "page.css"],
@@ -55,6 +57,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compilers of chips that are not here (grpo-jax plan --compile --topology).
+        "aot-tpu": ["jax[tpu]>=0.10.2"],
+        "aot-gpu": ["jax[cuda12]>=0.10.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
         "slurm": ["submitit>=1.5"],

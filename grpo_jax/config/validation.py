@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from typing import Any
 
 from grpo_jax import objectives
-from grpo_jax.config import reward_expression
-from grpo_jax.config.schema import TARGETS, Config
+from grpo_jax.config import mixture, reward_expression
+from grpo_jax.config.schema import TARGETS, Config, TaskConfig
 from grpo_jax.errors import UserError
+from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
-from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
+from grpo_jax.objectives.functions import name_of
+from grpo_jax.objectives.ratios import is_per_row
+
+# Of transformers' apply_chat_template; what a chat template itself reads goes beside them.
+RESERVED_ARGUMENTS = frozenset(
+    {"conversation", "messages", "chat_template", "template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
+)
 
 
 def validate(config: Config) -> None:
@@ -22,8 +32,12 @@ def validate(config: Config) -> None:
     _check_knobs(config)
     _check_operands(config)
     _require_objective(config)
+    _require_prompts(config)
     _require_reward(config)
-    _require_generators(config)
+    _require_generators(config.task, "config.task.reasoning_gym")
+    if config.task.name == "mixture":
+        for number, member in enumerate(mixture.members(config.task.mixture, config.task)):
+            _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
     rollout, learner, objective = config.rollout, config.learner, config.objective
     if rollout.group_size < 2:
         raise UserError(
@@ -34,10 +48,10 @@ def validate(config: Config) -> None:
             f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
             f"config.rollout.num_prompts = {rollout.num_prompts}"
         )
-    if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
+    if is_per_row(objective) and objective.aggregation not in ("sequence_mean", "sequence_sum"):
         raise UserError(
-            f"config.objective.aggregation = {objective.aggregation!r}: a {objective.ratio!r} ratio has one value a row, "
-            "use 'sequence_mean'"
+            f"config.objective.aggregation = {name_of(objective.aggregation)!r}: a {name_of(objective.ratio)!r} ratio has one "
+            "value a row, use 'sequence_mean', or 'sequence_sum' for rows that count by their length"
         )
     if config.overlong.cache_tokens > rollout.max_completion_tokens:
         raise UserError(
@@ -81,7 +95,7 @@ def _require_importance(config: Config) -> None:
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
-    if cap and old_logp != "learner":
+    if cap and (old_logp == "sampler" or config.async_steps):
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
             "set that to 'learner'"
@@ -104,7 +118,7 @@ def _check_async(config: Config) -> None:
             f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
             "the host, the other for tasks of the device; set one of them to 0"
         )
-    if config.async_steps and config.learner.old_logp != "sampler":
+    if config.async_steps and config.learner.old_logp == "learner":
         raise UserError(
             f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
             "the learner has moved on from the policy that sampled, set it to 'sampler'"
@@ -141,26 +155,68 @@ def _require_reward(config: Config) -> None:
         parts = [part.name for part in reward_expression.parse(expression, field)]
         if parts and task.name == "arithmetic":
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
-        if "reasoning_gym" in parts and task.name != "reasoning_gym":
+        if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    tags = reward.reasoning_tags
+    if len(tags) not in (0, 2) or not all(tags):
+        raise UserError(f"config.reward.reasoning_tags = {tags!r}: an opening and a closing tag, or () for none")
     for name in ("regex", "format"):
         pattern = getattr(reward, name).pattern
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
-    if task.name == "arithmetic" and task.system_prompt:
-        raise UserError(f"config.task.system_prompt = {task.system_prompt!r}: task 'arithmetic' has none, leave it empty")
-    if task.name == "arithmetic" and task.num_shots:
-        raise UserError(f"config.task.num_shots = {task.num_shots}: task 'arithmetic' has config.task.arithmetic.num_shots")
+    if task.name == "mixture" and "reasoning_gym" in _source_names(task) and not reward.task:
+        raise UserError(
+            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it; "
+            "task 'reasoning_gym' mixes generators by itself"
+        )
 
 
-def _require_generators(config: Config) -> None:
-    """Check the mixture of reasoning-gym generators."""
+def _source_names(task: TaskConfig) -> list[str]:
+    """List the sources of questions; of a mixture, those in it."""
+    if task.name == "mixture":
+        return [member.task.name for member in mixture.members(task.mixture, task)]
+    return [task.name]
+
+
+def _require_prompts(config: Config) -> None:
+    """Check what is around a question."""
+    task, chat = config.task, ("chat_template", "chat_template_kwargs", "template_date")
+    if task.name == "arithmetic":
+        # All that its prompts, a line of text, do not have: a setting that did nothing would be believed.
+        for name in ("system_prompt", "prompt_template", "num_shots", "assistant_prefill", "mixture", *chat):
+            if getattr(task, name):
+                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots")
+                raise UserError(
+                    f"config.task.{name} = {getattr(task, name)!r}: task 'arithmetic' has none{where}; leave it at its default"
+                )
+    for name in chat:
+        value = getattr(task, name)
+        if value and not task.use_chat_template:
+            raise UserError(f"config.task.{name} = {value!r}: set config.task.use_chat_template = True, or leave it empty")
+    if task.prompt_template and "{prompt}" not in task.prompt_template:
+        raise UserError(f"config.task.prompt_template = {task.prompt_template!r}: where the question goes, write {{prompt}}")
+    arguments = json.loads(task.chat_template_kwargs or "{}")
+    if not isinstance(arguments, dict):
+        raise UserError(f"config.task.chat_template_kwargs = {task.chat_template_kwargs!r}: a JSON object, {{name: value}}")
+    reserved = sorted(set(arguments) & RESERVED_ARGUMENTS)
+    if reserved:
+        raise UserError(f"config.task.chat_template_kwargs.{reserved[0]}: set by the library")
+    try:
+        datetime.date.fromisoformat(task.template_date or "2026-11-26")
+    except ValueError:
+        raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
+    if task.mixture and task.name != "mixture":
+        raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
+
+
+def _require_generators(task: TaskConfig, field: str) -> None:
+    """Check a mixture of reasoning-gym generators. field: where its settings are, for messages."""
     # Whether a generator exists, the library alone knows: it is asked when the task is made.
-    gym, field = config.task.reasoning_gym, "config.task.reasoning_gym"
+    gym = task.reasoning_gym
     if not gym.datasets or len(set(gym.datasets)) < len(gym.datasets):
         raise UserError(f"{field}.datasets = {gym.datasets!r}: name at least one generator, and none twice")
     if gym.weights and (len(gym.weights) != len(gym.datasets) or not min(gym.weights) > 0):
@@ -179,6 +235,9 @@ def _require_generators(config: Config) -> None:
 def _check_knobs(config: Config) -> None:
     """Check that every field is in the range, and among the choices, that its declaration gives."""
     for name, value, declared in walk(config):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, str) and not is_text(each) for each in texts):
+            raise UserError(f"config.{name} = {value!r}: holds a zero byte, or half of a character (a lone surrogate)")
         complaint = declared.complaint(value) if declared else ""
         if complaint:
             raise UserError(f"config.{name} = {value!r}: {complaint}")

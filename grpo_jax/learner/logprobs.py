@@ -27,8 +27,11 @@ ALIGNED = 128  # an accelerator's tile: what is cut up is cut between tiles
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """How the head's work is cut up. tokens: positions at a time. vocab: tokens of the vocabulary at a time in the backward
-    pass, which then takes all positions at once; 0: it goes over positions too."""
+    """Sizes of the pieces that the head works on.
+
+    tokens: positions at a time. vocab: tokens of the vocabulary at a time in the backward pass, which then takes all positions
+    at once; 0: it goes over positions too.
+    """
 
     tokens: int
     vocab: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -44,10 +44,12 @@ def greedy_answers(run: Run, policy: Params) -> list[Answer]:
     tokens_PT, mask_PT = np.asarray(rolled.tokens_PGT)[:, 0], np.asarray(rolled.mask_PGT)[:, 0]
     reward_P = np.asarray(run.task.reward(prompts.answer, tokens_PT[:, None], mask_PT[:, None]).task_PG)[:, 0]
 
-    def decode(ids: np.ndarray, mask: np.ndarray) -> list[str]:
-        return [run.task.tokenizer.decode(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
+    def decode(decode_one: Callable[[np.ndarray], str], ids: np.ndarray, mask: np.ndarray) -> list[str]:
+        return [decode_one(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
 
-    pairs = zip(decode(prompts.tokens_PS, prompts.mask_PS), decode(tokens_PT, mask_PT), reward_P, strict=True)
+    tokenizer = run.task.tokenizer
+    asked = decode(tokenizer.decode_prompt, prompts.tokens_PS, prompts.mask_PS)
+    pairs = zip(asked, decode(tokenizer.decode, tokens_PT, mask_PT), reward_P, strict=True)
     return [Answer(prompt, completion, float(reward)) for prompt, completion, reward in pairs]
 
 
