@@ -40,7 +40,7 @@ def test_log_probabilities_do_not_depend_on_the_last_token_being_read(max_tokens
 
 @pytest.mark.slow
 def test_gradients_leave_the_layers_in_the_dtype_of_their_products():
-    """Matrices are cast before the loop over layers or in it: their gradients differ by one rounding, and have the weights' type.
+    """Matrices are cast before the loop over layers or in it: gradients differ by one rounding, and have the weights' type.
 
     XLA may leave the rounding out where it sees the cast back to float32 behind it, as in the loop.
     """
