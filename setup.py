@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 # A plain install runs on the CPU and pins no accelerator: an existing jax (a TPU VM's, Colab's) is left alone.
 TASKS = ["math-verify>=0.8", "reasoning-gym>=0.1.23", "datasets>=3"]
 SMOLLM2 = ["gguf>=0.17"]
+TRACKERS = ["wandb>=0.22", "trackio>=0.20"]
 TEST = [
     "pytest>=8",
     "beartype>=0.20",
@@ -18,6 +19,8 @@ TEST = [
     "setuptools>=70.1",  # builds the wheel that a test installs
     *TASKS,
     *SMOLLM2,
+    *TRACKERS,
+    "mlflow-skinny>=3",
 ]
 
 setup(
@@ -59,6 +62,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
+        "trackers": [*TRACKERS, "mlflow>=3"],
         "slurm": ["submitit>=1.5"],
         "test": TEST,
         # pyright is a program of Node, which its extra brings as a Python package: nothing is fetched at its first run.

@@ -17,6 +17,7 @@ REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 CHOICE_ANSWERS = ("label", "index")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
 GRPO = Objective()
 
@@ -308,10 +309,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """The sampled text that is kept: `num_groups` groups every `completions_every` steps."""
+    """The sampled text that is kept, `num_groups` groups every `completions_every` steps, and who else is told."""
 
     completions_every: int = knob(10, "steps between samples in completions.jsonl; 0: none", unit="steps", at_least=0)
     num_groups: int = knob(2, "groups in each sample", at_least=1)
+    trackers: tuple[str, ...] = knob(("tensorboard",), f"experiment trackers, any of {', '.join(TRACKERS)}")
+    project: str = knob("grpo_jax", "the project that trackers file the run under")
+    callbacks: tuple[str, ...] = knob((), "module:Class of your own, told of steps, evaluations, samples and checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)

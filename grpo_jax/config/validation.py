@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
-from grpo_jax.config.schema import TARGETS, Config, TaskConfig
+from grpo_jax.config.schema import TARGETS, TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
@@ -73,6 +73,7 @@ def validate(config: Config) -> None:
     _check_steps_per_call(config)
     _check_async(config)
     _require_mesh(config)
+    _require_trackers(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
@@ -134,6 +135,13 @@ def _require_mesh(config: Config) -> None:
     if list(axes.values()).count(-1) > 1:
         wanted = ", ".join(f"{axis} = {size}" for axis, size in axes.items())
         raise UserError(f"config.mesh: {wanted}: only one axis can take what is left, say how many devices the others have")
+
+
+def _require_trackers(config: Config) -> None:
+    """Check the names of trackers; whether their libraries are there, a run finds out."""
+    unknown = [name for name in config.log.trackers if name not in TRACKERS]
+    if unknown:
+        raise UserError(f"config.log.trackers: {unknown[0]!r} is unknown; there are {', '.join(TRACKERS)}")
 
 
 def _require_adapters(config: Config) -> None:

@@ -178,6 +178,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none
     config.log.num_groups = 2  # groups in each sample
+    config.log.trackers = ("tensorboard",)  # experiment trackers, any of tensorboard, wandb, trackio, mlflow
+    config.log.project = "grpo_jax"  # the project that trackers file the run under
+    config.log.callbacks = ()  # module:Class of your own, told of steps, evaluations, samples and checkpoints
     # fields: end
 
     scales = {"tiny": tiny, "llm": llm, "smollm2": smollm2, "runlocal": runlocal}

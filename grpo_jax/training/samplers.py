@@ -20,7 +20,7 @@ from jaxtyping import Int, Key
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config, RolloutConfig
-from grpo_jax.metrics import Max, Mean, Metric
+from grpo_jax.metrics import Max, Mean, Metric, Std
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, gather_params_for_decoding, shard_map_over_batch
@@ -225,6 +225,7 @@ def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
     lengths_PG, is_scored_PG = rolled.mask_PGT.sum(-1), batch.is_scored_PG
     return {
         "reward/mean": Mean.of(batch.reward_PG, is_scored_PG),
+        "reward/std": Std.of(batch.reward_PG, is_scored_PG),
         "reward/success": Mean.of((batch.task_reward_PG >= success_threshold).astype(jnp.float32), is_scored_PG),
         "reward/unscored": Mean.of(1.0 - is_scored_PG),
         "policy/entropy": Mean.of(rolled.entropy_PGT, rolled.mask_PGT),
