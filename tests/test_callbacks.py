@@ -71,8 +71,6 @@ def test_a_run_tells_its_callbacks_and_ends_where_one_asks(tmp_path, capsys):
 def test_what_is_no_callback_is_refused(tmp_path, monkeypatch):
     source = "class Good:\n    def on_step(self, step, metrics): pass\n\nclass Odd:\n    on_stop = print\n"
     (tmp_path / "mine.py").write_text(source)
-        "class Good:\n    def on_step(self, step, metrics): pass\n\nclass Odd:\n    on_stop = print\n"
-    )
     monkeypatch.syspath_prepend(tmp_path)
     made = trackers.make_callbacks(LogConfig(callbacks=("mine:Good",), trackers=()), [])
     made.tell("on_step", 1, {})
