@@ -60,7 +60,9 @@ _IN_PROSE = re.compile(r"[a-z]{2} (?<!\\sqrt )\$?\d+\$?\.?\s*$")  # "... is 42."
 _SCALED = re.compile(r"\s?(?:percent|per cent|hundred|thousand|[mbtr]+illion|[百千万萬亿億]+)(?![a-z])", re.IGNORECASE)
 _DAYTIME = re.compile(r"\s?[ap]\.?m\b\.?", re.IGNORECASE)
 _WORD_OF = {"and": "and", "和": "and"}
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{[^{}]*\}")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+DRESSING = 20  # characters beside the answer, as $ and **, of a text that is nothing but the answer
 _WINDOW = 240  # characters that an unmarked formula may reach to either side of its last number
 _TAIL = 600
 
@@ -120,6 +122,11 @@ def find_answer(text: str) -> Answer:
     if announced is not None:
         return Answer(announced, False)
     return Answer(last_expression(text) or text.strip(), False)
+
+
+def is_all_of(gold: str, text: str) -> bool:
+    """Tell that a text is the data's answer and nothing else, whatever number may stand in it."""
+    return len(text) <= 2 * len(gold) + DRESSING and as_words(text) == as_words(gold) != ""
 
 
 def marked_answer(text: str) -> str | None:
@@ -202,11 +209,12 @@ def announced_answer(text: str) -> str | None:
         return None
     if read_quantity(words) is not None:
         return last_expression(words)  # without its unit, as every number that is found in prose
-    if as_words(words) in _SHORT_WORDS or len(as_words(words)) == 1:
+    is_formula = "=" not in words and is_value(_TEXT.sub("", words)) and _ANCHOR.search(words) is not None
+    if is_formula or as_words(words) in _SHORT_WORDS or len(as_words(words)) == 1:
         return words
     # Apollo 11, May 5; but "5 more than 13" announces nothing, and "as follows" only what comes behind it.
     is_name = words[0].isupper() and len(words.split()) <= 3
-    has_value = "\\" in words or any(sign.isdigit() for sign in words)
+    has_value = any(sign.isdigit() for sign in words)
     if (has_value and not is_name) or _ANCHOR.search(tail, stop):
         return None
     return words

@@ -22,6 +22,7 @@ from grpo_jax.rewards.scorers.answers import (
     acceptable_answers,
     announced_answer,
     find_answer,
+    is_all_of,
     judged_text,
     last_expression,
 )
@@ -55,8 +56,10 @@ def math_verify_score(completion: str, item: dict[str, Any], *, reasoning_tags: 
     text = judged_text(completion, item, reasoning_tags)
     if text is None:
         return 0.0
-    given = find_answer(text).text
-    return float(any(is_equal(gold, given) for gold in acceptable_answers(item)))
+    golds, given = acceptable_answers(item), find_answer(text)
+    if any(is_equal(gold, given.text) for gold in golds):
+        return 1.0
+    return float(not given.is_marked and any(is_all_of(gold, text) for gold in golds))
 
 
 def is_equal(gold: str, given: str) -> bool:

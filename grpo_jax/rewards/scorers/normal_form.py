@@ -40,6 +40,7 @@ _DECIMAL = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(
     r"([-+]?(?:\d+\.?\d*|\.\d+))(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|\*|x)\s*10\^\{?([-+]?\d{1,4})\}?)"
 )
+_EXCLAMATION = re.compile(r"(?<=[^\W\d_]{2})[!?]+$")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|texttt|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
@@ -202,7 +203,7 @@ def as_words(text: str) -> str:
     for pair in ('""', "''", "{}", "()"):
         if len(text) > 2 and text[0] == pair[0] and text[-1] == pair[1] and not set(text[1:-1]) & set("(){},"):
             text = text[1:-1].strip()
-    return text.rstrip(" .").casefold()
+    return _EXCLAMATION.sub("", text.rstrip(" .")).casefold()
 
 
 def worded_parts(text: str) -> tuple[str, ...]:

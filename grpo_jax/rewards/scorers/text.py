@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards.scorers.answers import REASONING_TAGS, acceptable_answers, find_answer, judged_text, whole_text
+from grpo_jax.rewards.scorers.answers import DRESSING, REASONING_TAGS, acceptable_answers, find_answer, judged_text, whole_text
 from grpo_jax.rewards.scorers.normal_form import normalise_answer
-
-DRESSING = 20  # characters beside an answer, as $ \\text{ }, in a text that is nothing but the answer
 
 
 def exact_score(completion: str, item: dict[str, Any], *, reasoning_tags: Sequence[str] = REASONING_TAGS) -> float:
