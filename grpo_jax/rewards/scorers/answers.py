@@ -19,7 +19,7 @@ REASONING_TAGS = ("<think>", "</think>")
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _ANNOUNCED = re.compile(
-    r"(?:\banswer(?:\s+is|\s*[:=]|\s+(?:should|must|will|would)\s+be)|答案\s*(?:是|为|為|:)|答\s*:|\bréponse(?:\s+est|\s*:)|"
+    r"(?:\banswer(?:\s+is|\s*[:=]|\s+(?:should|must|will|would)\s+be)|答案\s*(?:是|为|為|[:\uff1a])|答\s*[:\uff1a]|\bréponse(?:\s+est|\s*:)|"
     r"\bantwort(?:\s+ist|\s*:)|\brespuesta(?:\s+es|\s*:)|\b\u043e\u0442\u0432\u0435\u0442\s*(?:-|:))\s*:?",
     re.IGNORECASE,
 )

@@ -30,6 +30,7 @@ _FUNCTIONS = re.compile(
 _LETTERS = re.compile(r"[A-Za-z]+")
 _SIGNS = re.compile(r"[\d+*/^=<>|!]|\\[a-zA-Z]+|-\s*[\w\\(]|\(.*,.*[)\]]|\[.*,.*[)\]]")
 _FOREIGN = re.compile(r"[^\x00-\x7fͰ-Ͽ]|[#@?\"`;]|:(?!=)")
+_OPERATOR = re.compile(r"[-+*/^]|\d\s*[A-Za-z]")
 _RELATION = re.compile(r"\\(?:le|ge|ne|leq|geq|neq|in|to|lt|gt)(?![a-zA-Z])|[<>]|!=|:=|==|≈")
 _UNIT_BEHIND = re.compile(
     r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?!and|or|if|for)([^{}]*)\}(?:\^\{?[23]\}?)?"
@@ -90,8 +91,13 @@ def right_side(text: str) -> str:
     """Return what an equation ends on: 5 of "x = 5", 42 of "20 + 22 = 42"; relations and lists stay whole."""
     if "=" not in text or _RELATION.search(text) or "," in text:
         return text
-    value = text.rpartition("=")[2].strip()
-    return value or text
+    left, _, value = text.rpartition("=")
+    name, _, steps = left.partition("=")
+    # What is on the left may be a name (x, f(x), the total) and sums of numbers; x^2 + y^2 = 25 and 2x = 10 say no number.
+    is_name = not _OPERATOR.search(name) or not _LETTERS.search(_COMMANDS.sub("", name))
+    if not value.strip() or not is_name or _LETTERS.search(_COMMANDS.sub("", steps)):
+        return text
+    return value.strip()
 
 
 def split_unit(text: str) -> tuple[str, str]:
