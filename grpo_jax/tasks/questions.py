@@ -11,6 +11,7 @@ from typing import Any
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.scorers.answers import marked_answer
+from grpo_jax.rewards.scorers.normal_form import text_of_number
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -59,10 +60,14 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str) -> Q
     messages = tuple(value)
     _require_chat(messages, f"{where}: `{columns.prompt}`")
     answer = _column(row, "answer", columns.answer, where)
-    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write?
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(f"{where}: `{columns.answer}` must be text or a number, got {_short(answer)}")
-    solution = str(answer).strip()
+    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write? And
+    # numbers as a model writes them, not as Python does: 1e16 could never be matched.
+    try:
+        solution = answer.strip() if isinstance(answer, str) else text_of_number(answer)
+    except TypeError:
+        raise UserError(f"{where}: `{columns.answer}` must be text or a number, got {_short(answer)}") from None
+    except ValueError as error:  # NaN, Infinity
+        raise UserError(f"{where}: `{columns.answer}` must be text or a number: {error}") from None
     final = marked_answer(solution)
     if final is None:
         final = solution

@@ -53,10 +53,10 @@ _PROSE_COMMANDS = re.compile(
 )
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "arcsin", "arccos", "arctan"))
 _UNIT_LETTERS = frozenset("mgshlLNJWVFCTAD")
-_TUPLE = re.compile(r"[(\[]([^()\[\]\n,]{1,60}(?:,[^()\[\]\n,]{1,60}){1,20})[)\]]")
+_TUPLE = re.compile(r"(?<!\\)[(\[]([^()\[\]\n,]{1,60}(?:,[^()\[\]\n,]{1,60}){1,20})(?<!\\)[)\]]")
 _JOINED = re.compile(r"[\s$*`]*(?:,\s*)?(?<![A-Za-z])(or|and|或者?|和)[\s$*`]*$")
 _MIXED = re.compile(r"\d{1,3} \d{1,3}/\d{1,3}")
-_IN_PROSE = re.compile(r"[a-z]{2} (?<!\\sqrt )\$?\d+\$?\.?\s*$")  # "... is 42."
+_IN_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,20} \$?\d+\$?\.?\s*$")  # "... is 42."
 _SCALED = re.compile(r"\s?(?:percent|per cent|hundred|thousand|[mbtr]+illion|[百千万萬亿億]+)(?![a-z])", re.IGNORECASE)
 _DAYTIME = re.compile(r"\s?[ap]\.?m\b\.?", re.IGNORECASE)
 _WORD_OF = {"and": "and", "和": "and"}
@@ -259,8 +259,7 @@ def _last_run(text: str) -> tuple[int, int] | None:
     anchor = _last_match(_ANCHOR, text)
     if anchor is None:
         return None
-    is_dollar = text[anchor.start() - 1 : anchor.start()] == "$"
-    if _IN_PROSE.match(text, max(0, anchor.start() - 3 - is_dollar)):  # most texts, and ten times faster
+    if _IN_PROSE.search(text, max(0, anchor.start() - 24)):  # most texts, and ten times faster
         return anchor.span()
     low, high = max(0, anchor.start() - _WINDOW), min(len(text), anchor.end() + _WINDOW)
     for match in _TUPLE.finditer(text, low, high):
@@ -366,5 +365,7 @@ def _is_sign(pieces: Sequence[re.Match[str]], i: int) -> bool:
     before = [piece for piece in pieces[max(0, i - 2) : i] if piece.lastgroup != "space"]
     if before and before[-1][0] == "=":
         return True
-    is_behind_word = i > 0 and (pieces[i - 1].lastgroup in ("word", "number") or pieces[i - 1][0] in ")]}")
+    left = pieces[i - 1]
+    # Scripts without spaces put a number right behind a word.
+    is_behind_word = i > 0 and ((left.lastgroup in ("word", "number") and left[0].isascii()) or left[0] in ")]}")
     return not is_behind_word and pieces[i + 1].lastgroup != "space"

@@ -28,12 +28,12 @@ _FUNCTIONS = re.compile(
     r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|pi|inf(?:inity|ty)?|max|min|gcd|lcm|det|mod|deg|dim|ker|lim|sup|abs|floor|ceil|frac"
 )
 _LETTERS = re.compile(r"[A-Za-z]+")
-_SIGNS = re.compile(r"[\d+*/^=<>|!]|\\[a-zA-Z]+|-\s*[\w\\(]|\(.*,.*[)\]]|\[.*,.*[)\]]")
+_SIGNS = re.compile(r"[\d+*/^=<>|!]|[A-Za-z]\(|\\[a-zA-Z]+|-\s*[\w\\(]|\(.*,.*[)\]]|\[.*,.*[)\]]")
 _FOREIGN = re.compile(r"[^\x00-\x7fͰ-Ͽ]|[#@?\"`;]|:(?!=)")
 _OPERATOR = re.compile(r"[-+*/^]|\d\s*[A-Za-z]")
 _RELATION = re.compile(r"\\(?:le|ge|ne|leq|geq|neq|in|to|lt|gt)(?![a-zA-Z])|[<>]|!=|:=|==|≈")
 _UNIT_BEHIND = re.compile(
-    r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?!and|or|if|for)([^{}]*)\}(?:\^\{?[23]\}?)?"
+    r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:and|or|if|for)\b)([^{}]*)\}(?:\^\{?[23]\}?)?"
     r"|\s((?:sq(?:uare)?\s|cu(?:bic)?\s)?(?:[cmk]?m|kg|m[lg]|ft|in|units?|inches|feet|meters|miles|degrees|dollars)(?:\^\{?[23]\}?)?))"
 )
 _PLAIN_NAMES = (
@@ -104,7 +104,7 @@ def split_unit(text: str) -> tuple[str, str]:
     r"""Split a formula and the unit behind it, "" for none.
 
     >>> split_unit(r"\frac{\sqrt{3}}{2}\text{ cm}"), split_unit(r"\sqrt{3} cm"), split_unit("2ab")
-    (('\\\\frac{\\\\sqrt{3}}{2}', 'cm'), ('\\\\sqrt{3}', 'cm'), ('2ab', ''))
+    (('\\frac{\\sqrt{3}}{2}', 'cm'), ('\\sqrt{3}', 'cm'), ('2ab', ''))
     """
     behind = _UNIT_BEHIND.fullmatch(text)
     unit = behind and unit_of(" " + (behind[2] or behind[3]))

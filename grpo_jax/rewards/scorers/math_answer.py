@@ -15,7 +15,7 @@ from typing import Any
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic
+from sympy import Abs, Basic, Max
 
 from grpo_jax.rewards.scorers.answers import (
     REASONING_TAGS,
@@ -122,8 +122,9 @@ def _is_number(gold: str, given: str, num_given: int) -> bool:
     attached = _METRES.fullmatch(given)
     if attached is not None:  # 100m is a length where a number is asked for
         return is_equal(gold, attached[1])
-    if is_formula(given):
-        return _verify(gold, split_unit(given)[0])
+    wanted = read_quantity(gold)
+    if wanted is not None and is_formula(given):
+        return _verify(gold if wanted.is_percent else str(wanted.value), split_unit(given)[0])
     # A sentence inside the mark. It may hold one number, and no more: which one it would mean is a guess.
     inner = None
     if _SENTENCE.fullmatch(given):
@@ -131,7 +132,7 @@ def _is_number(gold: str, given: str, num_given: int) -> bool:
     is_only = inner is not None and len(re.findall(r"\d+", given)) == len(re.findall(r"\d+", inner))
     if inner is None or not is_only or inner == given or _HEDGED.search(given):
         return False
-    quantity, wanted = read_quantity(inner), read_quantity(gold)
+    quantity = read_quantity(inner)
     return quantity is not None and wanted is not None and same_quantity(wanted, quantity)
 
 
@@ -168,10 +169,10 @@ def _differ_in_size(a: Any, b: Any) -> bool:
     if not isinstance(a, Basic) or not isinstance(b, Basic) or not (a.is_number and b.is_number):
         return False
     try:
-        sizes = [abs(complex(each.evalf(30))) for each in (a, b, a - b)]
-    except (TypeError, ValueError, OverflowError):
+        sizes = [Abs(each).evalf(30) for each in (a, b, a - b)]
+        return bool(1000 * sizes[2] > Max(*sizes[:2]))
+    except (TypeError, ValueError, OverflowError):  # no numbers after all: infinity, or what cannot be evaluated
         return False
-    return sizes[2] > max(sizes[:2]) / 1000 > 0
 
 
 @functools.lru_cache(maxsize=1024)

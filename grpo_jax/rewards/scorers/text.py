@@ -62,7 +62,8 @@ def format_score(completion: str, item: dict[str, Any], *, pattern: str, once: S
     Returns: 1.0 or 0.0.
     """
     text = whole_text(completion, item)
+    named = re.sub(r"\\(.)", r"\1", pattern)
     # `.*?` of a pattern runs over any number of further blocks, and over nested ones.
-    if any(text.count(tag) != 1 for tag in once if tag in pattern):
+    if any(text.count(tag) != 1 for tag in once if tag in named):
         return 0.0
     return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
