@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,14 +142,14 @@ class JobBatch:
           outcome: why there are none. failure: the error, if it was one.
         """
         name, p, g, num = self.jobs[index]
-        columns = slice(g, g + num)
-        if outcome == SCORED:
-            values = np.asarray(scores, np.float32)
-            is_none = np.isnan(values)
-            self.result.scores[name][p, columns] = np.where(is_none, 0, values)
-            self.result.outcomes[name][p, columns] = np.where(is_none, ABSTAINED, SCORED)
-        else:
-            self.result.outcomes[name][p, columns] = outcome
+        if outcome != SCORED:
+            self.result.outcomes[name][p, g : g + num] = outcome
+        # One by one and not as arrays: most jobs have one completion.
+        for column, score in enumerate(scores, g):
+            if math.isnan(score):
+                self.result.outcomes[name][p, column] = ABSTAINED
+            else:
+                self.result.scores[name][p, column] = score
         if failure:
             self.result.failures.setdefault(name, failure)
         self.num_done[name] += 1

@@ -9,11 +9,9 @@ was given is not believed. NaN is "no opinion": a score itself is finite. Count 
 
 from __future__ import annotations
 
-import array
 import math
 import pickle
 import struct
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,10 +43,7 @@ def pack_request(number: int, message: Any) -> bytes:
 def pack_reply(number: int, scores: Sequence[float], text: str = "") -> bytes:
     """Frame a message from a worker. Text beyond the limit is left out in the middle."""
     body = shorten(text, MAX_TEXT // 4).encode("utf-8", "backslashreplace")
-    values = array.array("f", scores)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return REPLY.pack(MARK, number, len(values), len(body)) + values.tobytes() + body
+    return REPLY.pack(MARK, number, len(scores), len(body)) + struct.pack(f"<{len(scores)}f", *scores) + body
 
 
 def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
