@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from grpo_jax.rewards.calling import Calling, Request, call, plan_call
 from grpo_jax.rewards.pool.keeper import keep
-from grpo_jax.rewards.pool.protocol import REQUEST, SETUP, pack_reply
+from grpo_jax.rewards.pool.protocol import REQUEST, SETUP, pack_reply, shorten
 
+MAX_CHARACTERS_OF_LINE = 2000  # of an error's text
 OWN_FRAMES = ("grpo_jax.rewards.pool", "grpo_jax.rewards.calling")
 MAX_DESCRIPTOR = 1024  # the pipes get numbers just below it, or below the limit on open files: others count from 3
 
@@ -148,7 +149,7 @@ def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[flo
 
 def describe(error: BaseException) -> str:
     """Describe an exception in one line; `traceback` survives exceptions whose own `__str__` raises."""
-    return " ".join(traceback.format_exception_only(error)[-1].split())
+    return " ".join(shorten(traceback.format_exception_only(error)[-1], MAX_CHARACTERS_OF_LINE).split())
 
 
 def traceback_of(error: BaseException) -> str:
@@ -157,9 +158,11 @@ def traceback_of(error: BaseException) -> str:
     while own is not None and own.tb_frame.f_globals.get("__name__", "").startswith(OWN_FRAMES):
         own = own.tb_next
     try:
-        return "".join(traceback.format_exception(type(error), error, own, limit=100))
+        lines = "".join(traceback.format_exception(type(error), error, own, limit=100)).split("\n")
     except BaseException:  # its cause or context may be of any kind
         return describe(error)
+    # Line by line: a long message must not push out where it came from.
+    return "\n".join(shorten(line, MAX_CHARACTERS_OF_LINE) for line in lines)
 
 
 def _wait(awaitable: Any) -> Any:
