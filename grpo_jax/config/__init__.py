@@ -13,6 +13,7 @@ from grpo_jax.config.aliases import upgrade
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
+    CodeConfig,
     ColumnsConfig,
     Config,
     DatasetConfig,
@@ -20,6 +21,7 @@ from grpo_jax.config.schema import (
     EvalConfig,
     FormatConfig,
     JsonlConfig,
+    JudgeConfig,
     LearnerConfig,
     LogConfig,
     LoRAConfig,
@@ -41,6 +43,7 @@ from grpo_jax.config.validation import validate
 __all__ = [
     "ArithmeticConfig",
     "CheckpointConfig",
+    "CodeConfig",
     "ColumnsConfig",
     "Config",
     "DatasetConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "EvalConfig",
     "FormatConfig",
     "JsonlConfig",
+    "JudgeConfig",
     "LearnerConfig",
     "LoRAConfig",
     "LogConfig",

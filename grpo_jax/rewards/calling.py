@@ -8,7 +8,7 @@
     verl, batch     `solution_strs`             the same in the plural, as lists                        a list of scores
 
 All of them may also name `prompt`, `step`, `completion_ids` and the settings of config.reward.params, and may be `async def`.
-A score is a number, None (no opinion), or a dict with one of these under "score".
+A score is a number, None (no opinion), or a dict with one of these under "score"; an exception in a list has cost one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 FLOAT32_MAX = 3.4028234e38
+Score = float | Exception | None  # finite; what was raised about one of a group; no opinion
 
 
 class Form(NamedTuple):
@@ -165,7 +166,7 @@ def _cannot_be_given(parameter: str, name: str, form: Form, has_item: bool, colu
     return f"parameter `{parameter}` of {name} {known}, and there is no config.reward.params.{parameter}"
 
 
-def call(function: Callable[..., Any], calling: Calling, request: Request, wait: Callable[[Any], Any]) -> list[float | None]:
+def call(function: Callable[..., Any], calling: Calling, request: Request, wait: Callable[[Any], Any]) -> list[Score]:
     """Call a function about a request.
 
     Args:
@@ -255,7 +256,7 @@ GIVEN: Mapping[str, Callable[[Form, Request], Any]] = {
 }
 
 
-def _as_scores(result: Any, num: int) -> list[float | None]:
+def _as_scores(result: Any, num: int) -> list[Score]:
     """Turn what a group's function returned into scores. Raises TypeError or ValueError."""
     if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
         raise TypeError(f"the function returned {_short(result)} for {num} completions, not a list with a score for each")
@@ -266,8 +267,11 @@ def _as_scores(result: Any, num: int) -> list[float | None]:
     return scores
 
 
-def as_score(value: Any) -> float | None:
-    """Turn what a function returned for one completion into a finite float or None. Raises TypeError or ValueError."""
+def as_score(value: Any) -> Score:
+    """Turn what a function returned for one completion into a score. Raises TypeError or ValueError."""
+    # As `asyncio.gather` has them with return_exceptions: this completion has failed, and the others of the group have not.
+    if isinstance(value, Exception):
+        return value
     if isinstance(value, Mapping):
         if "score" not in value:
             raise TypeError(f'the function returned {_short(value)}, a dict without "score"')

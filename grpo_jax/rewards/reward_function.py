@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import re
@@ -19,7 +20,7 @@ from grpo_jax.metrics import Mean
 from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
-from grpo_jax.rewards.scorers import FUNCTIONS
+from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
 from grpo_jax.types import Reward
 
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
@@ -55,7 +56,7 @@ class RewardFunction:
         self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
         self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
-        settings = {"regex": {"pattern": config.regex.pattern}, "format": {"pattern": config.format.pattern}}
+        settings = {name: dataclasses.asdict(getattr(config, name)) for name in ("regex", "format", "code", "judge")}
         # A part that both expressions name is scored once.
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}
@@ -64,7 +65,8 @@ class RewardFunction:
                 raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
             if name != "length":
                 own = dict(config.params) if ":" in name else {}
-                scorers[name] = Scorer(FUNCTIONS.get(name, name), settings.get(name, own))
+                function = GROUP_FUNCTIONS.get(name, FUNCTIONS.get(name, name))
+                scorers[name] = Scorer(function, settings.get(name, own))
         self._pool = ScoringPool(scorers, config.scoring, columns)
         # A mistake in the user's file, or a parameter that nothing can be given to, should show before a model is loaded.
         if any(":" in name for name in self._names):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.rewards.calling import Request
-from grpo_jax.rewards.pool.protocol import pack_request
+from grpo_jax.rewards.pool.protocol import FAILED, pack_request
 
 # What became of a completion under one scorer.
 SCORED, ERROR, TIMEOUT, ABSTAINED = range(4)
@@ -138,7 +138,8 @@ class JobBatch:
         """Write a job's result.
 
         Args:
-          index: of the job. scores: one for each of its completions, NaN where it abstained; empty: none has one.
+          index: of the job.
+          scores: one for each of its completions, NaN where it abstained, FAILED where it failed; empty: none has one.
           outcome: why there are none. failure: the error, if it was one.
         """
         name, p, g, num = self.jobs[index]
@@ -148,6 +149,8 @@ class JobBatch:
         for column, score in enumerate(scores, g):
             if math.isnan(score):
                 self.result.outcomes[name][p, column] = ABSTAINED
+            elif score == FAILED:
+                self.result.outcomes[name][p, column] = ERROR
             else:
                 self.result.scores[name][p, column] = score
         if failure:

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import sys
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.rewards.calling import Calling, Request, call, plan_call
 from grpo_jax.rewards.pool.keeper import keep
-from grpo_jax.rewards.pool.protocol import REQUEST, SETUP, pack_reply, shorten
+from grpo_jax.rewards.pool.protocol import FAILED, REQUEST, SETUP, pack_reply, shorten
 
 MAX_CHARACTERS_OF_LINE = 2000  # of an error's text
 OWN_FRAMES = ("grpo_jax.rewards.pool", "grpo_jax.rewards.calling")
@@ -142,9 +143,20 @@ def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[flo
     try:
         name, request = pickle.loads(body)
         scores = call(*functions[name], Request(*request), _wait)
-        return [float("nan") if score is None else score for score in scores], ""
+        failures = [score for score in scores if isinstance(score, Exception)]
+        text = "".join(f"{describe(error)}\n{traceback_of(error)}" for error in failures[:1])
+        return [_as_float(score) for score in scores], text
     except BaseException as error:  # SystemExit too: a scorer that exits has failed on this item
         return (), f"{describe(error)}\n{traceback_of(error)}"
+
+
+def _as_float(score: float | Exception | None) -> float:
+    """Write what became of a completion as a number."""
+    if score is None:
+        return math.nan
+    if isinstance(score, Exception):
+        return FAILED
+    return score
 
 
 def describe(error: BaseException) -> str:
