@@ -159,6 +159,41 @@ class RepetitionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodeConfig:
+    """Settings of the part `code`: a completion's last block of Python against the tests of its row."""
+
+    column: str = knob("tests", "with the tests: assert statements, or what goes in and what comes out (docs/rewards.md)")
+    partial: bool = knob(False, "True: the share of tests that pass; False: 1 if all do")
+    limit_secs: float = knob(
+        4.0,
+        "for all tests of a completion; the rest has failed then; below scoring.time_limit_secs",
+        unit="seconds",
+        above=0,
+    )
+    memory_limit_mb: int = knob(1024, "of each process that runs a program", unit="MiB", at_least=64, at_most=2**20)
+    allow_network: bool = knob(False, "True: run programs also where the kernel cannot take the network away from them")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Settings of the part `judge`: a language model behind an OpenAI-compatible endpoint."""
+
+    url: str = knob("", "of the API, as http://localhost:8000/v1; /chat/completions is added")
+    model: str = knob("", "its name there")
+    template: str = knob(
+        "", "what it is asked, with {prompt}, {completion} and columns by name; empty: is it right, given {answer}"
+    )
+    pattern: str = knob(r"Score: *([0-9]+(?:\.[0-9]+)?)", "its group is the score; the last one in the reply counts")
+    max_score: float = knob(1.0, "the best score; rewards are scores over it", above=0)
+    max_tokens: int = knob(512, "of the reply", unit="tokens", at_least=1)
+    retries: int = knob(3, "after an answer of no use, or none; with longer and longer waits", at_least=0, at_most=100)
+    request_limit_secs: float = knob(30.0, "for one answer of the endpoint", unit="seconds", above=0, at_most=1e6)
+    concurrency: int = knob(8, "requests at a time from each scoring process", at_least=1, at_most=1024)
+    cache: str = knob("", "folder that replies are kept in, for later runs too; empty: in memory only")
+    api_key_env: str = knob("OPENAI_API_KEY", "environment variable with the key; unset: none is sent")
+
+
+@dataclasses.dataclass(frozen=True)
 class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
@@ -181,6 +216,8 @@ class RewardConfig:
     format: FormatConfig = FormatConfig()
     choice: ChoiceConfig = ChoiceConfig()
     repetition: RepetitionConfig = RepetitionConfig()
+    code: CodeConfig = CodeConfig()
+    judge: JudgeConfig = JudgeConfig()
     scoring: ScoringConfig = ScoringConfig()
 
 

@@ -165,6 +165,7 @@ def _require_reward(config: Config) -> None:
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
         if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
+        _check_code_and_judge(parts, config)
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
     tags = reward.reasoning_tags
@@ -219,6 +220,32 @@ def _require_prompts(config: Config) -> None:
         raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
     if task.mixture and task.name != "mixture":
         raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
+
+
+def _check_code_and_judge(parts: list[str], config: Config) -> None:
+    """Check the settings of these two parts, where an expression names them."""
+    code, judge, scoring = config.reward.code, config.reward.judge, config.reward.scoring
+    # A program that never ends must have failed before its scorer counts as late, or it would only be left out.
+    if "code" in parts and code.limit_secs >= scoring.time_limit_secs:
+        raise UserError(
+            f"config.reward.code.limit_secs = {code.limit_secs}: must be below "
+            f"config.reward.scoring.time_limit_secs = {scoring.time_limit_secs}"
+        )
+    if "judge" not in parts:
+        return
+    for name in ("url", "model"):
+        if not getattr(judge, name):
+            raise UserError(f"config.reward.judge.{name} is empty: the part 'judge' needs it")
+    if not judge.url.startswith(("http://", "https://")):
+        raise UserError(f"config.reward.judge.url = {judge.url!r}: must begin with http:// or https://")
+    if judge.template and "{completion}" not in judge.template:
+        raise UserError("config.reward.judge.template: has no {completion}, so the judge would not see what it judges")
+    try:
+        num_groups = re.compile(judge.pattern).groups
+    except re.error as error:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: not a regular expression, {error}") from None
+    if num_groups != 1:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: must have one group, around the number")
 
 
 def _require_generators(task: TaskConfig, field: str) -> None:

@@ -105,6 +105,27 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.choice.answer = "label"
     config.reward.repetition = ConfigDict()
     config.reward.repetition.ngram_size = 3  # words in a row that count as repeated where they stand again
+    config.reward.code = ConfigDict()
+    # with the tests: assert statements, or what goes in and what comes out (docs/rewards.md)
+    config.reward.code.column = "tests"
+    config.reward.code.partial = False  # True: the share of tests that pass; False: 1 if all do
+    # for all tests of a completion; the rest has failed then; below scoring.time_limit_secs [seconds]
+    config.reward.code.limit_secs = 4.0
+    config.reward.code.memory_limit_mb = 1024  # of each process that runs a program [MiB]
+    config.reward.code.allow_network = False  # True: run programs also where the kernel cannot take the network away from them
+    config.reward.judge = ConfigDict()
+    config.reward.judge.url = ""  # of the API, as http://localhost:8000/v1; /chat/completions is added
+    config.reward.judge.model = ""  # its name there
+    # what it is asked, with {prompt}, {completion} and columns by name; empty: is it right, given {answer}
+    config.reward.judge.template = ""
+    config.reward.judge.pattern = r"Score: *([0-9]+(?:\.[0-9]+)?)"  # its group is the score; the last one in the reply counts
+    config.reward.judge.max_score = 1.0  # the best score; rewards are scores over it
+    config.reward.judge.max_tokens = 512  # of the reply [tokens]
+    config.reward.judge.retries = 3  # after an answer of no use, or none; with longer and longer waits
+    config.reward.judge.request_limit_secs = 30.0  # for one answer of the endpoint [seconds]
+    config.reward.judge.concurrency = 8  # requests at a time from each scoring process
+    config.reward.judge.cache = ""  # folder that replies are kept in, for later runs too; empty: in memory only
+    config.reward.judge.api_key_env = "OPENAI_API_KEY"  # environment variable with the key; unset: none is sent
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
     # for one completion; one without a score by then is left out and counted [seconds]

@@ -20,7 +20,7 @@ from grpo_jax.rewards.parts import settings_of
 from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
-from grpo_jax.rewards.scorers import FUNCTIONS
+from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
 from grpo_jax.types import Reward
 
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
@@ -65,7 +65,8 @@ class RewardFunction:
                 raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
             if name != "length":
                 own = dict(config.params) if ":" in name else {}
-                scorers[name] = Scorer(FUNCTIONS.get(name, name), settings.get(name, own))
+                function = GROUP_FUNCTIONS.get(name, FUNCTIONS.get(name, name))
+                scorers[name] = Scorer(function, settings.get(name, own))
         self._pool = ScoringPool(scorers, config.scoring, columns)
         # A mistake in the user's file, or a parameter that nothing can be given to, should show before a model is loaded.
         if any(":" in name for name in self._names):
