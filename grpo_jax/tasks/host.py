@@ -42,6 +42,7 @@ class HostTask:
         self._ids = [np.asarray(each.prompt.ids, np.int32) for each in selected]
         self.prompt_opens = frozenset(each.prompt.opens for each in selected) - {""}
         self._items = [_item(each) for each in selected]
+        self._places = [each.question.where for each in selected]
         self.num_train = len(selection.train)
         self._held_out_rows = np.arange(self.num_train, len(self._ids), dtype=np.int32)
         self.prompt_tokens = max(map(len, self._ids))
@@ -49,6 +50,15 @@ class HostTask:
         self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
         self.data_metrics = data_metrics_of(selection)
         self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
+
+    @property
+    def prompt_lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of all prompts, those to train on first."""
+        return np.asarray([len(ids) for ids in self._ids])
+
+    def row(self, number: int) -> tuple[Mapping[str, Any], str]:
+        """Return (what a prompt is scored by, the place of its row). number: `Prompts.answer` of the prompt."""
+        return self._items[number], self._places[number]
 
     @property
     def summary(self) -> str:

@@ -82,7 +82,9 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
         return Question(messages, "", row, where=where)
     answers = _answers(_column(row, "answer", columns.answer, where), f"{where}: `{columns.answer}`")
     finals = tuple(dict.fromkeys(_final(answer, f"{where}: `{columns.answer}`") for answer in answers))
-    final = finals if len(finals) > 1 else finals[0]
+    final: str | tuple[str, ...] = finals
+    if len(finals) == 1:
+        (final,) = finals
     return Question(messages, answers[0], {**row, "answer": final}, where=where)
 
 
