@@ -8,6 +8,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+TINY, HUGE = 2.0**-126, 2.0**127  # of float32, those that are not rounded to 0 or infinity
+
+
+class Settings(dict):
+    """Settings whose names no schema knows: values of JSON by name. Hashable, as fields of a frozen config must be."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=repr))
+
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
@@ -32,6 +41,11 @@ class Knob:
         # Before the bounds, since a field may have none, and no field can be NaN or infinite.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        # What a program computes with is float32 and int32, where other numbers would be infinite, 0, or another one.
+        if isinstance(value, float) and value and not TINY <= abs(value) <= HUGE:
+            return f"float32 has numbers from {TINY:.1g} to {HUGE:.1g} alone"
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            return "must fit into 32 bits"
         if self.is_json and value:
             try:
                 json.loads(value)

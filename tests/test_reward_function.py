@@ -194,7 +194,9 @@ def rank(completions: list[str], item: dict) -> list[float]:
     return [sorted(completions).index(text) + item["level"] for text in completions]
 
 def sleeps(completion, item):
-    time.sleep(1e6)
+    if completion != "awake":
+        time.sleep(1e6)
+    return 0.0
 
 def stubborn(completion, item):
     if completion == "loop":
@@ -235,9 +237,9 @@ def test_parts_are_scored_apart_and_summed_by_weight(reward_function: MakeReward
     np.testing.assert_allclose(reward.shaping_PG, [[1.5 - 0, 1 - 1.8], [0 - 1.0, 1.5 - 0.4]], rtol=1e-6)
     assert reward.task_PG.dtype == reward.shaping_PG.dtype == np.float32
     expected = {"exact": 0.75, "format": 0.5, "length": 0.4}
-    assert values(reward) == pytest.approx(
-        {"reward/errors": 0, "reward/timeouts": 0, **{f"reward/part/{name}": mean for name, mean in expected.items()}}
-    )
+    counts = dict.fromkeys(("reward/errors", "reward/timeouts", "reward/abstained"), 0)
+    assert values(reward) == pytest.approx({**counts, **{f"reward/part/{name}": mean for name, mean in expected.items()}})
+    assert np.all(reward.is_scored_PG)
 
 
 def test_math_verify_is_what_an_empty_expression_means(reward_function: MakeRewardFunction) -> None:
@@ -300,12 +302,12 @@ def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Pat
 @pytest.mark.slow
 def test_a_part_that_always_hangs_leaves_the_others_their_scores(reward_function: MakeRewardFunction) -> None:
     completions_PG = [[f"{p}{g}" for g in range(10)] for p in range(10)]
+    each = reward_function("exact", "my_rewards:sleeps", time_limit_secs=0.5)
+    each([{"answer": ""}], [["awake"]], np.ones((1, 1)))
     began = time.monotonic()
-    reward = reward_function("exact", "my_rewards:sleeps", time_limit_secs=0.5)(
-        [{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG)
-    )
+    reward = each([{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG))
     np.testing.assert_array_equal(reward.task_PG, np.eye(10))
-    assert values(reward)["reward/timeouts"] == 1 and not reward.shaping_PG.any()
+    assert values(reward)["reward/timeouts"] == 1 and not reward.shaping_PG.any() and not np.any(reward.is_scored_PG)
     assert time.monotonic() - began < 40.0  # one after the other on two workers: 25 s, and starting each takes as long again
 
 

@@ -1,6 +1,6 @@
 """The configuration: one frozen dataclass a stage. Each field is declared once, with default, comment, unit and range.
 
-configs/base.py, the list of fields (`python -m experiments.fields`) and the checks of ranges are made from here.
+configs/base.py, the list of fields (`grpo-jax fields`) and the checks of ranges are made from here.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from grpo_jax.knobs import knob
+from grpo_jax.knobs import Settings, knob
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
-OLD_LOGP = ("sampler", "learner")
+OLD_LOGP = ("auto", "sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
+CHOICE_ANSWERS = ("label", "index")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
 GRPO = Objective()
 
@@ -41,7 +43,7 @@ class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
     rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
-    alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0)
+    alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
     targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
 
@@ -132,14 +134,38 @@ class FormatConfig:
     """Settings of the part `format`."""
 
     pattern: str = knob(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", "of a whole completion")
+    once: tuple[str, ...] = knob(
+        ("<think>", "</think>", "<answer>", "</answer>"),
+        "those of these that the pattern names stand once: no block is repeated",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceConfig:
+    """Settings of the part `choice`."""
+
+    options: str = knob("choices", 'column of options: texts, {"A": text, ...} or {"label": [...], "text": [...]}')
+    prompt: str = knob("prompt", 'column whose "A) ...", "(B) ..." are the options of a row without a column of them')
+    answer: str = knob(
+        "label", "form of the row's answer: label (or text) of an option, or its index from 0", choices=CHOICE_ANSWERS
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionConfig:
+    """Settings of the part `repetition`."""
+
+    ngram_size: int = knob(3, "words in a row that count as repeated where they stand again", unit="words", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
-    num_workers: int = knob(2, "processes, beside each process that trains", at_least=1)
-    time_limit_secs: float = knob(5.0, "for one answer; then it scores 0 and is counted", unit="seconds", above=0)
+    num_workers: int = knob(2, "processes, beside each process that trains", at_least=1, at_most=1024)
+    time_limit_secs: float = knob(
+        5.0, "for one completion; one without a score by then is left out and counted", unit="seconds", above=0, at_most=1e6
+    )
     memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
 
 
@@ -149,8 +175,12 @@ class RewardConfig:
 
     task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
+    reasoning_tags: tuple[str, ...] = knob(("<think>", "</think>"), "answers are looked for behind the closing one; (): none")
+    params: Settings = knob(Settings(), "settings for your own functions, by parameter: config.reward.params.scale = 2.0")
     regex: RegexConfig = RegexConfig()
     format: FormatConfig = FormatConfig()
+    choice: ChoiceConfig = ChoiceConfig()
+    repetition: RepetitionConfig = RepetitionConfig()
     scoring: ScoringConfig = ScoringConfig()
 
 
@@ -160,7 +190,7 @@ class WarmStartConfig:
 
     num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
     batch_size: int = knob(128, "worked answers in a step", at_least=1)
-    learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0)
+    learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
         0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
     )
@@ -173,7 +203,7 @@ class RolloutConfig:
     num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
     group_size: int = knob(8, "G: completions of each prompt; at least 2")
     max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
-    temperature: float = knob(1.0, "logits are divided by it", above=0)
+    temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
     max_live_sequences: int = knob(
@@ -191,11 +221,15 @@ class DynamicSamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OverlongConfig:
-    """DAPO eq. 13. `cache_tokens` = 0: no punishment. `filter`: truncated rows leave the loss."""
+    """DAPO eq. 13. `filter`: truncated rows leave the loss."""
 
-    cache_tokens: int = knob(
-        0, "L_cache: the last tokens of the budget, where the reward falls from 0 to -1", unit="tokens", at_least=0
+    cache_share: float = knob(
+        0.0,
+        "L_cache as a share of the budget, in whose last tokens the reward falls from 0 to -1; 0: none",
+        at_least=0,
+        at_most=1,
     )
+    cache_tokens: int = knob(0, "L_cache itself, in place of the share; 0: by the share", unit="tokens", at_least=0)
     filter: bool = knob(False, "completions truncated by the budget leave the loss")
 
 
@@ -214,7 +248,9 @@ class LearnerConfig:
     )
     logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
     old_logp: str = knob(
-        "sampler", "learner: one more forward pass, for a sampler of other numerics (bfloat16)", choices=OLD_LOGP
+        "auto",
+        "learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip",
+        choices=OLD_LOGP,
     )
     importance_cap: float = knob(
         0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0
@@ -225,14 +261,17 @@ class LearnerConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and a schedule after it."""
 
-    learning_rate: float = knob(6e-4, "of AdamW, at its peak", at_least=0)
+    learning_rate: float = knob(6e-4, "of AdamW, at its peak", at_least=0, at_most=1)
     schedule: str = knob("linear", "after the warm-up; linear and cosine go down to zero", choices=SCHEDULES)
     warmup_steps: int = knob(10, "the learning rate rises over these optimizer steps", unit="steps", at_least=0)
-    b1: float = knob(0.9, "decay of the first moment", at_least=0, below=1)
-    b2: float = knob(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = knob(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = knob(0.0, "of matrices; norms and biases have none", at_least=0)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm", above=0)
+    b1: float = knob(0.9, "decay of the first moment", at_least=0, at_most=0.999999)
+    b2: float = knob(0.999, "decay of the second moment", at_least=0, at_most=0.999999)
+    eps: float = knob(1e-8, "added to the root of the second moment", at_least=1e-20, at_most=1)
+    weight_decay: float = knob(0.0, "of matrices; norms and biases have none", at_least=0, at_most=1)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this global norm", above=0, at_most=1e9)
+    max_skipped_steps: int = knob(
+        3, "steps in a row with an update left out, as its gradient or loss is not finite; then the run stops", at_least=1
+    )
     offload: bool = knob(False, "Adam's moments wait in the host's memory and are on the device only for their update")
 
 
@@ -270,10 +309,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """The sampled text that is kept: `num_groups` groups every `completions_every` steps."""
+    """The sampled text that is kept, `num_groups` groups every `completions_every` steps, and who else is told."""
 
     completions_every: int = knob(10, "steps between samples in completions.jsonl; 0: none", unit="steps", at_least=0)
     num_groups: int = knob(2, "groups in each sample", at_least=1)
+    trackers: tuple[str, ...] = knob(("tensorboard",), f"experiment trackers, any of {', '.join(TRACKERS)}")
+    project: str = knob("grpo_jax", "the project that trackers file the run under")
+    callbacks: tuple[str, ...] = knob((), "module:Class of your own, told of steps, evaluations, samples and checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,5 +360,5 @@ class Config:
         return self.num_steps * self.learner.num_epochs * self.learner.num_minibatches
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`."""
-        return dataclasses.asdict(self)
+        """Plain nested dict (JSON-ready but for tuples), the inverse of `parse_config`. Functions are written by name."""
+        return {**dataclasses.asdict(self), "objective": self.objective.to_dict()}

@@ -9,10 +9,12 @@ from typing import Any
 
 from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
-from grpo_jax.config.schema import TARGETS, Config, TaskConfig
+from grpo_jax.config.schema import TARGETS, TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
+from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
-from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
+from grpo_jax.objectives.functions import name_of
+from grpo_jax.objectives.ratios import is_per_row
 
 # Of transformers' apply_chat_template; what a chat template itself reads goes beside them.
 RESERVED_ARGUMENTS = frozenset(
@@ -46,10 +48,10 @@ def validate(config: Config) -> None:
             f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
             f"config.rollout.num_prompts = {rollout.num_prompts}"
         )
-    if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
+    if is_per_row(objective) and objective.aggregation not in ("sequence_mean", "sequence_sum"):
         raise UserError(
-            f"config.objective.aggregation = {objective.aggregation!r}: a {objective.ratio!r} ratio has one value a row, "
-            "use 'sequence_mean'"
+            f"config.objective.aggregation = {name_of(objective.aggregation)!r}: a {name_of(objective.ratio)!r} ratio has one "
+            "value a row, use 'sequence_mean', or 'sequence_sum' for rows that count by their length"
         )
     if config.overlong.cache_tokens > rollout.max_completion_tokens:
         raise UserError(
@@ -71,6 +73,7 @@ def validate(config: Config) -> None:
     _check_steps_per_call(config)
     _check_async(config)
     _require_mesh(config)
+    _require_trackers(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
@@ -93,7 +96,7 @@ def _require_importance(config: Config) -> None:
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
-    if cap and old_logp != "learner":
+    if cap and (old_logp == "sampler" or config.async_steps):
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
             "set that to 'learner'"
@@ -116,7 +119,7 @@ def _check_async(config: Config) -> None:
             f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
             "the host, the other for tasks of the device; set one of them to 0"
         )
-    if config.async_steps and config.learner.old_logp != "sampler":
+    if config.async_steps and config.learner.old_logp == "learner":
         raise UserError(
             f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
             "the learner has moved on from the policy that sampled, set it to 'sampler'"
@@ -132,6 +135,13 @@ def _require_mesh(config: Config) -> None:
     if list(axes.values()).count(-1) > 1:
         wanted = ", ".join(f"{axis} = {size}" for axis, size in axes.items())
         raise UserError(f"config.mesh: {wanted}: only one axis can take what is left, say how many devices the others have")
+
+
+def _require_trackers(config: Config) -> None:
+    """Check the names of trackers; whether their libraries are there, a run finds out."""
+    unknown = [name for name in config.log.trackers if name not in TRACKERS]
+    if unknown:
+        raise UserError(f"config.log.trackers: {unknown[0]!r} is unknown; there are {', '.join(TRACKERS)}")
 
 
 def _require_adapters(config: Config) -> None:
@@ -157,6 +167,9 @@ def _require_reward(config: Config) -> None:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    tags = reward.reasoning_tags
+    if len(tags) not in (0, 2) or not all(tags):
+        raise UserError(f"config.reward.reasoning_tags = {tags!r}: an opening and a closing tag, or () for none")
     for name in ("regex", "format"):
         pattern = getattr(reward, name).pattern
         try:
@@ -230,6 +243,9 @@ def _require_generators(task: TaskConfig, field: str) -> None:
 def _check_knobs(config: Config) -> None:
     """Check that every field is in the range, and among the choices, that its declaration gives."""
     for name, value, declared in walk(config):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, str) and not is_text(each) for each in texts):
+            raise UserError(f"config.{name} = {value!r}: holds a zero byte, or half of a character (a lone surrogate)")
         complaint = declared.complaint(value) if declared else ""
         if complaint:
             raise UserError(f"config.{name} = {value!r}: {complaint}")

@@ -124,15 +124,19 @@ def policy_logprobs(
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
-    # The last token of a completion predicts nothing, so it is no input; a completion of one token has no input at all.
-    if T == 1:
+    # The last token of a completion predicts nothing, so it is no input. On accelerators it is one, and its state is dropped:
+    # T is a multiple of a tile where T - 1 is not, and every array of a layer would be padded to it.
+    num_read = T - 1
+    if model.hardware is not None:
+        num_read = T
+    if num_read == 0:  # a completion of one token has no input at all
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
         last_PD, later_BTD = decoder.forward_with_prefix(
-            *prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1]
+            *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
         )
-        later = [later_BTD]
+        later = [later_BTD[:, : T - 1]]
     # The prompt's last state predicts the first token.
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
     logp_F, entropy_F = token_logprobs(

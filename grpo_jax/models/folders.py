@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -42,17 +41,6 @@ def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
     except Exception as error:  # the hub's own errors, HTTP's and the system's: all mean "not available"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{field} = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError naming the file if it holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 class InputLimits(NamedTuple):

@@ -16,16 +16,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from grpo_jax.models.flash import SAVED_NAME
 from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names
 from grpo_jax.types import Params
 
 GatherLayer = Callable[[nnx.State], nnx.State]  # one layer's weights as this device holds them -> in full
 
 # model.remat -> what the forward pass keeps for the backward pass, beside the layers' inputs. "dots" keeps products with
-# weights, which are dear to repeat, and repeats those of attention, whose results grow with the square of the length.
+# weights, which are dear to repeat, and repeats those of attention, whose results grow with the square of the length; of a
+# kernel that keeps no scores, what it gave is kept.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.hf import NAMES
 from grpo_jax.models.lora import LoRA, split_adapters
+from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
@@ -37,17 +37,22 @@ PLAIN = {
 }
 
 
-def save_adapters(folder: str | os.PathLike[str], adapters: Params, lora: LoRA, base_path: str) -> None:
+def save_adapters(folder: str | os.PathLike[str], adapters: Params, model: ModelDef, base_path: str) -> None:
     """Write adapters so that `peft` loads them onto the model at `base_path`.
 
     Args:
-      folder: exists. adapters: float32, [L, ...] each. lora: their settings. base_path: folder or hub id of the base model.
+      folder: exists. adapters: float32, [L, ...] each. model: its `lora` says their settings.
+      base_path: folder or hub id of the base model.
+    Raises: UserError if the model's folder joins the matrices that they belong to.
     """
+    lora = model.lora
+    assert lora is not None, "a model without LoRA has no adapters to save"
     # Whatever their sharding, all processes gather them: it is a collective call.
     flat: dict[Any, Any] = flatten_dict(hosts.gather_to_host(adapters))
-    tensors = {
-        name: layer for path, stacked in flat.items() for name, layer in zip(_names(path, len(stacked)), stacked, strict=True)
-    }
+    tensors = {}
+    for path, stacked in flat.items():
+        names = _names(path, model)
+        tensors.update(zip(names, stacked.reshape(len(names), *stacked.shape[-2:]), strict=True))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,7 +81,7 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing, truncated or no safetensors file ({error})") from None
     wanted: dict[Any, Any] = flatten_dict(split_adapters(model.param_shapes())[1])
-    names = {path: _names(path, shape.shape[0]) for path, shape in wanted.items()}
+    names = {path: _names(path, model) for path in wanted}
     extra = sorted(set(tensors) - {name for each in names.values() for name in each})
     if extra:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}; config.lora.targets = {model.lora.targets}")
@@ -85,18 +90,24 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
             found = "missing"
             if name in tensors:
                 found = tensors[name].shape
-            if found != shape.shape[1:]:
-                raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[1:]}")
-    return unflatten_dict(
-        {path: jnp.asarray(np.stack([tensors[name] for name in each]), jnp.float32) for path, each in names.items()}
-    )
+            if found != shape.shape[-2:]:
+                raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[-2:]}")
+            if not np.isfinite(tensors[name].astype(np.float32)).all():
+                raise UserError(f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity; save it again")
+    stacked = {path: np.stack([tensors[name] for name in each]) for path, each in names.items()}
+    return unflatten_dict({path: jnp.asarray(x.reshape(wanted[path].shape), jnp.float32) for path, x in stacked.items()})
 
 
-def _names(path: tuple[str, ...], num_layers: int) -> list[str]:
-    """Return PEFT's names of one of our stacked adapters: one a layer."""
-    of_weight = NAMES[".".join((*path[:-1], "weight"))]
-    name = f"base_model.model.{of_weight.removesuffix('weight')}{PEFT_NAMES[path[-1]]}.weight"
-    return [name.format(i) for i in range(num_layers)]
+def _names(path: tuple[str, ...], model: ModelDef) -> list[str]:
+    """Return PEFT's names of one of our stacked adapters: one a layer, or a layer and expert."""
+    slot = leaf_slot(".".join((*path[:-1], "weight")), model.arch)
+    if slot.is_joined:
+        stored = slot.names[0].removesuffix(".weight").rpartition(".")[2]
+        raise UserError(
+            f"the model's folder joins {path[-2]} with others in {stored}, which PEFT would give one adapter: adapters of ours "
+            "cannot be read or written as a PEFT folder; export the merged model, without --adapter"
+        )
+    return [f"base_model.model.{name.removesuffix('weight')}{PEFT_NAMES[path[-1]]}.weight" for name in slot.names]
 
 
 def _check_config(file: Path, lora: LoRA) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from jaxtyping import Int, Shaped
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.tasks.questions import Source
+from grpo_jax.tasks.questions import Question, Source, find_column
 from grpo_jax.tasks.selection import Selected, Selection, select
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -25,11 +27,12 @@ class HostTask:
     """Questions in memory, completions decoded here and scored in worker processes.
 
     What is asked, held out and left out: `selection.select`. dropped: side -> reason -> how many questions were left out. S is
-    the longest prompt kept. An epoch is `num_train` prompts.
+    the longest prompt kept. An epoch is `num_train` prompts. step: updates done, for rewards that ask.
     Raises UserError if no question is short enough, and what `RewardFunction` raises.
     """
 
     is_traceable = False
+    step = 0
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
         task = config.task
@@ -49,7 +52,10 @@ class HostTask:
         streams = [each.question.stream for each in selection.train]
         self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
         self.data_metrics = data_metrics_of(selection)
-        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
+        # As the data has them, a chat or a text: rewards that ask for the prompt are told which of the two it was.
+        self._prompts_of_rows = [asked_prompt(each.question, task.columns.prompt) for each in selected]
+        columns = {name for item in self._items for name in item}
+        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens, columns)
 
     @property
     def prompt_lengths(self) -> Int[np.ndarray, " N"]:
@@ -97,8 +103,18 @@ class HostTask:
           answer: int32, `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where the completion is.
         Returns: a Reward of float32 arrays [P, G].
         """
-        items = [self._items[row] for row in np.asarray(answer)]
-        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), (np.asarray(mask_PGT) > 0).sum(-1))
+        rows, is_real_PGT = np.asarray(answer), np.asarray(mask_PGT) > 0
+        ids_PG = None
+        if self._reward_function.wants_ids:
+            pairs = zip(np.asarray(tokens_PGT), is_real_PGT, strict=True)
+            ids_PG = [[t_T[m_T].tolist() for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+        context = Context([self._prompts_of_rows[row] for row in rows], ids_PG, self.step)
+        items = [self._items[row] for row in rows]
+        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), is_real_PGT.sum(-1), context)
+
+    def keep_errors_in(self, folder: pathlib.Path) -> None:
+        """Have the first traceback of each part of the reward written into a folder."""
+        self._reward_function.errors_folder = folder
 
     def final_answers(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
         """Return the answer that each completion ends on, normalised: equal texts are votes for the same answer."""
@@ -122,6 +138,16 @@ class HostTask:
             tokens_PS[place, -len(ids) :] = ids
             mask_PS[place, -len(ids) :] = True
         return Prompts(tokens_PS, mask_PS, np.asarray(rows, np.int32))
+
+
+def asked_prompt(question: Question, column: str) -> Any:
+    """Return a question's prompt as its row has it: a list of messages, or text."""
+    prompt = find_column(question.item, column)
+    if isinstance(prompt, list | tuple):
+        return [dict(message) for message in prompt]
+    if isinstance(prompt, str):
+        return prompt
+    return question.text
 
 
 def _item(selected: Selected) -> Mapping[str, Any]:

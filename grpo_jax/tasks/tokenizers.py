@@ -74,7 +74,8 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str, chat_template: str = "") -> None:
-        from grpo_jax.models.folders import read_input_limits, read_json, resolve  # the embedded task needs none of it
+        from grpo_jax.files import read_json
+        from grpo_jax.models.folders import read_input_limits, resolve  # the embedded task needs none of it
 
         self.path = path
         folder = resolve(path)

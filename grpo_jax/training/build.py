@@ -11,10 +11,14 @@ from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
+from grpo_jax.models.folders import resolve
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.rng import key_for
 from grpo_jax.tasks import Task, Tokenizer
 from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
@@ -44,6 +48,14 @@ def make_task(config: Config) -> Task:
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.check_length(task.prompt_tokens, config.rollout.max_completion_tokens)
     return task
+
+
+def sources_of(config: Config) -> dict[str, str]:
+    """Mark the files outside of its folder that a run is made of: field of the config, or part of it -> fingerprint."""
+    if not config.model.path:
+        return {}
+    folder = resolve(config.model.path)
+    return {"model.path": fingerprint(folder, WEIGHTS), "model.path.tokenizer": fingerprint(folder, TOKENIZER)}
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
@@ -92,7 +104,11 @@ def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTre
     warm_start = make_warm_start(decoder, task, config.warm_start, config.learner.logprob_chunk_tokens)
     # Each process has made it on a device of its own. Arrays over several processes must be the same in all of them, so the
     # result of the first counts.
-    return hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), shardings)
+    weights = hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), shardings)
+    if find_not_finite(weights):
+        rate = config.warm_start.learning_rate
+        raise UserError(f"config.warm_start.learning_rate = {rate}: too high, the warm start ended in NaN or infinity")
+    return weights
 
 
 def initial_adapters(config: Config, model: ModelDef, shardings: PyTree[Sharding]) -> Params:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import Config
+from grpo_jax.files import write_atomically
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import Task, data_metrics, fingerprint, summary
 from grpo_jax.tasks.chat import template_writes_date, today
-from grpo_jax.training.checkpoint import write_atomically
 
 NAME = "data.json"
 

@@ -1,8 +1,8 @@
 """Estimate what a run needs on which machine: bytes a device, seconds an iteration, traffic. Nothing is computed or loaded.
 
-    python -m experiments.plan --config=configs/dapo.py:smollm2 --shape=qwen2.5-7b --chip=h100 --devices=8 --config.mesh.fsdp=8
-    python -m experiments.plan ... --sweep       all meshes of that many devices that are allowed, the quickest first
-    python -m experiments.plan ... --compile     the real programs, for simulated devices: memory and collectives
+    grpo-jax plan --config=dapo:smollm2 --shape=qwen2.5-7b --chip=h100 --devices=8 --config.mesh.fsdp=8
+    grpo-jax plan ... --sweep       all meshes of that many devices that are allowed, the quickest first
+    grpo-jax plan ... --compile     the real programs, for simulated devices: memory and collectives
 
 docs/planning.md says what is exact, what is estimated, and how far it was off.
 """
@@ -170,5 +170,6 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.3f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run from the command line."""
     cli.run(main)

@@ -31,7 +31,7 @@ def in_child(argv: list[str], num_devices: int) -> int:
     # and buffers are decided before it.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0"}
-    return subprocess.run([sys.executable, "-m", "grpo_jax.tools.plan.command", *argv], env=env, check=False).returncode
+    return subprocess.run([sys.executable, "-m", "grpo_jax", "plan", *argv], env=env, check=False).returncode
 
 
 def run_of(job: Job) -> Run:
