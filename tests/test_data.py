@@ -382,6 +382,29 @@ def test_a_mixture_of_any_sources_keeps_its_weights(tmp_path: Path) -> None:
     task.close(), ordered.close()
 
 
+def test_no_source_trains_on_what_another_holds_out(tmp_path: Path) -> None:
+    a, b = write_lines(tmp_path / "a", sums(range(30))), write_lines(tmp_path / "b", sums(range(20, 50)))
+    members = [{"name": "jsonl", "jsonl": {"path": str(path)}} for path in (a, b)]
+    train, held_out = asked(task_of("mixture", mixture=json.dumps(members), eval__num_prompts=12))
+    assert 8 <= len(held_out) == len(set(held_out)) <= 12 and not set(train) & set(held_out)
+    assert {*train, *held_out} == {f"What is {i} + 1?" for i in range(50)}
+
+
+def test_what_a_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [*sums(range(3)), {"prompt": "caf\u00e9", "answer": 1}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a\.jsonl:4: character 'é' in 'café' is not in the alphabet"):
+        task_of(path=path)
+
+
+def test_rewards_get_the_prompt_as_its_row_has_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2  +\n2?", "name": None}]
+    rows = [{"ask": {"it": "2  +\n2?"}, "answer": 4}, {"ask": {"it": chat}, "answer": 4}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    (source,) = load_data(config_of(path=path, task__columns__prompt="ask.it"))
+    assert [question.prompt for question in source.train] == ["2  +\n2?", chat]
+
+
 @pytest.mark.parametrize(
     "mixture, changes, says",
     [

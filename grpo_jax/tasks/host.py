@@ -18,7 +18,7 @@ from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.tasks.questions import Question, Source, find_column
+from grpo_jax.tasks.questions import Source
 from grpo_jax.tasks.selection import Selected, Selection, select
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -53,7 +53,7 @@ class HostTask:
         self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
         self.data_metrics = data_metrics_of(selection)
         # As the data has them, a chat or a text: rewards that ask for the prompt are told which of the two it was.
-        self._prompts_of_rows = [asked_prompt(each.question, task.columns.prompt) for each in selected]
+        self._prompts_of_rows = [each.question.prompt for each in selected]
         columns = {name for item in self._items for name in item}
         self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens, columns)
 
@@ -138,16 +138,6 @@ class HostTask:
             tokens_PS[place, -len(ids) :] = ids
             mask_PS[place, -len(ids) :] = True
         return Prompts(tokens_PS, mask_PS, np.asarray(rows, np.int32))
-
-
-def asked_prompt(question: Question, column: str) -> Any:
-    """Return a question's prompt as its row has it: a list of messages, or text."""
-    prompt = find_column(question.item, column)
-    if isinstance(prompt, list | tuple):
-        return [dict(message) for message in prompt]
-    if isinstance(prompt, str):
-        return prompt
-    return question.text
 
 
 def _item(selected: Selected) -> Mapping[str, Any]:

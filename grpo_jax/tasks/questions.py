@@ -26,6 +26,7 @@ class Question:
     messages: the prompt as a chat; a plain prompt is one message of the user. solution: its worked answer, as an example
     shows it; empty if the row has none. item: the row of data, under "answer" its final answer, or a tuple of them where
     each of several is right. stream: which part of a mixture it belongs to. where: file and line, or what the row is called.
+    is_chat: the row has messages, and not one text.
     """
 
     messages: tuple[Message, ...]
@@ -33,6 +34,14 @@ class Question:
     item: Mapping[str, Any]
     stream: str = ""
     where: str = ""
+    is_chat: bool = False
+
+    @property
+    def prompt(self) -> str | list[dict[str, str]]:
+        """The prompt as its row has it: a text, or messages."""
+        if self.is_chat:
+            return [dict(message) for message in self.messages]
+        return self.messages[-1]["content"]
 
     @property
     def text(self) -> str:
@@ -74,18 +83,19 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
     Raises: UserError naming place and column; MissingAnswerError if the answer is null, NaN, infinite or blank.
     """
     value = _column(row, "prompt", columns.prompt, where)
-    if not isinstance(value, list | tuple):
+    is_chat = isinstance(value, list | tuple)
+    if not is_chat:
         value = [{"role": "user", "content": value}]
     messages = tuple(value)
     _require_chat(messages, f"{where}: `{columns.prompt}`")
     if not needs_answer and _is_without_answer(row, columns.answer):
-        return Question(messages, "", row, where=where)
+        return Question(messages, "", row, where=where, is_chat=is_chat)
     answers = _answers(_column(row, "answer", columns.answer, where), f"{where}: `{columns.answer}`")
     finals = tuple(dict.fromkeys(_final(answer, f"{where}: `{columns.answer}`") for answer in answers))
     final: str | tuple[str, ...] = finals
     if len(finals) == 1:
         (final,) = finals
-    return Question(messages, answers[0], {**row, "answer": final}, where=where)
+    return Question(messages, answers[0], {**row, "answer": final}, where=where, is_chat=is_chat)
 
 
 def questions_of(
@@ -225,9 +235,14 @@ def conflicts(questions: Iterable[Question]) -> list[tuple[Question, Question]]:
     found = []
     for question in questions:
         before = first.setdefault(question.text, question)
-        if before.item.get("answer") != question.item.get("answer"):
+        if _as_set(before.item.get("answer")) != _as_set(question.item.get("answer")):
             found.append((before, question))
     return found
+
+
+def _as_set(answer: Any) -> frozenset[Any]:
+    """Return right answers without an order."""
+    return frozenset(answer if isinstance(answer, tuple) else (answer,))
 
 
 def by_hash(questions: Iterable[Question]) -> Iterator[Question]:
