@@ -258,9 +258,13 @@ def test_prompts_alone_for_rewards_that_compare_with_nothing(tmp_path: Path) -> 
         task_of(path=path)
     with pytest.raises(UserError, match=r"columns\.answer is empty"):
         task_of(path=path, task__columns__answer="")
-    mixed = write_lines(tmp_path / "b.jsonl", [{"prompt": "a", "answer": None}, *sums(range(3))])
-    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine"))[0].train
-    assert [question.item["answer"] for question in kept] == [None, "1", "2", "3"]
+    # A function of one's own gets what the data has: what can be compared as text, all else as it is.
+    goal = {"target": 24, "numbers": [2, 12]}
+    rows = [{"prompt": str(i), "x": {"y": value}} for i, value in enumerate((None, "a\n#### 4", goal, True, [], [1, "2"], 3))]
+    mixed = write_lines(tmp_path / "b.jsonl", rows)
+    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine", task__columns__answer="x.y"))[0].train
+    assert [question.item["answer"] for question in kept] == [None, "4", goal, True, [], ("1", "2"), "3"]
+    task_of(path=mixed, reward__task="length", task__columns__answer="x.y").close()
 
 
 def test_which_rewards_compare_with_an_answer() -> None:

@@ -78,7 +78,8 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
 
     Args:
       row: of data. columns: names of the columns, with dots for those inside of others. where: the row's place, for messages.
-      needs_answer: False for rewards that compare with nothing: then a row may be without an answer.
+      needs_answer: False for rewards that compare with nothing: then a row may be without an answer, or have one that is
+        neither text nor number, and that is left as it is.
     Returns: a Question, whose item is the row with the final answer under "answer".
     Raises: UserError naming place and column; MissingAnswerError if the answer is null, NaN, infinite or blank.
     """
@@ -88,8 +89,11 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
         value = [{"role": "user", "content": value}]
     messages = tuple(value)
     _require_chat(messages, f"{where}: `{columns.prompt}`")
-    if not needs_answer and _is_without_answer(row, columns.answer):
-        return Question(messages, "", row, where=where, is_chat=is_chat)
+    if not needs_answer:
+        raw = find_column(row, columns.answer) if columns.answer else ABSENT
+        if not _is_answer(raw):
+            item = row if raw is ABSENT else {**row, "answer": raw}
+            return Question(messages, "", item, where=where, is_chat=is_chat)
     answers = _answers(_column(row, "answer", columns.answer, where), f"{where}: `{columns.answer}`")
     finals = tuple(dict.fromkeys(_final(answer, f"{where}: `{columns.answer}`") for answer in answers))
     final: str | tuple[str, ...] = finals
@@ -122,10 +126,13 @@ def questions_of(
 ABSENT = object()
 
 
-def _is_without_answer(row: Mapping[str, Any], name: str) -> bool:
-    """Tell if a row has no answer column, or null in it. name: of the column; empty if there is none."""
-    value = find_column(row, name) if name else None
-    return value is ABSENT or value is None
+def _is_answer(value: Any) -> bool:
+    """Tell if a value can be compared with: text, numbers, or several of them."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_answer(each) for each in value)
+    if isinstance(value, float | Decimal):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
 
 
 def find_column(row: Mapping[str, Any], name: str) -> Any:
@@ -240,9 +247,9 @@ def conflicts(questions: Iterable[Question]) -> list[tuple[Question, Question]]:
     return found
 
 
-def _as_set(answer: Any) -> frozenset[Any]:
+def _as_set(answer: Any) -> frozenset[str]:
     """Return right answers without an order."""
-    return frozenset(answer if isinstance(answer, tuple) else (answer,))
+    return frozenset(map(repr, answer if isinstance(answer, tuple) else (answer,)))
 
 
 def by_hash(questions: Iterable[Question]) -> Iterator[Question]:
