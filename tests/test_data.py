@@ -258,9 +258,13 @@ def test_prompts_alone_for_rewards_that_compare_with_nothing(tmp_path: Path) -> 
         task_of(path=path)
     with pytest.raises(UserError, match=r"columns\.answer is empty"):
         task_of(path=path, task__columns__answer="")
-    mixed = write_lines(tmp_path / "b.jsonl", [{"prompt": "a", "answer": None}, *sums(range(3))])
-    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine"))[0].train
-    assert [question.item["answer"] for question in kept] == [None, "1", "2", "3"]
+    # A function of one's own gets what the data has: what can be compared as text, all else as it is.
+    goal = {"target": 24, "numbers": [2, 12]}
+    rows = [{"prompt": str(i), "x": {"y": value}} for i, value in enumerate((None, "a\n#### 4", goal, True, [], [1, "2"], 3))]
+    mixed = write_lines(tmp_path / "b.jsonl", rows)
+    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine", task__columns__answer="x.y"))[0].train
+    assert [question.item["answer"] for question in kept] == [None, "4", goal, True, [], ("1", "2"), "3"]
+    task_of(path=mixed, reward__task="length", task__columns__answer="x.y").close()
 
 
 def test_which_rewards_compare_with_an_answer() -> None:
@@ -380,6 +384,29 @@ def test_a_mixture_of_any_sources_keeps_its_weights(tmp_path: Path) -> None:
     numbers = [int(item["q"].split()[0]) for item in items if "q" in item]
     assert numbers == sorted(numbers) and len(numbers) == 20
     task.close(), ordered.close()
+
+
+def test_no_source_trains_on_what_another_holds_out(tmp_path: Path) -> None:
+    a, b = write_lines(tmp_path / "a", sums(range(30))), write_lines(tmp_path / "b", sums(range(20, 50)))
+    members = [{"name": "jsonl", "jsonl": {"path": str(path)}} for path in (a, b)]
+    train, held_out = asked(task_of("mixture", mixture=json.dumps(members), eval__num_prompts=12))
+    assert 8 <= len(held_out) == len(set(held_out)) <= 12 and not set(train) & set(held_out)
+    assert {*train, *held_out} == {f"What is {i} + 1?" for i in range(50)}
+
+
+def test_what_a_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [*sums(range(3)), {"prompt": "caf\u00e9", "answer": 1}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a\.jsonl:4: character 'é' in 'café' is not in the alphabet"):
+        task_of(path=path)
+
+
+def test_rewards_get_the_prompt_as_its_row_has_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2  +\n2?", "name": None}]
+    rows = [{"ask": {"it": "2  +\n2?"}, "answer": 4}, {"ask": {"it": chat}, "answer": 4}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    (source,) = load_data(config_of(path=path, task__columns__prompt="ask.it"))
+    assert [question.prompt for question in source.train] == ["2  +\n2?", chat]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.tasks.questions import Question, Source, find_column
+from grpo_jax.tasks.questions import Source
 from grpo_jax.tasks.selection import Selected, Selection, select
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -45,6 +45,7 @@ class HostTask:
         self._ids = [np.asarray(each.prompt.ids, np.int32) for each in selected]
         self.prompt_opens = frozenset(each.prompt.opens for each in selected) - {""}
         self._items = [_item(each) for each in selected]
+        self._places = [each.question.where for each in selected]
         self.num_train = len(selection.train)
         self._held_out_rows = np.arange(self.num_train, len(self._ids), dtype=np.int32)
         self.prompt_tokens = max(map(len, self._ids))
@@ -52,9 +53,18 @@ class HostTask:
         self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
         self.data_metrics = data_metrics_of(selection)
         # As the data has them, a chat or a text: rewards that ask for the prompt are told which of the two it was.
-        self._prompts_of_rows = [asked_prompt(each.question, task.columns.prompt) for each in selected]
+        self._prompts_of_rows = [each.question.prompt for each in selected]
         columns = {name for item in self._items for name in item}
         self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens, columns)
+
+    @property
+    def prompt_lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of all prompts, those to train on first."""
+        return np.asarray([len(ids) for ids in self._ids])
+
+    def row(self, number: int) -> tuple[Mapping[str, Any], str]:
+        """Return (what a prompt is scored by, the place of its row). number: `Prompts.answer` of the prompt."""
+        return self._items[number], self._places[number]
 
     @property
     def summary(self) -> str:
@@ -128,16 +138,6 @@ class HostTask:
             tokens_PS[place, -len(ids) :] = ids
             mask_PS[place, -len(ids) :] = True
         return Prompts(tokens_PS, mask_PS, np.asarray(rows, np.int32))
-
-
-def asked_prompt(question: Question, column: str) -> Any:
-    """Return a question's prompt as its row has it: a list of messages, or text."""
-    prompt = find_column(question.item, column)
-    if isinstance(prompt, list | tuple):
-        return [dict(message) for message in prompt]
-    if isinstance(prompt, str):
-        return prompt
-    return question.text
 
 
 def _item(selected: Selected) -> Mapping[str, Any]:
