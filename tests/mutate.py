@@ -90,7 +90,7 @@ BUGS = [
         "stop token not trained",
         "grpo_jax/rollout/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~ctx.is_stop(column.token_B)).astype(jnp.float32)",
+        "(live_B & ~is_stop_B).astype(jnp.float32)",
         "tests/test_rollout.py",
     ),
     (

@@ -243,6 +243,15 @@ class RolloutConfig:
     temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
+    min_p: float = knob(0.0, "tokens below this share of the best one's probability are left out", at_least=0, at_most=1)
+    repetition_penalty: float = knob(
+        1.0, "logits of tokens that occurred, in the prompt too, are divided by it (negative ones multiplied)", above=0
+    )
+    bad_ids: tuple[int, ...] = knob((), "tokens that are never drawn")
+    bad_first_ids: tuple[int, ...] = knob((), "tokens that are never drawn as a completion's first")
+    forced_prefix_ids: tuple[int, ...] = knob((), "tokens that every completion begins with; they carry no gradient")
+    stop: tuple[str, ...] = knob((), "texts that end a completion; rewards see what is before them")
+    stop_ids: tuple[int, ...] = knob((), "tokens that end a completion, beside the model's end tokens")
     max_live_sequences: int = knob(
         0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0
     )

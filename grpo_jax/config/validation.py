@@ -68,6 +68,7 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _check_tokens(config)
     _require_importance(config)
     _require_adapters(config)
     _check_steps_per_call(config)
@@ -79,6 +80,28 @@ def validate(config: Config) -> None:
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
         )
+
+
+def _check_tokens(config: Config) -> None:
+    """Check what completions begin and end with. How many ids the model has is known later (training/run.py)."""
+    rollout, forced = config.rollout, config.rollout.forced_prefix_ids
+    if "" in rollout.stop:
+        raise UserError(f"config.rollout.stop = {rollout.stop!r}: an empty text stands everywhere, leave it out")
+    if config.task.name == "arithmetic" and (rollout.stop or rollout.stop_ids):
+        name = "stop" if rollout.stop else "stop_ids"
+        raise UserError(
+            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task 'arithmetic' end with the end token (a "
+            "language model's with a newline too), leave it empty"
+        )
+    if len(forced) >= rollout.max_completion_tokens:
+        raise UserError(
+            f"config.rollout.forced_prefix_ids: {len(forced)} tokens; must be fewer than "
+            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+        )
+    for name in ("bad_ids", "stop_ids"):
+        both = sorted(set(forced) & set(getattr(rollout, name)))
+        if both:
+            raise UserError(f"config.rollout.forced_prefix_ids: {both[0]} is in config.rollout.{name} too; take it out of one")
 
 
 def _require_objective(config: Config) -> None:

@@ -145,6 +145,14 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.temperature = 1.0  # logits are divided by it
     config.rollout.top_k = 0  # most probable tokens that are kept; 0: all
     config.rollout.top_p = 1.0  # probability that the kept tokens reach together; 1: all tokens
+    config.rollout.min_p = 0.0  # tokens below this share of the best one's probability are left out
+    # logits of tokens that occurred, in the prompt too, are divided by it (negative ones multiplied)
+    config.rollout.repetition_penalty = 1.0
+    config.rollout.bad_ids = ()  # tokens that are never drawn
+    config.rollout.bad_first_ids = ()  # tokens that are never drawn as a completion's first
+    config.rollout.forced_prefix_ids = ()  # tokens that every completion begins with; they carry no gradient
+    config.rollout.stop = ()  # texts that end a completion; rewards see what is before them
+    config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()

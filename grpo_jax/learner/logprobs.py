@@ -7,16 +7,56 @@ more than one [C, V] block of logits.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import vary_like
-from grpo_jax.rollout.sampling import Sampling, log_partition_and_entropy, support_like
+from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, partition, repetition_factor, support_like
 from grpo_jax.types import Params, Rollout
+
+
+class Past(NamedTuple):
+    """Tokens before each of F positions, for distributions that depend on them.
+
+    t_F: the token's number in its completion. row_F: its row. num_before_F: slots of that row before it.
+    tokens_BX: the rows, prompt and completion. mask_BX: True where there is a token.
+    """
+
+    t_F: Int[jax.Array, " F"]
+    row_F: Int[jax.Array, " F"]
+    num_before_F: Int[jax.Array, " F"]
+    tokens_BX: Int[jax.Array, "B X"]
+    mask_BX: Bool[jax.Array, "B X"]
+
+    def seen(self, vocab: int) -> Bool[jax.Array, "F V"]:
+        """Mark the tokens that occurred."""
+        is_before_FX = jnp.arange(self.tokens_BX.shape[1])[None] < self.num_before_F[:, None]
+        return occurring_tokens(self.tokens_BX[self.row_F], is_before_FX & self.mask_BX[self.row_F], vocab)
+
+
+def past_of(rollout: Rollout, sampling: Sampling) -> Past | None:
+    """Return what stands before each of the P * G * T tokens of a rollout; None if `sampling` does not ask for it."""
+    if not (sampling.rules_out or sampling.has_penalty):
+        return None
+    P, G, T = rollout.tokens_PGT.shape
+    S = rollout.prompts.tokens_PS.shape[1]
+
+    def join(of_prompts_PS: jax.Array, of_completions_PGT: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.repeat(of_prompts_PS, G, axis=0), of_completions_PGT.reshape(P * G, T)], axis=1)
+
+    t_F = jnp.tile(jnp.arange(T), P * G)
+    return Past(
+        t_F=t_F,
+        row_F=jnp.repeat(jnp.arange(P * G), T),
+        num_before_F=t_F + S,
+        tokens_BX=join(rollout.prompts.tokens_PS, rollout.tokens_PGT),
+        mask_BX=join(rollout.prompts.mask_PS, rollout.mask_PGT > 0),
+    )
 
 
 def token_logprobs(
@@ -27,14 +67,15 @@ def token_logprobs(
     sampling: Sampling,
     chunk_tokens: int,
     cap: float | None,
+    past: Past | None = None,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
     Args:
       hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
-      sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
-      cap: of the logits, as in `head_logits`.
+      sampling: the distribution, its temperature above 0. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
+      cap: of the logits, as in `head_logits`. past: from `past_of`.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
@@ -45,53 +86,85 @@ def token_logprobs(
     def split(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    hidden, targets, support = jax.tree.map(split, (hidden_FD, targets_F, support_F))  # None stays None
-    logp, entropy = _chunked(sampling, cap, hidden, head_VD, targets, support)  # pyright: ignore[reportGeneralTypeIssues]
+    hidden = split(hidden_FD)
+    fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
+    logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues]
+        sampling, cap, hidden, head_VD, fixed, past and past[3:]
+    )
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
 
-def _chunk_logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
-    """Compute logits [C, V], divided by the temperature, and the tokens in the support (None: all)."""
-    logits_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
-    if not sampling.is_cut:
-        return logits_CV, None
-    return logits_CV, support_like(logits_CV, targets_C, support_C, sampling.top_k)
+class _Distribution(NamedTuple):
+    """The distributions of C positions. keep_CV: the tokens in it, None for all of V.
+
+    factor_CV: of the repetition penalty, None without one. tempered_CV: the logits before it.
+    """
+
+    logits_CV: Float[jax.Array, "C V"]
+    keep_CV: Bool[jax.Array, "C V"] | None
+    factor_CV: Float[jax.Array, "C V"] | None
+    tempered_CV: Float[jax.Array, "C V"]
+
+
+def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fixed, rows) -> _Distribution:
+    """Do to the logits what `draw` did: temperature, penalty, tokens that are ruled out, cuts."""
+    targets_C, support_C, places = fixed
+    tempered_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
+    vocab = tempered_CV.shape[-1]
+    logits_CV, keep_CV, factor_CV = tempered_CV, None, None
+    if sampling.has_penalty:
+        seen_CV = Past(*places, *rows).seen(vocab)
+        factor_CV = repetition_factor(tempered_CV, seen_CV, sampling.repetition_penalty)
+        logits_CV = tempered_CV * factor_CV
+    if sampling.rules_out:
+        # The sampler never draws a token that is ruled out. Where masked slots hold one, its log-probability stays finite.
+        is_target_CV = jnp.arange(vocab)[None] == targets_C[:, None]
+        keep_CV = allowed_tokens(places[0], sampling, vocab) | is_target_CV
+    if sampling.is_cut:
+        allowed_CV = logits_CV if keep_CV is None else jnp.where(keep_CV, logits_CV, -jnp.inf)
+        keep_CV = support_like(allowed_CV, targets_C, support_C, sampling.top_k)
+    return _Distribution(logits_CV, keep_CV, factor_CV, tempered_CV)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, support):
-    return _forward(sampling, cap, hidden, head_VD, targets, support)[0]
+def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, fixed, rows):
+    return _forward(sampling, cap, hidden, head_VD, fixed, rows)[0]
 
 
-def _forward(sampling, cap, hidden, head_VD, targets, support):
+def _forward(sampling, cap, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
 
     def chunk(_, xs):
-        hidden_CD, targets_C, support_C = xs
-        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
-        log_z_C, entropy_C = log_partition_and_entropy(logits_CV, keep_CV)
-        logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
-        return None, (logp_C, entropy_C, log_z_C)
+        hidden_CD, fixed_C = xs
+        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
+        sums = partition(of.logits_CV, of.keep_CV)
+        logp_C = jnp.take_along_axis(of.logits_CV, fixed_C[0][:, None], -1)[:, 0] - sums.log_z_C
+        return None, (logp_C, sums.entropy_C, sums.log_z_C)
 
-    _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, targets, support))
-    return (logp, entropy), (hidden, head_VD, targets, support, log_z)
+    _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
+    return (logp, entropy), (hidden, head_VD, fixed, rows, log_z)
 
 
 def _backward(sampling, cap, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
-    hidden, head_VD, targets, support, log_z = residuals
+    hidden, head_VD, fixed, rows, log_z = residuals
     d_logp, _ = cotangents  # entropy carries no gradient
 
     def chunk(d_head_VD, xs):
-        hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
-        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
-        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        if keep_CV is not None:
-            p_CV = jnp.where(keep_CV, p_CV, 0.0)
-        is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
+        hidden_CD, fixed_C, log_z_C, d_logp_C = xs
+        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
+        p_CV = jnp.exp(of.logits_CV - log_z_C[:, None])
+        if of.keep_CV is not None:
+            p_CV = jnp.where(of.keep_CV, p_CV, 0.0)
+        is_target_CV = jnp.arange(p_CV.shape[-1])[None] == fixed_C[0][:, None]
+        if sampling.forced_prefix_ids:
+            # Their probability is 1 whatever the policy: 1 - p is 0 but for rounding.
+            d_logp_C = jnp.where(fixed_C[2][0] < len(sampling.forced_prefix_ids), 0.0, d_logp_C)
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if of.factor_CV is not None:
+            d_logits_CV *= of.factor_CV
         if cap is not None:  # the slope of tanh
-            d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
+            d_logits_CV *= 1 - jnp.square(of.tempered_CV * (sampling.temperature / cap))
         # Both products take the compute dtype's factors, as the forward pass does. The head's gradient is a sum over all
         # chunks, so it is carried in float32: in bfloat16 later chunks would be rounded away.
         d_logits_CV = d_logits_CV.astype(head_VD.dtype)
@@ -99,8 +172,8 @@ def _backward(sampling, cap, residuals, cotangents):
         d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
         return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
 
-    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), targets)
-    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, targets, support, log_z, d_logp))
+    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0])
+    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp))
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
 
 
@@ -147,5 +220,6 @@ def policy_logprobs(
         sampling,
         chunk_tokens,
         decoder.logit_cap,
+        past_of(rollout, sampling),
     )
     return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)
