@@ -9,13 +9,13 @@ import dataclasses
 from typing import Any
 
 from grpo_jax.knobs import knob
+from grpo_jax.models.lora import ALL_LINEAR, TARGETS
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("sampler", "learner")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 SCHEDULES = ("constant", "linear", "cosine")
 GRPO = Objective()
 
@@ -29,21 +29,26 @@ class ModelConfig:
     remat: str = knob(
         "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
     )
-    dim: int = knob(64, "width D of the fresh decoder", at_least=2)
-    num_layers: int = knob(2, "its layers L", at_least=1)
-    num_heads: int = knob(4, "its query heads N", at_least=1)
-    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1)
-    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1)
+    dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
+    num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
+    num_heads: int = knob(4, "its query heads N", at_least=1, at_most=1024)
+    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1, at_most=1024)
+    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1, at_most=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
-    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
+    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**14)
     alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
-    targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
+    targets: tuple[str, ...] = knob(TARGETS, 'matrices with adapters, by Hugging Face\'s names; ("all-linear",) is all of them')
+    use_rslora: bool = knob(False, "the product is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
+
+    def __post_init__(self) -> None:
+        if self.targets == (ALL_LINEAR,):
+            object.__setattr__(self, "targets", TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)

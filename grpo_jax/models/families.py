@@ -64,6 +64,10 @@ FAMILIES = {
 TEXT_OF = {"gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}}
 SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for text and images
 
+# More than this is damage, found before anything of such a size is made.
+AT_MOST, MANY = {"num_hidden_layers": 1024}, 2**24
+HUGE = 1e30
+
 # Settings with which the decoder would compute something else: key -> the one value (besides null and absent) it has.
 REQUIRED_SETTINGS = {
     "attention_bias": False,
@@ -114,9 +118,9 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         optional["embed_scale"] = dim**0.5
     # The scalar replaces the head width in 1 / sqrt(H): Gemma 3 27B has 168 = D / N there, with H = 128.
     if config.get("query_pre_attn_scalar") is not None:
-        optional["query_scale"] = float(config["query_pre_attn_scalar"]) ** -0.5
+        optional["query_scale"] = _number(file, config, "query_pre_attn_scalar") ** -0.5
     if config.get("final_logit_softcapping") is not None:
-        optional["logit_cap"] = float(config["final_logit_softcapping"])
+        optional["logit_cap"] = _number(file, config, "final_logit_softcapping")
     if local_layers:
         optional["local_rope"] = local_rope
     return Architecture(
@@ -128,8 +132,8 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         head_dim=_integer(file, config, "head_dim", dim // num_heads),
         ffn_dim=_integer(file, config, "intermediate_size"),
         rope=rope,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=_number(file, config, "rms_norm_eps", 1e-6),
+        tie_embeddings=_flag(file, config, "tie_word_embeddings"),
         sliding_window=window,
         local_layers=local_layers,
         **optional,
@@ -158,6 +162,8 @@ def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> t
     known = ["full_attention"]
     if has_window and family.windows == "layer_types":
         known.append("sliding_attention")
+    if not isinstance(kinds, list | None):
+        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
     for kind in kinds or ():
         if kind not in known:
             raise _unsupported(file, "layer_types", kind, ", ".join(known))
@@ -172,7 +178,10 @@ def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> t
         pattern = _integer(file, config, "sliding_window_pattern")
         local = [bool((i + 1) % pattern) for i in range(num_layers)]
     elif kinds is None:
-        local = [i >= config["max_window_layers"] for i in range(num_layers)]
+        first = config["max_window_layers"]
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise UserError(f"{file}: max_window_layers = {json.dumps(first)}: expected an integer")
+        local = [i >= first for i in range(num_layers)]
     elif len(kinds) != num_layers:
         raise UserError(f"{file}: layer_types has {len(kinds)} entries; num_hidden_layers = {num_layers}")
     else:
@@ -190,9 +199,10 @@ def _ropes(file: Path, config: Settings) -> tuple[Rope, Rope | None]:
     key = "rope_parameters"
     if config.get("rope_scaling"):
         key = "rope_scaling"
-    given, local = config.get(key) or {}, {}
+    given, local = _group(file, key, config.get(key)), {}
     if "full_attention" in given:
-        given, local = given["full_attention"] or {}, given.get("sliding_attention") or {}
+        local = _group(file, f"{key}.sliding_attention", given.get("sliding_attention"))
+        given = _group(file, f"{key}.full_attention", given["full_attention"])
     theta, local_theta = config.get("rope_theta"), config.get("rope_local_base_freq")
     rope = _rope(file, config, key, given, theta)
     if not local and local_theta is None:
@@ -206,16 +216,13 @@ def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float 
         raise _unsupported(file, f"{key}.rope_type", kind, "default, linear, llama3")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unsupported(file, f"{key}.partial_rotary_factor", given["partial_rotary_factor"], 1.0)
-    theta = given.get("rope_theta", theta)
-    if theta is None:
-        theta = 10_000.0
-    theta = float(theta)
+    theta = _number(file, {"rope_theta": given.get("rope_theta", theta)}, "rope_theta", 10_000.0)
     if kind == "default":
         return Rope(theta)
 
     def number(name: str, default: Any = None) -> int | float:
         value = given.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < HUGE:
             raise UserError(f"{file}: {key}.{name} = {json.dumps(value)}: expected a number above 0, for {kind} scaling")
         return value
 
@@ -239,4 +246,33 @@ def _integer(file: Path, config: Settings, key: str, default: int | None = None)
     # A bool is an int in Python, and true would be taken for 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a positive integer")
+    if value > AT_MOST.get(key, MANY):
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: no model has more than {AT_MOST.get(key, MANY)}")
+    return value
+
+
+def _number(file: Path, config: Settings, key: str, default: float | None = None) -> float:
+    """Read a finite number above 0."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < HUGE:  # NaN is in no range
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a finite number above 0")
+    return float(value)
+
+
+def _flag(file: Path, config: Settings, key: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):  # "false" would be true
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: expected true or false")
+    return bool(value)
+
+
+def _group(file: Path, key: str, value: Any) -> Settings:
+    """Return settings that are an object, empty if there are none."""
+    if not value:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: expected an object")
     return value

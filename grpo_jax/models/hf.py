@@ -198,7 +198,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict) or not promised:
             raise UserError(f"{folder / INDEX}: weight_map is missing or empty")
-        files = [folder / name for name in sorted(set(promised.values()))]
+        files = [folder / _require_name(folder / INDEX, name) for name in sorted(set(map(str, promised.values())))]
     else:
         raise UserError(f"model.path = {str(folder)!r}: the folder has neither {SINGLE} nor {INDEX}")
     tensors = {}
@@ -214,6 +214,14 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     if lost:
         raise UserError(f"{folder / promised[lost[0]]}: tensor {lost[0]} is missing, though {INDEX} places it there")
     return {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if not name.startswith(IMAGES)}
+
+
+def _require_name(file: Path, name: str) -> str:
+    """Return the name of a file beside `file`; UserError if it leads elsewhere."""
+    # A folder from elsewhere must not make the loader open what is outside of it.
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise UserError(f"{file}: weight_map names {name!r}; expected names of safetensors files in the same folder")
+    return name
 
 
 def _check_tensors(folder: Path, architecture: Architecture, slots: list[Slot], tensors: dict[str, _Tensor]) -> None:
