@@ -151,6 +151,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps between checkpoints; 0: only at the end and on SIGTERM
     config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a finished run
+    config.checkpoint.keep_every = 0  # those of its multiples are kept too; 0: none [steps]
+    # the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none
+    config.checkpoint.keep_best = ""
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none

@@ -262,6 +262,8 @@ class CheckpointConfig:
 
     every: int = knob(100, "steps between checkpoints; 0: only at the end and on SIGTERM", unit="steps", at_least=0)
     keep: int = knob(2, "newest checkpoints kept; 0: one to resume from, and none of a finished run", at_least=0)
+    keep_every: int = knob(0, "those of its multiples are kept too; 0: none", unit="steps", at_least=0)
+    keep_best: str = knob("", 'the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none')
 
 
 @dataclasses.dataclass(frozen=True)

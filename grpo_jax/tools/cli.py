@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import math
 import pathlib
 import re
 import signal
@@ -22,6 +23,8 @@ from grpo_jax.files import is_text, printable
 from grpo_jax.parallel import hosts
 from grpo_jax.training.checkpoint import read_newest, require_step
 from grpo_jax.training.run import Run
+from grpo_jax.training.runlog import points, read_metrics
+from grpo_jax.training.settings import read_config
 from grpo_jax.types import Params
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -32,7 +35,9 @@ INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `config
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
 )
-STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest that can be read")
+STEP = flags.DEFINE_string(
+    "step", None, "checkpoint to take, its step or best (of config.checkpoint.keep_best); default: the newest that can be read"
+)
 STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
 
@@ -97,6 +102,30 @@ def workdir_of(text: str) -> pathlib.Path:
     if not is_text(text):
         raise UserError(f"--workdir={text!r}: a zero byte or half a character is no part of a folder's name")
     return pathlib.Path(text)
+
+
+def chosen_step(workdir: pathlib.Path) -> int | None:
+    """Return the step of --step; None: the newest. Raises UserError if it is no step of a checkpoint."""
+    text = STEP.value
+    if text is None:
+        return None
+    if text == "best":
+        step = best_step(workdir)
+    elif text.isascii() and text.isdigit():
+        step = int(text)
+    else:
+        raise UserError(f"--step={text}: expected a number, or best")
+    require_step(workdir, step)
+    return step
+
+
+def best_step(workdir: pathlib.Path) -> int:
+    """Return the step that config.checkpoint.keep_best of a run has kept. Raises UserError if there is none."""
+    name = read_config(workdir).checkpoint.keep_best
+    values = {int(step): value for step, value in points(read_metrics(workdir), name) if step > 0 and math.isfinite(value)}
+    if not name or not values:
+        raise UserError(f"--step=best: {workdir} has none; its config.checkpoint.keep_best is {name!r}")
+    return max(values, key=lambda step: (values[step], -step))
 
 
 def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:

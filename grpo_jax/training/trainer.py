@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import operator
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
     Returns: why each could not go on; "" for one that did.
-    Raises: ValueError if the runs are not all at one step.
+    Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
     summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
@@ -103,14 +104,15 @@ def train_members(
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
       profiler: of the calls. start: as in `train`.
     Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
-    Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
+    Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_run(run, workdir, start)) for run, workdir in zip(runs, workdirs, strict=True)]
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
-            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+            # One of them fell back on an older checkpoint: the next start puts runs of one step together.
+            raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
@@ -157,7 +159,13 @@ def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Me
         if hosts.is_first():
             log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps)
             stack.callback(log.close)
-        yield Member(run, log, checkpointer, lock), state, resumed
+        member = Member(run, log, checkpointer, lock)
+        if run.config.checkpoint.keep_best and resumed is not None:
+            for record in read_metrics(workdir):
+                member.note_best(
+                    int(record["step"]), {name: value for name, value in record.items() if name.startswith("eval/")}
+                )
+        yield member, state, resumed
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
@@ -224,7 +232,7 @@ class Member:
     error: str = ""
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.run.config)
+        self.skipped, self.best = SkippedSteps(self.run.config), -math.inf
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
@@ -256,8 +264,20 @@ class Member:
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        is_best = self.note_best(step, pending.evaluated)
+        if is_last or is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
+
+    def note_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the step if it is the best so far by config.checkpoint.keep_best, and tell if it is."""
+        name = self.run.config.checkpoint.keep_best
+        if name and values and name not in values:
+            raise UserError(f"config.checkpoint.keep_best = {name!r}: not evaluated; there are: {', '.join(values)}")
+        # NaN is above nothing. Of equal ones the first stays.
+        is_best = bool(name) and values.get(name, -math.inf) > self.best
+        if is_best:
+            self.best, self.checkpointer.best.step = values[name], step
+        return is_best
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
