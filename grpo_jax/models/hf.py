@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,22 @@ def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> N
         slot = slots[key.idx]
         name = slot.names[place] if slot.is_stacked else f"{slot.names[0]} (at index {place})"
         raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
+
+
+def check_weights(path: str | os.PathLike[str], architecture: Architecture) -> int:
+    """Read every number of the weights in `path`, one tensor at a time, and keep none; -> how many numbers there are.
+
+    Raises: UserError, as `load_params`.
+    """
+    folder = resolve(path)
+    slots, _ = param_slots(architecture)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        _check_tensors(folder, architecture, slots, tensors)
+        for name in with_progress([name for slot in slots for name in slot.names], "reading weights"):
+            if not np.isfinite(tensors[name].file.get_tensor(name).astype(np.float32)).all():
+                raise UserError(f"{folder}: tensor {name} holds NaN or infinity; fetch or export it again")
+        return sum(math.prod(slot.shape) * len(slot.names) for slot in slots)
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:

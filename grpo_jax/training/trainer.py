@@ -162,9 +162,9 @@ def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Me
         member = Member(run, log, checkpointer, lock)
         if run.config.checkpoint.keep_best and resumed is not None:
             for record in read_metrics(workdir):
-                member.note_best(
-                    int(record["step"]), {name: value for name, value in record.items() if name.startswith("eval/")}
-                )
+                evaluated = {name: value for name, value in record.items() if name.startswith("eval/")}
+                if record["step"]:  # there is no checkpoint of step 0
+                    member.note_best(int(record["step"]), evaluated)
         yield member, state, resumed
 
 

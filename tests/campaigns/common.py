@@ -105,7 +105,10 @@ class SmallRun:
 
     def is_as_expected(self, workdir: pathlib.Path) -> bool:
         """Bitwise."""
-        step, records, lines, params = self.results(workdir)
+        try:
+            step, records, lines, params = self.results(workdir)
+        except ValueError:  # a damaged line that is kept
+            return False
         same = step, records, lines
         weights = zip(params, self.expected[3], strict=True)
         return same == self.expected[:3] and all(np.array_equal(x, y) for x, y in weights)

@@ -1,8 +1,8 @@
 """Let the disk under a run become full at any moment, make room, and go on: python -m tests.campaigns.disk --num=30 --seed=0
 
 Each case is a small file system of its own (tmpfs, in a namespace of this process: no rights are needed where the system allows
-that), with room for another share of what the run writes. Good is one line that says what, where and how much, and a run that goes
-on from there to the very results of one that had room from the beginning.
+that), with room for another share of what the run writes. Good is one line that says what, where and how much, and a run that
+goes on from there to the very results of one that had room from the beginning.
 """
 
 import argparse
