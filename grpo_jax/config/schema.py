@@ -152,7 +152,7 @@ class WarmStartConfig:
     """Supervised steps on the task's own answers before reinforcement begins (embedded task only)."""
 
     num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
-    batch_size: int = knob(128, "worked answers in a step", at_least=1)
+    batch_size: int = knob(128, "worked answers in a step", at_least=1, at_most=2**16)
     learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
         0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
@@ -163,9 +163,9 @@ class WarmStartConfig:
 class RolloutConfig:
     """The batch that is sampled, and the distribution it is drawn from."""
 
-    num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
-    group_size: int = knob(8, "G: completions of each prompt; at least 2")
-    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
+    num_prompts: int = knob(32, "P: groups in a batch", at_least=1, at_most=2**20)
+    group_size: int = knob(8, "G: completions of each prompt; at least 2", at_most=2**16)
+    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1, at_most=2**20)
     temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
@@ -196,8 +196,8 @@ class OverlongConfig:
 class LearnerConfig:
     """The way from one batch to optimizer steps."""
 
-    num_epochs: int = knob(1, "passes over a batch", at_least=1)
-    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1)
+    num_epochs: int = knob(1, "passes over a batch", at_least=1, at_most=1024)
+    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1, at_most=2**16)
     num_microbatches: int = knob(1, "gradient accumulation in each optimizer step, on each device", at_least=1)
     bucket_tokens: int = knob(
         64,
@@ -251,9 +251,9 @@ class MeshConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    num_prompts: int = knob(512, "held-out questions", at_least=1)
+    num_prompts: int = knob(512, "held-out questions", at_least=1, at_most=2**24)
     num_samples: int = knob(4, "completions of each at rollout.temperature, beside the greedy one; 0: greedy only", at_least=0)
-    batch_size: int = knob(128, "prompts at a time", at_least=1)
+    batch_size: int = knob(128, "prompts at a time", at_least=1, at_most=2**16)
 
 
 @dataclasses.dataclass(frozen=True)

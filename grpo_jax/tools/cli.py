@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -164,6 +165,11 @@ def _call(main: Callable[[], Any]) -> None:
         if error.errno not in UNWRITABLE:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = (str(error).strip() or "MemoryError").splitlines()[0]
+        fail(f"out of memory: {first}; python -m experiments.plan says what a config needs", status=1)
     except BaseException:
         if hosts.is_joined():
             traceback.print_exc()

@@ -34,6 +34,7 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
+from grpo_jax.training.memory import require_memory
 from grpo_jax.training.plots import learning_curve
 from grpo_jax.training.provenance import provenance
 from grpo_jax.training.run import Run, make_run
@@ -135,6 +136,7 @@ def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Me
     """
     with faults_in_one_line(workdir, run.abstract_state), contextlib.ExitStack() as stack:
         # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        require_memory(run)
         state = None
         if not is_begun(workdir):
             state = announced_initial_state(run)

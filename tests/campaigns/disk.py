@@ -78,13 +78,12 @@ def judge_case(small, workdir, kind, said, name):
     return kind, name, said
 
 
-def slim(num: int, folder: pathlib.Path) -> Tally:
+def slim(num: int, small: SmallRun) -> Tally:
     """Do a few cases without a file system of their own: no file may be longer than so many bytes."""
     tally = Tally("disk, long files")
-    small = SmallRun(folder / "runs")
     longest = max(path.stat().st_size for path in small.whole.rglob("*") if path.is_file())
     for number in range(num):
-        workdir = folder / f"case{number}"
+        workdir = small.folder / f"full{number}"
         size = longest * number // num
         kind, said = with_limited_files(small, workdir, size)
         tally.add(*judge_case(small, workdir, kind, said, f"files of at most {size} bytes"))

@@ -89,16 +89,15 @@ def judge(small: SmallRun, workdir: pathlib.Path) -> tuple[str, str]:
     return ("clear line" if "note:" in said else "silent"), said or "the results are others, and nothing was said"
 
 
-def campaign(num: int, seed: int, folder: pathlib.Path) -> Tally:
-    """Do `num` cases, all there are if they are fewer."""
+def campaign(num: int, seed: int, small: SmallRun) -> Tally:
+    """Do `num` cases."""
     chance, tally = random.Random(seed), Tally("files")
-    small = SmallRun(folder)
     begun = small.stopped_before_the_end()
     cases = all_cases(begun)
     # Every case once, in an order of chance, before any comes again: a flipped bit is another one each time.
     order = [case for _ in range(num // len(cases) + 1) for case in chance.sample(cases, len(cases))][:num]
     for number, (name, damage) in enumerate(order):
-        workdir = copy_of(begun, folder / f"case{number}")
+        workdir = copy_of(begun, small.folder / f"case{number}")
         damage(workdir / name, chance)
         kind, said = judge(small, workdir)
         tally.add(kind, f"{name} {damage.__name__}", said)
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tally = campaign(args.num, args.seed, pathlib.Path(folder))
+        tally = campaign(args.num, args.seed, SmallRun(pathlib.Path(folder)))
     tally.show()
     raise SystemExit(not tally.is_good)
 
