@@ -9,13 +9,13 @@ import dataclasses
 from typing import Any
 
 from grpo_jax.knobs import Settings, knob
+from grpo_jax.models.lora import ALL_LINEAR, TARGETS
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -31,21 +31,26 @@ class ModelConfig:
     remat: str = knob(
         "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
     )
-    dim: int = knob(64, "width D of the fresh decoder", at_least=2)
-    num_layers: int = knob(2, "its layers L", at_least=1)
-    num_heads: int = knob(4, "its query heads N", at_least=1)
-    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1)
-    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1)
+    dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
+    num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
+    num_heads: int = knob(4, "its query heads N", at_least=1, at_most=1024)
+    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1, at_most=1024)
+    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1, at_most=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
-    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
+    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**14)
     alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
-    targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
+    targets: tuple[str, ...] = knob(TARGETS, 'matrices with adapters, by Hugging Face\'s names; ("all-linear",) is all of them')
+    use_rslora: bool = knob(False, "the product is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
+
+    def __post_init__(self) -> None:
+        if self.targets == (ALL_LINEAR,):
+            object.__setattr__(self, "targets", TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +231,7 @@ class WarmStartConfig:
     """Supervised steps on the task's own answers before reinforcement begins (embedded task only)."""
 
     num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
-    batch_size: int = knob(128, "worked answers in a step", at_least=1)
+    batch_size: int = knob(128, "worked answers in a step", at_least=1, at_most=2**16)
     learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
         0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
@@ -237,9 +242,9 @@ class WarmStartConfig:
 class RolloutConfig:
     """The batch that is sampled, and the distribution it is drawn from."""
 
-    num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
-    group_size: int = knob(8, "G: completions of each prompt; at least 2")
-    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
+    num_prompts: int = knob(32, "P: groups in a batch", at_least=1, at_most=2**20)
+    group_size: int = knob(8, "G: completions of each prompt; at least 2", at_most=2**16)
+    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1, at_most=2**20)
     temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
@@ -283,8 +288,8 @@ class OverlongConfig:
 class LearnerConfig:
     """The way from one batch to optimizer steps."""
 
-    num_epochs: int = knob(1, "passes over a batch", at_least=1)
-    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1)
+    num_epochs: int = knob(1, "passes over a batch", at_least=1, at_most=1024)
+    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1, at_most=2**16)
     num_microbatches: int = knob(1, "gradient accumulation in each optimizer step, on each device", at_least=1)
     bucket_tokens: int = knob(
         64,
@@ -340,9 +345,9 @@ class MeshConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    num_prompts: int = knob(512, "held-out questions", at_least=1)
+    num_prompts: int = knob(512, "held-out questions", at_least=1, at_most=2**24)
     num_samples: int = knob(4, "completions of each at rollout.temperature, beside the greedy one; 0: greedy only", at_least=0)
-    batch_size: int = knob(128, "prompts at a time", at_least=1)
+    batch_size: int = knob(128, "prompts at a time", at_least=1, at_most=2**16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +356,8 @@ class CheckpointConfig:
 
     every: int = knob(100, "steps between checkpoints; 0: only at the end and on SIGTERM", unit="steps", at_least=0)
     keep: int = knob(2, "newest checkpoints kept; 0: one to resume from, and none of a finished run", at_least=0)
+    keep_every: int = knob(0, "those of its multiples are kept too; 0: none", unit="steps", at_least=0)
+    keep_best: str = knob("", 'the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none')
 
 
 @dataclasses.dataclass(frozen=True)

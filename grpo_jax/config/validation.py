@@ -70,6 +70,7 @@ def validate(config: Config) -> None:
             )
     _check_tokens(config)
     _require_importance(config)
+    _require_checkpoints(config)
     _require_adapters(config)
     _check_steps_per_call(config)
     _check_async(config)
@@ -111,6 +112,21 @@ def _require_objective(config: Config) -> None:
         objectives.check_choices(config.objective)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
+
+
+def _require_checkpoints(config: Config) -> None:
+    """Check which checkpoints are kept for good."""
+    kept = config.checkpoint
+    if not kept.keep and (kept.keep_every or kept.keep_best):
+        raise UserError(
+            "config.checkpoint.keep = 0: a finished run keeps none, but keep_every or keep_best asks for some; use 1"
+        )
+    if kept.keep_every and (not kept.every or kept.keep_every % kept.every):
+        raise UserError(
+            f"config.checkpoint.keep_every = {kept.keep_every}: must be a multiple of config.checkpoint.every = {kept.every}"
+        )
+    if kept.keep_best and not kept.keep_best.startswith("eval/"):
+        raise UserError(f"config.checkpoint.keep_best = {kept.keep_best!r}: a metric of the evaluation, such as eval/success")
 
 
 def _require_importance(config: Config) -> None:

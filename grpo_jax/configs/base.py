@@ -45,8 +45,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapters; 0: none, all weights are trained
     config.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
-    # matrices with adapters, by Hugging Face's names
+    # matrices with adapters, by Hugging Face's names; ("all-linear",) is all of them
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.lora.use_rslora = False  # the product is scaled by alpha / sqrt(rank) instead (rsLoRA)
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
@@ -203,6 +204,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps between checkpoints; 0: only at the end and on SIGTERM
     config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a finished run
+    config.checkpoint.keep_every = 0  # those of its multiples are kept too; 0: none [steps]
+    # the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none
+    config.checkpoint.keep_best = ""
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none

@@ -339,7 +339,7 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         num_kv_heads=num_kv_heads,
         head_dim=read_integer(file, config, "head_dim", dim // num_heads),
         norm_eps=positive(config.get("rms_norm_eps", 1e-6), f"{file}: rms_norm_eps"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=read_flag(file, {"tie_word_embeddings": False, **config}, "tie_word_embeddings"),
         **{"ffn_dim": read_integer(file, config, family.ffn_key), **_positions(file, config, family), **optional},
     )
 
@@ -418,6 +418,8 @@ def _windows(file: Path, config: Settings, family: Family, unturned: tuple[int, 
     known = ["full_attention"]
     if has_window and family.has_layer_types:
         known.append("sliding_attention")
+    if not isinstance(kinds, list | None):
+        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
     for kind in kinds or ():
         if kind not in known:
             raise unsupported(file, "layer_types", kind, ", ".join(known))

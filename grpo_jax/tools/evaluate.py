@@ -47,7 +47,7 @@ def main() -> None:
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
-            step, policy = cli.restore_policy(run, workdir, cli.STEP.value, is_strict=cli.STRICT.value)
+            step, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
         else:
             step, policy = 0, run.initial_state().policy
         estimates = run.evaluate(policy)

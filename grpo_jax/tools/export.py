@@ -33,10 +33,11 @@ def main() -> None:
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
     step, what = export(
-        cli.WORKDIR.value,
+        str(workdir),
         OUT.value,
-        cli.STEP.value,
+        cli.chosen_step(workdir),
         DTYPE.value,
         shard_bytes,
         is_adapter=ADAPTER.value,

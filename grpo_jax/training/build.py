@@ -76,7 +76,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             ffn_dim=size.ffn_dim,
         )
     adapters = config.lora
-    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets, adapters.use_rslora) if adapters.rank else None
     return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
 
 

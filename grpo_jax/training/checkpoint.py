@@ -29,6 +29,18 @@ class DamagedCheckpointError(RunError):
     """A checkpoint that cannot be read, or is not what was written."""
 
 
+@dataclasses.dataclass
+class KeepStep:
+    """A policy of Orbax that preserves one step, which changes."""
+
+    step: int = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tell it of each checkpoint."""
+        del context
+        return [each.step == self.step for each in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
 
@@ -38,9 +50,14 @@ class Checkpointer:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.workdir, self._folder = workdir, (workdir / "checkpoints").absolute()
         self._saving = -1  # the step that is being written
+        self.best = KeepStep()
+        policies = ocp.checkpoint_managers
+        # keep = 0 is about finished runs (`trainer.finalize_run`): one under way needs a checkpoint to resume from.
+        kept: list[Any] = [policies.LatestN(max(config.keep, 1)), self.best]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         options = ocp.CheckpointManagerOptions(
-            # keep = 0 is about finished runs (`trainer.finalize_run`): one under way needs a checkpoint to resume from.
-            max_to_keep=max(config.keep, 1),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             create=True,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),

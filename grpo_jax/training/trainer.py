@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +36,10 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
+from grpo_jax.training.memory import require_memory
+from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
-from grpo_jax.training.runlog import RunLog
+from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
 from grpo_jax.training.signals import StopSignal
 from grpo_jax.training.summary import finalize_run
@@ -102,7 +105,7 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
     Returns: why each could not go on; "" for one that did.
-    Raises: ValueError if the runs are not all at one step.
+    Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
     summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
@@ -123,7 +126,7 @@ def train_members(
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
       profiler: of the calls. start, callbacks: as in `train`.
     Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
-    Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
+    Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
         opened = [
@@ -132,7 +135,8 @@ def train_members(
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
-            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+            # One of them fell back on an older checkpoint: the next start puts runs of one step together.
+            raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
@@ -160,6 +164,7 @@ def open_run(
         if hosts.is_first():
             told = make_callbacks(run.config.log, callbacks)
         # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        require_memory(run)
         state = None
         if not is_begun(workdir):
             state = announced_initial_state(run)
@@ -186,7 +191,13 @@ def open_run(
             log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps, told)
             stack.callback(log.close)
             told.tell("on_start", run.config, workdir, resumed)
-        yield Member(run, log, checkpointer, lock, told), state, resumed
+        member = Member(run, log, checkpointer, lock, told)
+        if run.config.checkpoint.keep_best and resumed is not None:
+            for record in read_metrics(workdir):
+                evaluated = {name: value for name, value in record.items() if name.startswith("eval/")}
+                if record["step"]:  # there is no checkpoint of step 0
+                    member.note_best(int(record["step"]), evaluated)
+        yield member, state, resumed
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
@@ -213,18 +224,6 @@ def announced_initial_state(run: Run) -> TrainState:
         where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
         print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
     return run.initial_state()
-
-
-@dataclasses.dataclass
-class Profiler:
-    """Traces the calls that end with one of `steps`, each by itself."""
-
-    folder: pathlib.Path
-    steps: range | None
-
-    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        is_traced = self.steps is not None and step in self.steps
-        return jax.profiler.trace(str(self.folder)) if is_traced else contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -256,7 +255,7 @@ class Member:
     saved: int | None = None
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.run.config)
+        self.skipped, self.best = SkippedSteps(self.run.config), -math.inf
         self.learning_rates = learning_rates(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
@@ -289,8 +288,20 @@ class Member:
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        is_best = self.note_best(step, pending.evaluated)
+        if is_last or is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
+
+    def note_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the step if it is the best so far by config.checkpoint.keep_best, and tell if it is."""
+        name = self.run.config.checkpoint.keep_best
+        if name and values and name not in values:
+            raise UserError(f"config.checkpoint.keep_best = {name!r}: not evaluated; there are: {', '.join(values)}")
+        # NaN is above nothing. Of equal ones the first stays.
+        is_best = bool(name) and values.get(name, -math.inf) > self.best
+        if is_best:
+            self.best, self.checkpointer.best.step = values[name], step
+        return is_best
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
