@@ -61,6 +61,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compilers of chips that are not here (grpo-jax plan --compile --topology).
+        "aot-tpu": ["jax[tpu]>=0.10.2"],
+        "aot-gpu": ["jax[cuda12]>=0.10.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
         "trackers": [*TRACKERS, "mlflow>=3"],

@@ -14,7 +14,7 @@ from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("auto", "none", "dots", "full")
+REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -29,7 +29,9 @@ class ModelConfig:
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
     remat: str = knob(
-        "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
+        "auto",
+        "what is computed again: dots all but products, narrow wide ones too, auto by depth",
+        choices=REMATS,
     )
     dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
     num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
@@ -297,7 +299,9 @@ class LearnerConfig:
         unit="tokens",
         at_least=0,
     )
-    logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
+    logprob_chunk_tokens: int = knob(
+        0, "positions whose [chunk, V] logits exist at a time; 0: what suits the device", unit="tokens", at_least=0
+    )
     old_logp: str = knob(
         "auto",
         "learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip",

@@ -34,7 +34,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
-    # auto | none | dots | full; what the backward pass computes again: dots all but matrix products, auto by depth
+    # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
     config.model.dim = 64  # width D of the fresh decoder
     config.model.num_layers = 2  # its layers L
@@ -172,7 +172,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
-    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
+    # positions whose [chunk, V] logits exist at a time; 0: what suits the device [tokens]
+    config.learner.logprob_chunk_tokens = 0
     # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"

@@ -6,6 +6,7 @@ more than one [C, V] block of logits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -18,6 +19,53 @@ from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, partition, repetition_factor, support_like
 from grpo_jax.types import Params, Rollout
+
+CPU_CHUNK_TOKENS = 512  # positions at a time on a CPU, where more of them leave its caches and are no faster
+# Logits that exist at a time on an accelerator: 256 MiB in float32, less than a gradient of most models.
+MAX_LOGITS = 2**26
+ALIGNED = 128  # an accelerator's tile: what is cut up is cut between tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Sizes of the pieces that the head works on.
+
+    tokens: positions at a time. vocab: tokens of the vocabulary at a time in the backward pass, which then takes all positions
+    at once; 0: it goes over positions too.
+    """
+
+    tokens: int
+    vocab: int = 0
+
+    @classmethod
+    def of(cls, model: ModelDef, chunk_tokens: int, num_tokens: int, sampling: Sampling) -> Chunks:
+        """Choose them for a model's hardware.
+
+        Args:
+          model: its vocabulary and hardware count. chunk_tokens: learner.logprob_chunk_tokens; 0: to be chosen.
+          num_tokens: positions of a microbatch. sampling: one that is cut, or depends on the past, needs all logits of a position at once.
+        """
+        if chunk_tokens:
+            return cls(chunk_tokens)
+        if model.hardware is None:
+            return cls(CPU_CHUNK_TOKENS)
+        V = model.arch.vocab_size
+        tokens = even_part(num_tokens, MAX_LOGITS // V)
+        # The head's gradient is as large as the head and in float32. Over chunks of positions all of it is read and written at
+        # each, which takes longer than the products; over parts of the vocabulary each part is written once, and only the
+        # states' gradient, which is smaller, is added up. A vocabulary that `tensor` shards cannot be cut up once more.
+        mesh = model.hardware.mesh
+        needs_all = sampling.is_cut or sampling.rules_out or sampling.has_penalty
+        if needs_all or (mesh is not None and mesh.shape["tensor"] > 1) or num_tokens >= V:
+            return cls(tokens)
+        return cls(tokens, min(V, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
+
+
+def even_part(total: int, wanted: int) -> int:
+    """Return the size of equal parts of about `wanted`: whole tiles, and the last one with little padding."""
+    # The number of parts comes first: parts of the size wanted could end with one that is nearly empty.
+    num_parts = max(1, round(total / max(wanted, ALIGNED)))
+    return -(-total // (num_parts * ALIGNED)) * ALIGNED
 
 
 class Past(NamedTuple):
@@ -65,7 +113,7 @@ def token_logprobs(
     targets_F: Int[jax.Array, " F"],
     support_F: Int[jax.Array, " F"] | None,
     sampling: Sampling,
-    chunk_tokens: int,
+    chunks: Chunks,
     cap: float | None,
     past: Past | None = None,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
@@ -74,13 +122,13 @@ def token_logprobs(
     Args:
       hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
-      sampling: the distribution, its temperature above 0. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
+      sampling: the distribution, its temperature above 0. chunks: logits at a time; peak memory is chunks.tokens * V.
       cap: of the logits, as in `head_logits`. past: from `past_of`.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
     num = len(targets_F)
-    chunk = min(chunk_tokens, num)
+    chunk = min(chunks.tokens, num)
     padding = -num % chunk
 
     def split(x: jax.Array) -> jax.Array:
@@ -89,7 +137,7 @@ def token_logprobs(
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
     logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues]
-        sampling, cap, hidden, head_VD, fixed, past and past[3:]
+        sampling, cap, chunks.vocab, hidden, head_VD, fixed, past and past[3:]
     )
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
@@ -126,13 +174,14 @@ def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fix
     return _Distribution(logits_CV, keep_CV, factor_CV, tempered_CV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, fixed, rows):
-    return _forward(sampling, cap, hidden, head_VD, fixed, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(sampling: Sampling, cap: float | None, vocab_tokens: int, hidden, head_VD, fixed, rows):
+    return _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows)[0]
 
 
-def _forward(sampling, cap, hidden, head_VD, fixed, rows):
+def _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
+    del vocab_tokens
 
     def chunk(_, xs):
         hidden_CD, fixed_C = xs
@@ -145,8 +194,10 @@ def _forward(sampling, cap, hidden, head_VD, fixed, rows):
     return (logp, entropy), (hidden, head_VD, fixed, rows, log_z)
 
 
-def _backward(sampling, cap, residuals, cotangents):
+def _backward(sampling, cap, vocab_tokens, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
+    if vocab_tokens:
+        return _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents)
     hidden, head_VD, fixed, rows, log_z = residuals
     d_logp, _ = cotangents  # entropy carries no gradient
 
@@ -177,6 +228,42 @@ def _backward(sampling, cap, residuals, cotangents):
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
 
 
+def _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents):
+    """Go through parts of the vocabulary, all positions at once; what is left over is a part of its own.
+
+    The log-partition is known, so each part's share of p is; a cut distribution has no such parts.
+    """
+    hidden, head_VD, (targets, _, _), _, log_z = residuals
+    shape, (V, D) = hidden.shape, head_VD.shape
+    hidden_FD, targets_F = hidden.reshape(-1, D), targets.reshape(-1)
+    scale_F1 = (cotangents[0].reshape(-1) / sampling.temperature)[:, None]
+    log_z_F1 = log_z.reshape(-1)[:, None]
+
+    def part(d_hidden_FD, head_UD, first):
+        logits_FU = head_logits(hidden_FD, head_UD, cap) / sampling.temperature
+        is_target_FU = first + jnp.arange(len(head_UD))[None] == targets_F[:, None]
+        d_logits_FU = (is_target_FU - jnp.exp(logits_FU - log_z_F1)) * scale_F1
+        if cap is not None:  # the slope of tanh
+            d_logits_FU *= 1 - jnp.square(logits_FU * (sampling.temperature / cap))
+        d_logits_FU = d_logits_FU.astype(head_VD.dtype)
+        d_hidden_FD += jnp.einsum("fu,ud->fd", d_logits_FU, head_UD, preferred_element_type=jnp.float32)
+        return d_hidden_FD, jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD)
+
+    def step(d_hidden_FD, i):
+        first = i * vocab_tokens
+        return part(d_hidden_FD, jax.lax.dynamic_slice_in_dim(head_VD, first, vocab_tokens), first)
+
+    num_parts = V // vocab_tokens
+    d_hidden_FD = vary_like(jnp.zeros(hidden_FD.shape, jnp.float32), targets)
+    d_hidden_FD, d_head_NUD = jax.lax.scan(step, d_hidden_FD, jnp.arange(num_parts))
+    d_head = [d_head_NUD.reshape(-1, D)]
+    done = num_parts * vocab_tokens
+    if done < V:
+        d_hidden_FD, rest_UD = part(d_hidden_FD, head_VD[done:], done)
+        d_head.append(rest_UD)
+    return d_hidden_FD.astype(hidden.dtype).reshape(shape), jnp.concatenate(d_head), None, None
+
+
 _chunked.defvjp(_forward, _backward)
 
 
@@ -190,7 +277,7 @@ def policy_logprobs(
     Args:
       params: all weights of the policy. rollout: G completions of each of P prompts.
       sampling: the settings that the rollout was sampled with, so that both speak of one distribution.
-      chunk_tokens: positions whose logits exist at a time.
+      chunk_tokens: positions whose logits exist at a time; 0: as many as suit the hardware (`Chunks.of`).
     Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
     """
     decoder = model.bind(params)
@@ -218,7 +305,7 @@ def policy_logprobs(
         tokens_BT.reshape(-1),
         jax.tree.map(lambda x: x.reshape(-1), rollout.support_PGT),  # None stays None
         sampling,
-        chunk_tokens,
+        Chunks.of(model, chunk_tokens, P * G * T, sampling),
         decoder.logit_cap,
         past_of(rollout, sampling),
     )

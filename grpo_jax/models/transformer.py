@@ -26,6 +26,7 @@ from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.rope import rotate
 from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import logical_axes, path_names
 from grpo_jax.types import Params
 
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
@@ -408,11 +409,16 @@ class ModelDef:
 
     @property
     def remat_policy(self) -> str:
-        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it.
+
+        Accelerators have less memory beside their arithmetic than hosts, so there a scan keeps less.
+        """
         if self.remat != "auto":
             return self.remat
         if self.arch.num_layers <= MAX_UNROLLED:
             return "none"
+        if self.hardware is not None:
+            return "narrow"
         return "dots"
 
     def bind(self, params: Params) -> Decoder:
@@ -424,7 +430,17 @@ class ModelDef:
         shapes, layers = self.param_shapes(), params["layers"]
         abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        if self.hardware is not None and abstract.gather is None:
+            layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+
+    def _cast_matrix(self, path: Any, x: Array) -> Array:
+        """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
+        # digits that it has. And XLA casts once what no microbatch changes.
+        if x.ndim < 3 or not logical_axes(path_names(path)):
+            return x
+        return x.astype(self.dtype)
 
     def param_shapes(self) -> Params:
         """Return the tree that `bind` takes, adapters included, as shapes."""

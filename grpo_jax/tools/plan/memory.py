@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.learner.hyperparams import hyperparams_of
-from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.learner.logprobs import Chunks, policy_logprobs
 from grpo_jax.models.attention import KVCache
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
@@ -140,7 +140,9 @@ def update_parts(job: Job) -> list[Part]:
     gradient = local_bytes(state_like(job).params)
     copies = 1 + (job.config.learner.num_microbatches > 1)
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
-    chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
+    num_tokens = int(sizes.P * sizes.G * sizes.T)
+    chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
+    chunk = min(chunks.tokens, num_tokens)
     V, D = per_token(job.local_model).head_shape
     head = F32 * V * (2 * chunk + D)
     rows = job.local_batch.P * job.local_batch.G
