@@ -13,6 +13,7 @@ from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym")
 DTYPES = ("float32", "bfloat16")
+ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "full")
 OLD_LOGP = ("sampler", "learner")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
@@ -29,6 +30,7 @@ class ModelConfig:
     remat: str = knob(
         "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
     )
+    router: str = knob("trained", "of a mixture of experts, where all weights are trained", choices=ROUTERS)
     dim: int = knob(64, "width D of the fresh decoder", at_least=2)
     num_layers: int = knob(2, "its layers L", at_least=1)
     num_heads: int = knob(4, "its query heads N", at_least=1)

@@ -120,16 +120,28 @@ def policy_logprobs(
       chunk_tokens: positions whose logits exist at a time.
     Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
     """
+    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens)[:2]
+
+
+def logprobs_and_load(
+    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Float[jax.Array, "L E"] | None]:
+    """Compute what `policy_logprobs` does, and the number of tokens that each expert took.
+
+    Args: as there.
+    Returns: (logp_PGT, entropy_PGT, tokens by layer and expert; None in a model without experts).
+    """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
     # The last token of a completion predicts nothing, so it is no input; a completion of one token has no input at all.
+    load_LE = decoder.no_load(tokens_BT)
     if T == 1:
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD = decoder.forward_with_prefix(
+        last_PD, later_BTD, load_LE = decoder.forward_with_load(
             *prompts, tokens_BT[:, :-1], rollout.mask_PGT.reshape(P * G, T)[:, :-1]
         )
         later = [later_BTD]
@@ -144,4 +156,4 @@ def policy_logprobs(
         chunk_tokens,
         decoder.logit_cap,
     )
-    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)
+    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE

@@ -25,6 +25,7 @@ class Family:
 
     facts: Settings = dataclasses.field(default_factory=dict)  # fields of Architecture that all its models share
     defaults: Settings = dataclasses.field(default_factory=dict)  # of settings that its config.json may leave out
+    aliases: Settings = dataclasses.field(default_factory=dict)  # other names of settings -> their own
     # Settings that become a field as they are. The folder of a family that does not read them must not have them.
     reads: Reads = dataclasses.field(default_factory=dict)
     required: Settings = dataclasses.field(default_factory=dict)  # settings it reads, of which the decoder has one value
@@ -108,6 +109,11 @@ MINISTRAL3_ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+MOE: Reads = {
+    "num_experts": ("num_experts", read_integer),
+    "num_experts_per_tok": ("experts_per_token", read_integer),
+    "norm_topk_prob": ("is_router_normalised", read_flag),
+}
 OLMO_FACTS = {"qk_norm": True, "qk_norm_spans_heads": True, "pre_norms": False, "post_norms": True, "norm_rounds_last": True}
 GLM = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7, "attention_bias": True}
 GLM_ROPE = {"partial_rotary_factor": 0.5}
@@ -133,6 +139,23 @@ FAMILIES = {
         defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3_ROPE},
         windows="all",
         has_query_growth=True,
+    ),
+    "qwen3_moe": Family(
+        facts={"qk_norm": True, "mlp": "experts"},
+        defaults={
+            **SWITCH,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        reads=MOE,
+        required={"decoder_sparse_step": 1, "mlp_only_layers": []},  # else some layers were dense
+        ffn_key="moe_intermediate_size",
+        windows="all",
     ),
     "gemma": Family(
         facts=GEMMA_FACTS,
@@ -320,6 +343,9 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
     family = FAMILIES[config["model_type"]]
     if config.get("rope_parameters") is None:  # null is as good as absent
         config.pop("rope_parameters", None)
+    for alias, own in family.aliases.items():
+        if alias in config and config[alias] != config.setdefault(own, config[alias]):
+            raise UserError(f"{file}: {alias} = {json.dumps(config[alias])} beside {own} = {json.dumps(config[own])}")
     config = {**family.defaults, **config}
     _check_settings(file, config, family)
     dim, num_heads = read_integer(file, config, "hidden_size"), read_integer(file, config, "num_attention_heads")
@@ -345,7 +371,7 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
 
 def _check_settings(file: Path, config: Settings, family: Family) -> None:
     # A setting that was ignored here would still load and train, with other logits than the model's: nothing would show it.
-    is_read = {*family.reads, *family.defaults}
+    is_read = {*family.reads, *family.defaults, *family.aliases}
     required = {key: value for key, value in NEUTRAL.items() if key not in is_read} | dict(family.required)
     if family.facts.get("qkv_bias"):
         del required["attention_bias"]  # this family always has the bias and does not look at the setting

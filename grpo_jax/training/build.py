@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import ModelDef, init_params
@@ -60,7 +61,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
         )
     adapters = config.lora
     lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
-    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
+    is_router_frozen = size.router == "frozen"
+    if is_router_frozen and not arch.num_experts:
+        raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora, is_router_frozen=is_router_frozen)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTree[Sharding]) -> Params:
