@@ -115,12 +115,16 @@ def torch_model(name: str, dtype=torch.float32, **changes):
     config = AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
     config._experts_implementation = "eager"  # the quicker ones know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    randomise(model)
+    return model
+
+
+def randomise(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
-    return model
 
 
 def load(folder, dtype="float32"):

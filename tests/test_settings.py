@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import logging
+import pathlib
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_jax.errors import UserError
 from grpo_jax.models import hf
-from grpo_jax.models.families import FAMILIES, read_architecture
+from grpo_jax.models.families import FAMILIES, TEXT_OF, read_architecture
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from tests.hf_models import HERE
@@ -192,6 +193,12 @@ def compare(folder, family, is_numeric):
         np.testing.assert_allclose(our_logits(folder, arch), logits, atol=2e-4, err_msg=f"{family}: {change}")
         counts[2] += 1
     return counts
+
+
+def test_the_page_lists_every_family():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]
+    assert [kind for kind in [*FAMILIES, *TEXT_OF] if rows.count(f"`{kind}`") != 1] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

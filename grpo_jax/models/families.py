@@ -274,7 +274,8 @@ TEXT_OF = {
 }
 # What the families of `mistral3`'s text are called as models of their own.
 CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
-SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for text and images
+SHARED = ("dtype", "torch_dtype", "eos_token_id")  # settings that the text may leave to the whole
+OF_WHOLE = ("tie_word_embeddings",)  # settings of which transformers takes the whole's
 
 # Settings with which the decoder would compute something else -> the one value, besides null and absent, that they may have in
 # a family that does not read them. transformers ignores some of them there; but who sets one means it.
@@ -320,8 +321,8 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _text_part(config: dict[str, Any], part: TextPart) -> dict[str, Any]:
     """Return the settings of a model of text alone."""
     if isinstance(config.get("text_config"), dict):
-        shared = {key: config[key] for key in SHARED if key in config}
-        config = {**shared, **config["text_config"]}
+        shared, of_whole = ({key: config[key] for key in keys if config.get(key) is not None} for keys in (SHARED, OF_WHOLE))
+        config = {**shared, **config["text_config"], **of_whole}
     config = {key: value for key, value in config.items() if key not in part.left_out} | part.settings
     if config.get("model_type") in CLASSES:
         config["architectures"] = [CLASSES[config["model_type"]]]
