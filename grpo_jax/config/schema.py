@@ -14,6 +14,7 @@ from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
+ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
 CHOICE_ANSWERS = ("label", "index")
@@ -33,6 +34,7 @@ class ModelConfig:
         "what is computed again: dots all but products, narrow wide ones too, auto by depth",
         choices=REMATS,
     )
+    router: str = knob("trained", "of a mixture of experts, where all weights are trained", choices=ROUTERS)
     dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
     num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
     num_heads: int = knob(4, "its query heads N", at_least=1, at_most=1024)

@@ -36,6 +36,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
     # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
+    config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained
     config.model.dim = 64  # width D of the fresh decoder
     config.model.num_layers = 2  # its layers L
     config.model.num_heads = 4  # its query heads N

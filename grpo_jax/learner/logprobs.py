@@ -43,7 +43,7 @@ class Chunks:
 
         Args:
           model: its vocabulary and hardware count. chunk_tokens: learner.logprob_chunk_tokens; 0: to be chosen.
-          num_tokens: positions of a microbatch. sampling: one that is cut, or depends on the past, needs all logits of a position at once.
+          num_tokens: positions of a microbatch. sampling: some need all logits of a position at once.
         """
         if chunk_tokens:
             return cls(chunk_tokens)
@@ -280,6 +280,17 @@ def policy_logprobs(
       chunk_tokens: positions whose logits exist at a time; 0: as many as suit the hardware (`Chunks.of`).
     Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
     """
+    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens)[:2]
+
+
+def logprobs_and_load(
+    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Float[jax.Array, "L E"] | None]:
+    """Compute what `policy_logprobs` does, and the number of tokens that each expert took.
+
+    Args: as there.
+    Returns: (logp_PGT, entropy_PGT, tokens by layer and expert; None in a model without experts).
+    """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
@@ -289,11 +300,12 @@ def policy_logprobs(
     num_read = T - 1
     if model.hardware is not None:
         num_read = T
+    load_LE = decoder.no_load(tokens_BT)
     if num_read == 0:  # a completion of one token has no input at all
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD = decoder.forward_with_prefix(
+        last_PD, later_BTD, load_LE = decoder.forward_with_load(
             *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
         )
         later = [later_BTD[:, : T - 1]]
@@ -309,4 +321,4 @@ def policy_logprobs(
         decoder.logit_cap,
         past_of(rollout, sampling),
     )
-    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)
+    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE

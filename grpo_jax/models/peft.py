@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import read_json, write_atomically
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.folders import resolve
 from grpo_jax.models.lora import ALL_LINEAR, TARGETS, LoRA, split_adapters
 from grpo_jax.models.tensor_names import leaf_slot
@@ -60,7 +61,7 @@ def save_adapters(folder: str | os.PathLike[str], adapters: Params, model: Model
     flat: dict[Any, Any] = flatten_dict(hosts.gather_to_host(adapters))
     tensors = {}
     for path, stacked in flat.items():
-        names = _names(path, model)
+        names = adapter_names(path, model.arch)
         tensors.update(zip(names, stacked.reshape(len(names), *stacked.shape[-2:]), strict=True))
     config = {
         "peft_type": "LORA",
@@ -91,7 +92,7 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing, truncated or no safetensors file ({error})") from None
     wanted: dict[Any, Any] = flatten_dict(split_adapters(model.param_shapes())[1])
-    names = {path: _names(path, model) for path in wanted}
+    names = {path: adapter_names(path, model.arch) for path in wanted}
     extra = sorted(set(tensors) - {name for each in names.values() for name in each})
     if extra:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}; config.lora.targets = {model.lora.targets}")
@@ -108,9 +109,12 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     return unflatten_dict({path: jnp.asarray(x.reshape(wanted[path].shape), jnp.float32) for path, x in stacked.items()})
 
 
-def _names(path: tuple[str, ...], model: ModelDef) -> list[str]:
-    """Return PEFT's names of one of our stacked adapters: one a layer, or a layer and expert."""
-    slot = leaf_slot(".".join((*path[:-1], "weight")), model.arch)
+def adapter_names(path: tuple[str, ...], architecture: Architecture) -> list[str]:
+    """Return PEFT's names of one of our stacked adapters: one a layer, or a layer and expert.
+
+    Raises: UserError if the model's folder joins its matrix with others.
+    """
+    slot = leaf_slot(".".join((*path[:-1], "weight")), architecture)
     if slot.is_joined:
         stored = slot.names[0].removesuffix(".weight").rpartition(".")[2]
         raise UserError(
