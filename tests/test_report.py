@@ -12,7 +12,7 @@ from grpo_jax.analysis import statistics
 from grpo_jax.errors import UserError
 from grpo_jax.tools.report import document, figures, tables
 from grpo_jax.tools.report.analysis import analyse
-from grpo_jax.tools.report.command import main
+from grpo_jax.tools.report.command import command as main
 from grpo_jax.tools.report.runs import LeftOut, Run, load
 from grpo_jax.tools.report.verdict import p_text, verdict
 from tests import tiny

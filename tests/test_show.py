@@ -9,7 +9,8 @@ import pytest
 
 from grpo_jax.errors import UserError
 from grpo_jax.tools.show import page as page_lib
-from grpo_jax.tools.show.command import main, show
+from grpo_jax.tools.show.command import command as main
+from grpo_jax.tools.show.command import show
 from grpo_jax.tools.show.health import LIGHTS, RULES, health, said
 from tests import programs, tiny
 
