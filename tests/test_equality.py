@@ -578,6 +578,8 @@ def test_reference_answers_of_data_sets_earn_1(name: str, row: dict[str, Any], c
     assert score("math_verify", f"<think>{row[column]}", item) == 0
 
 
+# A library that one generator needs leaves a file open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.nightly
 def test_reference_answers_of_all_reasoning_gym_generators_earn_1() -> None:
     factory = pytest.importorskip("reasoning_gym.factory")

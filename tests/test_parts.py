@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def test_every_part_but_length_can_be_asked_about_one_completion() -> None:
         score("exakt", "", {})
     with pytest.raises(TypeError, match="patern"):
         score("format", "", {}, patern="x")
+
+
+def test_the_examples_of_the_page_run() -> None:
+    results = doctest.testfile("../docs/rewards.md")
+    assert results.attempted > 3 and not results.failed
 
 
 def test_functions_of_users_are_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
