@@ -213,6 +213,6 @@ def test_repetition_is_the_share_of_ngrams_that_stood_before(text: str, ngram_si
 
 
 def test_repetition_grows_with_a_loop_and_stays_above_minus_one() -> None:
-    scores = [score("repetition", "I think so. " * times, {}) for times in (1, 2, 5, 50, 5000)]
+    scores = [score("repetition", "I think so. " * times, {}) or 0.0 for times in (1, 2, 5, 50, 5000)]
     assert scores == sorted(scores, reverse=True) and scores[0] == 0 and -1 < scores[-1] < -0.999
     assert score("repetition", "a a a", {"prompt_opens": "<think>"}, ngram_size=1) == pytest.approx(4 / 6 - 1)

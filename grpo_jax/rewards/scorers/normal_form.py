@@ -74,7 +74,8 @@ def undressed(answer: str) -> str:
             text, num = _EMPHASIS.subn(r"\2", text)
             if not num:
                 break
-    text = text.rstrip(" .,;") if not text.endswith("...") else text
+    if not text.endswith("..."):
+        text = text.rstrip(" .,;") or text
     return without_separators(text)
 
 
@@ -213,7 +214,7 @@ def as_words(text: str) -> str:
     for pair in ('""', "''", "{}", "()"):
         if len(text) > 2 and text[0] == pair[0] and text[-1] == pair[1] and not set(text[1:-1]) & set("(){},"):
             text = text[1:-1].strip()
-    return _EXCLAMATION.sub("", text.rstrip(" .")).casefold()
+    return _EXCLAMATION.sub("", text.rstrip(" .") or text).casefold()
 
 
 def unworded(text: str) -> str:
