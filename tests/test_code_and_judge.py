@@ -14,6 +14,7 @@ from grpo_jax.config import JudgeConfig, RewardConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
+from grpo_jax.rewards.scorers import sandbox
 from grpo_jax.rewards.scorers.code import code_score, is_same, last_block, read_tests
 from grpo_jax.rewards.scorers.judge import as_text, fill, judge_score, judge_scores
 from tests import tiny
@@ -145,6 +146,20 @@ def test_code_is_a_part_of_a_reward():
         function.close()
     np.testing.assert_array_equal(reward.task_PG, [[1, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(reward.is_scored_PG, [[True] * 3, [False] * 3])
+
+
+@pytest.mark.slow
+@linux
+def test_a_machine_that_cannot_take_the_network_away_is_named_before_training(monkeypatch, tmp_path):
+    """As in a container without namespaces: here the sandbox is one that never gets them."""
+    refused = tmp_path / "sandbox.py"
+    refused.write_text(Path(sandbox.__file__).read_text().replace("if libc.unshare(", "if 1 or libc.unshare("))
+    monkeypatch.setattr(sandbox, "__file__", str(refused))
+    with pytest.raises(UserError, match=r"'code': this kernel allows no process without network .*allow_network = True"):
+        RewardFunction(RewardConfig(task="code"), "jsonl", 10)
+    assert run("x = 1", ["assert x == 1"], allow_network=True) == 1
+    with pytest.raises(RuntimeError, match="no process without network"):
+        run("x = 1", ["assert x == 1"])
 
 
 # --- the judge

@@ -21,6 +21,7 @@ from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreRes
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
 from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
+from grpo_jax.rewards.scorers.code import check_sandbox
 from grpo_jax.types import Reward
 
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
@@ -61,6 +62,8 @@ class RewardFunction:
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}
         for name in self._names:
+            if name == "code":
+                _check_sandbox(settings[name])
             if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
                 raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
             if name != "length":
@@ -182,6 +185,14 @@ def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np
     for part in parts:
         total_PG += np.float32(part.weight) * scores[part.name]
     return total_PG
+
+
+def _check_sandbox(settings: Mapping[str, Any]) -> None:
+    """Run an empty program. Raises UserError if this machine cannot run one as config.reward.code wants it."""
+    try:
+        check_sandbox(**settings)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"config.reward: the part 'code': {error}") from None
 
 
 def _mean(values_PG: np.ndarray, counted_PG: np.ndarray | None = None) -> Mean:

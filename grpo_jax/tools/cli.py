@@ -159,6 +159,8 @@ def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
     params, argv = _split_params(argv)
+    # ConfigDict's flag looks for its fields there, and not among those it is given.
+    sys.argv = _split_params(sys.argv)[1]
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
         if params and CONFIG.value is not None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from grpo_jax.rewards.scorers import sandbox
 
 BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+CHECK_SECS = 30.0  # for an empty program, on a machine that is busy with others
 LANGUAGES = ("", "python", "python3", "py")
 
 
@@ -70,6 +71,16 @@ def code_score(completion: str, item: Mapping[str, Any], **settings: Any) -> flo
     if box.partial:
         return num_passed / tests.num
     return float(num_passed == tests.num)
+
+
+def check_sandbox(**settings: Any) -> None:
+    """Run a program that does nothing. Raises RuntimeError if this machine cannot run one as the settings want it.
+
+    settings: the fields of `Sandbox`.
+    """
+    box = Sandbox(**settings)
+    if run_tests("", UnitTests(statements=["pass"]), box._replace(limit_secs=CHECK_SECS)) != 1:
+        raise RuntimeError(f"a program cannot be run: not even an empty one ends well with {box.memory_limit_mb} MiB")
 
 
 def last_block(completion: str) -> str | None:
@@ -214,7 +225,7 @@ def _run(folder: Path, mode: str, stdin: str, box: Sandbox, deadline: float) -> 
             _kill_group(process)
     if status == sandbox.UNCONFINED and not box.allow_network:
         raise RuntimeError(
-            "this kernel allows no process without network (unshare); config.reward.code.allow_network = True runs code with it"
+            "this kernel allows no process without network (unshare); config.reward.code.allow_network = True runs them with it"
         )
     if mode == "program" and status != 0:
         return None
