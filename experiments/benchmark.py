@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs import base
 from experiments.peers import workload
 from experiments.peers.workload import SHAPES, Timing, Workload
 from experiments.synthetic import architecture, random_batch
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config, parse_config
+from grpo_jax.configs import base
 from grpo_jax.errors import UserError
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import make_mesh

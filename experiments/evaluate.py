@@ -1,7 +1,6 @@
-"""python -m experiments.evaluate: see grpo_jax/tools/evaluate.py."""
+"""python -m experiments.evaluate: the same as grpo-jax evaluate, see grpo_jax/tools/evaluate.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.evaluate import main
+from grpo_jax.tools.evaluate import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

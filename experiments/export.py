@@ -1,7 +1,6 @@
-"""python -m experiments.export: see grpo_jax/tools/export.py."""
+"""python -m experiments.export: the same as grpo-jax export, see grpo_jax/tools/export.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.export import main
+from grpo_jax.tools.export import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,6 +1,6 @@
-"""python -m experiments.fields: see grpo_jax/tools/fields.py."""
+"""python -m experiments.fields: the same as grpo-jax fields, see grpo_jax/tools/fields.py."""
 
-from grpo_jax.tools.fields import main
+from grpo_jax.tools.fields import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -1,7 +1,6 @@
-"""python -m experiments.plan: see grpo_jax/tools/plan/."""
+"""python -m experiments.plan: the same as grpo-jax plan, see grpo_jax/tools/plan/command.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.plan.command import main
+from grpo_jax.tools.plan.command import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,6 +1,6 @@
-"""python -m experiments.show: see grpo_jax/tools/show/."""
+"""python -m experiments.show: the same as grpo-jax show, see grpo_jax/tools/show/command.py."""
 
-from grpo_jax.tools.show.command import main
+from grpo_jax.tools.show.command import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -1,7 +1,6 @@
-"""python -m experiments.sweep: see grpo_jax/tools/sweep/."""
+"""python -m experiments.sweep: the same as grpo-jax sweep, see grpo_jax/tools/sweep/command.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.sweep.command import main
+from grpo_jax.tools.sweep.command import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,7 +1,6 @@
-"""python -m experiments.train: see grpo_jax/tools/train.py."""
+"""python -m experiments.train: the same as grpo-jax train, see grpo_jax/tools/train.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.train import main
+from grpo_jax.tools.train import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -120,6 +120,7 @@ class Hyperparams:
 
     Runs that differ in these alone share their compiled programs, and many such runs are one run vmapped over states.
     seed: int32. The others: float32 scalars, named as the config names them. kl_coef is never 0 where there is a reference.
+    params: name -> scalar, those of `objective.params`.
     """
 
     seed: Int[Leaf, ""]
@@ -130,6 +131,7 @@ class Hyperparams:
     learning_rate: Float[Leaf, ""]
     weight_decay: Float[Leaf, ""]
     max_grad_norm: Float[Leaf, ""]
+    params: Mapping[str, Float[Leaf, ""]] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

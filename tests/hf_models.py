@@ -34,6 +34,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # of six channel pairs one keeps its speed, two are blended, three slow down
 }
+YARN = {  # of eight channel pairs one keeps its speed, three are blended, four slow down in full
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 1.0,
+    "beta_slow": 0.05,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
+GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 MODELS = {
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama untied, wide heads": ("llama", {"head_dim": 12, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0}),
@@ -45,7 +56,41 @@ MODELS = {
     "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3 untied": ("qwen3", {"head_dim": 8, "rope_theta": 1_000_000.0}),
+    "qwen3 moe": ("qwen3_moe", {"head_dim": 12, **EXPERTS, "norm_topk_prob": True}),
+    "qwen3 moe, not normalised": ("qwen3_moe", {"head_dim": 8, **EXPERTS, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}),
+    "llama, yarn": (
+        "llama",
+        {"head_dim": 16, "rope_parameters": {**YARN, "truncate": False, "attention_factor": 1.3, "beta_fast": 6.0}},
+    ),
+    "ministral": ("ministral", {"sliding_window": WINDOW, "head_dim": 12, "layer_types": KINDS, "rope_theta": 1e8}),
+    "ministral 3": ("ministral3", {"head_dim": 12, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}}),
+    "phi 4": ("phi3", {"rope_theta": 250_000.0}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW}),
+    "gemma": ("gemma", {"head_dim": 12}),
+    "gemma 2": ("gemma2", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, **GEMMA2_CAPS}),
+    "seed-oss": ("seed_oss", {"head_dim": 12, "attention_out_bias": True}),
+    "cwm": ("cwm", {"head_dim": 12, "sliding_window": WINDOW, "rope_parameters": LLAMA3}),
+    "olmo 2": ("olmo2", {"rope_theta": 500_000.0}),
+    "olmo 3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 500_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 0.5},
+    ),
+    "glm": ("glm", {"head_dim": 12}),
+    "glm 4": ("glm4", {"head_dim": 8, "attention_bias": False}),
     "gemma 3": (  # five layers: scanned, so that the kind of a layer is known to the compiled program only
         "gemma3_text",
         {
@@ -68,13 +113,18 @@ def torch_model(name: str, dtype=torch.float32, **changes):
     """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
     family, its_own = MODELS[name]
     config = AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
+    config._experts_implementation = "eager"  # the quicker ones know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    randomise(model)
+    return model
+
+
+def randomise(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
-    return model
 
 
 def load(folder, dtype="float32"):

@@ -9,8 +9,8 @@ import json
 import pathlib
 import sys
 
-from configs import dapo
 from grpo_jax.config import parse_config
+from grpo_jax.configs import dapo
 from grpo_jax.parallel import hosts
 from grpo_jax.tools import cli, train
 from grpo_jax.training import trainer

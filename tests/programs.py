@@ -60,3 +60,8 @@ def together(module, num_processes, args, num_devices, cache=None):
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def summary(workdir):
+    """What a finished run says of itself."""
+    return json.loads((workdir / "summary.json").read_text())

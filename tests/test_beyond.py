@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import preset
 from grpo_jax import objectives
 from grpo_jax.config import parse_config
+from grpo_jax.configs import preset
 from grpo_jax.tools.advantages import FIVE
 from grpo_jax.tools.sweep import plan
 from grpo_jax.training.run import make_run

@@ -251,7 +251,8 @@ def test_the_page_names_every_setting_of_these_parts():
 
 def test_settings_on_the_command_line_and_in_sweeps():
     argv = ["train", "--config=a.py", "--config.reward.params.scale=0.5", "--config.reward.params.word=a=b", "--config.seed=1"]
-    assert cli._split_params(argv) == ({"scale": 0.5, "word": "a=b"}, ["train", "--config=a.py", "--config.seed=1"])
+    free, rest = cli._split_free_fields(argv)
+    assert free == {"reward": {"scale": 0.5, "word": "a=b"}} and rest == ["train", "--config=a.py", "--config.seed=1"]
     config = apply_changes(tiny.config_of().to_dict(), {"reward.params.scale": 2}, "set")
     assert config.reward.params == {"scale": 2} and hash(config) != hash(tiny.config_of())
     with pytest.raises(UserError, match=r"'reward\.param\.scale' is no field"):

@@ -30,7 +30,7 @@ def paste(folder, example):
 def clone(tmp_path_factory):
     """A copy of what the tests of objectives need, with all examples in it."""
     folder = tmp_path_factory.mktemp("clone")
-    for part in ("grpo_jax", "configs", "tests"):
+    for part in ("grpo_jax", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     for example in EXAMPLES:

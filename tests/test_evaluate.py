@@ -7,9 +7,9 @@ import torch
 from flax.traverse_util import flatten_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from configs import base
 from grpo_jax.analysis.estimates import Estimate
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.peft import save_adapters
@@ -83,7 +83,7 @@ def test_the_program_evaluates_a_folder_under_an_adapter_and_writes_json(folder,
     adapters = init_adapters(model.param_shapes(), tiny.jax.random.key(0))
     assert flatten_dict(adapters)
     (tmp_path / "adapter").mkdir()
-    save_adapters(tmp_path / "adapter", adapters, LORA, str(folder))
+    save_adapters(tmp_path / "adapter", adapters, model, str(folder))
     fields = settings(folder, tmp_path, "7") | {"lora.path": str(tmp_path / "adapter"), "lora.rank": 1, "lora.alpha": 1.0}
     flags = [f"--config.{name}={value}" for name, value in fields.items()] + ["--config.lora.targets=('q_proj',)"]
     out = tmp_path / "results.json"

@@ -132,7 +132,10 @@ def test_architecture_of_old_and_new_config_files(tmp_path):
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "absent"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["rope_scaling.rope_type", '"yarn"', "default, linear, llama3"]),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            ["rope_scaling.rope_type", '"longrope"', "default, linear, llama3, yarn"],
+        ),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_parameters.rope_type", '"dynamic"', "linear"]),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, ["rope_scaling.factor", "-2", "above 0"]),
         ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_parameters.low_freq_factor", "null", "above 0"]),

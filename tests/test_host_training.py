@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
+import shutil
 import signal
 
 import datasets
@@ -11,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.errors import UserError
 from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
-from grpo_jax.training import trainer
+from grpo_jax.training import data_record, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_completions
+from grpo_jax.training.runlog import read_completions, read_config
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -136,6 +138,36 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
     assert rows and all("".join(row["token_text"]) == row["completion"] for row in rows)
     (errors,) = [check for check in shown["checks"] if check["title"] == "Scoring errors"]
     assert errors["light"] in ("warn", "bad")
+
+
+def test_a_run_over_midnight_has_the_same_prompts(tmp_path, monkeypatch, folder, config):
+    """A chat template that writes the day, as Llama 3.2's does: the run keeps that of its first start."""
+    shutil.copytree(folder / "model", tmp_path / "dated")
+    dated = "{{ strftime_now('%d %b') }}{% for m in messages %}<|im_end|>{{ m.content }}{% endfor %}"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(dated)
+    config.model.path = str(tmp_path / "dated")
+    config.task.use_chat_template = True
+    config.reward.task = "length"
+    config.num_steps, config.rollout.max_completion_tokens = 0, 4
+    days = [datetime.date(2026, 11, 26), datetime.date(2026, 11, 27)]
+    monkeypatch.setattr(data_record, "today", lambda: days[0])
+    trainer.train(parse_config(config), tmp_path / "run")
+    assert programs.records(tmp_path / "run")[0]["data/train"] == 32
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data/held_out"] == 8
+    # What is trained with on the next day: bitwise the same prompts, so the same run.
+    monkeypatch.setattr(data_record, "today", lambda: days[1])
+    monkeypatch.setattr(trainer, "train_run", lambda run, workdir, **_: (run.config, run.task.fingerprint, first_prompt(run)))
+    resumed, new = (trainer.train(parse_config(config), tmp_path / name) for name in ("run", "new"))
+    assert resumed[0] == read_config(tmp_path / "run") and resumed[0].task.template_date == "2026-11-26"
+    assert resumed[1] == json.loads((tmp_path / "run" / "data.json").read_text())["fingerprint"] != new[1]
+    assert new[0].task.template_date == "2026-11-27"
+    assert [resumed[2][:6], new[2][:6]] == ["26 Nov", "27 Nov"]
+
+
+def first_prompt(run):
+    """The text of the first training prompt."""
+    prompts = run.task.train_prompts(0, 1)
+    return run.task.tokenizer.decode_prompt(prompts.tokens_PS[0][prompts.mask_PS[0]])
 
 
 def test_a_reward_that_always_raises_stops_the_run_with_its_exception(tmp_path, folder, config):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from configs import gtpo
 from grpo_jax.config import parse_config
+from grpo_jax.configs import gtpo
 from grpo_jax.errors import UserError
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import make_mesh

@@ -12,18 +12,20 @@ from tests import mutate
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module imports from its own room and from rooms that stand above it in this list.
-GROUND = ("__init__", "errors", "types", "metrics", "masking", "rng", "caches", "knobs")
+GROUND = ("errors", "types", "metrics", "masking", "rng", "caches", "knobs", "files")
 FLOORS = (
     GROUND,
     ("parallel", "objectives", "analysis"),
     ("models",),
     ("config",),
+    ("configs",),
     ("rollout",),
     ("learner",),
     ("rewards",),
     ("tasks",),
     ("training",),
     ("tools",),
+    ("__main__", "__init__"),
 )
 PURE = (
     "objectives",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
 from grpo_jax.tasks.tokenizers import CharTokenizer

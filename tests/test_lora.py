@@ -108,7 +108,7 @@ def test_a_run_with_adapters_resumes_bitwise(tmp_path):
     config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": 2})
     trainer.train(config, tmp_path / "whole")
     trainer.train(dataclasses.replace(config, num_steps=1), tmp_path / "torn")
-    trainer.train(config, tmp_path / "torn", allow_config_change=True)
+    trainer.train(config, tmp_path / "torn")
     records = programs.records(tmp_path / "whole")
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[1]["policy/kl_ref"] == 0.0 < records[2]["policy/kl_ref"], "the policy does not begin at its reference"
@@ -155,7 +155,7 @@ def test_peft_loads_what_we_save(tmp_path, folder):
     model = ModelDef(read_architecture(folder), lora=lora)
     adapters = random_adapters(model)
     (tmp_path / "adapter").mkdir()
-    save_adapters(tmp_path / "adapter", adapters, lora, str(folder))
+    save_adapters(tmp_path / "adapter", adapters, model, str(folder))
     base = load(folder, "float32")
     tokens_BT, mask_BT = left_padded()
 
@@ -197,7 +197,7 @@ def test_we_load_what_peft_saves(tmp_path, folder):
 def test_adapters_that_do_not_fit_are_refused(tmp_path, folder):
     good = LoRA(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
     model = ModelDef(read_architecture(folder), lora=good)
-    save_adapters(tmp_path, random_adapters(model), good, "somewhere")
+    save_adapters(tmp_path, random_adapters(model), model, "somewhere")
 
     def refused(words, **changes):
         with pytest.raises(UserError, match=words):

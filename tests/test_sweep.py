@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs.sweeps import base
+from grpo_jax.configs.sweeps import base
 from grpo_jax.errors import UserError
 from grpo_jax.learner.hyperparams import static_key
 from grpo_jax.tools.report import tables
@@ -55,7 +55,7 @@ def test_the_packages_configs_are_found_from_any_folder_and_those_at_hand_come_f
     monkeypatch.chdir(tmp_path)
     assert plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "dapo.py").write_text("from configs.grpo import get_config")
+    (tmp_path / "configs" / "dapo.py").write_text("from grpo_jax.configs.grpo import get_config")
     assert not plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled
 
 
@@ -71,7 +71,7 @@ def test_lists_and_grids_are_named_by_their_values():
     ("fields", "says"),
     [
         ({"sets": {"x": {"objective.kl_coeff": 0.1}}}, r"configs/grpo.py, set 'x': 'objective.kl_coeff' is no field"),
-        ({"sets": {"x": {"kl_coef": 0.1}}}, r"'kl_coef' is no field; configs/base.py lists"),
+        ({"sets": {"x": {"kl_coef": 0.1}}}, r"'kl_coef' is no field; `grpo-jax fields` lists"),
         ({"sets": {"x": {"objective.kl_coef.y": 0.1}}}, r"'objective.kl_coef.y' is no field"),
         ({"sets": {"x": {"objective.kl_coef": "much"}}}, r"set 'x': config.objective.kl_coef = 'much': expected float"),
         ({"sets": {"x": {"objective.kl_coef": -1.0}}}, r"set 'x': config.objective.kl_coef = -1.0: must be"),
@@ -102,7 +102,7 @@ def test_assignments_on_the_command_line():
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(SWEEPS.glob("*.py")) if file.stem not in ("__init__", "base")])
 def test_every_sweep_file_expands(name):
-    module = importlib.import_module(f"configs.sweeps.{name}")
+    module = importlib.import_module(f"grpo_jax.configs.sweeps.{name}")
     for scale in ("tiny", "runlocal"):
         sweep = plan.Sweep.from_config_dict(module.get_config(scale))
         assert len(plan.expand(sweep, {})) >= 8
@@ -204,7 +204,7 @@ SHORT = ["--set=num_steps=0", "--set=warm_start.num_steps=0", "--set=eval.num_sa
 def test_a_failing_run_stops_no_other(tmp_path):
     """The whole program, with runs that are evaluated but not trained; the first has no model."""
     (tmp_path / "sweep.py").write_text(
-        "from configs.sweeps import base\n"
+        "from grpo_jax.configs.sweeps import base\n"
         "def get_config(scale='runlocal'):\n"
         "    config = base.get_config(scale)\n"
         "    config.configs, config.seeds = ('configs/grpo.py',), (3,)\n"
@@ -238,7 +238,7 @@ def test_typos_end_in_one_line_before_anything_runs(tmp_path):
     flags = ["--config=configs/sweeps/variants.py:runlocal", f"--workdir={tmp_path}/out"]
     status, output = programs.run("experiments.sweep", *flags, "--set=num_step=3")
     assert status == 2
-    assert output.strip() == "error: configs/grpo.py, set '': 'num_step' is no field; configs/base.py lists them all"
+    assert output.strip() == "error: grpo, set '': 'num_step' is no field; `grpo-jax fields` lists them all"
     assert not (tmp_path / "out").exists()
 
 
@@ -279,7 +279,7 @@ def reported(workdir):
 def test_a_sweep_killed_twice_ends_with_the_report_of_an_unbroken_one(tmp_path):
     sweep, whole, torn, cache = (tmp_path / name for name in ("sweep.py", "whole", "torn", "compiled"))
     sweep.write_text(
-        "from configs.sweeps import base\n"
+        "from grpo_jax.configs.sweeps import base\n"
         "def get_config(scale='runlocal'):\n"
         "    config = base.get_config(scale)\n"
         f"    config.configs, config.seeds, config.sets = ('configs/grpo.py',), (0, 1), {SETS}\n"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from configs import base
 from grpo_jax.config import Config, LearnerConfig, MeshConfig, OverlongConfig, RolloutConfig, parse_config
+from grpo_jax.configs import base
 from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.models.transformer import Architecture, init_params
 from grpo_jax.parallel.sharding import AXES
@@ -155,6 +155,7 @@ class Bigram:
     """Stands in for a ModelDef where the decoder does not matter: each state knows its token and the mean of its prompt."""
 
     lora: None = None
+    hardware: None = None
 
     def bind(self, params):
         return BigramDecoder(params)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.config.aliases import upgrade
+from grpo_jax.config.resolve import resolve
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
+    ChoiceConfig,
     CodeConfig,
     ColumnsConfig,
     Config,
@@ -31,6 +33,7 @@ from grpo_jax.config.schema import (
     OverlongConfig,
     ReasoningGymConfig,
     RegexConfig,
+    RepetitionConfig,
     RewardConfig,
     RolloutConfig,
     ScoringConfig,
@@ -43,6 +46,7 @@ from grpo_jax.config.validation import validate
 __all__ = [
     "ArithmeticConfig",
     "CheckpointConfig",
+    "ChoiceConfig",
     "CodeConfig",
     "ColumnsConfig",
     "Config",
@@ -61,6 +65,7 @@ __all__ = [
     "OverlongConfig",
     "ReasoningGymConfig",
     "RegexConfig",
+    "RepetitionConfig",
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",
@@ -77,4 +82,4 @@ def parse_config(config: Any) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     parsed = build(Config, upgrade(values) if isinstance(values, Mapping) else values, "config")
     validate(parsed)
-    return parsed
+    return resolve(parsed)

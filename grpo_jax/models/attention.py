@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.struct
@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models import flash
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.linear import soft_cap
+from grpo_jax.models.rope import query_scale, rope_tables
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
 # and exp(-inf - -inf) is NaN, in the gradient even where the output is masked.
 MASK_VALUE = -1e30
 BLOCK_QUERIES = 128  # of a row, whose scores exist at a time
 MAX_BLOCKS = 16  # beyond it blocks grow: each is compiled
-
-RopeTables = tuple[Float[Array, "B T 1 halfH"], Float[Array, "B T 1 halfH"]]  # cos, sin
 
 
 @flax.struct.dataclass
@@ -93,11 +94,15 @@ class AttentionView:
 
     rope: RopeTables of their positions, None where they are rotated already. mask_BTU: bool, the keys of their row that they
     see. mask_PGTS: bool, those of their prompt, None without a prompt. The masks may have axes of size 1.
+    rows: the same in a kernel's terms, where accelerators have one; else None.
+    query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
     """
 
     rope: Any
     mask_BTU: jax.Array
     mask_PGTS: jax.Array | None
+    rows: flash.CausalRows | None = None
+    query_scale: jax.Array | None = None
 
 
 def make_views(
@@ -106,6 +111,7 @@ def make_views(
     key_positions_BU: Int[Array, "#B U"],
     mask_BTU: Bool[Array, "#B T U"],
     prefix: Prefix | None,
+    rows: flash.CausalRows | None = None,
 ) -> tuple[AttentionView, AttentionView]:
     """Return what global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
@@ -113,19 +119,22 @@ def make_views(
       arch: says which layers are local, and their window in tokens.
       positions_BT, key_positions_BU: of the queries and of their row's keys, counted in tokens from the prompt's first.
       mask_BTU: bool, causal and without padding, broadcastable over B. prefix: of the rows' prompts, or None.
+      rows: the same for a kernel, or None.
     Returns: (view of global layers, view of local layers).
     """
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
     mask_PGTS = None
     if prefix is not None:
         mask_PGTS = prefix.mask_PS[:, None, None]
-    global_view = AttentionView(rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS)
+    scale_BT11 = query_scale(positions_BT, arch.query_growth)
+    tables = rope_tables(positions_BT, arch.rope, arch.head_dim)
+    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11)
     if not arch.local_layers:
         return global_view, global_view
-    window = arch.sliding_window
-    assert window is not None, "an architecture with local layers has a window"
-    local_BTU = mask_BTU & (positions_BT[:, :, None] - key_positions_BU[:, None, :] < window)
-    if prefix is not None and mask_PGTS is not None:
+    window, local_BTU = arch.sliding_window, mask_BTU
+    if window is not None:
+        local_BTU = mask_BTU & (positions_BT[:, :, None] - key_positions_BU[:, None, :] < window)
+    if window is not None and prefix is not None and mask_PGTS is not None:
         P, S = prefix.mask_PS.shape
         key_positions_PS = jnp.arange(S)[None] - (S - prefix.lengths_P[:, None])  # below 0 on padding, which is masked
         positions_PGT = positions_BT.reshape(P, -1, positions_BT.shape[1])
@@ -133,7 +142,7 @@ def make_views(
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    local_view = AttentionView(rope, local_BTU, mask_PGTS)
+    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11)
     if len(arch.local_layers) == arch.num_layers:
         return local_view, local_view
     return global_view, local_view
@@ -144,11 +153,19 @@ def select_view(views: tuple[AttentionView, AttentionView], is_local: Bool[Array
     if is_local is None:
         return views[0]
     # What both kinds share, often the rotary tables, is handed on and not selected.
-    return jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    view = jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    if view.rows is None:
+        return view
+    return dataclasses.replace(view, rows=dataclasses.replace(view.rows, is_local=is_local))
 
 
 def attend(
-    q_BTNH: Float[Array, "B T N H"], own: KVCache, view: AttentionView, prefix: KVCache | None, scale: float
+    q_BTNH: Float[Array, "B T N H"],
+    own: KVCache,
+    view: AttentionView,
+    prefix: KVCache | None,
+    scale: float,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend to a row's own keys and its prompt's keys, in one softmax over both.
 
@@ -156,15 +173,23 @@ def attend(
       q_BTNH: rotated queries; one, or causal ones, T of them over as many own keys. scale: of the scores.
       own: one layer's, N a multiple of its K. view: the masks of both kinds of keys.
       prefix: one layer's, of the prompts, or None; rows p*G .. p*G+G-1 see prompt p.
+      cap: scores become cap * tanh(scores / cap) before the mask; None: they stay as they are.
     Returns: the heads' outputs, in the dtype of the queries.
     """
+    if flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
+        assert view.rows is not None
+        prompt = None
+        if prefix is not None:
+            prompt = prefix.k.swapaxes(2, 3), prefix.v
+        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, cap)
     # A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
     # backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
     T = q_BTNH.shape[1]
     size = max(BLOCK_QUERIES, -(-T // MAX_BLOCKS))
     if size >= T:
-        return _attend(scale, q_BTNH, own, view, prefix)
-    block = jax.checkpoint(functools.partial(_attend, scale))
+        return _attend(scale, cap, q_BTNH, own, view, prefix)
+    block = jax.checkpoint(functools.partial(_attend, scale, cap))
     outputs = []
     for start in range(0, T, size):
         end = min(start + size, T)
@@ -182,7 +207,12 @@ def _slice_view(view: AttentionView, start: int, end: int) -> AttentionView:
 
 
 def _attend(
-    scale: float, q_BTNH: Float[Array, "B T N H"], own: KVCache, view: AttentionView, prefix: KVCache | None
+    scale: float,
+    cap: float | None,
+    q_BTNH: Float[Array, "B T N H"],
+    own: KVCache,
+    view: AttentionView,
+    prefix: KVCache | None,
 ) -> Float[Array, "B T N H"]:
     """Attend with all queries at once.
 
@@ -196,13 +226,13 @@ def _attend(
     q_BTKRH = q_BTNH.reshape(B, T, K, R, H) * jnp.asarray(scale, q_BTNH.dtype)
     f32 = {"preferred_element_type": jnp.float32}
     own_BKTRU = jnp.einsum("btkrh,bkhu->bktru", q_BTKRH, own.k, **f32)
-    own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], own_BKTRU, MASK_VALUE)
+    own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], soft_cap(own_BKTRU, cap), MASK_VALUE)
     top_BKTR = own_BKTRU.max(-1)
     pre_PKGTRS = None
     if prefix is not None and view.mask_PGTS is not None:
         P = len(prefix.k)
         pre_PKGTRS = jnp.einsum("pgtkrh,pkhs->pkgtrs", q_BTKRH.reshape(P, B // P, T, K, R, H), prefix.k, **f32)
-        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], pre_PKGTRS, MASK_VALUE)
+        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], soft_cap(pre_PKGTRS, cap), MASK_VALUE)
         top_BKTR = jnp.maximum(top_BKTR, _by_row(pre_PKGTRS.max(-1)))
     # The maximum only keeps exp from overflowing; it cancels in the quotient, so no gradient flows through it.
     top_BKTR = jax.lax.stop_gradient(top_BKTR)
@@ -226,36 +256,3 @@ def _by_row(x_PKG: Array) -> Array:
 def _by_prompt(x_BK: Array, num_prompts: int) -> Array:
     """[P*G, K, ...] -> [P, K, G, ...]."""
     return jnp.swapaxes(x_BK.reshape(num_prompts, -1, *x_BK.shape[1:]), 1, 2)
-
-
-def rope_tables(positions_BT: Int[Array, "B T"], rope: Rope, head_dim: int) -> RopeTables:
-    """Compute the cosine and sine of the angle that each position turns each channel pair by.
-
-    Args:
-      positions_BT: in tokens. rope: the frequencies. head_dim: H.
-    Returns: float32 (cos, sin), each [B, T, 1, H/2].
-    """
-    # float32 whatever the compute dtype: around position 1000 a bfloat16 angle is off by up to 2 radians.
-    inverse = _scale_frequencies(rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim), rope)
-    angles = positions_BT.astype(jnp.float32)[..., None] * inverse[None, None]
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def _scale_frequencies(inverse: Float[Array, " halfH"], rope: Rope) -> Float[Array, " halfH"]:
-    """Return the angles a token turns by, in radians, slowed down as `rope` says."""
-    if rope.factor == 1:
-        return inverse
-    if rope.llama3 is None:
-        return inverse / rope.factor
-    # A pair that turns often within the original context says where tokens are relative to each other, and keeps its speed; a
-    # slow one would come to angles it has never seen in training.
-    low, high, context = rope.llama3
-    kept = jnp.clip((inverse * context / (2 * math.pi) - low) / (high - low), 0, 1)  # 1: turns often enough to stay
-    return inverse * (kept + (1 - kept) / rope.factor)
-
-
-def rotate(x_BTNH: Float[Array, "B T N H"], rope: RopeTables) -> Float[Array, "B T N H"]:
-    """Apply RoPE in the half-split layout (channel i pairs with channel i + H/2)."""
-    cos, sin = (table.astype(x_BTNH.dtype) for table in rope)
-    left, right = jnp.split(x_BTNH, 2, -1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)

@@ -17,7 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.families import text_config
 from grpo_jax.models.folders import HUB_FILES, INDEX, SINGLE, new_folder, resolve, with_progress
-from grpo_jax.models.hf import param_slots
+from grpo_jax.models.tensor_names import param_slots
 from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
@@ -54,34 +54,45 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
 
     Args: as `export_folder` has them. folder: exists.
     """
-    sources = {}  # name -> (leaf, layer or None, bytes)
+    parts: dict[str, list[tuple[int, jax.Array, tuple[int, ...]]]] = {}  # name -> (first row, leaf, place in it) of each part
+    num_bytes = {}
     for slot, leaf in zip(param_slots(architecture)[0], jax.tree.leaves(params), strict=True):
-        num_bytes = int(np.prod(slot.shape)) * jnp.dtype(dtype).itemsize
-        for i, name in enumerate(slot.names):
-            sources[name] = leaf, i if slot.is_stacked else None, num_bytes
-    shards = _split_by_size({name: num_bytes for name, (_, _, num_bytes) in sources.items()}, max_shard_bytes)
+        for name, place in zip(slot.names, np.ndindex(slot.stack), strict=True):
+            parts.setdefault(name, []).append((slot.first_row, leaf, place))
+            num_bytes[name] = int(np.prod(slot.stored_shape)) * jnp.dtype(dtype).itemsize
+    shards = _split_by_size(num_bytes, max_shard_bytes)
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
-        # Layer by layer, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers
-        # is ever in the host's memory.
-        tensors = {name: hosts.gather_to_host(_extract_tensor(*sources[name][:2], dtype)) for name in names}
+        tensors = {name: _gather_tensor(parts[name], dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
     if len(shards) > 1:
-        total = sum(num_bytes for _, _, num_bytes in sources.values())
+        total = sum(num_bytes.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _gather_tensor(parts: list[tuple[int, jax.Array, tuple[int, ...]]], dtype: str) -> np.ndarray:
+    """Return one stored tensor on the host, from (first row, leaf, place in it) of its parts."""
+    # Part by part, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers is
+    # ever in the host's memory.
+    rows = [
+        hosts.gather_to_host(_extract_part(leaf, place, dtype)) for _, leaf, place in sorted(parts, key=lambda part: part[0])
+    ]
+    if len(rows) == 1:
+        return rows[0]
+    return np.concatenate(rows)
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def _extract_tensor(leaf: jax.Array, layer: int | jax.Array | None, dtype: str) -> jax.Array:
-    """Return one stored tensor of a leaf; layer: its number, or None if the leaf is not stacked."""
-    if layer is not None:
-        # The number is an argument of the program: as a constant it would compile one for each layer.
-        leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _extract_part(leaf: jax.Array, place: tuple[int, ...], dtype: str) -> jax.Array:
+    """Return one tensor of a leaf; place: its numbers along the stacked axes, () if the leaf is not stacked."""
+    # The numbers are arguments of the program: as constants they would compile one for each layer.
+    for number in place:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
     return leaf.astype(dtype)
 
 

@@ -5,72 +5,299 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import UserError
-from grpo_jax.models.architecture import Architecture, Rope
-from grpo_jax.models.folders import read_json, resolve
+from grpo_jax.files import read_json
+from grpo_jax.models.architecture import NO_ROPE, Architecture
+from grpo_jax.models.folders import resolve
+from grpo_jax.models.rope_settings import TYPES, read_growth, read_rope, rotary_settings
+from grpo_jax.models.settings import Settings, positive, read_flag, read_integer, read_number, unsupported
 
-Settings = Mapping[str, Any]  # of a config.json
+# A setting of config.json -> (field of Architecture, what makes its value of the setting's).
+Reads = Mapping[str, tuple[str, Callable[[Path, Settings, str], Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The facts that a `model_type` implies without saying so in config.json.
+    """The facts that a `model_type` implies without saying so in config.json, and what else it reads there."""
 
-    facts: fields of Architecture that all its models share. defaults: settings that its config.json may leave out.
-    activation: the name of it there. windows: the layers that have the sliding window, "none", "all" or as "layer_types" says.
-    """
+    facts: Settings = dataclasses.field(default_factory=dict)  # fields of Architecture that all its models share
+    defaults: Settings = dataclasses.field(default_factory=dict)  # of settings that its config.json may leave out
+    aliases: Settings = dataclasses.field(default_factory=dict)  # other names of settings -> their own
+    # Settings that become a field as they are. The folder of a family that does not read them must not have them.
+    reads: Reads = dataclasses.field(default_factory=dict)
+    required: Settings = dataclasses.field(default_factory=dict)  # settings it reads, of which the decoder has one value
+    activations: tuple[str, ...] = ("silu",)  # the names of the one it has
+    ffn_key: str = "intermediate_size"  # the setting that is F
+    windows: str = "none"  # the layers that have one: a key of LOCAL_LAYERS, "none" or "without rope"
+    period: int | str = 1  # the number in that rule, or the setting that holds it
+    has_layer_types: bool = False  # `layer_types`, if there, says it instead
+    is_embedding_scaled: bool = False  # embeddings are multiplied by sqrt(D)
+    rope_types: tuple[str, ...] = TYPES
+    has_local_rope: bool = False  # local layers have a rotary embedding of their own
+    has_partial_rope: bool = False  # `partial_rotary_factor` counts, and pairs are interleaved
+    has_query_growth: bool = False  # `llama_4_scaling_beta` counts
 
-    facts: Settings = dataclasses.field(default_factory=dict)
-    defaults: Settings = dataclasses.field(default_factory=dict)
-    activation: str = "silu"
-    windows: str = "none"
-    is_embedding_scaled: bool = False
 
+# Whether layer i has the window, of the family's period: (i, period) -> bool.
+LOCAL_LAYERS: dict[str, Callable[[int, int], bool]] = {
+    "all": lambda i, period: True,
+    "from": lambda i, period: i >= period,
+    "all but every last": lambda i, period: bool((i + 1) % period),
+    "all but every first": lambda i, period: bool(i % period),
+}
+
+
+def _inverse_root(file: Path, config: Settings, key: str) -> float:
+    return read_number(file, config, key) ** -0.5
+
+
+def _cap(file: Path, config: Settings, key: str) -> float | None:
+    """Return a number above 0, or None where the setting is null."""
+    if config.get(key) is None:
+        return None
+    return read_number(file, config, key)
+
+
+# The scalar replaces the head width in 1 / sqrt(H): Gemma 3 27B has 168 = D / N there, with H = 128.
+SCALAR: Reads = {"query_pre_attn_scalar": ("query_scale", _inverse_root)}
+LOGIT_CAP: Reads = {"final_logit_softcapping": ("logit_cap", _cap)}
+SCORE_CAP: Reads = {"attn_logit_softcapping": ("score_cap", _cap)}
+QKV_BIAS: Reads = {"attention_bias": ("qkv_bias", read_flag)}
+O_BIAS: Reads = {"attention_out_bias": ("o_bias", read_flag)}
+MULTIPLIERS: Reads = {
+    "embedding_multiplier": ("embed_scale", read_number),
+    "attention_multiplier": ("query_scale", read_number),
+    "residual_multiplier": ("residual_scale", read_number),
+    "logits_scaling": ("logit_divisor", read_number),
+}
 
 # A config.json may leave out settings that equal transformers' own defaults; Gemma 3's do.
-QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+SWITCH = {"use_sliding_window": False}
+QWEN = {**SWITCH, "sliding_window": 4096, "max_window_layers": 28}
+GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+GEMMA_FACTS = {"norm_plus_one": True, "activation": "gelu_tanh"}
 GEMMA3 = {
+    **GEMMA,
     "vocab_size": 262_208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 256,
     "query_pre_attn_scalar": 256,
-    "tie_word_embeddings": True,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
-    "use_sliding_window": True,
     "sliding_window": 4096,
     "sliding_window_pattern": 6,
 }
+CWM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+MOE: Reads = {
+    "num_experts": ("num_experts", read_integer),
+    "num_experts_per_tok": ("experts_per_token", read_integer),
+    "norm_topk_prob": ("is_router_normalised", read_flag),
+}
+OLMO_FACTS = {"qk_norm": True, "qk_norm_spans_heads": True, "pre_norms": False, "post_norms": True, "norm_rounds_last": True}
+GLM = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7, "attention_bias": True}
+GLM_ROPE = {"partial_rotary_factor": 0.5}
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(defaults={"use_sliding_window": True, "sliding_window": 4096}, windows="all"),
-    "qwen2": Family(facts={"qkv_bias": True}, defaults=QWEN, windows="layer_types"),
-    "qwen3": Family(facts={"qk_norm": True}, defaults={"head_dim": 128, **QWEN}, windows="layer_types"),
-    "gemma3_text": Family(
-        facts={"qk_norm": True, "norm_plus_one": True, "post_norms": True, "activation": "gelu_tanh"},
-        defaults=GEMMA3,
-        activation="gelu_pytorch_tanh",
-        windows="layer_types",
+    "mistral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all"),
+    "qwen2": Family(
+        facts={"qkv_bias": True},
+        defaults={"num_key_value_heads": 32, **QWEN},
+        windows="from",
+        period="max_window_layers",
+        has_layer_types=True,
+    ),
+    "qwen3": Family(
+        facts={"qk_norm": True},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, **QWEN},
+        windows="from",
+        period="max_window_layers",
+        has_layer_types=True,
+    ),
+    "ministral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all", has_layer_types=True),
+    "ministral3": Family(
+        defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3_ROPE},
+        windows="all",
+        has_query_growth=True,
+    ),
+    "qwen3_moe": Family(
+        facts={"qk_norm": True, "mlp": "experts"},
+        defaults={
+            **SWITCH,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        reads=MOE,
+        required={"decoder_sparse_step": 1, "mlp_only_layers": []},  # else some layers were dense
+        ffn_key="moe_intermediate_size",
+        windows="all",
+    ),
+    "gemma": Family(
+        facts=GEMMA_FACTS,
+        defaults={"num_key_value_heads": 16, **GEMMA},
+        activations=("gelu_pytorch_tanh", "gelu"),  # the older name meant the same
         is_embedding_scaled=True,
     ),
+    "gemma2": Family(
+        facts={**GEMMA_FACTS, "post_norms": True},
+        defaults={
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        reads={**SCALAR, **LOGIT_CAP, **SCORE_CAP},
+        activations=("gelu_pytorch_tanh",),
+        windows="all but every last",
+        period=2,
+        has_layer_types=True,
+        is_embedding_scaled=True,
+    ),
+    "gemma3_text": Family(
+        facts={**GEMMA_FACTS, "qk_norm": True, "post_norms": True},
+        defaults=GEMMA3,
+        reads={**SCALAR, **LOGIT_CAP},
+        activations=("gelu_pytorch_tanh",),
+        windows="all but every last",
+        period="sliding_window_pattern",
+        has_layer_types=True,
+        is_embedding_scaled=True,
+        has_local_rope=True,
+    ),
+    "phi3": Family(
+        facts={"layout": ("joined_qkv", "joined_gate_up")},
+        defaults={"rms_norm_eps": 1e-5},
+        windows="all",
+        rope_types=("default",),
+    ),
+    "smollm3": Family(
+        defaults={
+            **SWITCH,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_theta": 2_000_000.0,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        windows="without rope",
+        has_layer_types=True,
+    ),
+    "seed_oss": Family(
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
+        reads={**QKV_BIAS, **O_BIAS},
+    ),
+    "cwm": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "rope_parameters": CWM_ROPE,
+            "sliding_window": 8192,
+        },
+        windows="all but every first",
+        period=4,
+        has_layer_types=True,
+    ),
+    "olmo2": Family(facts=OLMO_FACTS, defaults={"rms_norm_eps": 1e-5}),
+    "olmo3": Family(
+        facts=OLMO_FACTS,
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0, "sliding_window": 4096},
+        windows="all but every last",
+        period=4,
+        has_layer_types=True,
+        has_local_rope=True,
+        # transformers leaves the local layers' at this value, whatever `rope_theta` says.
+        required={"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
+    ),
+    "granite": Family(defaults=dict.fromkeys(MULTIPLIERS, 1.0), reads=MULTIPLIERS),
+    "glm": Family(
+        facts={"layout": ("joined_gate_up",)},
+        defaults={**GLM, **GLM_ROPE},
+        reads=QKV_BIAS,
+        has_partial_rope=True,
+    ),
+    "glm4": Family(
+        facts={"layout": ("joined_gate_up", "glm4_norms"), "post_norms": True},
+        defaults={**GLM, **GLM_ROPE},
+        reads=QKV_BIAS,
+        has_partial_rope=True,
+    ),
 }
-# Models of text and images: what makes a config.json of its own out of their `text_config`.
-TEXT_OF = {"gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}}
-SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for text and images
 
-# Settings with which the decoder would compute something else: key -> the one value (besides null and absent) it has.
-REQUIRED_SETTINGS = {
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """The change that makes a config.json of a known family of that of a model which does more than continue a text.
+
+    settings: that replace its own. left_out: settings that are no text's.
+    """
+
+    settings: Settings = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ("vision_config", "auto_map")
+
+
+QWEN2_TEXT = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+TEXT_OF = {
+    "gemma3": TextPart({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}),
+    "qwen2_5_vl": TextPart(QWEN2_TEXT),
+    "qwen3_vl": TextPart({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
+    "mistral3": TextPart(),
+    "mimo": TextPart(QWEN2_TEXT, left_out=("auto_map", "num_nextn_predict_layers")),
+}
+# What the families of `mistral3`'s text are called as models of their own.
+CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+SHARED = ("dtype", "torch_dtype", "eos_token_id")  # settings that the text may leave to the whole
+OF_WHOLE = ("tie_word_embeddings",)  # settings of which transformers takes the whole's
+
+# Settings with which the decoder would compute something else -> the one value, besides null and absent, that they may have in
+# a family that does not read them. transformers ignores some of them there; but who sets one means it.
+NEUTRAL = {
     "attention_bias": False,
+    "attention_out_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "query_pre_attn_scalar": None,
     "attn_logit_softcapping": None,  # transformers' Gemma 3 has the setting and ignores it
+    "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
+    "is_causal": True,
+    "no_rope_layers": None,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "num_experts": None,
+    "num_local_experts": None,
 }
 
 
@@ -83,12 +310,29 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"model.path = {os.fspath(path)!r}: the folder has no config.json")
     config = read_json(file)
-    kind = str(config.get("model_type"))
-    if kind in TEXT_OF and isinstance(config.get("text_config"), dict):
-        shared = {key: config[key] for key in SHARED if key in config}
-        config = {**shared, **config["text_config"], **TEXT_OF[kind]}
-    elif kind not in FAMILIES:
-        raise _unsupported(file, "model_type", config.get("model_type"), ", ".join(FAMILIES))
+    part = TEXT_OF.get(str(config.get("model_type")))
+    if part is not None:
+        config = _text_part(config, part)
+    kind = config.get("model_type")
+    if str(kind) not in FAMILIES:
+        raise unsupported(file, "model_type", kind, ", ".join([*FAMILIES, *TEXT_OF]))
+    return config
+
+
+def _text_part(config: dict[str, Any], part: TextPart) -> dict[str, Any]:
+    """Return the settings of a model of text alone."""
+    if isinstance(config.get("text_config"), dict):
+        shared, of_whole = ({key: config[key] for key in keys if config.get(key) is not None} for keys in (SHARED, OF_WHOLE))
+        config = {**shared, **config["text_config"], **of_whole}
+    config = {key: value for key, value in config.items() if key not in part.left_out} | part.settings
+    if config.get("model_type") in CLASSES:
+        config["architectures"] = [CLASSES[config["model_type"]]]
+    # Time, height and width of an image turn channels of their own. A text's tokens are at one place on all three: the plain
+    # embedding, which is what a model of text alone calls it.
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(config.get(key), dict) and "mrope_section" in config[key]:
+            plain = {name: value for name, value in config[key].items() if not name.startswith("mrope_")}
+            config[key] = {name: "default" if value == "mrope" else value for name, value in plain.items()}
     return config
 
 
@@ -99,143 +343,135 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
     """
     file, config = resolve(path) / "config.json", text_config(path)
     family = FAMILIES[config["model_type"]]
+    if config.get("rope_parameters") is None:  # null is as good as absent
+        config.pop("rope_parameters", None)
+    for alias, own in family.aliases.items():
+        if alias in config and config[alias] != config.setdefault(own, config[alias]):
+            raise UserError(f"{file}: {alias} = {json.dumps(config[alias])} beside {own} = {json.dumps(config[own])}")
     config = {**family.defaults, **config}
     _check_settings(file, config, family)
-    dim, num_heads = _integer(file, config, "hidden_size"), _integer(file, config, "num_attention_heads")
-    num_kv_heads = _integer(file, config, "num_key_value_heads", num_heads)
+    dim, num_heads = read_integer(file, config, "hidden_size"), read_integer(file, config, "num_attention_heads")
+    num_kv_heads = read_integer(file, config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise UserError(f"{file}: num_key_value_heads = {num_kv_heads} must divide num_attention_heads = {num_heads}")
-    num_layers = _integer(file, config, "num_hidden_layers")
-    window, local_layers = _windows(file, config, family, num_layers)
-    rope, local_rope = _ropes(file, config)
-    optional: dict[str, Any] = dict(family.facts)
+    optional = dict(family.facts)
     if family.is_embedding_scaled:
         optional["embed_scale"] = dim**0.5
-    # The scalar replaces the head width in 1 / sqrt(H): Gemma 3 27B has 168 = D / N there, with H = 128.
-    if config.get("query_pre_attn_scalar") is not None:
-        optional["query_scale"] = float(config["query_pre_attn_scalar"]) ** -0.5
-    if config.get("final_logit_softcapping") is not None:
-        optional["logit_cap"] = float(config["final_logit_softcapping"])
-    if local_layers:
-        optional["local_rope"] = local_rope
+    optional.update({field: read(file, config, key) for key, (field, read) in family.reads.items()})
     return Architecture(
-        vocab_size=_integer(file, config, "vocab_size"),
+        vocab_size=read_integer(file, config, "vocab_size"),
         dim=dim,
-        num_layers=num_layers,
+        num_layers=read_integer(file, config, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_integer(file, config, "head_dim", dim // num_heads),
-        ffn_dim=_integer(file, config, "intermediate_size"),
-        rope=rope,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        sliding_window=window,
-        local_layers=local_layers,
-        **optional,
+        head_dim=read_integer(file, config, "head_dim", dim // num_heads),
+        norm_eps=positive(config.get("rms_norm_eps", 1e-6), f"{file}: rms_norm_eps"),
+        tie_embeddings=read_flag(file, {"tie_word_embeddings": False, **config}, "tie_word_embeddings"),
+        **{"ffn_dim": read_integer(file, config, family.ffn_key), **_positions(file, config, family), **optional},
     )
 
 
 def _check_settings(file: Path, config: Settings, family: Family) -> None:
     # A setting that was ignored here would still load and train, with other logits than the model's: nothing would show it.
-    required = {"hidden_act": family.activation, "hidden_activation": family.activation, **REQUIRED_SETTINGS}
-    if family.windows == "none":
-        required["use_sliding_window"] = False
+    is_read = {*family.reads, *family.defaults, *family.aliases}
+    required = {key: value for key, value in NEUTRAL.items() if key not in is_read} | dict(family.required)
     if family.facts.get("qkv_bias"):
         del required["attention_bias"]  # this family always has the bias and does not look at the setting
+    if "use_sliding_window" not in family.defaults:  # nor at this one: a window that is there holds
+        required["use_sliding_window"] = family.windows != "none" and config.get("sliding_window") is not None
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key) not in (None, *family.activations):
+            raise unsupported(file, key, config[key], ", ".join(family.activations))
     for key, value in required.items():
         if config.get(key) in (None, value):
             continue
         if value is None:
-            raise _unsupported(file, key, config[key], "absent")
-        raise _unsupported(file, key, config[key], value)
+            raise unsupported(file, key, config[key], "absent")
+        raise unsupported(file, key, config[key], value)
 
 
-def _windows(file: Path, config: Settings, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """Return (tokens that a local layer's query sees, the local layers' numbers)."""
-    kinds = config.get("layer_types")
-    has_window = family.windows != "none" and config["use_sliding_window"] and config.get("sliding_window") is not None
+def _positions(file: Path, config: Settings, family: Family) -> dict[str, Any]:
+    """Return the fields of Architecture that say where layers look: windows and rotary embeddings."""
+    unturned = _layers_without_rope(file, config, family)
+    window, windowed = _windows(file, config, family, unturned)
+    key, given, local = rotary_settings(file, config, family.has_local_rope)
+    share = config.get("partial_rotary_factor")
+    if given.get("partial_rotary_factor") is not None:
+        share = given["partial_rotary_factor"]
+    share = positive(1.0 if share is None else share, f"{file}: partial_rotary_factor")
+    if share > 1 or (share < 1 and not family.has_partial_rope):
+        raise unsupported(file, f"{key}.partial_rotary_factor", share, 1.0)
+    rope = read_rope(file, config, key, given, config.get("rope_theta", 10_000.0), family.rope_types, share)
+    fields: dict[str, Any] = {"rope": dataclasses.replace(rope, is_interleaved=family.has_partial_rope)}
+    if family.has_query_growth:
+        fields["query_growth"] = read_growth(file, key, given)
+    elif given.get("llama_4_scaling_beta") is not None:
+        raise unsupported(file, f"{key}.llama_4_scaling_beta", given["llama_4_scaling_beta"], "absent")
+    if windowed and unturned and windowed != unturned:
+        raise unsupported(file, "layer_types", config.get("layer_types"), "windows in the layers without RoPE alone")
+    if windowed or unturned:
+        fields |= {"sliding_window": window, "local_layers": windowed or unturned}
+    if unturned:
+        fields["local_rope"] = NO_ROPE
+    elif family.has_local_rope and windowed:
+        theta = config["rope_local_base_freq"]
+        fields["local_rope"] = read_rope(file, config, key, local, theta, family.rope_types, 1.0)
+    return fields
+
+
+def _layers_without_rope(file: Path, config: Settings, family: Family) -> tuple[int, ...]:
+    """Return the numbers of the layers that have no rotary embedding, where a family has such."""
+    if "no_rope_layers" not in family.defaults:
+        return ()
+    num_layers = read_integer(file, config, "num_hidden_layers")
+    turned = config.get("no_rope_layers")
+    if turned is None:
+        period = read_integer(file, config, "no_rope_layer_interval")
+        turned = [(i + 1) % period for i in range(num_layers)]
+    if not isinstance(turned, list) or len(turned) < num_layers:
+        raise UserError(f"{file}: no_rope_layers = {json.dumps(turned)}: expected a number for each of {num_layers} layers")
+    return tuple(i for i in range(num_layers) if not turned[i])
+
+
+def _windows(file: Path, config: Settings, family: Family, unturned: tuple[int, ...]) -> tuple[int | None, tuple[int, ...]]:
+    """Return (tokens that a local layer's query sees, the local layers' numbers).
+
+    Args:
+      file: config.json. config: its settings. family: says how they are read. unturned: the layers without RoPE.
+    """
+    num_layers, kinds = read_integer(file, config, "num_hidden_layers"), config.get("layer_types")
+    is_on = family.windows != "none" and (config.get("use_sliding_window") or "use_sliding_window" not in family.defaults)
+    has_window = is_on and config.get("sliding_window") is not None
     known = ["full_attention"]
-    if has_window and family.windows == "layer_types":
+    if has_window and family.has_layer_types:
         known.append("sliding_attention")
+    if not isinstance(kinds, list | None):
+        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
     for kind in kinds or ():
         if kind not in known:
-            raise _unsupported(file, "layer_types", kind, ", ".join(known))
+            raise unsupported(file, "layer_types", kind, ", ".join(known))
     if not has_window:
         return None, ()
-    window = _integer(file, config, "sliding_window")
-    if family.windows == "all":
-        return window, tuple(range(num_layers))
-    # Older files say the kinds by a rule: the last of every `sliding_window_pattern` layers is global (Gemma 3), or all from
-    # `max_window_layers` on are local (Qwen).
-    if kinds is None and "sliding_window_pattern" in config:
-        pattern = _integer(file, config, "sliding_window_pattern")
-        local = [bool((i + 1) % pattern) for i in range(num_layers)]
-    elif kinds is None:
-        local = [i >= config["max_window_layers"] for i in range(num_layers)]
-    elif len(kinds) != num_layers:
-        raise UserError(f"{file}: layer_types has {len(kinds)} entries; num_hidden_layers = {num_layers}")
-    else:
+    window = read_integer(file, config, "sliding_window")
+    if kinds is not None and family.has_layer_types:
+        if len(kinds) != num_layers:
+            raise UserError(f"{file}: layer_types has {len(kinds)} entries; num_hidden_layers = {num_layers}")
         local = [kind == "sliding_attention" for kind in kinds]
+    elif family.windows == "without rope":
+        local = [i in unturned for i in range(num_layers)]
+    else:
+        local = [LOCAL_LAYERS[family.windows](i, _period(file, config, family)) for i in range(num_layers)]
     local_layers = tuple(i for i, is_local in enumerate(local) if is_local)
     if not local_layers:  # a window that no layer has would be another architecture, and another compiled program
         return None, ()
     return window, local_layers
 
 
-def _ropes(file: Path, config: Settings) -> tuple[Rope, Rope | None]:
-    """Return the rotary embedding, and that of local layers if they have another."""
-    # transformers 5 keeps all of it in `rope_parameters` (one for each kind of layer, if they differ), older ones in
-    # `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The key is kept, as messages name it.
-    key = "rope_parameters"
-    if config.get("rope_scaling"):
-        key = "rope_scaling"
-    given, local = config.get(key) or {}, {}
-    if "full_attention" in given:
-        given, local = given["full_attention"] or {}, given.get("sliding_attention") or {}
-    theta, local_theta = config.get("rope_theta"), config.get("rope_local_base_freq")
-    rope = _rope(file, config, key, given, theta)
-    if not local and local_theta is None:
-        return rope, None
-    return rope, _rope(file, config, key, local, local_theta)
-
-
-def _rope(file: Path, config: Settings, key: str, given: Settings, theta: float | None) -> Rope:
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise _unsupported(file, f"{key}.rope_type", kind, "default, linear, llama3")
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported(file, f"{key}.partial_rotary_factor", given["partial_rotary_factor"], 1.0)
-    theta = given.get("rope_theta", theta)
-    if theta is None:
-        theta = 10_000.0
-    theta = float(theta)
-    if kind == "default":
-        return Rope(theta)
-
-    def number(name: str, default: Any = None) -> int | float:
-        value = given.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{file}: {key}.{name} = {json.dumps(value)}: expected a number above 0, for {kind} scaling")
-        return value
-
-    if kind == "linear":
-        return Rope(theta, float(number("factor")))
-    low, high = float(number("low_freq_factor")), float(number("high_freq_factor"))
-    if high <= low:
-        raise UserError(f"{file}: {key}.high_freq_factor = {high}: must be above low_freq_factor = {low}")
-    context = number("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return Rope(theta, float(number("factor")), (low, high, int(context)))
-
-
-def _unsupported(file: Path, key: str, value: Any, supported: Any) -> UserError:
-    return UserError(f"{file}: {key} = {json.dumps(value)} is not supported; supported: {supported}")
-
-
-def _integer(file: Path, config: Settings, key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    # A bool is an int in Python, and true would be taken for 1.
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a positive integer")
-    return value
+def _period(file: Path, config: Settings, family: Family) -> int:
+    """Return the number in the rule that says which layers have the window."""
+    if isinstance(family.period, int):
+        return family.period
+    value = config[family.period]
+    if value == 0 and family.windows == "from":  # from the first layer on
+        return 0
+    return read_integer(file, config, family.period)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +22,25 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.folders import INDEX, SINGLE, read_json, resolve, with_progress
-from grpo_jax.models.transformer import init_params
+from grpo_jax.models.folders import INDEX, SINGLE, resolve, with_progress
+from grpo_jax.models.tensor_names import EMBED, HEAD, Slot, param_slots
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.types import Params
 
-# Ours -> theirs; `{}` is the layer's number, our leading axis. Which of these exist follows from the architecture.
-NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "layers.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.attn.q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.attn.q.bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers.attn.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
-    "layers.attn.k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.attn.k.bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers.attn.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
-    "layers.attn.v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.attn.v.bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers.attn.o.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm.weight": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-# With norms after attention and MLP too, the name of Llama's second norm is given to another one.
-POST_NORM_NAMES = {
-    "layers.attn_post_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.mlp_norm.weight": "model.layers.{}.pre_feedforward_layernorm.weight",
-    "layers.mlp_post_norm.weight": "model.layers.{}.post_feedforward_layernorm.weight",
-}
-EMBED, HEAD = NAMES["embed"], NAMES["head"]
 IGNORED_END = ".rotary_emb.inv_freq"  # a buffer that old checkpoints carry; it follows from rope_theta
-IMAGES, TEXT = ("vision_tower.", "multi_modal_projector."), "language_model."  # prefixes in models of text and images
+# Prefixes in models that do more than continue a text: of the text's own tensors, and of what is left out.
+TEXT = {"language_model.": "", "model.language_model.": "model."}
+LEFT_OUT = {
+    "images": (
+        *("vision_tower.", "multi_modal_projector.", "visual."),
+        *("model.vision_tower.", "model.multi_modal_projector.", "model.visual."),
+    ),
+    "the prediction of several tokens": ("model.mtp_layers.",),
+}
 SOURCE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROWS = 4096  # rows at a time, where two stored tensors are compared
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One leaf of the parameters: the tensors it is made of (one a layer, if stacked) and the shape of each."""
-
-    names: list[str]
-    shape: tuple[int, ...]
-    is_stacked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,37 +52,25 @@ class _Tensor:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self, sharding: Sharding) -> jax.Array:
-        """Read the tensor as an array of this sharding. A process reads the shards of its own devices, each of them once."""
+    def read(self, sharding: Sharding, shape: tuple[int, ...], first_row: int) -> jax.Array:
+        """Read the tensor, or rows of it, as an array of this sharding.
+
+        A process reads the shards of its own devices, each of them once.
+
+        Args:
+          sharding: of the result. shape: of the result, the tensor's own or one of fewer rows. first_row: where those begin.
+        """
         stored, shards = self.file.get_slice(self.name), {}
 
         # JAX asks once for each device. Those that replicate a shard get the same array, and the file is read once.
         def read_shard(index: Any) -> np.ndarray:
-            key = tuple(each.indices(size) for each, size in zip(index, self.shape, strict=True))
+            key = tuple(each.indices(size) for each, size in zip(index, shape, strict=True))
             if key not in shards:
-                shards[key] = stored[index]
+                (start, stop, _), *_ = key
+                shards[key] = stored[slice(first_row + start, first_row + stop), *index[1:]]
             return shards[key]
 
-        return jax.make_array_from_callback(self.shape, sharding, read_shard)
-
-
-def param_slots(architecture: Architecture) -> tuple[list[Slot], Any]:
-    """Return the decoder's leaves as slots, in their order, and the tree they form."""
-    their_names = dict(NAMES)
-    if architecture.post_norms:
-        their_names.update(POST_NORM_NAMES)
-    # From the decoder itself, abstractly: a second list of its parameters could differ from it.
-    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    slots = []
-    for keys, leaf in leaves:
-        ours = ".".join(str(key.key) for key in keys)
-        is_stacked = ours.startswith("layers.")
-        names = [their_names[ours]]
-        if is_stacked:
-            names = [their_names[ours].format(i) for i in range(architecture.num_layers)]
-        slots.append(Slot(names, leaf.shape[is_stacked:], is_stacked))
-    return slots, treedef
+        return jax.make_array_from_callback(shape, sharding, read_shard)
 
 
 def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype: Any, shardings: Any) -> Params:
@@ -129,7 +93,36 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
         _check_tensors(folder, architecture, slots, tensors)
         each = jax.tree.leaves(jax.tree.broadcast(shardings, jax.tree.unflatten(treedef, slots)))
         work = with_progress(list(zip(slots, each, strict=True)), "loading weights")
-        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work])
+        leaves = [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work]
+    _check_finite(folder, slots, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> None:
+    """Raise UserError naming the first tensor that holds NaN or infinity."""
+    # One such number makes every log-probability NaN, and nothing later would say which it was.
+    found = find_not_finite(leaves)
+    if found:
+        (key, *_), place = found[0]
+        slot = slots[key.idx]
+        name = slot.names[place] if slot.is_stacked else f"{slot.names[0]} (at index {place})"
+        raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
+
+
+def check_weights(path: str | os.PathLike[str], architecture: Architecture) -> int:
+    """Read every number of the weights in `path`, one tensor at a time, and keep none; -> how many numbers there are.
+
+    Raises: UserError, as `load_params`.
+    """
+    folder = resolve(path)
+    slots, _ = param_slots(architecture)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        _check_tensors(folder, architecture, slots, tensors)
+        for name in with_progress([name for slot in slots for name in slot.names], "reading weights"):
+            if not np.isfinite(tensors[name].file.get_tensor(name).astype(np.float32)).all():
+                raise UserError(f"{folder}: tensor {name} holds NaN or infinity; fetch or export it again")
+        return sum(math.prod(slot.shape) * len(slot.names) for slot in slots)
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
@@ -142,22 +135,24 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 
 
 def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """Load a leaf onto its devices; a stacked one is filled layer by layer."""
+    """Load a leaf onto its devices; a stacked one is filled tensor by tensor."""
+    of_one = _unstacked_sharding(sharding, len(slot.stack))
+    parts = (tensors[name].read(of_one, slot.shape, slot.first_row) for name in slot.names)
     if not slot.is_stacked:
-        return _cast(tensors[slot.names[0]].read(sharding), dtype, sharding)
-    stacked = jnp.zeros((len(slot.names), *slot.shape), dtype, device=sharding)
-    for i, name in enumerate(slot.names):
-        stacked = _write(stacked, tensors[name].read(_layer_sharding(sharding)), i, sharding)
+        return _cast(next(parts), dtype, sharding)
+    stacked = jnp.zeros((*slot.stack, *slot.shape), dtype, device=sharding)
+    for place, part in zip(np.ndindex(slot.stack), parts, strict=True):
+        stacked = _write(stacked, part, place, sharding)
         # JAX does not wait for a device: without this, tensors still under way would pile up on the host.
         jax.block_until_ready(stacked)
     return stacked
 
 
-def _layer_sharding(sharding: Sharding) -> Sharding:
-    """Return the sharding of one layer's tensor, from that of all of them stacked; the layers' axis is not sharded."""
+def _unstacked_sharding(sharding: Sharding, num_axes: int) -> Sharding:
+    """Return the sharding of one tensor, from that of all of them stacked; the axes they are stacked on are not sharded."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[num_axes:]))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -167,8 +162,8 @@ def _cast(tensor: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
 
 # Donated: written in place, or each layer would make a second copy of all of them.
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stacked: jax.Array, tensor: jax.Array, layer: int | jax.Array, sharding: Sharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(stacked.at[layer].set(tensor.astype(stacked.dtype)), sharding)
+def _write(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(stacked.at[place].set(tensor.astype(stacked.dtype)), sharding)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
@@ -183,7 +178,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict) or not promised:
             raise UserError(f"{folder / INDEX}: weight_map is missing or empty")
-        files = [folder / name for name in sorted(set(promised.values()))]
+        files = [folder / _require_name(folder / INDEX, name) for name in sorted(set(map(str, promised.values())))]
     else:
         raise UserError(f"model.path = {str(folder)!r}: the folder has neither {SINGLE} nor {INDEX}")
     tensors = {}
@@ -198,11 +193,38 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     lost = sorted(set(promised) - set(tensors))
     if lost:
         raise UserError(f"{folder / promised[lost[0]]}: tensor {lost[0]} is missing, though {INDEX} places it there")
-    return {name.removeprefix(TEXT): tensor for name, tensor in tensors.items() if not name.startswith(IMAGES)}
+    return _own_names(folder, tensors)
+
+
+def _own_names(folder: Path, tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    """Return the tensors of the text's decoder, under the names of a model of text alone; the others are named once."""
+    kept = dict(tensors)
+    for what, prefixes in LEFT_OUT.items():
+        others = [name for name in tensors if name.startswith(prefixes)]
+        for name in others:
+            del kept[name]
+        if others and jax.process_index() == 0:
+            print(f"{folder}: left out {len(others)} tensors for {what}, the first is {others[0]}", file=sys.stderr)
+
+    def rename(name: str) -> str:
+        for prefix, own in TEXT.items():
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+        return name
+
+    return {rename(name): tensor for name, tensor in kept.items()}
+
+
+def _require_name(file: Path, name: str) -> str:
+    """Return the name of a file beside `file`; UserError if it leads elsewhere."""
+    # A folder from elsewhere must not make the loader open what is outside of it.
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise UserError(f"{file}: weight_map names {name!r}; expected names of safetensors files in the same folder")
+    return name
 
 
 def _check_tensors(folder: Path, architecture: Architecture, slots: list[Slot], tensors: dict[str, _Tensor]) -> None:
-    wanted = {name: slot.shape for slot in slots for name in slot.names}
+    wanted = {name: slot.stored_shape for slot in slots for name in slot.names}
     missing = sorted(set(wanted) - set(tensors))
     if missing:
         raise UserError(f"{folder}: tensor {missing[0]} {wanted[missing[0]]} is missing{_and_more(missing)}")
@@ -231,7 +253,7 @@ def _are_equal(left: _Tensor, right: _Tensor) -> bool:
     return all(np.array_equal(left_rows[span], right_rows[span]) for span in spans)
 
 
-def _and_more(names: list[str]) -> str:
+def _and_more(names: list[Any]) -> str:
     if len(names) == 1:
         return ""
     return f" (and {len(names) - 1} more)"

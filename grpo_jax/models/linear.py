@@ -40,10 +40,14 @@ def head_logits(hidden_CD: Float[Array, "C D"], head_VD: Float[Array, "V D"], ca
     Returns: float32 [C, V].
     """
     # float32 from the product on: a log-probability is a small difference of large logits, and bfloat16 would round it away.
-    logits_CV = project(hidden_CD, head_VD, jnp.float32)
+    return soft_cap(project(hidden_CD, head_VD, jnp.float32), cap)
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Return cap * tanh(x / cap); x itself if there is no cap."""
     if cap is None:
-        return logits_CV
-    return cap * jnp.tanh(logits_CV / cap)
+        return x
+    return cap * jnp.tanh(x / cap)
 
 
 @jax.custom_vjp

@@ -19,10 +19,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, rotate, select_view
+from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
+from grpo_jax.models.experts import Experts, count_choices
+from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
+from grpo_jax.models.rope import rotate
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
 
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
@@ -76,7 +81,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, dim: int, arch: Architecture):
         fill = jnp.zeros if arch.norm_plus_one else jnp.ones  # a fresh norm multiplies by 1
         self.weight = nnx.Param(fill(dim))
-        self.eps, self.plus_one = arch.norm_eps, arch.norm_plus_one
+        self.eps, self.plus_one, self.rounds_last = arch.norm_eps, arch.norm_plus_one, arch.norm_rounds_last
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         x32 = x.astype(jnp.float32)
@@ -85,6 +90,8 @@ class RMSNorm(nnx.Module):
         # rounds first. Loaded weights give the same logits only if it is done their way.
         if self.plus_one:
             return (normed * _like(1 + self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
+        if self.rounds_last:
+            return (normed * _like(self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
         return normed.astype(x.dtype) * _like(self.weight[...].astype(x.dtype), x)
 
 
@@ -109,9 +116,11 @@ class Attention(nnx.Module):
         self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
         self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
         self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
-        self.o = Linear(q_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("o_proj"), rngs=rngs)
-        self.q_norm = _norm_if(arch.qk_norm, arch.head_dim, arch)
-        self.k_norm = _norm_if(arch.qk_norm, arch.head_dim, arch)
+        scale = (2 * arch.num_layers) ** -0.5
+        self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
+        spans = arch.qk_norm_spans_heads
+        self.q_norm = _norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
+        self.k_norm = _norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
 
     def __call__(
         self,
@@ -129,14 +138,20 @@ class Attention(nnx.Module):
           cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
         Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
         """
-        heads = (*x_BTD.shape[:2], -1, self.arch.head_dim)
-        q_BTNH, k_BTKH, v_BTKH = (proj(x_BTD).reshape(heads) for proj in (self.q, self.k, self.v))
-        q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
+        if arch.qk_norm_spans_heads:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
+        else:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
+        q_BTNH, k_BTKH = (rotate(x, view.rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
+        if view.query_scale is not None:
+            q_BTNH = q_BTNH * view.query_scale.astype(q_BTNH.dtype)
         # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
-        own = KVCache.of(rotate(k_BTKH, view.rope), v_BTKH)
+        own = KVCache.of(k_BTKH, v_BTKH)
         if cache is not None:
             own = cache.update(own, slot)
-        out_BTNH = attend(rotate(q_BTNH, view.rope), own, view, prefix, self.arch.attention_scale)
+        out_BTNH = attend(q_BTNH, own, view, prefix, arch.attention_scale, arch.score_cap)
         return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
 
 
@@ -150,20 +165,29 @@ class MLP(nnx.Module):
         self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
         self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "*lead D"]) -> tuple[Float[Array, "*lead D"], None]:
+        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x)), None
+
+
+def _experts(arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs) -> Experts:
+    return Experts(arch, ACTIVATIONS[arch.activation], lora=lora, rngs=rngs)
+
+
+# `Architecture.mlp` -> what makes it. It returns its output, and the numbers of each token's experts if it has such.
+MLPS = {"dense": MLP, "experts": _experts}
 
 
 class Block(nnx.Module):
-    """One pre-norm layer; with `post_norms` what it adds is normed too."""
+    """One layer. What enters attention and MLP is normed (`pre_norms`), or what they add (`post_norms`), or both."""
 
     def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(arch.dim, arch)
+        self.attn_norm = _norm_if(arch.pre_norms, arch.dim, arch)
         self.attn = Attention(arch, lora=lora, rngs=rngs)
         self.attn_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
-        self.mlp_norm = RMSNorm(arch.dim, arch)
-        self.mlp = MLP(arch, lora=lora, rngs=rngs)
+        self.mlp_norm = _norm_if(arch.pre_norms, arch.dim, arch)
+        self.mlp = MLPS[arch.mlp](arch, lora=lora, rngs=rngs)
         self.mlp_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
+        self.residual_scale = arch.residual_scale
 
     def __call__(
         self,
@@ -172,15 +196,16 @@ class Block(nnx.Module):
         prefix: KVCache | None = None,
         cache: KVCache | None = None,
         slot: int | Int[Array, "..."] = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    ) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "B T k"] | None]:
         """Run the layer.
 
         Args: as `Attention.__call__` has them; x_BTD is the residual stream.
-        Returns: (the residual stream after this layer, keys and values as `Attention` gives them).
+        Returns: (the residual stream after this layer, keys and values as `Attention` gives them, its tokens' experts or None).
         """
         attn_BTD, kv = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
-        x_BTD = x_BTD + self.attn_post_norm(attn_BTD)
-        return x_BTD + self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))), kv
+        x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
+        mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), kv, chosen_BTk
 
 
 class Decoder(nnx.Module):
@@ -194,6 +219,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         lora: LoRA | None = None,
         gather: GatherLayer | None = None,
+        hardware: Hardware | None = None,
         rngs: nnx.Rngs,
     ):
         """Draw fresh parameters.
@@ -201,8 +227,10 @@ class Decoder(nnx.Module):
         Args:
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
+          hardware: accelerators that the program is compiled for, or None.
         """
         self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
+        self.hardware = hardware
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
         self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
@@ -221,6 +249,11 @@ class Decoder(nnx.Module):
     def logit_cap(self) -> float | None:
         """The bound of the head's logits, a soft one (`models.linear.head_logits`); None: they have none."""
         return self.arch.logit_cap
+
+    def finish(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        """Return the final hidden states of the residual stream behind the last layer."""
+        # Logits are products of these with the head: whatever divides the logits divides them.
+        return scaled(self.final_norm(x), 1 / self.arch.logit_divisor)
 
     def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
         """Return what enters the first layer, in the compute dtype."""
@@ -243,17 +276,17 @@ class Decoder(nnx.Module):
             return block(x_BTD, select_view(views, is_local))[0], None
 
         hidden_BTD, _ = self._scan_layers(layer, self.embed_tokens(tokens_BT))
-        return self.final_norm(hidden_BTD)
+        return self.finish(hidden_BTD)
 
     def encode_prompts(self, tokens_PS: Int[Array, "P S"], mask_PS: Shaped[Array, "P S"]) -> tuple[Float[Array, "P D"], Prefix]:
         """Run left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
-            return block(x_PSD, select_view(views, is_local))
+            return block(x_PSD, select_view(views, is_local))[:2]
 
         hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
-        return self.final_norm(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
+        return self.finish(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
 
     def forward_with_prefix(
         self,
@@ -268,18 +301,42 @@ class Decoder(nnx.Module):
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
         Returns: (hidden_PD at each prompt's last token, hidden_BTD), after the final norm.
         """
+        return self.forward_with_load(tokens_PS, mask_PS, tokens_BT, mask_BT)[:2]
+
+    def forward_with_load(
+        self,
+        tokens_PS: Int[Array, "P S"],
+        mask_PS: Shaped[Array, "P S"],
+        tokens_BT: Int[Array, "B T"],
+        mask_BT: Shaped[Array, "B T"],
+    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Float[Array, "L E"] | None]:
+        """Run prompts and their completions as `forward_with_prefix`, and count the tokens that each expert takes.
+
+        Args: as there.
+        Returns: (hidden_PD, hidden_BTD, tokens by layer and expert or None without experts), padding not counted.
+        """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
         prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kv = block(x_PSD, select_view(prompt_views, is_local))
-            x_BTD, _ = block(x_BTD, select_view(views, is_local), kv)
-            return (x_PSD, x_BTD), None
+            x_PSD, kv, chosen_PSk = block(x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _, chosen_BTk = block(x_BTD, select_view(views, is_local), kv)
+            if chosen_PSk is None:
+                return (x_PSD, x_BTD), None
+            E = self.arch.num_experts
+            load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
+            return (x_PSD, x_BTD), load_E.astype(jnp.float32)
 
-        (x_PSD, x_BTD), _ = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
-        return self.final_norm(x_PSD[:, -1]), self.final_norm(x_BTD)
+        (x_PSD, x_BTD), load_LE = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        return self.finish(x_PSD[:, -1]), self.finish(x_BTD), load_LE
+
+    def no_load(self, tokens: Int[Array, "*lead"]) -> Float[Array, "L E"] | None:
+        """Return the counts of `forward_with_load` before any token; they vary over the mesh axes that `tokens` do."""
+        if not self.arch.num_experts:
+            return None
+        return vary_like(jnp.zeros((self.arch.num_layers, self.arch.num_experts)), tokens)
 
     def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
         """Return what causal rows see of themselves and, where they continue prompts, of those."""
@@ -289,7 +346,13 @@ class Decoder(nnx.Module):
         if prefix is not None:
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
-        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
+        rows = None
+        if self.hardware is not None:
+            window = self.arch.sliding_window if self.arch.local_layers else None
+            prompt_PS = None if prefix is None else prefix.mask_PS.astype(jnp.int32)
+            # Completions are padded on the right alone.
+            rows = CausalRows(mask_BT.astype(jnp.int32), prompt_PS, None, window, prefix is None, self.hardware)
+        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix, rows)
 
     def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
         """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other."""
@@ -343,9 +406,16 @@ class Decoder(nnx.Module):
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             layer_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
             view = views[i in self.arch.local_layers]
-            x_B1D, cache = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
+            x_B1D, cache, _ = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
             filled.append(cache)
-        return self.final_norm(x_B1D)[:, 0], filled
+        return self.finish(x_B1D)[:, 0], filled
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """Return x times a number, rounded once: the number itself would be rounded to the compute dtype."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _like(vector: Array, x: Array) -> Array:
@@ -366,14 +436,21 @@ class ModelDef:
     dtype: str = "float32"
     remat: str = "none"
     lora: LoRA | None = None
+    hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
+    is_router_frozen: bool = False
 
     @property
     def remat_policy(self) -> str:
-        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it.
+
+        Accelerators have less memory beside their arithmetic than hosts, so there a scan keeps less.
+        """
         if self.remat != "auto":
             return self.remat
         if self.arch.num_layers <= MAX_UNROLLED:
             return "none"
+        if self.hardware is not None:
+            return "narrow"
         return "dots"
 
     def bind(self, params: Params) -> Decoder:
@@ -385,7 +462,20 @@ class ModelDef:
         shapes, layers = self.param_shapes(), params["layers"]
         abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        if self.hardware is not None and abstract.gather is None:
+            layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
+        if self.is_router_frozen:
+            mlp = layers["mlp"]
+            layers = {**layers, "mlp": {**mlp, "router": jax.lax.stop_gradient(mlp["router"])}}
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+
+    def _cast_matrix(self, path: Any, x: Array) -> Array:
+        """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
+        # digits that it has. And XLA casts once what no microbatch changes.
+        if x.ndim < 3 or not logical_axes(path_names(path)):
+            return x
+        return x.astype(self.dtype)
 
     def param_shapes(self) -> Params:
         """Return the tree that `bind` takes, adapters included, as shapes."""
@@ -396,6 +486,8 @@ class ModelDef:
 
         def build() -> Decoder:
             remat, rngs = self.remat_policy, nnx.Rngs(0)
-            return Decoder(self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, rngs=rngs)
+            return Decoder(
+                self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, hardware=self.hardware, rngs=rngs
+            )
 
         return nnx.eval_shape(build)

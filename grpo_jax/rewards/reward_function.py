@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import re
@@ -17,6 +16,7 @@ from grpo_jax.config import RewardConfig, reward_expression
 from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.metrics import Mean
+from grpo_jax.rewards.parts import settings_of
 from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
@@ -57,7 +57,7 @@ class RewardFunction:
         self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
         self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
-        settings = {name: dataclasses.asdict(getattr(config, name)) for name in ("regex", "format", "code", "judge")}
+        settings = settings_of(config)
         # A part that both expressions name is scored once.
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}

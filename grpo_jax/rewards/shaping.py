@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key, Real
 
+from grpo_jax.config import OverlongConfig
 from grpo_jax.types import Arrays, Batch, Reward, Rollout
 
 
@@ -29,6 +30,13 @@ def soft_overlong(
         return jnp.zeros_like(lengths, dtype=jnp.float32)
     beyond = (lengths - (max_completion_tokens - cache_tokens)) / cache_tokens
     return jnp.where(is_truncated, -1.0, -jnp.clip(beyond, 0.0, 1.0))
+
+
+def num_cache_tokens(overlong: OverlongConfig, max_completion_tokens: int) -> int:
+    """Return L_cache for a budget; 0: no punishment. A share is never rounded down to none."""
+    if overlong.cache_tokens or not overlong.cache_share:
+        return overlong.cache_tokens
+    return max(1, int(overlong.cache_share * max_completion_tokens))
 
 
 def is_informative(task_reward_PG: Real[Arrays, "P G"], is_scored_PG: Bool[Arrays, "P G"] | None = None) -> Bool[Arrays, " P"]:

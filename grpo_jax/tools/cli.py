@@ -1,48 +1,100 @@
-"""Common to the programs: flags, --help, and errors as one line with exit status 2."""
+"""Common to the commands: flags, --help, and errors as one line with exit status 2.
+
+Imported by every command before it knows what it is asked for, so jax and what imports it wait until they are needed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import errno
 import importlib.util
 import logging
+import math
 import pathlib
 import re
+import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from grpo_jax.config import Config, parse_config
-from grpo_jax.config.aliases import RENAMED, upgrade_setting
-from grpo_jax.errors import RunError, UserError
-from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.errors import UserError
+from grpo_jax.files import is_text, printable
 
-EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
-PARAMS = "--config.reward.params."  # fields of any name
+if TYPE_CHECKING:
+    from grpo_jax.config import Config
+    from grpo_jax.training.run import Run
+    from grpo_jax.types import Params
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
+EXIT_BAD_INPUT = 2
+FREE_FIELD = re.compile(r"--config\.(reward|objective)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
-INSTALLED = pathlib.Path(__file__).parent.parent.parent  # the folder of `configs`, in a clone and where pip puts it
+SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configs/<variant>.py[:scale], e.g. configs/dapo.py:tiny; --config.<field>=... overrides a field"
+    "config",
+    None,
+    "a shipped config by its name (dapo:tiny, gspo:llm) or a path (my/dapo.py:tiny), scale after the colon; "
+    "--config.<field>=<value> overrides a field, `grpo-jax fields` lists them",
 )
-STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
+STEP = flags.DEFINE_string(
+    "step", None, "checkpoint to take, its step or best (of config.checkpoint.keep_best); default: the newest that can be read"
+)
+STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parse flags and call `main`; bad input ends with one line on stderr and status 2."""
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
-    show_own_messages()
-    _add_to_help(main.__module__)
+def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None) -> None:
+    """Parse the command line and call `main`; bad input ends with one line on stderr and status 2.
+
+    parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
+    """
+    quiet_other_libraries()
+    if parser:
+        args = parser.parse_args()
+        _call(lambda: main(args))
+        return
+    if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+        print(_help(main.__module__))
+        return
     # Flags are parsed before `_call` begins, so what they raise is caught here.
     try:
         app.run(lambda _: _call(main), flags_parser=_parse)
     except UserError as error:
         fail(str(error))
+
+
+def make_parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a command that takes no config. about: its module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"grpo-jax {command}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _help(command: str) -> str:
+    """Write a command's docstring and flags, --config and --workdir first. command: name of its module."""
+    # absl's own help lists the flags of every module that happens to be imported.
+    lines = [sys.modules[command].__doc__ or "", "flags:"]
+    own = sorted(flags.FLAGS.get_key_flags_for_module(command), key=lambda flag: flag.name)
+    for flag in (*(flags.FLAGS[shared.name] for shared in (CONFIG, WORKDIR)), *own):
+        about = flag.help or ""
+        if flag.default:
+            about = f"{about} (default: {flag.default})"
+        lines += [f"  --{flag.name}:", textwrap.indent(textwrap.fill(about, 90), " " * 6)]
+    return "\n".join(lines)
+
+
+def quiet_other_libraries() -> None:
+    """Leave what this package has to say as the only messages on stderr."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
+    show_own_messages()
 
 
 def show_own_messages() -> None:
@@ -73,71 +125,129 @@ class OwnMessages(logging.Handler):
             print(text, file=sys.stderr, flush=True)
 
 
-def _add_to_help(command: str) -> None:
-    """Make --help show a command's docstring and flags. command: name of its module."""
-    # absl shows those of the main module alone, which for most programs is three lines that import the command.
-    for module in (command, __name__):
-        for flag in flags.FLAGS.get_flags_for_module(module):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    about = sys.modules[command].__doc__ or ""
-    sys.modules["__main__"].__doc__ = about.replace("%", "%%")  # absl takes a docstring for a format of printf
-
-
 def config_from_flags() -> Config:
     """Return the validated config of --config and its overrides. Raises UserError."""
+    from grpo_jax.config import parse_config
+
     if CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/dapo.py:tiny")
+        raise UserError("--config is missing; for example --config=dapo:tiny")
     return parse_config(CONFIG.value)
 
 
 def load_config(name: str, field: str) -> Any:
-    """Load configs/dapo.py:tiny as a ConfigDict, to be changed or to become a Config. Raises UserError if it does not exist.
+    """Load dapo:tiny or my/dapo.py:tiny as a ConfigDict, to be changed or to become a Config.
 
-    field: where the name was given, for the message.
+    field: where the name was given, for the message. Raises UserError if there is no such config.
     """
-    path, _, scale = name.partition(":")
-    # By its file, not imported by its name: `configs` need not be on the path, and a user's own file may be anywhere.
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, find_config_file(path))
-    if spec is None or spec.loader is None or not find_config_file(path).is_file():
-        raise UserError(f"{field}: no file {path}; give configs/<variant>.py[:scale]")
+    path, argument = find_config(name, field)
+    # By its file, not imported by its name: a user's own file may be anywhere, and two may have one name.
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    scales = [scale] if scale else []  # without one the file's own default
+    arguments = [argument] if argument else []  # without one the file's own default
     try:
-        return module.get_config(*scales)
+        return module.get_config(*arguments)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{name.partition(':')[0]}: {error}") from None
 
 
-def find_config_file(path: str) -> pathlib.Path:
-    """Find a config file, seen from the working directory or else from the package: configs/dapo.py is found anywhere."""
-    here, installed = pathlib.Path(path), INSTALLED / path
-    if not here.is_file() and installed.is_file():
-        return installed
-    return here  # also if it is absent: the message then names the path as it was given
+def find_config(name: str, field: str = "--config") -> tuple[pathlib.Path, str]:
+    """Find the file that a config's name means, and the argument for its get_config.
+
+    A name that ends in .py is a path, seen from the working directory; configs/dapo.py is found anywhere. Other names are
+    those of shipped files (dapo, sweeps/variants), of variants and of presets.
+
+    Args:
+      name: with the scale after a colon, if one is given.
+      field: where the name was given, for the message.
+    Returns: the file, and what its get_config takes; "" for its default.
+    Raises: UserError naming what is known.
+    """
+    place, _, scale = name.partition(":")
+    if place.endswith(".py"):
+        for path in (pathlib.Path(place), SHIPPED / place.removeprefix("configs/")):
+            if path.is_file():
+                return path, scale
+        folder = pathlib.Path(place).parent
+        known = ", ".join(sorted(str(each) for each in folder.glob("*.py") if each.stem not in ("base", "__init__")))
+        raise UserError(f"{field}: no file {place}; known here: {known or 'none'}")
+    if (SHIPPED / f"{place}.py").is_file():
+        return SHIPPED / f"{place}.py", scale
+    from grpo_jax import objectives
+
+    if place in objectives.VARIANTS:
+        return SHIPPED / "variant.py", ",".join(filter(None, (place, scale)))
+    sweeps = [f"sweeps/{each.stem}" for each in (SHIPPED / "sweeps").glob("*.py") if each.stem not in ("base", "__init__")]
+    known = ", ".join([*objectives.VARIANTS, *sorted(sweeps)])
+    raise UserError(f"{field}: no config {place!r} is shipped; give a path that ends in .py, or one of {known}")
 
 
-def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """Return `step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none or not that one."""
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
-        )
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
+def workdir_of(text: str) -> pathlib.Path:
+    """Return a flag's folder. Raises UserError if no file system could have it."""
+    if not is_text(text):
+        raise UserError(f"--workdir={text!r}: a zero byte or half a character is no part of a folder's name")
+    return pathlib.Path(text)
+
+
+def chosen_step(workdir: pathlib.Path) -> int | None:
+    """Return the step of --step; None: the newest. Raises UserError if it is no step of a checkpoint."""
+    text = STEP.value
+    if text is None:
+        return None
+    if text == "best":
+        step = best_step(workdir)
+    elif text.isascii() and text.isdigit():
+        step = int(text)
+    else:
+        raise UserError(f"--step={text}: expected a number, or best")
+    from grpo_jax.training.checkpoint import require_step
+
+    require_step(workdir, step)
     return step
+
+
+def best_step(workdir: pathlib.Path) -> int:
+    """Return the step that config.checkpoint.keep_best of a run has kept. Raises UserError if there is none."""
+    from grpo_jax.training.runlog import points, read_metrics
+    from grpo_jax.training.settings import read_config
+
+    name = read_config(workdir).checkpoint.keep_best
+    values = {int(step): value for step, value in points(read_metrics(workdir), name) if step > 0 and math.isfinite(value)}
+    if not name or not values:
+        raise UserError(f"--step=best: {workdir} has none; its config.checkpoint.keep_best is {name!r}")
+    return max(values, key=lambda step: (values[step], -step))
+
+
+def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
+    """Read the policy of a step, or of the newest checkpoint that can be read.
+
+    Args:
+      run: of the workdir. workdir: with its checkpoints. step: of one of them; None: the newest. is_strict: no older one.
+    Returns: (the step, all weights).
+    Raises: UserError if it is not there or damaged.
+    """
+    from grpo_jax.training.checkpoint import read_newest, require_step
+
+    require_step(workdir, step)
+    found = read_newest(workdir, lambda each: run.restore_policy(workdir, each), step, is_strict=is_strict)
+    assert found is not None, "there is a checkpoint, and it was neither read nor refused"
+    return found
 
 
 def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
     """Write one line on stderr and end the process."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
-    if hosts.is_joined():
+    if hosts := _joined_hosts():
         hosts.exit_without_barrier(status)
     sys.exit(status)
+
+
+def _joined_hosts() -> Any:
+    """Return grpo_jax.parallel.hosts in a process that is one of several, else None."""
+    hosts = sys.modules.get("grpo_jax.parallel.hosts")  # not imported yet: this process has joined nobody
+    return hosts if hosts and hosts.is_joined() else None
 
 
 def _call(main: Callable[[], Any]) -> None:
@@ -145,11 +255,19 @@ def _call(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        fail(str(error))
-    except RunError as error:
-        fail(str(error), EXIT_FAILED)
-    except BaseException:
-        if hosts.is_joined():
+        fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted before there was anything to save", EXIT_INTERRUPTED)
+    except OSError as error:
+        # Of a file that cannot be opened or written a traceback tells nothing; of any other error it may.
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
+    except BaseException as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+            first = (str(error).strip() or "MemoryError").splitlines()[0]
+            fail(f"out of memory: {first}; grpo-jax plan says what a config needs", status=1)
+        if hosts := _joined_hosts():
             traceback.print_exc()
             hosts.exit_without_barrier(status=1)
         raise
@@ -158,42 +276,65 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
-    params, argv = _split_params(argv)
-    # ConfigDict's flag looks for its fields there, and not among those it is given.
-    sys.argv = _split_params(sys.argv)[1]
+    argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
+    free, argv = _split_free_fields(argv)
+    # ml_collections looks for overrides in sys.argv, whatever is parsed.
+    whole, sys.argv = sys.argv, argv
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
-        if params and CONFIG.value is not None:
-            with CONFIG.value.unlocked():
-                CONFIG.value.reward.params.update(params)
+        for group, values in free.items():
+            if CONFIG.value is not None:
+                with CONFIG.value.unlocked():
+                    CONFIG.value[group].params.update(values)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
         last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
         raise UserError(last.removeprefix("ValueError: ")) from None
+    finally:
+        sys.argv = whole
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
 
 
-def _split_params(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take --config.reward.params.<name>=value out of the flags, for ConfigDict knows no field by these names."""
-    params, rest = {}, []
+def _split_free_fields(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Take --config.<group>.params.NAME=value, or .params={"NAME": value}, out of the flags.
+
+    No config lists these names, and ml_collections takes none that it does not know.
+
+    Args:
+      argv: the flags.
+    Returns: group -> name -> value, and the other flags.
+    Raises: UserError if one is not written like this.
+    """
+    free: dict[str, dict[str, Any]] = {}
+    rest = []
     for arg in argv:
-        name, equals, text = arg.removeprefix(PARAMS).partition("=")
-        if not arg.startswith(PARAMS) or not equals:
+        found = FREE_FIELD.match(arg)
+        if not found:
             rest.append(arg)
             continue
+        group, name, text = found.groups()
         # As in --set of a sweep: text that is no Python value stays text.
         try:
-            params[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text or "")
         except (ValueError, SyntaxError):
-            params[name] = text
-    return params, rest
+            value = text
+        is_number = isinstance(value, int | float) or not name
+        if text is None or isinstance(value, dict) == bool(name) or (group == "objective" and not is_number):
+            field = f"--config.{group}.params"
+            raise UserError(f"{arg}: write {field}.NAME=0.3 or {field}='{{\"NAME\": 0.3}}'")
+        free.setdefault(group, {}).update({name: value} if name else value)
+    return free, rest
 
 
 def _upgrade(arg: str) -> str:
     """Return --config.<old name>=value under the field's new name; anything else as it is."""
+    if not arg.startswith("--config."):
+        return arg
+    from grpo_jax.config.aliases import RENAMED, upgrade_setting
+
     name, equals, value = arg.partition("=")
     if name.removeprefix("--config.") not in RENAMED:
         return arg
@@ -210,17 +351,19 @@ def _explain_unknown_field(text: str, argv: list[str]) -> str:
     close = re.search(r'Did you mean "(\w+)"', text)
     if close:
         return f"{flag}: unknown field; did you mean {close[1]!r}?"
-    return f"{flag}: unknown field; configs/base.py lists them all"
+    return f"{flag}: unknown field; `grpo-jax fields` lists them all"
 
 
 def _locate_config_file(argv: list[str]) -> list[str]:
-    """Return the flags, with the config file's path where it was found."""
-    chosen = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
-    if chosen is None:
-        return argv
-    name, colon, scale = chosen.partition(":")
-    path = find_config_file(name)
-    if not path.is_file():
-        known = sorted(str(each) for each in path.parent.glob("*.py") if each.stem not in ("base", "__init__"))
-        raise UserError(f"--config={chosen}: no file {path}; known here: {', '.join(known) or 'none'}")
-    return [f"--config={path}{colon}{scale}" if arg == f"--config={chosen}" else arg for arg in argv]
+    """Return the flags, with the path of the config file that --config=<name> or --config <name> means."""
+    located = list(argv)
+    for i, arg in enumerate(argv):
+        if arg.startswith("--config="):
+            name = arg.partition("=")[2]
+        elif i and argv[i - 1] == "--config":
+            name = arg
+        else:
+            continue
+        path, argument = find_config(name)
+        located[i] = arg.removesuffix(name) + ":".join(filter(None, (str(path), argument)))
+    return located

@@ -1,7 +1,7 @@
 """Held-out success of a run, a model or an adapter, with 95 % intervals:
 
-    python -m experiments.evaluate --workdir=runs/dapo [--step=400]
-    python -m experiments.evaluate --config=configs/grpo.py:smollm2 --config.model.path=folder [--config.lora.path=adapter]
+    grpo-jax evaluate --workdir=runs/dapo [--step=400]
+    grpo-jax evaluate --config=grpo:smollm2 --config.model.path=folder [--config.lora.path=adapter]
 
 Greedy success, and from eval.num_samples completions at the training temperature mean@k, pass@k and maj@k. With both flags
 the weights are the run's, and questions and settings are the config's: other data, or more samples.
@@ -12,31 +12,42 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
-from grpo_jax.training.checkpoint import write_atomically
-from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 
-OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
+if TYPE_CHECKING:
+    from grpo_jax.config import Config
+
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
+# Export has a flag of this name too: a program that imports both must not fail, and no process runs two commands.
+OUT = flags.DEFINE_string(
+    "out", None, "JSON file of the results; default: evaluation.json in the workdir, else none", allow_override=True
+)
 
 
 def main() -> None:
     """Run the command: evaluate, write the results, show them as a table."""
-    workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
+    from rich.console import Console
+    from rich.table import Table
+
+    from grpo_jax.training.data_record import pin_template_date
+    from grpo_jax.training.run import make_run
+
+    workdir = cli.workdir_of(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
+    if workdir:
+        config = pin_template_date(config, [workdir])
     run = make_run(config)
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
-            step = cli.choose_step(workdir, cli.STEP.value)
-            policy = run.restore_policy(workdir, step)
+            step, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
         else:
             step, policy = 0, run.initial_state().policy
         estimates = run.evaluate(policy)
@@ -68,6 +79,8 @@ def main() -> None:
 
 def choose_config(workdir: pathlib.Path | None) -> Config:
     """Return the config of --config, else the run's own. Raises UserError."""
+    from grpo_jax.training.settings import read_config
+
     # --config wins: with both flags the run's weights are evaluated on other questions, or with more samples.
     if workdir is None or cli.CONFIG.value is not None:
         return cli.config_from_flags()
@@ -81,3 +94,8 @@ def choose_out(workdir: pathlib.Path | None) -> pathlib.Path | None:
     if workdir is None:
         return None
     return workdir / "evaluation.json"
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

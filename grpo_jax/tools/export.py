@@ -1,4 +1,4 @@
-"""Export a run's model as a Hugging Face folder: python -m experiments.export --workdir=runs/x --out=folder
+"""Export a run's model as a Hugging Face folder: grpo-jax export --workdir=runs/x --out=folder
 
 Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
 `transformers`, vLLM and others load the folder. LoRA's adapters are merged into the weights, or with --adapter written
@@ -8,21 +8,22 @@ by themselves, as `peft` loads them.
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from grpo_jax.errors import UserError
-from grpo_jax.models.export import DTYPES, export_folder
-from grpo_jax.models.folders import new_folder, require_new
-from grpo_jax.models.hf import stored_dtype
-from grpo_jax.models.lora import merge_adapters, split_adapters
-from grpo_jax.models.peft import save_adapters
 from grpo_jax.tools import cli
-from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
 
+if TYPE_CHECKING:
+    from grpo_jax.config import Config
+
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
 OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
-DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "of the weights; that of the model training began from if not given")
+DTYPE = flags.DEFINE_string(
+    "dtype", None, "of the weights: float32, bfloat16 or float16; that of the model training began from if not given"
+)
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of weights, in 10^9 bytes", lower_bound=1e-6)
 ADAPTER = flags.DEFINE_bool("adapter", False, "of a LoRA run: the adapters alone, in PEFT's format, float32")
 
@@ -32,47 +33,65 @@ def main() -> None:
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
-    step, what = export(cli.WORKDIR.value, OUT.value, cli.STEP.value, DTYPE.value, shard_bytes, is_adapter=ADAPTER.value)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
+    step, what = export(
+        str(workdir),
+        OUT.value,
+        cli.chosen_step(workdir),
+        DTYPE.value,
+        shard_bytes,
+        is_adapter=ADAPTER.value,
+        is_strict=cli.STRICT.value,
+    )
     print(f"{OUT.value}: {what} after step {step}")
 
 
 def export(
-    workdir: str, out: str, step: int | None, dtype: str | None, max_shard_bytes: int, *, is_adapter: bool = False
+    workdir: str,
+    out: str,
+    step: int | None,
+    dtype: str | None,
+    max_shard_bytes: int,
+    *,
+    is_adapter: bool = False,
+    is_strict: bool = False,
 ) -> tuple[int, str]:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
       workdir: folder of the run.
       out: folder to write; absent or empty.
-      step: of the checkpoint; None: the newest.
+      step: of the checkpoint; None: the newest that can be read.
       dtype: of the weights, one of DTYPES; None: that of the model training began from.
       max_shard_bytes: largest file of weights, bytes.
       is_adapter: write the adapters of a LoRA run alone, instead of merging them into the weights.
+      is_strict: a damaged checkpoint is an error: no older one is taken.
     Returns: the step, and in words what was written.
     Raises: UserError if the run has no such checkpoint, no Hugging Face model or no adapters, or `out` cannot be written.
     """
-    config = read_config(pathlib.Path(workdir))
+    from grpo_jax.models.export import export_folder
+    from grpo_jax.models.folders import new_folder, require_new
+    from grpo_jax.models.hf import stored_dtype
+    from grpo_jax.models.lora import merge_adapters, split_adapters
+    from grpo_jax.models.peft import save_adapters
+    from grpo_jax.training.checkpoint import require_step
+    from grpo_jax.training.run import make_run
+
+    config = exportable_config(workdir, is_adapter=is_adapter)
     source = config.model.path
-    if not source:
-        raise UserError(
-            f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
-            "knows them; train from a Hugging Face folder"
-        )
-    if is_adapter and not config.lora.rank:
-        raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
     require_new(pathlib.Path(out))  # before a long load
     dtype = dtype or stored_dtype(source)
-    step = cli.choose_step(pathlib.Path(workdir), step)
+    require_step(pathlib.Path(workdir), step)
     run = make_run(config)
     # The task is closed as soon as the weights are here: its scoring processes have nothing to do in an export.
     try:
-        policy = run.restore_policy(pathlib.Path(workdir), step)
+        step, policy = cli.restore_policy(run, pathlib.Path(workdir), step, is_strict=is_strict)
     finally:
         run.task.close()
     lora = run.model.lora
     if lora is not None and is_adapter:
         with new_folder(out) as folder:
-            save_adapters(folder, split_adapters(policy)[1], lora, source)
+            save_adapters(folder, split_adapters(policy)[1], run.model, source)
         return step, "adapters"
     # Merged unless asked otherwise: any program that knows the family can load the folder, also one that has no adapters.
     written = dtype
@@ -81,3 +100,23 @@ def export(
         written = f"{dtype}, adapters merged"
     export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
     return step, written
+
+
+def exportable_config(workdir: str, *, is_adapter: bool) -> Config:
+    """Read a run's config. Raises UserError if what it trained cannot be exported."""
+    from grpo_jax.training.settings import read_config
+
+    config = read_config(pathlib.Path(workdir))
+    if not config.model.path:
+        raise UserError(
+            f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
+            "knows them; train from a Hugging Face folder"
+        )
+    if is_adapter and not config.lora.rank:
+        raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")
+    return config
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""The fields of a config: python -m experiments.fields [prefix]
+"""The fields of a config: grpo-jax fields [prefix]
 
 Lists every field under the prefix (`rollout`, `optimizer.b`; none: all) with default, unit, range and comment, as
 grpo_jax/config/schema.py declares them. In a clone, --write brings the page of settings in configs/base.py up to date.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.knobs import Knob, walk
 from grpo_jax.tools import cli
@@ -23,26 +23,25 @@ BEGIN, END = "    # fields: begin", "    # fields: end"
 OBJECTIVE = "objective"  # a variant decides its fields: they are no assignments of the page
 
 
-def main() -> None:
-    """Parse the command line; exit status 2 with one line on a UserError."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.fields", description=(__doc__ or "").partition("\n")[0])
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = cli.make_parser("fields", __doc__)
     parser.add_argument("prefix", nargs="?", default="", help="of the fields' dotted names")
-    parser.add_argument(
-        "--write", type=pathlib.Path, metavar="FILE", help="bring the page of settings in configs/base.py up to date"
-    )
-    args = parser.parse_args()
-    try:
-        if args.write:
-            write_page(args.write)
-        else:
-            Console().print(table(args.prefix))
-    except UserError as error:
-        cli.fail(str(error))
+    parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="bring the page of settings up to date, in a clone")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the list, or write the page. Raises UserError."""
+    if args.write:
+        write_page(args.write)
+    else:
+        Console().print(table(args.prefix))
 
 
 def table(prefix: str) -> Table:
     """All fields whose name begins with the prefix. Raises UserError if there is none."""
-    rows = [row for row in walk(Config()) if row[0].startswith(prefix)]
+    rows = [row for row in declared_fields() if row[0].startswith(prefix)]
     if not rows:
         raise UserError(f"{prefix!r}: no field's name begins like this; groups are {', '.join(groups())}")
     listed = Table(Column("field", no_wrap=True), "default", "unit", "range", "comment", box=None)
@@ -52,9 +51,16 @@ def table(prefix: str) -> Table:
     return listed
 
 
+def declared_fields() -> list[tuple[str, Any, Knob | None]]:
+    """Name, default and declaration of every field of a config."""
+    from grpo_jax.config import Config  # imports jax, which --help does without
+
+    return list(walk(Config()))
+
+
 def groups() -> list[str]:
     """The first parts of the fields' names, each once."""
-    return list(dict.fromkeys(name.partition(".")[0] for name, _, _ in walk(Config())))
+    return list(dict.fromkeys(name.partition(".")[0] for name, _, _ in declared_fields()))
 
 
 def write_page(file: pathlib.Path) -> None:
@@ -72,7 +78,7 @@ def page() -> str:
     """One assignment for each field, a blank line between groups, the comment behind it or, if it is long, above it."""
     lines: list[str] = []
     made: set[str] = set()
-    for name, value, declared in walk(Config()):
+    for name, value, declared in declared_fields():
         group = name.partition(".")[0]
         if group == OBJECTIVE:
             if group not in made:
@@ -111,3 +117,8 @@ def literal(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10_000 and not isinstance(value, bool):
         return f"{value:_}"
     return re.sub(r"^(.*)e-0(\d)$", r"\1e-\2", repr(value))
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main, parser())

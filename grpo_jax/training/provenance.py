@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -11,11 +13,14 @@ import subprocess
 
 import jax
 
+from grpo_jax import __version__
+
 
 def provenance() -> dict[str, str]:
-    """Collect for a run's records: date (UTC), commit (empty if unknown), version of jax, devices ("1 x NVIDIA H200")."""
+    """Collect for a run's records: date (UTC), version, commit (empty if unknown), jax, devices ("1 x NVIDIA H200")."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "version": __version__,
         "commit": commit(),
         "jax": jax.__version__,
         "devices": f"{jax.device_count()} x {device_kind()}",
@@ -23,11 +28,26 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout that this package runs from, -dirty with changes; empty without a checkout."""
+    """Return the short hash of the checkout that this package runs from, -dirty with changes, or that pip installed it from.
+
+    Empty where neither is known, as in a wheel.
+    """
     folder = pathlib.Path(__file__).parent
     # An installed copy may be inside of someone else's checkout: that one does not track this file.
     tracked = _git(folder, "ls-files", pathlib.Path(__file__).name)
-    return _git(folder, "describe", "--always", "--dirty", "--exclude=*") if tracked else ""
+    if tracked:
+        return _git(folder, "describe", "--always", "--dirty", "--exclude=*")
+    return installed_commit()
+
+
+def installed_commit() -> str:
+    """Return the short hash that `pip install git+...` noted beside the package; empty if it came from elsewhere."""
+    # PEP 610: an editable install and a wheel from a file leave the same file, without vcs_info.
+    try:
+        noted = importlib.metadata.distribution("grpo_jax").read_text("direct_url.json")
+        return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id", "")[:7]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ""
 
 
 def device_kind() -> str:

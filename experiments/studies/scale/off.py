@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from configs import base
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.tools.plan import compiled, memory
 from grpo_jax.tools.plan.job import Job, make_job

@@ -6,8 +6,8 @@ XLA_FLAGS="--xla_force_host_platform_device_count=256 --xla_backend_optimization
 
 from __future__ import annotations
 
-from configs import base
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.tools.plan import collectives, compiled, memory, times
 from grpo_jax.tools.plan.job import make_job
 

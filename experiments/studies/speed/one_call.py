@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from configs import base
 from experiments.benchmark import sizes_of
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tasks.arithmetic import ArithmeticTask
 from grpo_jax.tools import roofline

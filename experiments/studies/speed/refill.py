@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from configs import base
 from experiments.peers import workload
 from experiments.synthetic import architecture
 from grpo_jax.config import RolloutConfig, parse_config
+from grpo_jax.configs import base
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.rollout.rollout import EndTokens

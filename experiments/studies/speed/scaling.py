@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
 from experiments.benchmark import sizes_of
 from experiments.peers import workload
 from experiments.synthetic import architecture, random_batch
 from grpo_jax.config import parse_config
+from grpo_jax.configs import base
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import make_mesh
 from grpo_jax.tools import roofline

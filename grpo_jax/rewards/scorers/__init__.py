@@ -14,8 +14,13 @@ FUNCTIONS = {
     "exact": "grpo_jax.rewards.scorers.text:exact_score",
     "regex": "grpo_jax.rewards.scorers.text:regex_score",
     "format": "grpo_jax.rewards.scorers.text:format_score",
+    "choice": "grpo_jax.rewards.scorers.choice:choice_score",
+    "repetition": "grpo_jax.rewards.scorers.repetition:repetition_score",
     "code": "grpo_jax.rewards.scorers.code:code_score",
     "judge": "grpo_jax.rewards.scorers.judge:judge_score",
 }
+
+# Those that look for an answer, behind the reasoning.
+LOOKS_FOR_AN_ANSWER = ("math_verify", "reasoning_gym", "exact", "regex", "choice")
 # Those that do better with all completions of a prompt at once.
 GROUP_FUNCTIONS = {"judge": "grpo_jax.rewards.scorers.judge:judge_scores"}

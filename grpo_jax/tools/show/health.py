@@ -258,7 +258,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "Cut off by the budget", late_mean("completion/truncated"), PERCENT, "high", 0.1, 0.5,
         good="Completions end by themselves.",
-        advice="Completions run into the budget: raise rollout.max_completion_tokens, or set overlong.cache_tokens.",
+        advice="Completions run into the budget: raise rollout.max_completion_tokens, or set overlong.cache_share.",
         absent=NOT_YET,
     ),
     Rule(

@@ -1,7 +1,7 @@
-"""Many runs: python -m experiments.sweep --config=configs/sweeps/variants.py:tiny --workdir=runs/sweep
+"""Many runs: grpo-jax sweep --config=sweeps/variants:tiny --workdir=runs/sweep
 
 Every config file x set of changes x seed of the sweep (configs/sweeps/base.py says how one is written), several at a time, in
-runs/sweep/runs/<name>-seed<seed>, each as experiments.train would leave it. runs/sweep/sweep.json lists them.
+runs/sweep/runs/<name>-seed<seed>, each as grpo-jax train would leave it. runs/sweep/sweep.json lists them.
 
     --config.seeds="(0, 1, 2)"   other seeds       --set=num_steps=400   a field of every run; may be repeated
     --config.num_processes=4     runs at a time    --config.cohort_size=8   runs in one vmapped program (0: all alike)
@@ -17,14 +17,15 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
-from grpo_jax.tools.sweep import plan
-from grpo_jax.tools.sweep.plan import Sweep
-from grpo_jax.tools.sweep.run import Cluster, run_sweep
+
+if TYPE_CHECKING:
+    from grpo_jax.tools.sweep.run import Cluster
 
 SET = flags.DEFINE_multi_string("set", [], "<field>=<value> of configs/base.py, for every run of the sweep")
 LAUNCHER = flags.DEFINE_enum(
@@ -35,11 +36,14 @@ SUBMITIT = flags.DEFINE_string("submitit", "{}", 'JSON, {"slurm_partition": "gpu
 
 def main() -> None:
     """Do the sweep that the flags describe; exit with 1 if a run failed. Raises UserError."""
+    from grpo_jax.tools.sweep import plan
+    from grpo_jax.tools.sweep.run import run_sweep
+
     if cli.CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/sweeps/variants.py:tiny")
+        raise UserError("--config is missing; for example --config=sweeps/variants:tiny")
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/sweep")
-    sweep = Sweep.from_config_dict(cli.CONFIG.value)
+    sweep = plan.Sweep.from_config_dict(cli.CONFIG.value)
     board = run_sweep(sweep, pathlib.Path(cli.WORKDIR.value), plan.parse_assignments(SET.value), cluster_from_flags())
     # Failed runs are reported by then, and all others are done; only the status tells a script about them.
     if board.errors:
@@ -48,6 +52,8 @@ def main() -> None:
 
 def cluster_from_flags() -> Cluster | None:
     """Read --launcher and --submitit; None for processes of this machine. Raises UserError."""
+    from grpo_jax.tools.sweep.run import Cluster
+
     if LAUNCHER.value == "processes":
         return None
     # `dict` too is inside: JSON that is a list or a number fails there.
@@ -55,3 +61,8 @@ def cluster_from_flags() -> Cluster | None:
         return Cluster(LAUNCHER.value, dict(json.loads(SUBMITIT.value)))
     except (ValueError, TypeError):
         raise UserError(f"--submitit={SUBMITIT.value}: expected a JSON object") from None
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

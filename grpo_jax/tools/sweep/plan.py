@@ -112,9 +112,10 @@ def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any], where: s
                 node = None  # from here on nothing is found, and the message below names the whole path
                 break
             node = node[parent]
-        has_any_name = parents == ["reward", "params"]
+        # Settings for functions of one's own have names that no config lists.
+        has_any_name = parents in (["reward", "params"], ["objective", "params"])
         if not isinstance(node, dict) or (last not in node and not has_any_name):
-            raise UserError(f"{where}: {dotted!r} is no field; configs/base.py lists them all")
+            raise UserError(f"{where}: {dotted!r} is no field; `grpo-jax fields` lists them all")
         node[last] = value
     try:
         return parse_config(settings)
