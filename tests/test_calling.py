@@ -286,6 +286,14 @@ def scaled(completion, item, step, scale, bonus=0.0):
 
 def lost(completion, gold):
     return 1.0
+
+def slow(completions, item):
+    import time
+    time.sleep(0.4 * len(completions))
+    return [1.0] * len(completions)
+
+def gathered(completions, item):
+    return [ValueError("no judge") if text == "bad" else None if not text else 1.0 for text in completions]
 """
 
 
@@ -324,6 +332,24 @@ def test_functions_of_peers_score_as_they_do_there(peers, name, expected_PG, is_
     np.testing.assert_array_equal(reward.task_PG, expected_PG)
     np.testing.assert_array_equal(reward.is_scored_PG, is_scored_PG)
     assert float(reward.metrics["reward/errors"].value()) == 0
+
+
+@pytest.mark.slow
+def test_the_limit_of_time_is_for_one_completion_also_in_a_group(peers):
+    function = peers("slow", scoring=ScoringConfig(num_workers=1, time_limit_secs=1.0))
+    reward = function(ROWS[:1], [["a", "b", "c", "d"]], np.ones((1, 4)))
+    np.testing.assert_array_equal(reward.task_PG, [[1, 1, 1, 1]])
+    assert np.all(reward.is_scored_PG)
+
+
+@pytest.mark.slow
+def test_an_exception_in_a_list_costs_one_completion(peers, caplog):
+    reward = peers("gathered")(ROWS, [["a", "bad", ""], ["a", "b", "c"]], np.ones((2, 3)))
+    np.testing.assert_array_equal(reward.task_PG, [[1, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(reward.is_scored_PG, [[True, False, False], [True, True, True]])
+    counts = {name: float(reward.metrics[f"reward/{name}"].value()) for name in ("errors", "timeouts", "abstained")}
+    assert counts == pytest.approx({"errors": 1 / 6, "timeouts": 0, "abstained": 1 / 6})
+    assert "ValueError: no judge" in caplog.text
 
 
 @pytest.mark.slow

@@ -33,15 +33,12 @@ def block(code, before="Here it is.\n", language="python"):
         (block("x = 1"), "x = 1\n"),
         (block("x = 1") + "or rather\n" + block("x = 2", language=""), "x = 2\n"),
         (block("x = 1") + block("ls", language="bash"), "x = 1\n"),
-        ("<think>" + block("x = 1") + "</think>" + block("x = 2"), "x = 2\n"),
-        ("<think>" + block("x = 1") + "</think> so", None),
-        ("<think>" + block("x = 1"), None),
         ("```python\nx = 1", None),
         ("x = 1", None),
         ("", None),
     ],
 )
-def test_the_last_block_behind_the_reasoning_is_the_program(completion, code):
+def test_the_last_block_is_the_program(completion, code):
     assert last_block(completion) == code
 
 
@@ -88,6 +85,14 @@ def test_programs_are_scored_by_their_tests():
     assert run(reads, sums) == pytest.approx(1 / 3)
     assert run(reads, sums, partial=False) == 0 and run(reads, sums[:1], partial=False) == 1
     assert code_score("no code", {"tests": sums}, **SETTINGS) == 0
+    right = block("def f(x): return x")
+    for text, tags, score in (
+        (f"<think>no</think>{right}", ("<think>", "</think>"), 1),
+        (f"<think>{right}</think> so", ("<think>", "</think>"), 0),
+        (f"<think>{right}", ("<think>", "</think>"), 0),
+        (f"<think>{right}", (), 1),
+    ):
+        assert code_score(text, {"tests": ["assert f(1) == 1"]}, reasoning_tags=tags, **SETTINGS) == score
     assert run("x = 1", None) is None
 
 
@@ -175,9 +180,13 @@ def serving(answers):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers.get("Authorization"), body))
             answer = answers(body) if callable(answers) else answers.pop(0)
-            status, data = (answer, b"busy") if isinstance(answer, int) else (200, answer)
-            if isinstance(data, str):
-                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": data}}]}).encode()
+            status, data = 200, b"busy"
+            if isinstance(answer, int):
+                status = answer
+            elif isinstance(answer, str):
+                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]}).encode()
+            else:
+                data = answer
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
