@@ -14,6 +14,7 @@ from grpo_jax.config import JudgeConfig, RewardConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
+from grpo_jax.rewards.scorers import sandbox
 from grpo_jax.rewards.scorers.code import code_score, is_same, last_block, read_tests
 from grpo_jax.rewards.scorers.judge import as_text, fill, judge_score, judge_scores
 from tests import tiny
@@ -32,15 +33,12 @@ def block(code, before="Here it is.\n", language="python"):
         (block("x = 1"), "x = 1\n"),
         (block("x = 1") + "or rather\n" + block("x = 2", language=""), "x = 2\n"),
         (block("x = 1") + block("ls", language="bash"), "x = 1\n"),
-        ("<think>" + block("x = 1") + "</think>" + block("x = 2"), "x = 2\n"),
-        ("<think>" + block("x = 1") + "</think> so", None),
-        ("<think>" + block("x = 1"), None),
         ("```python\nx = 1", None),
         ("x = 1", None),
         ("", None),
     ],
 )
-def test_the_last_block_behind_the_reasoning_is_the_program(completion, code):
+def test_the_last_block_is_the_program(completion, code):
     assert last_block(completion) == code
 
 
@@ -87,6 +85,14 @@ def test_programs_are_scored_by_their_tests():
     assert run(reads, sums) == pytest.approx(1 / 3)
     assert run(reads, sums, partial=False) == 0 and run(reads, sums[:1], partial=False) == 1
     assert code_score("no code", {"tests": sums}, **SETTINGS) == 0
+    right = block("def f(x): return x")
+    for text, tags, score in (
+        (f"<think>no</think>{right}", ("<think>", "</think>"), 1),
+        (f"<think>{right}</think> so", ("<think>", "</think>"), 0),
+        (f"<think>{right}", ("<think>", "</think>"), 0),
+        (f"<think>{right}", (), 1),
+    ):
+        assert code_score(text, {"tests": ["assert f(1) == 1"]}, reasoning_tags=tags, **SETTINGS) == score
     assert run("x = 1", None) is None
 
 
@@ -147,6 +153,20 @@ def test_code_is_a_part_of_a_reward():
     np.testing.assert_array_equal(reward.is_scored_PG, [[True] * 3, [False] * 3])
 
 
+@pytest.mark.slow
+@linux
+def test_a_machine_that_cannot_take_the_network_away_is_named_before_training(monkeypatch, tmp_path):
+    """As in a container without namespaces: here the sandbox is one that never gets them."""
+    refused = tmp_path / "sandbox.py"
+    refused.write_text(Path(sandbox.__file__).read_text().replace("if libc.unshare(", "if 1 or libc.unshare("))
+    monkeypatch.setattr(sandbox, "__file__", str(refused))
+    with pytest.raises(UserError, match=r"'code': this kernel allows no process without network .*allow_network = True"):
+        RewardFunction(RewardConfig(task="code"), "jsonl", 10)
+    assert run("x = 1", ["assert x == 1"], allow_network=True) == 1
+    with pytest.raises(RuntimeError, match="no process without network"):
+        run("x = 1", ["assert x == 1"])
+
+
 # --- the judge
 
 
@@ -160,9 +180,13 @@ def serving(answers):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers.get("Authorization"), body))
             answer = answers(body) if callable(answers) else answers.pop(0)
-            status, data = (answer, b"busy") if isinstance(answer, int) else (200, answer)
-            if isinstance(data, str):
-                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": data}}]}).encode()
+            status, data = 200, b"busy"
+            if isinstance(answer, int):
+                status = answer
+            elif isinstance(answer, str):
+                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]}).encode()
+            else:
+                data = answer
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

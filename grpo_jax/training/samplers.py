@@ -235,6 +235,8 @@ def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
     # score is in no mean of rewards, as it is in no statistic of the update; `reward/unscored` is its count.
     rolled = batch.rollout
     lengths_PG, is_scored_PG = rolled.mask_PGT.sum(-1), batch.is_scored_PG
+    if is_scored_PG is None:
+        is_scored_PG = jnp.ones_like(batch.task_reward_PG, bool)
     return {
         "reward/mean": Mean.of(batch.reward_PG, is_scored_PG),
         "reward/std": Std.of(batch.reward_PG, is_scored_PG),

@@ -21,6 +21,6 @@ FUNCTIONS = {
 }
 
 # Those that look for an answer, behind the reasoning.
-LOOKS_FOR_AN_ANSWER = ("math_verify", "reasoning_gym", "exact", "regex", "choice")
+LOOKS_FOR_AN_ANSWER = ("math_verify", "reasoning_gym", "exact", "regex", "choice", "code")
 # Those that do better with all completions of a prompt at once.
 GROUP_FUNCTIONS = {"judge": "grpo_jax.rewards.scorers.judge:judge_scores"}

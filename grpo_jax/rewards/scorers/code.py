@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_jax.rewards.scorers import sandbox
+from grpo_jax.rewards.scorers.answers import REASONING_TAGS, judged_text
 
 BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+CHECK_SECS = 30.0  # for an empty program, on a machine that is busy with others
 LANGUAGES = ("", "python", "python3", "py")
 
 
@@ -50,12 +52,14 @@ class Sandbox(NamedTuple):
     allow_network: bool
 
 
-def code_score(completion: str, item: Mapping[str, Any], **settings: Any) -> float | None:
+def code_score(
+    completion: str, item: Mapping[str, Any], *, reasoning_tags: Sequence[str] = REASONING_TAGS, **settings: Any
+) -> float | None:
     """Score the last block of code by the tests of its row.
 
     Args:
-      completion: the text; what stands before a closing </think> is no answer.
-      item: the row, its tests in a form of `read_tests`. settings: the fields of `Sandbox`.
+      completion: the text. item: the row, its tests in a form of `read_tests`.
+      reasoning_tags: what stands between them is no answer. settings: the fields of `Sandbox`.
     Returns: 1.0 if all tests pass, with `partial` their share; None if the row's tests are null.
     Raises: ValueError if the tests have no known form; RuntimeError if the kernel cannot take the network away.
     """
@@ -63,7 +67,8 @@ def code_score(completion: str, item: Mapping[str, Any], **settings: Any) -> flo
     if item[box.column] is None:
         return None
     tests = read_tests(item[box.column])
-    program = last_block(completion)
+    text = judged_text(completion, item, reasoning_tags)
+    program = None if text is None else last_block(text)
     if program is None:
         return 0.0
     num_passed = run_tests(program, tests, box)
@@ -72,12 +77,19 @@ def code_score(completion: str, item: Mapping[str, Any], **settings: Any) -> flo
     return float(num_passed == tests.num)
 
 
-def last_block(completion: str) -> str | None:
-    """Return the last block of Python between lines of three backticks, behind the reasoning if there is any."""
-    answer = completion.rpartition("</think>")[2]
-    if "<think>" in answer:
-        return None
-    blocks = [text for language, text in BLOCK.findall(answer) if language.lower() in LANGUAGES]
+def check_sandbox(**settings: Any) -> None:
+    """Run a program that does nothing. Raises RuntimeError if this machine cannot run one as the settings want it.
+
+    settings: the fields of `Sandbox`.
+    """
+    box = Sandbox(**settings)
+    if run_tests("", UnitTests(statements=["pass"]), box._replace(limit_secs=CHECK_SECS)) != 1:
+        raise RuntimeError(f"a program cannot be run: not even an empty one ends well with {box.memory_limit_mb} MiB")
+
+
+def last_block(text: str) -> str | None:
+    """Return the last block of Python between lines of three backticks."""
+    blocks = [code for language, code in BLOCK.findall(text) if language.lower() in LANGUAGES]
     return blocks[-1] if blocks else None
 
 
@@ -214,7 +226,7 @@ def _run(folder: Path, mode: str, stdin: str, box: Sandbox, deadline: float) -> 
             _kill_group(process)
     if status == sandbox.UNCONFINED and not box.allow_network:
         raise RuntimeError(
-            "this kernel allows no process without network (unshare); config.reward.code.allow_network = True runs code with it"
+            "this kernel allows no process without network (unshare); config.reward.code.allow_network = True runs them with it"
         )
     if mode == "program" and status != 0:
         return None
