@@ -107,7 +107,7 @@ def test_a_reward_that_fails_on_nothing_is_shown_without_a_score(tmp_path: Path,
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = [{"prompt": f"{i}?", "answer": [i, -i]} for i in range(1, 7)]
     # On all references it may not fail: the data does not suit it, as int() does not take a tuple.
-    with pytest.raises(RunError, match="reward number_for_inspect:number: all 4 completions .* TypeError"):
+    with pytest.raises(RunError, match=r"reward number_for_inspect:number: all 4 completions .* TypeError"):
         view_of(tmp_path, rows, reward__task="number_for_inspect:number")
     rows = [{"prompt": f"{i}?", "answer": i} for i in range(1, 7)]
     part = view_of(tmp_path, rows, reward__task="number_for_inspect:number").parts[1]
