@@ -30,7 +30,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    url="https://github.com/OWNER/grpo_jax",  # OWNER: still to be named; README.md and colab/ have the address too
+    # No `url` until the project has a public address.
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax", "grpo_jax.*"]),
     entry_points={"console_scripts": ["grpo-jax=grpo_jax.tools.main:main"]},
@@ -39,6 +39,7 @@ setup(
         "grpo_jax.tools.report": ["page.html", "page.css"],
     },
     install_requires=[
+        "cloudpickle>=3",
         "jax>=0.10.2",
         "flax>=0.12",
         "optax>=0.2.6",

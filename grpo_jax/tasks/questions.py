@@ -8,12 +8,12 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.scorers.answers import marked_answer
+from grpo_jax.rewards.scorers.normal_form import text_of_number
 from grpo_jax.tasks.chat import Message
 
 TRAINING, HELD_OUT = "training", "held-out"  # the sides of the data
@@ -199,12 +199,16 @@ def _text(value: Any, where: str) -> str:
     """Return one answer as text."""
     if value is None:
         raise MissingAnswerError(f"{where} is null")
-    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write?
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise UserError(f"{where} must be text or a number, or a list of them, got {_short(value)}")
-    if isinstance(value, float | Decimal) and not math.isfinite(value):
-        raise MissingAnswerError(f"{where} is {value}")
-    text = str(value).strip()
+    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write? And
+    # numbers as a model writes them, not as Python does: 1e16 could never be matched.
+    try:
+        text = value.strip() if isinstance(value, str) else text_of_number(value)
+    except TypeError:
+        raise UserError(f"{where} must be text or a number, or a list of them, got {_short(value)}") from None
+    except ValueError as error:
+        if not math.isfinite(value):
+            raise MissingAnswerError(f"{where} is {value}") from None
+        raise UserError(f"{where} must be text or a number: {error}") from None
     if not text:
         raise MissingAnswerError(f"{where} is empty")
     _require_unicode(text, where)

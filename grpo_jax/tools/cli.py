@@ -53,8 +53,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
-    show_own_messages()
+    quiet_other_libraries()
     if parser:
         args = parser.parse_args()
         _call(lambda: main(args))
@@ -87,6 +86,12 @@ def _help(command: str) -> str:
             about = f"{about} (default: {flag.default})"
         lines += [f"  --{flag.name}:", textwrap.indent(textwrap.fill(about, 90), " " * 6)]
     return "\n".join(lines)
+
+
+def quiet_other_libraries() -> None:
+    """Leave what this package has to say as the only messages on stderr."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
+    show_own_messages()
 
 
 def show_own_messages() -> None:

@@ -17,6 +17,7 @@ from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, printable, read_json, write_atomically
 from grpo_jax.parallel import hosts
+from grpo_jax.training.brought import find_functions
 from grpo_jax.training.checkpoint import saved_steps
 
 SHOWN = 200  # characters of a setting
@@ -161,6 +162,7 @@ def read_settings(workdir: pathlib.Path) -> dict[str, Any]:
 def read_config(workdir: pathlib.Path) -> Config:
     """Read the config that the run was started with. Raises UserError if the folder is not that of a run."""
     settings = read_settings(workdir)
+    find_functions(workdir)  # a run made in Python keeps them in its folder, and config.json names them
     try:
         return parse_config(complete(settings))
     except UserError as error:

@@ -15,13 +15,14 @@ from typing import Any
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic
+from sympy import Abs, Basic, Max
 
 from grpo_jax.rewards.scorers.answers import (
     REASONING_TAGS,
     acceptable_answers,
     announced_answer,
     find_answer,
+    is_all_of,
     judged_text,
     last_expression,
 )
@@ -32,7 +33,10 @@ from grpo_jax.rewards.scorers.quantities import read_quantity, same_quantity, sp
 _log = logging.getLogger("math_verify")
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
+_BASE = re.compile(r"(\d[\dA-Fa-f]*|[\dA-F]{2,})_\{?([2-9]|[12]\d|3[0-6])\}?")
+_HEDGED = re.compile(r"\b(?:not|never|least|most|more than|less than|over|under|between|except)\b|n't\b", re.IGNORECASE)
+_SENTENCE = re.compile(r"[\w\s.,:;'\u2019-]*")
+MAX_LIST = 50
 _METRES = re.compile(r"(.*\d)[mgshlLNJWVKCFA]")
 # Units are read here, and not by math-verify: it takes the letters of 2ab for one.
 _LATEX = (
@@ -55,8 +59,10 @@ def math_verify_score(completion: str, item: dict[str, Any], *, reasoning_tags: 
     text = judged_text(completion, item, reasoning_tags)
     if text is None:
         return 0.0
-    given = find_answer(text).text
-    return float(any(is_equal(gold, given) for gold in acceptable_answers(item)))
+    golds, given = acceptable_answers(item), find_answer(text)
+    if any(is_equal(gold, given.text) for gold in golds):
+        return 1.0
+    return float(not given.is_marked and any(is_all_of(gold, text) for gold in golds))
 
 
 def is_equal(gold: str, given: str) -> bool:
@@ -94,7 +100,7 @@ def _same_in_base(bases: Sequence[re.Match[str] | None], gold: str, given: str) 
 
 def _is_permutation(golds: Sequence[str], givens: Sequence[str]) -> bool:
     """Compare two lists without regard to order; lists of words are compared as one text, by the caller."""
-    if any(read_quantity(each) is None and not is_formula(each) for each in golds):
+    if len(golds) > MAX_LIST or any(read_quantity(each) is None and not is_formula(each) for each in golds):
         return False
     rest = list(givens)
     for gold in golds:
@@ -111,20 +117,22 @@ def _is_number(gold: str, given: str, num_given: int) -> bool:
         return is_equal(gold, given.replace(",", "."))
     if num_given > 1:  # a list of candidates earns nothing
         return False
-    value = right_side(given)
-    if value != given:
-        return is_equal(gold, value)
+    if "=" in given:
+        return right_side(given) != given and is_equal(gold, right_side(given))
     attached = _METRES.fullmatch(given)
     if attached is not None:  # 100m is a length where a number is asked for
         return is_equal(gold, attached[1])
-    if is_formula(given):
-        return _verify(gold, split_unit(given)[0])
+    wanted = read_quantity(gold)
+    if wanted is not None and is_formula(given):
+        return _verify(gold if wanted.is_percent else str(wanted.value), split_unit(given)[0])
     # A sentence inside the mark. It may hold one number, and no more: which one it would mean is a guess.
-    inner = announced_answer(given) or last_expression(given)
+    inner = None
+    if _SENTENCE.fullmatch(given):
+        inner = announced_answer(given) or last_expression(given)
     is_only = inner is not None and len(re.findall(r"\d+", given)) == len(re.findall(r"\d+", inner))
-    if inner is None or not is_only or inner == given:
+    if inner is None or not is_only or inner == given or _HEDGED.search(given):
         return False
-    quantity, wanted = read_quantity(inner), read_quantity(gold)
+    quantity = read_quantity(inner)
     return quantity is not None and wanted is not None and same_quantity(wanted, quantity)
 
 
@@ -132,6 +140,8 @@ def _is_same_formula(gold: str, given: str, num_gold: int, num_given: int) -> bo
     """Compare an answer that is no plain number."""
     if right_side(gold) != gold and right_side(given) == given:  # x = 5, where the completion says 5
         return is_equal(right_side(gold), given)
+    if "=" in given and "=" not in gold and right_side(given) != given:
+        return is_equal(gold, right_side(given))
     if num_gold == 1 and num_given > 1 and not re.search(r"\\pm|\\cup|[=<>|]|\\(?:le|ge|in|begin)", gold):
         return False
     if not is_formula(gold) or not is_formula(given):
@@ -159,10 +169,10 @@ def _differ_in_size(a: Any, b: Any) -> bool:
     if not isinstance(a, Basic) or not isinstance(b, Basic) or not (a.is_number and b.is_number):
         return False
     try:
-        sizes = [abs(complex(each.evalf(30))) for each in (a, b, a - b)]
-    except (TypeError, ValueError, OverflowError):
+        sizes = [Abs(each).evalf(30) for each in (a, b, a - b)]
+        return bool(1000 * sizes[2] > Max(*sizes[:2]))
+    except (TypeError, ValueError, OverflowError):  # no numbers after all: infinity, or what cannot be evaluated
         return False
-    return sizes[2] > max(sizes[:2]) / 1000 > 0
 
 
 @functools.lru_cache(maxsize=1024)
