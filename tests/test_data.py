@@ -317,6 +317,9 @@ def test_worked_examples_are_neither_too_long_nor_held_out(tmp_path: Path) -> No
     # As with fewer rows to leave out: what is held out does not depend on what is too long.
     short = task_of(path=write_lines(tmp_path / "b.jsonl", sums(range(30))), num_shots=3, eval__num_prompts=6)
     assert asked(short) == (train, held_out)
+    # Nor on the examples: those with and without compare on the same questions.
+    _, without = asked(task_of(path=tmp_path / "b.jsonl", eval__num_prompts=6))
+    assert without == [text.removeprefix(beginning).strip() for text in held_out]
 
 
 def test_training_questions_that_the_evaluation_has_too_are_counted(tmp_path: Path) -> None:
