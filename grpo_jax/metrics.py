@@ -139,7 +139,77 @@ class Correlation:
         return np.where(spread_x & spread_y, self.moment_xy / scale, 0.0)
 
 
-Metric = Mean | Max | Correlation
+@flax.struct.dataclass
+class Std:
+    """The standard deviation, with the number of values as divisor; 0 of none. Kept as one half of a Correlation."""
+
+    pooled: Correlation
+
+    @classmethod
+    def of(cls, values: Shaped[Arrays, "*axes"], weight: Shaped[Arrays, "*axes"]) -> Std:
+        """Std of `values` under `weight` (>= 0); values with weight 0 may be NaN."""
+        return cls(Correlation.of(values, values, weight))
+
+    def merge(self, other: Std) -> Std:
+        """Return the deviation of the values of both."""
+        return Std(self.pooled.merge(other.pooled))
+
+    def psum(self, axis_name: AxisName) -> Std:
+        """Merge over the devices of a mesh axis."""
+        return Std(self.pooled.psum(axis_name))
+
+    def reduce(self) -> Std:
+        """Merge over the leading axis."""
+        return Std(self.pooled.reduce())
+
+    def value(self) -> np.ndarray:
+        """Return the deviation itself."""
+        return np.sqrt(self.pooled.moment_xx / np.maximum(self.pooled.count, 1e-9))
+
+
+@flax.struct.dataclass
+class ShareEntropy:
+    """The entropy of shares in nats, mean over rows: log n if all n are equal, 0 if one has all.
+
+    Kept as counts, float32 [rows, n]: the entropy of a part's counts says nothing of the whole's.
+    """
+
+    counts: Number
+
+    def merge(self, other: ShareEntropy) -> ShareEntropy:
+        """Return that of both."""
+        return type(self)(self.counts + other.counts)
+
+    def psum(self, axis_name: AxisName) -> ShareEntropy:
+        """Merge over the devices of a mesh axis."""
+        return jax.lax.psum(self, axis_name)
+
+    def reduce(self) -> ShareEntropy:
+        """Merge over the leading axis."""
+        return type(self)(self.counts.sum(0))
+
+    def shares(self) -> np.ndarray:
+        """Return each count over its row's sum (0 where nothing was counted)."""
+        counts = np.asarray(self.counts)
+        return counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
+
+    def value(self) -> np.ndarray:
+        """Return the entropy itself."""
+        shares = self.shares()
+        return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1).mean()
+
+
+@flax.struct.dataclass
+class ShareMax(ShareEntropy):
+    """The largest share over the mean share, of the row where it is largest: 1 if all are equal, n if one has all."""
+
+    def value(self) -> np.ndarray:
+        """Return the ratio itself."""
+        shares = self.shares()
+        return shares.max() * shares.shape[-1]
+
+
+Metric = Mean | Max | Correlation | Std | ShareEntropy
 Metrics = Mapping[str, Metric]
 
 

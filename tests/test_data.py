@@ -126,6 +126,7 @@ def test_a_layout_of_files_changes_nothing(tmp_path: Path, layout: str) -> None:
         ("a.json", b"[]", r"a\.json': the file is empty"),
         ("a.csv", b"prompt,answer\na,1\nb\n", r"a\.csv:3: has another number of columns"),
         ("a.csv", b"prompt,answer\n", r"a\.csv': the file is empty"),
+        ("a.csv", b"prompt,answer,answer\n1,2,3\n", r"a\.csv:1: the column 'answer' stands twice"),
         ("a.csv", "prompt,answer\nä,1\n".encode("latin1"), r"a\.csv: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b"x" * 99)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: a Parquet file that cannot be read"),
@@ -160,6 +161,18 @@ def test_paths_that_name_no_file_or_one_twice(tmp_path: Path) -> None:
     odd = write_lines(tmp_path / "a, [b].jsonl", sums(range(4)))
     assert len(load_data(config_of("jsonl", odd))[0].train) == 4
     assert not is_files("openai/gsm8k") and not is_files(str(tmp_path))
+
+
+def test_a_path_that_is_empty_and_a_column_that_stands_twice(tmp_path: Path) -> None:
+    for name in ("jsonl", "dataset"):
+        with pytest.raises(UserError, match=rf"config\.task\.{name}\.path is empty"):
+            load_data(config_of(name))
+    twice = pyarrow.table([["a"], ["1"], ["2"]], names=["prompt", "answer", "answer"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the column 'answer' stands twice"):
+        load_data(config_of("jsonl", tmp_path / "a.parquet"))
+    (tmp_path / "long.csv").write_text("prompt,answer\n" + "x" * 200_000 + ",1\n")
+    assert len(load_data(config_of("jsonl", tmp_path / "long.csv"))[0].train[0].text) == 200_000
 
 
 def test_the_cause_of_an_error_of_datasets_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +271,13 @@ def test_prompts_alone_for_rewards_that_compare_with_nothing(tmp_path: Path) -> 
         task_of(path=path)
     with pytest.raises(UserError, match=r"columns\.answer is empty"):
         task_of(path=path, task__columns__answer="")
-    mixed = write_lines(tmp_path / "b.jsonl", [{"prompt": "a", "answer": None}, *sums(range(3))])
-    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine"))[0].train
-    assert [question.item["answer"] for question in kept] == [None, "1", "2", "3"]
+    # A function of one's own gets what the data has: what can be compared as text, all else as it is.
+    goal = {"target": 24, "numbers": [2, 12]}
+    rows = [{"prompt": str(i), "x": {"y": value}} for i, value in enumerate((None, "a\n#### 4", goal, True, [], [1, "2"], 3))]
+    mixed = write_lines(tmp_path / "b.jsonl", rows)
+    kept = load_data(config_of(path=mixed, reward__task="my_rewards:mine", task__columns__answer="x.y"))[0].train
+    assert [question.item["answer"] for question in kept] == [None, "4", goal, True, [], ("1", "2"), "3"]
+    task_of(path=mixed, reward__task="length", task__columns__answer="x.y").close()
 
 
 def test_which_rewards_compare_with_an_answer() -> None:
@@ -313,6 +330,9 @@ def test_worked_examples_are_neither_too_long_nor_held_out(tmp_path: Path) -> No
     # As with fewer rows to leave out: what is held out does not depend on what is too long.
     short = task_of(path=write_lines(tmp_path / "b.jsonl", sums(range(30))), num_shots=3, eval__num_prompts=6)
     assert asked(short) == (train, held_out)
+    # Nor on the examples: those with and without compare on the same questions.
+    _, without = asked(task_of(path=tmp_path / "b.jsonl", eval__num_prompts=6))
+    assert without == [text.removeprefix(beginning).strip() for text in held_out]
 
 
 def test_training_questions_that_the_evaluation_has_too_are_counted(tmp_path: Path) -> None:
@@ -380,6 +400,29 @@ def test_a_mixture_of_any_sources_keeps_its_weights(tmp_path: Path) -> None:
     numbers = [int(item["q"].split()[0]) for item in items if "q" in item]
     assert numbers == sorted(numbers) and len(numbers) == 20
     task.close(), ordered.close()
+
+
+def test_no_source_trains_on_what_another_holds_out(tmp_path: Path) -> None:
+    a, b = write_lines(tmp_path / "a", sums(range(30))), write_lines(tmp_path / "b", sums(range(20, 50)))
+    members = [{"name": "jsonl", "jsonl": {"path": str(path)}} for path in (a, b)]
+    train, held_out = asked(task_of("mixture", mixture=json.dumps(members), eval__num_prompts=12))
+    assert 8 <= len(held_out) == len(set(held_out)) <= 12 and not set(train) & set(held_out)
+    assert {*train, *held_out} == {f"What is {i} + 1?" for i in range(50)}
+
+
+def test_what_a_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:
+    rows = [*sums(range(3)), {"prompt": "caf\u00e9", "answer": 1}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a\.jsonl:4: character 'é' in 'café' is not in the alphabet"):
+        task_of(path=path)
+
+
+def test_rewards_get_the_prompt_as_its_row_has_it(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2  +\n2?", "name": None}]
+    rows = [{"ask": {"it": "2  +\n2?"}, "answer": 4}, {"ask": {"it": chat}, "answer": 4}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    (source,) = load_data(config_of(path=path, task__columns__prompt="ask.it"))
+    assert [question.prompt for question in source.train] == ["2  +\n2?", chat]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.learner.logprobs import CPU_CHUNK_TOKENS, Chunks, token_logprobs
+from grpo_jax.learner.logprobs import CPU_CHUNK_TOKENS, Chunks, Past, token_logprobs
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
-from grpo_jax.rollout.sampling import Sampling, draw
+from grpo_jax.rollout import sampling as sampling_module
+from grpo_jax.rollout.sampling import Sampling
 
 N, V, D = 37, 29, 8  # N is prime: no chunk but 1 and 37 divides it
+draw = jax.jit(sampling_module.draw, static_argnums=2)
 SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=0.7, top_k=9, top_p=0.8), Sampling(top_p=0.7)]
 every_sampling = pytest.mark.parametrize("sampling", SAMPLINGS, ids="t{0.temperature}-k{0.top_k}-p{0.top_p}".format)
 
@@ -97,6 +99,72 @@ def test_chunk_size_changes_nothing(chunk):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 
 
+RULED = Sampling(temperature=0.8, bad_ids=(2, 3), bad_first_ids=(5,), forced_prefix_ids=(7, 1))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [RULED, Sampling(repetition_penalty=1.5), Sampling(0.7, 0, 0.9, 0.0, 0.8, (2,)), Sampling(min_p=0.3, bad_ids=(0,))],
+    ids=["ruled out", "penalty", "penalty and cut", "min_p"],
+)
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_value_and_gradient_where_the_past_counts(sampling, cap):
+    """A position at a time: the tokens that occurred before it in its row, those ruled out there, and the sampler's support."""
+    rng = np.random.default_rng(3)
+    hidden_ND, head_VD, _, _, weight_N = problem()
+    rows, width, prompt = 5, 12, 4
+    tokens_BX, mask_BX = rng.integers(0, V, (rows, width)), rng.random((rows, width)) < 0.8
+    row_N, t_N = rng.integers(0, rows, N), rng.integers(0, width - prompt, N)
+    past = Past(*map(jnp.asarray, (t_N, row_N, t_N + prompt, tokens_BX, mask_BX)))
+    seen_NV = np.zeros((N, V), bool)
+    for n in range(N):
+        before = slice(0, t_N[n] + prompt)
+        seen_NV[n, tokens_BX[row_N[n], before][mask_BX[row_N[n], before]]] = True
+    drawn = draw(
+        head_logits(hidden_ND, head_VD, cap), jax.random.split(jax.random.key(1), N), sampling, t_N, jnp.asarray(seen_NV)
+    )
+    support_N = drawn.support_B if sampling.is_cut else None
+
+    def weighted(hidden_ND, head_VD):
+        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, drawn.token_B, support_N, sampling, Chunks(10), cap, past)
+        return (weight_N * logp_N).sum(), (logp_N, entropy_N)
+
+    grads, (logp_N, entropy_N) = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden_ND, head_VD)
+    np.testing.assert_allclose(logp_N, drawn.logp_B, atol=1e-5)
+    np.testing.assert_allclose(entropy_N, drawn.entropy_B, atol=1e-5)
+
+    def plain(hidden_ND, head_VD):
+        """The same by JAX's own derivatives, on dense logits; what is kept is known from the draw's threshold."""
+        logits_NV = head_logits(hidden_ND, head_VD, cap) / sampling.temperature
+        factor_NV = jnp.where(logits_NV > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        logits_NV = jnp.where(seen_NV, logits_NV * factor_NV, logits_NV)
+        allowed_NV = ~np.isin(np.arange(V), sampling.bad_ids)[None] & ~(
+            (t_N == 0)[:, None] & np.isin(np.arange(V), sampling.bad_first_ids)[None]
+        )
+        for t, forced in enumerate(sampling.forced_prefix_ids):
+            allowed_NV = np.where((t_N == t)[:, None], np.arange(V)[None] == forced, allowed_NV)
+        ranked_NV = jnp.argsort(jnp.argsort(-jnp.where(allowed_NV, logits_NV, -jnp.inf)))
+        kept_NV = allowed_NV & (ranked_NV < drawn.support_B[:, None])
+        log_p_NV = jax.nn.log_softmax(jnp.where(kept_NV, logits_NV, -1e30))
+        return (weight_N * jnp.take_along_axis(log_p_NV, drawn.token_B[:, None], -1)[:, 0]).sum()
+
+    for x, y in zip(grads, jax.grad(plain, (0, 1))(hidden_ND, head_VD), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+    is_forced_N = t_N < len(sampling.forced_prefix_ids)
+    np.testing.assert_array_equal(grads[0][is_forced_N], 0.0)
+    assert (np.abs(grads[0][~is_forced_N & (drawn.support_B > 1)]).max(-1) > 0).all()
+
+
+def test_a_masked_position_that_holds_a_token_which_is_ruled_out_stays_finite():
+    hidden_ND, head_VD = problem()[:2]
+    past = Past(
+        *map(jnp.asarray, (np.zeros(N, int), np.zeros(N, int), np.zeros(N, int), np.zeros((1, 3), int), np.zeros((1, 3), bool)))
+    )
+    for sampling in (RULED, dataclasses.replace(RULED, top_p=0.5)):
+        values = token_logprobs(hidden_ND, head_VD, jnp.full(N, 2), jnp.zeros(N, jnp.int32), sampling, Chunks(10), None, past)
+        assert all(np.isfinite(x).all() for x in values)
+
+
 def test_entropy_carries_no_gradient():
     hidden_ND, head_VD, targets_N, support_N, weight_N = problem()
 
@@ -160,7 +228,7 @@ def test_no_buffer_of_all_logits():
     sizes = dict(num=2048, vocab=8192, dim=16, chunks=Chunks(128))
     # The scan does find them where they are.
     assert largest_float_buffer(naive_logprobs, Sampling(), **sizes) >= sizes["num"] * sizes["vocab"]
-    for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
+    for sampling in (SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[3]):
         assert largest_float_buffer(token_logprobs, sampling, **sizes) <= 128 * sizes["vocab"]
     assert largest_float_buffer(token_logprobs, Sampling(), **{**sizes, "chunks": Chunks(128, 512)}) <= 2048 * 512
 

@@ -16,6 +16,7 @@ import jax
 from safetensors import SafetensorError
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

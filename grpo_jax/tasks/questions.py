@@ -8,12 +8,12 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from grpo_jax.config import ColumnsConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.scorers.answers import marked_answer
+from grpo_jax.rewards.scorers.normal_form import text_of_number
 from grpo_jax.tasks.chat import Message
 
 TRAINING, HELD_OUT = "training", "held-out"  # the sides of the data
@@ -26,6 +26,7 @@ class Question:
     messages: the prompt as a chat; a plain prompt is one message of the user. solution: its worked answer, as an example
     shows it; empty if the row has none. item: the row of data, under "answer" its final answer, or a tuple of them where
     each of several is right. stream: which part of a mixture it belongs to. where: file and line, or what the row is called.
+    is_chat: the row has messages, and not one text.
     """
 
     messages: tuple[Message, ...]
@@ -33,6 +34,14 @@ class Question:
     item: Mapping[str, Any]
     stream: str = ""
     where: str = ""
+    is_chat: bool = False
+
+    @property
+    def prompt(self) -> str | list[dict[str, str]]:
+        """The prompt as its row has it: a text, or messages."""
+        if self.is_chat:
+            return [dict(message) for message in self.messages]
+        return self.messages[-1]["content"]
 
     @property
     def text(self) -> str:
@@ -69,21 +78,28 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
 
     Args:
       row: of data. columns: names of the columns, with dots for those inside of others. where: the row's place, for messages.
-      needs_answer: False for rewards that compare with nothing: then a row may be without an answer.
+      needs_answer: False for rewards that compare with nothing: then a row may be without an answer, or have one that is
+        neither text nor number, and that is left as it is.
     Returns: a Question, whose item is the row with the final answer under "answer".
     Raises: UserError naming place and column; MissingAnswerError if the answer is null, NaN, infinite or blank.
     """
     value = _column(row, "prompt", columns.prompt, where)
-    if not isinstance(value, list | tuple):
+    is_chat = isinstance(value, list | tuple)
+    if not is_chat:
         value = [{"role": "user", "content": value}]
     messages = tuple(value)
     _require_chat(messages, f"{where}: `{columns.prompt}`")
-    if not needs_answer and _is_without_answer(row, columns.answer):
-        return Question(messages, "", row, where=where)
+    if not needs_answer:
+        raw = find_column(row, columns.answer) if columns.answer else ABSENT
+        if not _is_answer(raw):
+            item = row if raw is ABSENT else {**row, "answer": raw}
+            return Question(messages, "", item, where=where, is_chat=is_chat)
     answers = _answers(_column(row, "answer", columns.answer, where), f"{where}: `{columns.answer}`")
     finals = tuple(dict.fromkeys(_final(answer, f"{where}: `{columns.answer}`") for answer in answers))
-    final = finals if len(finals) > 1 else finals[0]
-    return Question(messages, answers[0], {**row, "answer": final}, where=where)
+    final: str | tuple[str, ...] = finals
+    if len(finals) == 1:
+        (final,) = finals
+    return Question(messages, answers[0], {**row, "answer": final}, where=where, is_chat=is_chat)
 
 
 def questions_of(
@@ -110,10 +126,12 @@ def questions_of(
 ABSENT = object()
 
 
-def _is_without_answer(row: Mapping[str, Any], name: str) -> bool:
-    """Tell if a row has no answer column, or null in it. name: of the column; empty if there is none."""
-    value = find_column(row, name) if name else None
-    return value is ABSENT or value is None
+def _is_answer(value: Any) -> bool:
+    """Tell if a value can be compared with: text, numbers, or several of them."""
+    try:
+        return value is not ABSENT and bool(_answers(value, ""))
+    except UserError:
+        return False
 
 
 def find_column(row: Mapping[str, Any], name: str) -> Any:
@@ -180,12 +198,16 @@ def _text(value: Any, where: str) -> str:
     """Return one answer as text."""
     if value is None:
         raise MissingAnswerError(f"{where} is null")
-    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write?
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise UserError(f"{where} must be text or a number, or a list of them, got {_short(value)}")
-    if isinstance(value, float | Decimal) and not math.isfinite(value):
-        raise MissingAnswerError(f"{where} is {value}")
-    text = str(value).strip()
+    # A bool is an int to Python, but as an answer it is a mistake in the data: which text would a model have to write? And
+    # numbers as a model writes them, not as Python does: 1e16 could never be matched.
+    try:
+        text = value.strip() if isinstance(value, str) else text_of_number(value)
+    except TypeError:
+        raise UserError(f"{where} must be text or a number, or a list of them, got {_short(value)}") from None
+    except ValueError as error:
+        if not math.isfinite(value):
+            raise MissingAnswerError(f"{where} is {value}") from None
+        raise UserError(f"{where} must be text or a number: {error}") from None
     if not text:
         raise MissingAnswerError(f"{where} is empty")
     _require_unicode(text, where)
@@ -223,9 +245,14 @@ def conflicts(questions: Iterable[Question]) -> list[tuple[Question, Question]]:
     found = []
     for question in questions:
         before = first.setdefault(question.text, question)
-        if before.item.get("answer") != question.item.get("answer"):
+        if _as_set(before.item.get("answer")) != _as_set(question.item.get("answer")):
             found.append((before, question))
     return found
+
+
+def _as_set(answer: Any) -> frozenset[str]:
+    """Return right answers without an order."""
+    return frozenset(map(repr, answer if isinstance(answer, tuple) else (answer,)))
 
 
 def by_hash(questions: Iterable[Question]) -> Iterator[Question]:

@@ -35,8 +35,8 @@ class Selected(NamedTuple):
 class Selection(NamedTuple):
     """The questions of a task.
 
-    weights: of each stream. dropped: side -> reason (of REASONS) -> how many were left out. num_conflicts: training questions
-    whose text another row has with another answer. num_wanted: held-out questions that were asked for.
+    weights: of each stream. dropped: side -> reason (of REASONS) -> how many were left out. num_conflicts: questions
+    whose text an earlier row has with another answer. num_wanted: held-out questions that were asked for.
     """
 
     train: list[Selected]
@@ -64,7 +64,7 @@ def select(config: TaskConfig, tokenizer: Tokenizer, sources: Sequence[Source]) 
     for source in sources:
         for side, counts in source.dropped.items():
             dropped[side].update(counts)
-    conflicting = conflicts(question for source in sources for question in source.train)
+    conflicting = conflicts(question for source in sources for question in (*source.train, *(source.evaluation or ())))
     shots = choose_shots(config, tokenizer, sources)
     fitting = Fitting(Prompting(config, tokenizer, shots), config.max_prompt_tokens)
     shown = {shot.text for shot in shots}
@@ -99,9 +99,12 @@ class Fitting:
     def __call__(self, question: Question) -> Prompt | None:
         """Return the prompt; None if it is too long."""
         # Dropped, not truncated: a prompt without its beginning is another question, with an answer that no longer fits.
-        prompt = self.prompting(question)
+        try:
+            prompt = self.prompting(question)
+        except UserError as error:  # of the template, or a token that the model has not
+            raise UserError(f"{question.where}: {error}") from error
         if not prompt.ids:
-            raise UserError(f"prompt {question.text!r:.60} has no tokens: the sampler needs one to begin from")
+            raise UserError(f"{question.where}: the prompt has no tokens; the sampler needs one to begin from")
         return prompt if len(prompt.ids) <= self.limit else None
 
     def keep(self, questions: Sequence[Question], side: str, dropped: collections.Counter[str]) -> list[Selected]:

@@ -12,7 +12,7 @@ from grpo_jax.tasks import dataset, jsonl, reasoning_gym
 from grpo_jax.tasks.questions import Source
 
 # Parts of a reward that compare a completion with the row's answer. A function of one's own may do without.
-COMPARING = ("math_verify", "exact", "choice")
+COMPARING = ("math_verify", "exact", "choice", "reasoning_gym")
 
 
 def load_data(config: Config) -> list[Source]:
@@ -57,10 +57,18 @@ def _renamed(source: Source, name: str, weight: float) -> Source:
 
 
 def compares_answers(reward: RewardConfig, task_name: str) -> bool:
-    """Tell if a named part of the reward compares a completion with the row's answer."""
-    task = reward.task or reward_expression.OF_TASK[task_name]
+    """Tell if a part of the reward compares a completion with an answer that the data has to give."""
+    return bool(comparing_parts(reward, task_name) - {"reasoning_gym"})
+
+
+def comparing_parts(reward: RewardConfig, task_name: str) -> set[str]:
+    """List the named parts of a reward that compare a completion with the right answer. task_name: whose own reward counts."""
+    task = reward.task or reward_expression.OF_TASK.get(task_name, "")
     parts = {part.name for text in (task, reward.shaping) for part in reward_expression.parse(text, "config.reward")}
-    return bool(parts & set(COMPARING)) or ("regex" in parts and re.compile(reward.regex.pattern).groups > 0)
+    found = parts & set(COMPARING)
+    if "regex" in parts and re.compile(reward.regex.pattern).groups:
+        found.add("regex")
+    return found
 
 
 # (config.task, number to hold out, needs_answer=...) -> where the questions come from.

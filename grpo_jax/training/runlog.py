@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
+"""The records of a run: metrics.jsonl (one object a step), completions.jsonl, a progress line, and who else is told."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from grpo_jax.files import note_once, printable
+from grpo_jax.training.callbacks import Callbacks
 from grpo_jax.training.records import RecordFile, read_records
 
 PLAIN_LINE_EVERY_SECS = 10.0
@@ -28,34 +27,29 @@ COMPLETION_FIELDS: Mapping[str, Any] = {
     "grpo_advantage": int | float,
 }
 TOKEN_FIELDS = ("token_text", "token_entropy", "token_advantage")
-_EVENTS: Any = event_pb2  # message classes made at run time, which a type checker cannot see
-_SUMMARIES: Any = summary_pb2
 
 
 class RunLog:
     """Appends a run's records and shows its progress. Records beyond `step` are removed, so that none appears twice.
 
-    step: of the checkpoint that the run resumes from; -1: none. num_steps: of the whole run.
+    step: of the checkpoint that the run resumes from; -1: none. num_steps: of the whole run. callbacks: told of all of it.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int):
+    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int, callbacks: Callbacks | None = None):
         self._workdir = workdir
         self._progress = ProgressLine(max(step, 0), num_steps)
         self._metrics = RecordFile(workdir / "metrics.jsonl", step, metrics_fault)
         self._completions = RecordFile(workdir / "completions.jsonl", step, completion_fault)
         say_what_is_lost(self._metrics, step)
-        self._events = EventFileWriter(str(workdir / "tensorboard"))
-        # An event file cannot be truncated; this event tells TensorBoard to drop the points of earlier files from its step on.
-        restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
-        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
+        self.callbacks = callbacks or Callbacks([])
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line in metrics.jsonl and a point on each TensorBoard curve, and show the step."""
+        """Write a line in metrics.jsonl, and show the step."""
         self._metrics.write({"step": step, **values})
-        summary = _SUMMARIES.Summary(
-            value=[_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        )
-        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=summary))
+        self.callbacks.tell("on_step", step, values)
+        evaluated = {name: value for name, value in values.items() if name.startswith("eval/")}
+        if evaluated:
+            self.callbacks.tell("on_eval", step, evaluated)
         self._progress.update(step, values)
         if values.get("groups/missing", 0) > 0:
             missing = values["groups/missing"]
@@ -65,6 +59,7 @@ class RunLog:
         """Write sampled completions, a line each."""
         for row in rows:
             self._completions.write({"step": step, **row})
+        self.callbacks.tell("on_samples", step, rows)
 
     def note(self, text: str) -> None:
         """Show a line above the progress."""
@@ -76,14 +71,12 @@ class RunLog:
         # machine would lose lines that are in the system's memory alone, while the checkpoint survives.
         self._metrics.sync()
         self._completions.sync()
-        self._events.flush()
 
     def close(self) -> None:
         self._progress.close()
         self.flush()
         self._metrics.close()
         self._completions.close()
-        self._events.close()
 
 
 def say_what_is_lost(metrics: RecordFile, step: int) -> None:

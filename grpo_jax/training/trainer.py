@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
+import math
 import operator
 import pathlib
-import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.files import write_atomically
+from grpo_jax.learner.optimizer import learning_rates
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import data_metrics
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.training import build
+from grpo_jax.training.callbacks import Callbacks
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.data_record import note_data, pin_template_date
@@ -36,17 +34,25 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
-from grpo_jax.training.plots import learning_curve
-from grpo_jax.training.provenance import provenance
+from grpo_jax.training.memory import require_memory
+from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
+from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
 from grpo_jax.training.signals import StopSignal
+from grpo_jax.training.summary import finalize_run
+from grpo_jax.training.trackers import make_callbacks
 from grpo_jax.types import Batch, TrainState
 
 
 def train(
-    config: Config, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
+    config: Config,
+    workdir: pathlib.Path,
+    start: Start = FROM_WHERE_IT_IS,
+    *,
+    profiled: range | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any] | None:
     """Run `config` in `workdir` from where it left off.
 
@@ -57,23 +63,29 @@ def train(
       config: of the run. workdir: its folder, new or that of the same run.
       start: what to go on from, in a folder that holds its beginning.
       profiled: steps whose calls jax.profiler traces into <workdir>/profile.
+      callbacks: objects as `callbacks.Callback`, beside those that config.log names.
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
     run = make_run(pin_template_date(config, [workdir]))
     try:
-        return train_run(run, workdir, start, profiled=profiled)
+        return train_run(run, workdir, start, profiled=profiled, callbacks=callbacks)
     finally:
         run.task.close()
 
 
 def train_run(
-    run: Run, workdir: pathlib.Path, start: Start = FROM_WHERE_IT_IS, *, profiled: range | None = None
+    run: Run,
+    workdir: pathlib.Path,
+    start: Start = FROM_WHERE_IT_IS,
+    *,
+    profiled: range | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already.
 
     Args:
-      run: from `make_run`. workdir, start, profiled: as in `train`.
+      run: from `make_run`. workdir, start, profiled, callbacks: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
     if isinstance(run.task, HostTask):
@@ -81,7 +93,7 @@ def train_run(
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
-    return train_members(run, [run], [workdir], profiler, start)[0]
+    return train_members(run, [run], [workdir], profiler, start, callbacks)[0]
 
 
 def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list[str]:
@@ -92,7 +104,7 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
     Returns: why each could not go on; "" for one that did.
-    Raises: ValueError if the runs are not all at one step.
+    Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
     summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
@@ -100,22 +112,30 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
 
 
 def train_members(
-    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, start: Start
+    fns: Run,
+    runs: Sequence[Run],
+    workdirs: Sequence[pathlib.Path],
+    profiler: Profiler,
+    start: Start,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict[str, Any] | None]:
     """Open the folders of some runs, loop, and finish each.
 
     Args:
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
-      profiler: of the calls. start: as in `train`.
+      profiler: of the calls. start, callbacks: as in `train`.
     Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
-    Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
+    Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(open_run(run, workdir, start)) for run, workdir in zip(runs, workdirs, strict=True)]
+        opened = [
+            stack.enter_context(open_run(run, workdir, start, callbacks)) for run, workdir in zip(runs, workdirs, strict=True)
+        ]
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
-            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+            # One of them fell back on an older checkpoint: the next start puts runs of one step together.
+            raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
@@ -128,16 +148,22 @@ def train_members(
 
 
 @contextlib.contextmanager
-def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Member, TrainState, int | None]]:
+def open_run(
+    run: Run, workdir: pathlib.Path, start: Start, callbacks: Sequence[Any]
+) -> Iterator[tuple[Member, TrainState, int | None]]:
     """Open a run's files.
 
     Args:
-      run: built. workdir: its folder. start: as in `train`.
+      run: built. workdir: its folder. start, callbacks: as in `train`.
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
     Raises: UserError if there is nothing to resume from, the folder is another config's or another process's.
     """
     with faults_in_one_line(workdir, run.abstract_state), contextlib.ExitStack() as stack:
+        told = Callbacks([])
+        if hosts.is_first():
+            told = make_callbacks(run.config.log, callbacks)
         # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        require_memory(run)
         state = None
         if not is_begun(workdir):
             state = announced_initial_state(run)
@@ -161,9 +187,16 @@ def open_run(run: Run, workdir: pathlib.Path, start: Start) -> Iterator[tuple[Me
         # The log is opened last, because this removes the records beyond the checkpoint, which must have been read.
         log = None
         if hosts.is_first():
-            log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps)
+            log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps, told)
             stack.callback(log.close)
-        yield Member(run, log, checkpointer, lock), state, resumed
+            told.tell("on_start", run.config, workdir, resumed)
+        member = Member(run, log, checkpointer, lock, told)
+        if run.config.checkpoint.keep_best and resumed is not None:
+            for record in read_metrics(workdir):
+                evaluated = {name: value for name, value in record.items() if name.startswith("eval/")}
+                if record["step"]:  # there is no checkpoint of step 0
+                    member.note_best(int(record["step"]), evaluated)
+        yield member, state, resumed
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
@@ -177,31 +210,6 @@ def is_begun(workdir: pathlib.Path) -> bool:
             "there is nothing to go on from; use another folder"
         )
     return bool(has_checkpoints)
-
-
-def announced_initial_state(run: Run) -> TrainState:
-    """Make `Run.initial_state`, with a line on the console for those who wait for it."""
-    config = run.config
-    what = f"warm start, {config.warm_start.num_steps} supervised steps"
-    if config.model.path:
-        what = "loading weights"
-    if hosts.is_first():
-        num = jax.process_count()
-        where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
-        print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
-    return run.initial_state()
-
-
-@dataclasses.dataclass
-class Profiler:
-    """Traces the calls that end with one of `steps`, each by itself."""
-
-    folder: pathlib.Path
-    steps: range | None
-
-    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        is_traced = self.steps is not None and step in self.steps
-        return jax.profiler.trace(str(self.folder)) if is_traced else contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -220,21 +228,26 @@ class Member:
 
     pending: the metrics of the newest call. They are read and written while the next one computes.
     skipped: its updates that were left out. error: why it cannot go on; "" while it can. It writes nothing from then on.
+    saved: the step of its newest checkpoint, None before the first.
     """
 
     run: Run
     log: RunLog | None
     checkpointer: Checkpointer
     lock: Lock | None = None
+    callbacks: Callbacks = dataclasses.field(default_factory=lambda: Callbacks([]))
     pending: PendingMetrics | None = None
     error: str = ""
+    saved: int | None = None
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.run.config)
+        self.skipped, self.best = SkippedSteps(self.run.config), -math.inf
+        self.learning_rates = learning_rates(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
+        with phase("held-out evaluation before training, sampling compiled"):
+            values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -262,8 +275,20 @@ class Member:
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        is_best = self.note_best(step, pending.evaluated)
+        if is_last or is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
+
+    def note_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the step if it is the best so far by config.checkpoint.keep_best, and tell if it is."""
+        name = self.run.config.checkpoint.keep_best
+        if name and values and name not in values:
+            raise UserError(f"config.checkpoint.keep_best = {name!r}: not evaluated; there are: {', '.join(values)}")
+        # NaN is above nothing. Of equal ones the first stays.
+        is_best = bool(name) and values.get(name, -math.inf) > self.best
+        if is_best:
+            self.best, self.checkpointer.best.step = values[name], step
+        return is_best
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
@@ -278,6 +303,7 @@ class Member:
             num_tokens = float(lengths.total)
             values = {**metrics_lib.to_floats(metrics), **pending.timing}
             values["tokens/s"] = num_tokens / pending.timing["time/step_secs"]
+            values["optimizer/learning_rate"] = float(self.learning_rates[step])
             if step == pending.last_step:
                 values |= pending.evaluated
             self.write(step, values)
@@ -312,6 +338,10 @@ class Member:
         if self.log:
             self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
+        # At its end, or after a signal, a run saves again what it may just have saved.
+        if self.saved != int(state.step):
+            self.saved = int(state.step)
+            self.callbacks.tell("on_save", self.saved)
 
 
 @dataclasses.dataclass
@@ -325,6 +355,7 @@ class Loop:
     members: Sequence[Member]
     stop: StopSignal
     profiler: Profiler
+    is_first_call: bool = True  # which compiles
 
     def run(self, states: list[TrainState], resumed: int | None) -> None:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
@@ -336,7 +367,7 @@ class Loop:
         for step in self.calls(resumed):
             # A signal reaches the processes at different times, or only one of them. One that left the loop by itself would
             # leave the others waiting in the next call's collectives, so all are asked, and all stop at the same step.
-            if hosts.any_process(self.stop.is_set):
+            if hosts.any_process(self.stop.is_set or any(member.callbacks.is_stop_asked for member in self.members)):
                 break
             self.stop.doing = self.describe_wait(step)
             with self.profiler(step):
@@ -398,6 +429,9 @@ class Loop:
         secs = time.monotonic() - began
         if timing:
             timing["time/update_secs"] = secs - timing["time/rollout_secs"]
+        if self.is_first_call:
+            self.is_first_call = False
+            say_first_call(timing, secs)
         timing["time/step_secs"] = secs / num_steps
         # Each member's record has its share, so that the seconds of a sweep's runs add up to what the sweep took.
         timing = {name: each / len(self.members) for name, each in timing.items()}
@@ -444,30 +478,6 @@ def finalize_member(member: Member, workdir: pathlib.Path) -> dict[str, Any]:
     if member.error:
         return {"error": member.error}
     with faults_in_one_line(workdir, member.run.abstract_state):
-        return finalize_run(member.run.config, workdir)
-
-
-def finalize_run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Finish a run whose files are closed: write its summary, and remove checkpoints that are not wanted any more."""
-    summary = summarise(config, workdir)
-    if not config.checkpoint.keep and summary["steps"] == config.num_steps:
-        shutil.rmtree(workdir / "checkpoints")
-    return summary
-
-
-def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Write summary.json and learning_curve.png from the run's records; -> the summary."""
-    records = read_metrics(workdir)
-    evaluated = [record for record in records if "eval/success" in record]
-    summary: dict[str, Any] = {
-        "steps": records[-1]["step"] if records else 0,
-        # Of step 0 and no other: if that record was damaged, nothing is known of what was before.
-        "success_before": next((record["eval/success"] for record in evaluated if record["step"] == 0), None),
-        "success_after": evaluated[-1]["eval/success"] if evaluated else None,
-        "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
-        **{name: value for name, value in records[0].items() if name.startswith("data/")},
-        **provenance(),
-    }
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    learning_curve(records, objectives.describe(config.objective), workdir / "learning_curve.png")
+        summary = finalize_run(member.run.config, workdir, member.callbacks.num_errors)
+    member.callbacks.tell("on_end", summary)
     return summary

@@ -11,15 +11,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed
+from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed, without_tags
 from grpo_jax.rewards.scorers.quantities import read_quantity
 
 REASONING_TAGS = ("<think>", "</think>")
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
+_BETWEEN_BOXES = re.compile(
+    r"[\s$]*(?:\\[()\[\]])?[\s$]*(?:(?:,|;|,?\s*(?:and|or)|\\text\{\s*(?:and|or)\s*\})[\s$]*(?:\\[()\[\]])?[\s$]*)?"
+)
+MAX_BOXES = 10
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _ANNOUNCED = re.compile(
-    r"(?:\banswer(?:\s+is|\s*[:=]|\s+(?:should|must|will|would)\s+be)|答案\s*(?:是|为|為|:)|答\s*:|\bréponse(?:\s+est|\s*:)|"
+    r"(?:\banswer(?:\s+is|\s*[:=]|\s+(?:should|must|will|would)\s+be)|答案\s*(?:是|为|為|[:\uff1a])|答\s*[:\uff1a]|\bréponse(?:\s+est|\s*:)|"
     r"\bantwort(?:\s+ist|\s*:)|\brespuesta(?:\s+es|\s*:)|\b\u043e\u0442\u0432\u0435\u0442\s*(?:-|:))\s*:?",
     re.IGNORECASE,
 )
@@ -33,7 +37,8 @@ _SHORT_WORDS = frozenset(("yes", "no", "true", "false", "none"))
 
 # A number with what belongs to it, a date, a time, a ratio: digits and the marks between them. Not within a word (H2O, B12).
 _DIGITS = (
-    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|"
+    r"(?:\d+(?:\.\d+)? ?(?:x|\*|\\times|\\cdot) ?10\^(?:\{-?\d{1,4}\}|-?\d{1,4})|"
+    r"\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|"
     r"\d+(?:(?:[.,:/'-]|\\,)\d+)*(?:[eE][-+]?\d+(?![A-Za-z0-9]))?|\.\d+)"
 )
 # What an unmarked answer is found by: its last number, or a command of LaTeX that is a value or makes one.
@@ -49,18 +54,20 @@ _PIECES = re.compile(
     re.DOTALL,
 )
 _PROSE_COMMANDS = re.compile(
-    r"\\(?:text|math|boxed|mbox|begin|end|item|quad|qquad|section|label|newline|par|n$|approx|implies|to$|right)"
+    r"\\(?:text|math|boxed|mbox|begin|end|item|quad|qquad|section|label|newline|par|underline|frame|emph|bf|it$|rm$|n$|approx|implies|to$|right)"
 )
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "arcsin", "arccos", "arctan"))
 _UNIT_LETTERS = frozenset("mgshlLNJWVFCTAD")
-_TUPLE = re.compile(r"[(\[]([^()\[\]\n,]{1,60}(?:,[^()\[\]\n,]{1,60}){1,20})[)\]]")
+_TUPLE = re.compile(r"(?<!\\)[(\[]([^()\[\]\n,]{1,60}(?:,[^()\[\]\n,]{1,60}){1,20})(?<!\\)[)\]]")
 _JOINED = re.compile(r"[\s$*`]*(?:,\s*)?(?<![A-Za-z])(or|and|或者?|和)[\s$*`]*$")
 _MIXED = re.compile(r"\d{1,3} \d{1,3}/\d{1,3}")
-_IN_PROSE = re.compile(r"[a-z]{2} (?<!\\sqrt )\$?\d+\$?\.?\s*$")  # "... is 42."
+_IN_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,20} \$?\d+\$?\.?\s*$")  # "... is 42."
 _SCALED = re.compile(r"\s?(?:percent|per cent|hundred|thousand|[mbtr]+illion|[百千万萬亿億]+)(?![a-z])", re.IGNORECASE)
 _DAYTIME = re.compile(r"\s?[ap]\.?m\b\.?", re.IGNORECASE)
 _WORD_OF = {"and": "and", "和": "and"}
+_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{[^{}]*\}")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+DRESSING = 20  # characters beside the answer, as $ and **, of a text that is nothing but the answer
 _WINDOW = 240  # characters that an unmarked formula may reach to either side of its last number
 _TAIL = 600
 
@@ -122,6 +129,11 @@ def find_answer(text: str) -> Answer:
     return Answer(last_expression(text) or text.strip(), False)
 
 
+def is_all_of(gold: str, text: str) -> bool:
+    """Tell that a text is the data's answer and nothing else, whatever number may stand in it."""
+    return len(text) <= 2 * len(gold) + DRESSING and as_words(text) == as_words(gold) != ""
+
+
 def marked_answer(text: str) -> str | None:
     """Find the answer that a text marks as such, unchanged; "" if it marks nothing, None if there is no mark."""
     tagged = tagged_answer(text)
@@ -146,23 +158,32 @@ def tagged_answer(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """Find the text inside the last \\boxed{...} whose braces balance; of nested ones the innermost."""
+    r"""Find the text inside the last \boxed{...} whose braces balance; of nested ones the innermost, of a list of boxes all.
+
+    >>> boxed_answer(r"\boxed{1}, no, \boxed{2}"), boxed_answer(r"$\boxed{1}$ and $\boxed{2}$"), boxed_answer(r"\boxed{1")
+    ('2', '1, 2', None)
+    """
     if "\\boxed" not in text:
         return None
     # One pass with a stack of open braces. Braces nest, so no regular expression finds their end, and counting anew from each
     # box would be quadratic in a text of many open ones.
-    opened: list[tuple[int, bool]] = []
-    last = None
+    opened: list[tuple[int, int, bool]] = []
+    boxes: list[tuple[int, int, int]] = []
     for match in _BRACES.finditer(text):
         if match[0].endswith("{") and not match[0].startswith("\\{"):
-            opened.append((match.end(), match[0] != "{"))
+            opened.append((match.start(), match.end(), match[0] != "{"))
         elif match[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and (last is None or start > last[0]):
-                last = (start, match.start())
-    if last is None:
+            outside, start, is_box = opened.pop()
+            if is_box and (not boxes or start > boxes[-1][1]):
+                boxes.append((outside, start, match.start()))
+    if not boxes:
         return None
-    return text[last[0] : last[1]].strip()
+    outside, start, end = boxes.pop()
+    found = [text[start:end].strip()]
+    while boxes and _BETWEEN_BOXES.fullmatch(text, boxes[-1][2] + 1, outside) and len(found) < MAX_BOXES:
+        outside, start, end = boxes.pop()
+        found.insert(0, text[start:end].strip())
+    return ", ".join(dict.fromkeys(found))
 
 
 def hashed_answer(text: str) -> str | None:
@@ -202,11 +223,12 @@ def announced_answer(text: str) -> str | None:
         return None
     if read_quantity(words) is not None:
         return last_expression(words)  # without its unit, as every number that is found in prose
-    if as_words(words) in _SHORT_WORDS or len(as_words(words)) == 1:
+    is_formula = "=" not in words and is_value(_TEXT.sub("", words)) and _ANCHOR.search(words) is not None
+    if is_formula or as_words(words) in _SHORT_WORDS or len(as_words(words)) == 1:
         return words
     # Apollo 11, May 5; but "5 more than 13" announces nothing, and "as follows" only what comes behind it.
     is_name = words[0].isupper() and len(words.split()) <= 3
-    has_value = "\\" in words or any(sign.isdigit() for sign in words)
+    has_value = any(sign.isdigit() for sign in words)
     if (has_value and not is_name) or _ANCHOR.search(tail, stop):
         return None
     return words
@@ -214,7 +236,7 @@ def announced_answer(text: str) -> str | None:
 
 def last_expression(text: str) -> str | None:
     """Find the number, formula, date or time that a text ends on; of "3 or 4" and "3 and 4" both; None without digits."""
-    text = ascii_signs(text)
+    text = without_tags(ascii_signs(text))
     found = _last_run(text)
     if found is None:
         return None
@@ -251,8 +273,7 @@ def _last_run(text: str) -> tuple[int, int] | None:
     anchor = _last_match(_ANCHOR, text)
     if anchor is None:
         return None
-    is_dollar = text[anchor.start() - 1 : anchor.start()] == "$"
-    if _IN_PROSE.match(text, max(0, anchor.start() - 3 - is_dollar)):  # most texts, and ten times faster
+    if _IN_PROSE.search(text, max(0, anchor.start() - 24)):  # most texts, and ten times faster
         return anchor.span()
     low, high = max(0, anchor.start() - _WINDOW), min(len(text), anchor.end() + _WINDOW)
     for match in _TUPLE.finditer(text, low, high):
@@ -358,5 +379,7 @@ def _is_sign(pieces: Sequence[re.Match[str]], i: int) -> bool:
     before = [piece for piece in pieces[max(0, i - 2) : i] if piece.lastgroup != "space"]
     if before and before[-1][0] == "=":
         return True
-    is_behind_word = i > 0 and (pieces[i - 1].lastgroup in ("word", "number") or pieces[i - 1][0] in ")]}")
+    left = pieces[i - 1]
+    # Scripts without spaces put a number right behind a word.
+    is_behind_word = i > 0 and ((left.lastgroup in ("word", "number") and left[0].isascii()) or left[0] in ")]}")
     return not is_behind_word and pieces[i + 1].lastgroup != "space"

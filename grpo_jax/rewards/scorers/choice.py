@@ -21,6 +21,9 @@ LABELS = "ABCDEFGHIJ"
 
 _LINES = re.compile(r"^[ \t]*(?:[-*][ \t]+)?(?:\*\*)?\(?([A-J])(?:\*\*)?[).:][ \t]*(\S.*)$", re.MULTILINE)
 _INLINE = re.compile(r"\(([A-J])\)[ \t]*([^()\n]*[^()\s])")
+_HEADED = re.compile(r"\(?([a-z0-9]{1,2})\s*(?:[).:,]|\s-|(?=\s(?:because|since)\b))\s*(.+)$", re.DOTALL)
+_AT_END = re.compile(r"(?<=[a-z] )\(?([A-Z])\)?[.!*]*\s*$")
+_JOINED = re.compile(r"(?:\b(?:or|and|not|nor)|,)\s*\(?$")
 _NAMED = re.compile(
     r"\b(?:answer|option|choice|choose|pick|select)(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?(?:\s+(?:option|choice))?"
     r"\s*:?[\s*_`$]*(?:\\(?:text|textbf|mathrm|boxed)\{)?\(?([A-Za-z0-9]{1,2})(?![\w'])",
@@ -109,6 +112,9 @@ def chosen_label(text: str, options: Mapping[str, str]) -> str | None:
     if named:
         return _upper(options)[named[-1]] if not _names_another(text, options, named[-1]) else None
     lines = text.strip().splitlines() or [""]
+    last = _AT_END.search(lines[-1])
+    if last is not None and last[1] in options:
+        return last[1] if not _JOINED.search(lines[-1][: last.start()]) else None
     for place in (lines[-1], lines[0], last_expression(text) or ""):
         label = label_in(place, options)
         if label is not None:
@@ -138,7 +144,7 @@ def label_in(text: str, options: Mapping[str, str]) -> str | None:
     words = re.sub(r"^(?:option|choice|answer)\s*:?\s+", "", words).strip("() .:")
     if words in labels:
         return labels[words]
-    headed = re.match(r"\(?([a-z0-9]{1,2})\s*(?:[).:,]|\s-)\s*(.+)$", words, re.DOTALL)
+    headed = _HEADED.match(words)
     if headed is None or headed[1] not in labels:
         return None
     label, rest = labels[headed[1]], headed[2].strip()

@@ -28,11 +28,12 @@ _FUNCTIONS = re.compile(
     r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt|pi|inf(?:inity|ty)?|max|min|gcd|lcm|det|mod|deg|dim|ker|lim|sup|abs|floor|ceil|frac"
 )
 _LETTERS = re.compile(r"[A-Za-z]+")
-_SIGNS = re.compile(r"[\d+*/^=<>|!]|\\[a-zA-Z]+|-\s*[\w\\(]|\(.*,.*[)\]]|\[.*,.*[)\]]")
+_SIGNS = re.compile(r"[\d+*/^=<>|!]|[A-Za-z]\(|\\[a-zA-Z]+|-\s*[\w\\(]|\(.*,.*[)\]]|\[.*,.*[)\]]")
 _FOREIGN = re.compile(r"[^\x00-\x7fͰ-Ͽ]|[#@?\"`;]|:(?!=)")
+_OPERATOR = re.compile(r"[-+*/^]|\d\s*[A-Za-z]")
 _RELATION = re.compile(r"\\(?:le|ge|ne|leq|geq|neq|in|to|lt|gt)(?![a-zA-Z])|[<>]|!=|:=|==|≈")
 _UNIT_BEHIND = re.compile(
-    r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?!and|or|if|for)([^{}]*)\}(?:\^\{?[23]\}?)?"
+    r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:and|or|if|for)\b)([^{}]*)\}(?:\^\{?[23]\}?)?"
     r"|\s((?:sq(?:uare)?\s|cu(?:bic)?\s)?(?:[cmk]?m|kg|m[lg]|ft|in|units?|inches|feet|meters|miles|degrees|dollars)(?:\^\{?[23]\}?)?))"
 )
 _PLAIN_NAMES = (
@@ -90,15 +91,20 @@ def right_side(text: str) -> str:
     """Return what an equation ends on: 5 of "x = 5", 42 of "20 + 22 = 42"; relations and lists stay whole."""
     if "=" not in text or _RELATION.search(text) or "," in text:
         return text
-    value = text.rpartition("=")[2].strip()
-    return value or text
+    left, _, value = text.rpartition("=")
+    name, _, steps = left.partition("=")
+    # What is on the left may be a name (x, f(x), the total) and sums of numbers; x^2 + y^2 = 25 and 2x = 10 say no number.
+    is_name = not _OPERATOR.search(name) or not _LETTERS.search(_COMMANDS.sub("", name))
+    if not value.strip() or not is_name or _LETTERS.search(_COMMANDS.sub("", steps)):
+        return text
+    return value.strip()
 
 
 def split_unit(text: str) -> tuple[str, str]:
     r"""Split a formula and the unit behind it, "" for none.
 
     >>> split_unit(r"\frac{\sqrt{3}}{2}\text{ cm}"), split_unit(r"\sqrt{3} cm"), split_unit("2ab")
-    (('\\\\frac{\\\\sqrt{3}}{2}', 'cm'), ('\\\\sqrt{3}', 'cm'), ('2ab', ''))
+    (('\\frac{\\sqrt{3}}{2}', 'cm'), ('\\sqrt{3}', 'cm'), ('2ab', ''))
     """
     behind = _UNIT_BEHIND.fullmatch(text)
     unit = behind and unit_of(" " + (behind[2] or behind[3]))

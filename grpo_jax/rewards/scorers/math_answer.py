@@ -15,24 +15,29 @@ from typing import Any
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic
+from sympy import Abs, Basic, Max
 
 from grpo_jax.rewards.scorers.answers import (
     REASONING_TAGS,
     acceptable_answers,
     announced_answer,
     find_answer,
+    is_all_of,
     judged_text,
     last_expression,
 )
 from grpo_jax.rewards.scorers.formulas import as_latex, is_code, is_formula, right_side, split_unit
-from grpo_jax.rewards.scorers.normal_form import as_words, undressed, worded_parts
+from grpo_jax.rewards.scorers.normal_form import as_words, undressed, unworded, worded_parts
 from grpo_jax.rewards.scorers.quantities import read_quantity, same_quantity, split_list
 
 _log = logging.getLogger("math_verify")
 _INTEGER = re.compile(r"-?[1-9]\d{0,17}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
+_BASE = re.compile(r"(\d[\dA-Fa-f]*|[\dA-F]{2,})_\{?([2-9]|[12]\d|3[0-6])\}?")
+_HEDGED = re.compile(r"\b(?:not|never|least|most|more than|less than|over|under|between|except)\b|n't\b", re.IGNORECASE)
+_SENTENCE = re.compile(r"[\w\s.,:;'\u2019-]*")
+MAX_LIST = 50
+_DIGIT = re.compile(r"\d")
 _METRES = re.compile(r"(.*\d)[mgshlLNJWVKCFA]")
 # Units are read here, and not by math-verify: it takes the letters of 2ab for one.
 _LATEX = (
@@ -55,8 +60,10 @@ def math_verify_score(completion: str, item: dict[str, Any], *, reasoning_tags: 
     text = judged_text(completion, item, reasoning_tags)
     if text is None:
         return 0.0
-    given = find_answer(text).text
-    return float(any(is_equal(gold, given) for gold in acceptable_answers(item)))
+    golds, given = acceptable_answers(item), find_answer(text)
+    if any(is_equal(gold, given.text) for gold in golds):
+        return 1.0
+    return float(any(is_all_of(gold, text) for gold in golds))
 
 
 def is_equal(gold: str, given: str) -> bool:
@@ -65,7 +72,7 @@ def is_equal(gold: str, given: str) -> bool:
         return given == gold
     if not given.strip():
         return False
-    if as_words(given) == as_words(gold):
+    if as_words(given) == as_words(gold) != "":
         return True
     if is_code(gold):
         return False
@@ -80,7 +87,7 @@ def is_equal(gold: str, given: str) -> bool:
     if len(golds) > 1 and len(golds) == len(givens) and _is_permutation(golds, givens):
         return True
     if number is not None:
-        return _is_number(gold, given, len(givens))
+        return _is_number(gold, given, sum(is_formula(each) or _DIGIT.search(each) is not None for each in givens))
     return _is_same_formula(gold, given, len(golds), len(givens))
 
 
@@ -94,7 +101,7 @@ def _same_in_base(bases: Sequence[re.Match[str] | None], gold: str, given: str) 
 
 def _is_permutation(golds: Sequence[str], givens: Sequence[str]) -> bool:
     """Compare two lists without regard to order; lists of words are compared as one text, by the caller."""
-    if any(read_quantity(each) is None and not is_formula(each) for each in golds):
+    if len(golds) > MAX_LIST or any(read_quantity(each) is None and not is_formula(each) for each in golds):
         return False
     rest = list(givens)
     for gold in golds:
@@ -111,20 +118,25 @@ def _is_number(gold: str, given: str, num_given: int) -> bool:
         return is_equal(gold, given.replace(",", "."))
     if num_given > 1:  # a list of candidates earns nothing
         return False
-    value = right_side(given)
-    if value != given:
-        return is_equal(gold, value)
+    if "=" in given:
+        return right_side(given) != given and is_equal(gold, right_side(given))
     attached = _METRES.fullmatch(given)
     if attached is not None:  # 100m is a length where a number is asked for
         return is_equal(gold, attached[1])
-    if is_formula(given):
-        return _verify(gold, split_unit(given)[0])
+    wanted = read_quantity(gold)
+    formula = split_unit(given)[0]
+    if wanted is not None and is_formula(formula) and not worded_parts(formula):
+        return _verify(gold if wanted.is_percent else str(wanted.value), formula)
     # A sentence inside the mark. It may hold one number, and no more: which one it would mean is a guess.
-    inner = announced_answer(given) or last_expression(given)
+    inner, given = None, unworded(given)
+    if _SENTENCE.fullmatch(given):
+        inner = announced_answer(given) or last_expression(given)
     is_only = inner is not None and len(re.findall(r"\d+", given)) == len(re.findall(r"\d+", inner))
-    if inner is None or not is_only or inner == given:
+    if inner is None or not is_only or inner == given or _HEDGED.search(given):
         return False
-    quantity, wanted = read_quantity(inner), read_quantity(gold)
+    if wanted is not None and wanted.unit:
+        return as_words(gold) in as_words(given)
+    quantity = read_quantity(inner)
     return quantity is not None and wanted is not None and same_quantity(wanted, quantity)
 
 
@@ -132,6 +144,8 @@ def _is_same_formula(gold: str, given: str, num_gold: int, num_given: int) -> bo
     """Compare an answer that is no plain number."""
     if right_side(gold) != gold and right_side(given) == given:  # x = 5, where the completion says 5
         return is_equal(right_side(gold), given)
+    if "=" in given and "=" not in gold and right_side(given) != given:
+        return is_equal(gold, right_side(given))
     if num_gold == 1 and num_given > 1 and not re.search(r"\\pm|\\cup|[=<>|]|\\(?:le|ge|in|begin)", gold):
         return False
     if not is_formula(gold) or not is_formula(given):
@@ -156,13 +170,13 @@ def _verify(gold: str, given: str) -> bool:
 
 def _differ_in_size(a: Any, b: Any) -> bool:
     """Tell 2^-99 from 2^-98, whose difference is nothing to math-verify."""
-    if not isinstance(a, Basic) or not isinstance(b, Basic) or not (a.is_number and b.is_number):
+    if not all(isinstance(each, Basic) and each.is_number for each in (a, b)):
         return False
     try:
-        sizes = [abs(complex(each.evalf(30))) for each in (a, b, a - b)]
-    except (TypeError, ValueError, OverflowError):
+        sizes = [Abs(each).evalf(30) for each in (a, b, a - b)]
+        return bool(1000 * sizes[2] > Max(*sizes[:2]))
+    except (TypeError, ValueError, OverflowError):  # no numbers after all: infinity, or what cannot be evaluated
         return False
-    return sizes[2] > max(sizes[:2]) / 1000 > 0
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,14 +22,14 @@ _SYMBOLS = {
     "\u2205": "\\emptyset ", "\u221e": "\\infty ", "\u03c0": "\\pi ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ",
     "\u00b1": "\\pm ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2208": "\\in ", "\u00d7": "\\times ", "\u00f7": "/",
     "\u22c5": "\\cdot ", "\u00b7": "\\cdot ", "\u2248": "\\approx ", "\u00b0": "^\\circ ", "\u221a": "\\sqrt ",
-    "\u200b": "", "\u200e": "", "\u200f": "", "\ufeff": "",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\u200e": "", "\u200f": "", "\ufeff": "",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞]")
-_SEPARATED = re.compile(r"(?<=\d)(?:\\[,; ]|~|[\u00a0\u2009\u202f\u2019'_])(?=\d{3}(?!\d))")
+_SEPARATED = re.compile(r"(?<=\d)(?:\\[,; ]|~|['_])(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"(?<!\\)\\(?:[,;:! ]|quad(?![a-z])|qquad(?![a-z]))|~")
-_EMPHASIS = re.compile(r"(?<![\w)*])(\*\*|\*|__|`{1,3})(?=[^\s*])([^\n*`]{0,400}?[^\s*])\1(?![\w*])")
+_EMPHASIS = re.compile(r"(?<![\w)*])(\*{1,3}|__?|`{1,3})(?=[^\s*])([^\n*`]{0,400}?[^\s*])\1(?![\w*])")
 _BRACKETS = re.compile(r"\\?[{}]|[()\[\]]")
 # Groups of three; of two and one of three, as in India; of three with points, if two of them or a comma behind leave no doubt.
 _THOUSANDS = re.compile(r"(?<![\d,.])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?![\d,])")
@@ -40,7 +40,13 @@ _DECIMAL = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(
     r"([-+]?(?:\d+\.?\d*|\.\d+))(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|\*|x)\s*10\^\{?([-+]?\d{1,4})\}?)"
 )
-_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|texttt|mbox|operatorname)\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\(?:bf|it|rm|em|tt)(?![a-zA-Z])")
+_EXCLAMATION = re.compile(r"(?<=[^\W\d_]{2})[!?]+$")
+_TAGS = re.compile(r"</?(?:b|i|u|s|p|em|br|strong|code|span)\s?/?>|<\|[a-z_]{1,20}\|>")
+_CURRENCY = re.compile(r"\\(?:textdollar|texteuro|euro|pounds|\$)(?![a-zA-Z])|\$")
+_WORDS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname|underline|f(?:rame)?box|emph|boldsymbol)\s*\{([^{}]*)\}"
+)
 
 
 def normalise_answer(answer: str) -> str:
@@ -56,9 +62,9 @@ def normalise_answer(answer: str) -> str:
 
 def undressed(answer: str) -> str:
     """Remove delimiters, emphasis, thousands separators and superfluous white space; the number itself is left as it is."""
-    text = ascii_signs(answer)
+    text = without_tags(ascii_signs(answer))
     if "\\" in text or "$" in text:
-        text = text.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("\\!", "")
+        text = _CURRENCY.sub("", text).replace("{,}", ",").replace("\\!", "")
         for mark in ("\\(", "\\)", "\\[", "\\]", "\\left", "\\right"):
             text = _without_mark(text, mark)
     text = _SEPARATED.sub("", text)
@@ -68,8 +74,14 @@ def undressed(answer: str) -> str:
             text, num = _EMPHASIS.subn(r"\2", text)
             if not num:
                 break
-    text = text.rstrip(" .,;") if not text.endswith("...") else text
+    if not text.endswith("..."):
+        text = text.rstrip(" .,;") or text
     return without_separators(text)
+
+
+def without_tags(text: str) -> str:
+    """Remove the tags of bold, italics and the like of HTML."""
+    return _TAGS.sub("", text) if "<" in text else text
 
 
 def _without_mark(text: str, mark: str) -> str:
@@ -198,11 +210,16 @@ def as_words(text: str) -> str:
         if not num:
             break
     text = plain_number(" ".join(text.replace("\\varnothing", "\\emptyset").replace("\\{\\}", "\\emptyset").split()))
-    text = re.sub(r"\s*:\s*", ":", text)
+    text = re.sub(r"\s*([:,\\(){}=+*/^<>|\[\]])\s*", r"\1", text)
     for pair in ('""', "''", "{}", "()"):
         if len(text) > 2 and text[0] == pair[0] and text[-1] == pair[1] and not set(text[1:-1]) & set("(){},"):
             text = text[1:-1].strip()
-    return text.rstrip(" .").casefold()
+    return _EXCLAMATION.sub("", text.rstrip(" .") or text).casefold()
+
+
+def unworded(text: str) -> str:
+    r"""Unwrap \text{...} and its like."""
+    return " ".join(_FONT.sub(" ", _WORDS.sub(r" \1 ", text)).split()) if "\\" in text else text
 
 
 def worded_parts(text: str) -> tuple[str, ...]:

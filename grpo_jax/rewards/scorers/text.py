@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards.scorers.answers import REASONING_TAGS, acceptable_answers, find_answer, judged_text, whole_text
+from grpo_jax.rewards.scorers.answers import DRESSING, REASONING_TAGS, acceptable_answers, find_answer, judged_text, whole_text
 from grpo_jax.rewards.scorers.normal_form import normalise_answer
-
-DRESSING = 20  # characters beside an answer, as $ \\text{ }, in a text that is nothing but the answer
 
 
 def exact_score(completion: str, item: dict[str, Any], *, reasoning_tags: Sequence[str] = REASONING_TAGS) -> float:
@@ -64,7 +62,8 @@ def format_score(completion: str, item: dict[str, Any], *, pattern: str, once: S
     Returns: 1.0 or 0.0.
     """
     text = whole_text(completion, item)
+    named = re.sub(r"\\(.)", r"\1", pattern)
     # `.*?` of a pattern runs over any number of further blocks, and over nested ones.
-    if any(text.count(tag) != 1 for tag in once if tag in pattern):
+    if any(text.count(tag) != 1 for tag in once if tag in named):
         return 0.0
     return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
