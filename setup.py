@@ -68,6 +68,7 @@ setup(
         "smollm2": SMOLLM2,
         "trackers": [*TRACKERS, "mlflow>=3"],
         "slurm": ["submitit>=1.5"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": TEST,
         # pyright is a program of Node, which its extra brings as a Python package: nothing is fetched at its first run.
         "dev": [*TEST, "ruff>=0.9", "pyright[nodejs]>=1.1.390"],

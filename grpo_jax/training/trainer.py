@@ -8,7 +8,6 @@ import functools
 import math
 import operator
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.learner.optimizer import learning_rates
@@ -37,6 +35,7 @@ from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
 from grpo_jax.training.memory import require_memory
+from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
 from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
@@ -213,19 +212,6 @@ def is_begun(workdir: pathlib.Path) -> bool:
     return bool(has_checkpoints)
 
 
-def announced_initial_state(run: Run) -> TrainState:
-    """Make `Run.initial_state`, with a line on the console for those who wait for it."""
-    config = run.config
-    what = f"warm start, {config.warm_start.num_steps} supervised steps"
-    if config.model.path:
-        what = "loading weights"
-    if hosts.is_first():
-        num = jax.process_count()
-        where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
-        print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
-    return run.initial_state()
-
-
 @dataclasses.dataclass
 class PendingMetrics:
     """The steps of one call before they are in the records. timing: of each; evaluated: after the last."""
@@ -260,7 +246,8 @@ class Member:
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
+        with phase("held-out evaluation before training, sampling compiled"):
+            values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -368,6 +355,7 @@ class Loop:
     members: Sequence[Member]
     stop: StopSignal
     profiler: Profiler
+    is_first_call: bool = True  # which compiles
 
     def run(self, states: list[TrainState], resumed: int | None) -> None:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
@@ -441,6 +429,9 @@ class Loop:
         secs = time.monotonic() - began
         if timing:
             timing["time/update_secs"] = secs - timing["time/rollout_secs"]
+        if self.is_first_call:
+            self.is_first_call = False
+            say_first_call(timing, secs)
         timing["time/step_secs"] = secs / num_steps
         # Each member's record has its share, so that the seconds of a sweep's runs add up to what the sweep took.
         timing = {name: each / len(self.members) for name, each in timing.items()}
