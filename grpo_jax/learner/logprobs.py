@@ -1,7 +1,7 @@
 """Hidden states -> log-probability of given tokens and entropy of the distribution, in chunks: never [B, T, V] in float32.
 
 The gradient is written by hand: d logp / d logits = onehot - p, recomputed chunk by chunk, so that neither direction keeps
-more than one [C, V] block of logits.
+more than one [C, V] block of logits. With an entropy bonus d H / d logits = -p (log p + H) is added.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def token_logprobs(
     sampling: Sampling,
     chunk_tokens: int,
     cap: float | None,
+    has_entropy_gradient: bool = False,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
@@ -34,8 +35,8 @@ def token_logprobs(
       hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
-      cap: of the logits, as in `head_logits`.
-    Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
+      cap: of the logits, as in `head_logits`. has_entropy_gradient: the entropy is a part of a loss.
+    Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head, through entropy_F if asked.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
     num = len(targets_F)
@@ -46,8 +47,10 @@ def token_logprobs(
         return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
     hidden, targets, support = jax.tree.map(split, (hidden_FD, targets_F, support_F))  # None stays None
-    logp, entropy = _chunked(sampling, cap, hidden, head_VD, targets, support)  # pyright: ignore[reportGeneralTypeIssues]
-    return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
+    static = sampling, cap, has_entropy_gradient
+    logp, entropy = _chunked(*static, hidden, head_VD, targets, support)  # pyright: ignore[reportGeneralTypeIssues]
+    logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
+    return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
 
 
 def _chunk_logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
@@ -58,12 +61,12 @@ def _chunk_logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, tar
     return logits_CV, support_like(logits_CV, targets_C, support_C, sampling.top_k)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, support):
-    return _forward(sampling, cap, hidden, head_VD, targets, support)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(sampling: Sampling, cap: float | None, has_entropy_gradient: bool, hidden, head_VD, targets, support):
+    return _forward(sampling, cap, has_entropy_gradient, hidden, head_VD, targets, support)[0]
 
 
-def _forward(sampling, cap, hidden, head_VD, targets, support):
+def _forward(sampling, cap, has_entropy_gradient, hidden, head_VD, targets, support):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
 
     def chunk(_, xs):
@@ -74,22 +77,27 @@ def _forward(sampling, cap, hidden, head_VD, targets, support):
         return None, (logp_C, entropy_C, log_z_C)
 
     _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, targets, support))
-    return (logp, entropy), (hidden, head_VD, targets, support, log_z)
+    return (logp, entropy), (hidden, head_VD, targets, support, log_z, entropy if has_entropy_gradient else None)
 
 
-def _backward(sampling, cap, residuals, cotangents):
+def _backward(sampling, cap, has_entropy_gradient, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
-    hidden, head_VD, targets, support, log_z = residuals
-    d_logp, _ = cotangents  # entropy carries no gradient
+    hidden, head_VD, targets, support, log_z, entropy = residuals
+    d_logp, d_entropy = cotangents
+    if not has_entropy_gradient:
+        d_entropy = None
 
     def chunk(d_head_VD, xs):
-        hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
+        hidden_CD, targets_C, support_C, log_z_C, d_logp_C, entropy_C, d_entropy_C = xs
         logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         if keep_CV is not None:
             p_CV = jnp.where(keep_CV, p_CV, 0.0)
         is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if has_entropy_gradient:
+            surprise_CV = logits_CV - log_z_C[:, None] + entropy_C[:, None]
+            d_logits_CV -= p_CV * surprise_CV * (d_entropy_C[:, None] / sampling.temperature)
         if cap is not None:  # the slope of tanh
             d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
         # Both products take the compute dtype's factors, as the forward pass does. The head's gradient is a sum over all
@@ -100,7 +108,7 @@ def _backward(sampling, cap, residuals, cotangents):
         return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
 
     zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), targets)
-    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, targets, support, log_z, d_logp))
+    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, targets, support, log_z, d_logp, entropy, d_entropy))
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
 
 
@@ -108,7 +116,12 @@ _chunked.defvjp(_forward, _backward)
 
 
 def policy_logprobs(
-    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+    model: ModelDef,
+    params: Params,
+    rollout: Rollout,
+    sampling: Sampling,
+    chunk_tokens: int,
+    has_entropy_gradient: bool = False,
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
     """Compute the log-probability of each completion token under the policy, and the entropy of its distribution.
 
@@ -117,8 +130,9 @@ def policy_logprobs(
     Args:
       params: all weights of the policy. rollout: G completions of each of P prompts.
       sampling: the settings that the rollout was sampled with, so that both speak of one distribution.
-      chunk_tokens: positions whose logits exist at a time.
-    Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
+      chunk_tokens: positions whose logits exist at a time. has_entropy_gradient: as in `token_logprobs`.
+    Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT, and
+      through entropy_PGT if asked.
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
@@ -147,5 +161,6 @@ def policy_logprobs(
         sampling,
         chunk_tokens,
         decoder.logit_cap,
+        has_entropy_gradient,
     )
     return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)
