@@ -81,9 +81,9 @@ BUGS = [
     ),
     (
         "importance of the sampler not truncated",
-        "grpo_jax/learner/train_step.py",
-        "jnp.minimum(target.importance_PGT, cap), target",
-        "target.importance_PGT, target",
+        f"{OBJECTIVES}/ratios.py",
+        "return jnp.clip(ratio, low, high)",
+        "return jnp.maximum(ratio, low)",
         "tests/test_train_step.py -k truncated_importance",
     ),
     (

@@ -128,7 +128,7 @@ def test_a_layout_of_files_changes_nothing(tmp_path: Path, layout: str) -> None:
         ("a.csv", b"prompt,answer\n", r"a\.csv': the file is empty"),
         ("a.csv", b"prompt,answer,answer\n1,2,3\n", r"a\.csv:1: the column 'answer' stands twice"),
         ("a.csv", "prompt,answer\nä,1\n".encode("latin1"), r"a\.csv: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: a Parquet file that cannot be read"),
         (
             "a.jsonl",

@@ -22,7 +22,8 @@ from grpo_jax.training import data_record, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_completions, read_config
+from grpo_jax.training.runlog import read_completions
+from grpo_jax.training.settings import read_config
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer

@@ -20,6 +20,7 @@ OLD_LOGP = ("auto", "sampler", "learner")
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
+SAMPLER_LEVELS = ("token", "sequence", "sequence_geometric")
 GRPO = Objective()
 
 
@@ -276,7 +277,7 @@ class DynamicSamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OverlongConfig:
-    """DAPO eq. 13. `filter`: truncated rows leave the loss."""
+    """DAPO eq. 13, or GROP (GTPO's appendix). `filter`: truncated rows leave the loss."""
 
     cache_share: float = knob(
         0.0,
@@ -285,6 +286,12 @@ class OverlongConfig:
         at_most=1,
     )
     cache_tokens: int = knob(0, "L_cache itself, in place of the share; 0: by the share", unit="tokens", at_least=0)
+    easy_share: float = knob(
+        0.0,
+        "GROP in place of it: a group is easy from this share of right answers on, 0.5 or more; 0: none",
+        at_least=0,
+        at_most=1,
+    )
     filter: bool = knob(False, "completions truncated by the budget leave the loss")
 
 
@@ -312,6 +319,11 @@ class LearnerConfig:
     importance_cap: float = knob(
         0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0, at_most=1e6
     )
+    importance_floor: float = knob(0.0, "the same weight is at least this", at_least=0, at_most=1)
+    importance_level: str = knob(
+        "token", "the weight is of a token, of a whole row, or the mean of a row's logs", choices=SAMPLER_LEVELS
+    )
+    importance_outside: str = knob("truncate", "beyond the bounds the weight is the bound, or 0", choices=("truncate", "mask"))
 
 
 @dataclasses.dataclass(frozen=True)

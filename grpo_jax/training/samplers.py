@@ -152,6 +152,8 @@ class DeviceSampler:
             step,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
             cache_tokens=shaping.num_cache_tokens(self.config.overlong, self.config.rollout.max_completion_tokens),
+            easy_share=self.config.overlong.easy_share,
+            success_threshold=self.config.objective.success_threshold,
         )
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
