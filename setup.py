@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 # A plain install runs on the CPU and pins no accelerator: an existing jax (a TPU VM's, Colab's) is left alone.
 TASKS = ["math-verify>=0.8", "reasoning-gym>=0.1.23", "datasets>=3"]
 SMOLLM2 = ["gguf>=0.17"]
+TRACKERS = ["wandb>=0.22", "trackio>=0.20"]
 TEST = [
     "pytest>=8",
     "beartype>=0.20",
@@ -18,6 +19,8 @@ TEST = [
     "setuptools>=70.1",  # builds the wheel that a test installs
     *TASKS,
     *SMOLLM2,
+    *TRACKERS,
+    "mlflow-skinny>=3",
 ]
 
 setup(
@@ -27,7 +30,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    url="https://github.com/OWNER/grpo_jax",  # OWNER: still to be named; README.md and colab/ have the address too
+    # No `url` until the project has a public address.
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax", "grpo_jax.*"]),
     entry_points={"console_scripts": ["grpo-jax=grpo_jax.tools.main:main"]},
@@ -36,6 +39,7 @@ setup(
         "grpo_jax.tools.report": ["page.html", "page.css"],
     },
     install_requires=[
+        "cloudpickle>=3",
         "jax>=0.10.2",
         "flax>=0.12",
         "optax>=0.2.6",
@@ -57,9 +61,14 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compilers of chips that are not here (grpo-jax plan --compile --topology).
+        "aot-tpu": ["jax[tpu]>=0.10.2"],
+        "aot-gpu": ["jax[cuda12]>=0.10.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
+        "trackers": [*TRACKERS, "mlflow>=3"],
         "slurm": ["submitit>=1.5"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": TEST,
         # pyright is a program of Node, which its extra brings as a Python package: nothing is fetched at its first run.
         "dev": [*TEST, "ruff>=0.9", "pyright[nodejs]>=1.1.390"],

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
+
+TINY, HUGE = 2.0**-126, 2.0**127  # of float32, those that are not rounded to 0 or infinity
+
+
+class Settings(dict):
+    """Settings whose names no schema knows: values of JSON by name. Hashable, as fields of a frozen config must be."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=repr))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +23,8 @@ class Knob:
     """Metadata of one field.
 
     about: what it sets, in a few words. unit: of its number. at_least, above, at_most, below: bounds, None for none.
-    choices: the only values it may have; empty: any.
+    choices: the only values it may have; empty: any. is_json: JSON in a string, empty for nothing; Python's own dict or list
+    may be given for it.
     """
 
     about: str
@@ -23,12 +34,23 @@ class Knob:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    is_json: bool = False
 
     def complaint(self, value: Any) -> str:
         """Say what is wrong with a value, as the end of a sentence; empty if nothing is. NaN is out of every range."""
         # Before the bounds, since a field may have none, and no field can be NaN or infinite.
         if isinstance(value, float) and not math.isfinite(value):
             return "must be a finite number"
+        # What a program computes with is float32 and int32, where other numbers would be infinite, 0, or another one.
+        if isinstance(value, float) and value and not TINY <= abs(value) <= HUGE:
+            return f"float32 has numbers from {TINY:.1g} to {HUGE:.1g} alone"
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            return "must fit into 32 bits"
+        if self.is_json and value:
+            try:
+                json.loads(value)
+            except ValueError as error:
+                return f"not JSON ({error})"
         if self.choices and value not in self.choices:
             return f"unknown; known: {', '.join(map(str, self.choices))}"
         if self.at_least is not None and not value >= self.at_least:

@@ -76,15 +76,16 @@ def is_constant(
     """Tell if all values where mask > 0 are the same, to float32 rounding.
 
     Args: those of `masked_sum`.
-    Returns: bool, reduced axes kept with size 1; True of no values.
+    Returns: bool, reduced axes kept with size 1; True of no values, False with NaN or infinity among them.
     """
     highest = jnp.where(mask > 0, x, -jnp.inf).max(axis, keepdims=True)
     lowest = jnp.where(mask > 0, x, jnp.inf).min(axis, keepdims=True)
     if axis_name:
         highest, lowest = jax.lax.pmax(highest, axis_name), jax.lax.pmin(lowest, axis_name)
     # Relative to the largest value, as equal rewards may differ by rounding once shaping has been added to them. Of no values
-    # the highest is -inf and the lowest inf: constant.
-    return ~(highest - lowest > ROUNDING * jnp.maximum(jnp.abs(highest), jnp.abs(lowest)))
+    # the highest is -inf and the lowest inf: constant. With NaN or infinity among them nothing is: it must not become a 0.
+    is_bounded = (highest < jnp.inf) & (lowest > -jnp.inf)
+    return is_bounded & (highest - lowest <= ROUNDING * jnp.maximum(jnp.abs(highest), jnp.abs(lowest)))
 
 
 def standardise(

@@ -140,6 +140,34 @@ class Correlation:
 
 
 @flax.struct.dataclass
+class Std:
+    """The standard deviation, with the number of values as divisor; 0 of none. Kept as one half of a Correlation."""
+
+    pooled: Correlation
+
+    @classmethod
+    def of(cls, values: Shaped[Arrays, "*axes"], weight: Shaped[Arrays, "*axes"]) -> Std:
+        """Std of `values` under `weight` (>= 0); values with weight 0 may be NaN."""
+        return cls(Correlation.of(values, values, weight))
+
+    def merge(self, other: Std) -> Std:
+        """Return the deviation of the values of both."""
+        return Std(self.pooled.merge(other.pooled))
+
+    def psum(self, axis_name: AxisName) -> Std:
+        """Merge over the devices of a mesh axis."""
+        return Std(self.pooled.psum(axis_name))
+
+    def reduce(self) -> Std:
+        """Merge over the leading axis."""
+        return Std(self.pooled.reduce())
+
+    def value(self) -> np.ndarray:
+        """Return the deviation itself."""
+        return np.sqrt(self.pooled.moment_xx / np.maximum(self.pooled.count, 1e-9))
+
+
+@flax.struct.dataclass
 class ShareEntropy:
     """The entropy of shares in nats, mean over rows: log n if all n are equal, 0 if one has all.
 
@@ -181,7 +209,7 @@ class ShareMax(ShareEntropy):
         return shares.max() * shares.shape[-1]
 
 
-Metric = Mean | Max | Correlation | ShareEntropy
+Metric = Mean | Max | Correlation | Std | ShareEntropy
 Metrics = Mapping[str, Metric]
 
 

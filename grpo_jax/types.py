@@ -74,11 +74,15 @@ class Reward:
 
     task_PG: float32, what counts: success, dynamic sampling and O+/O- look at this one only.
     shaping_PG: float32, only added to what the advantage is computed from. metrics: the task's own, name -> Metric.
+    is_scored_PG: False where there is no score, because a part of it failed, came late or was withheld; None: all have one.
+    has_task_score_PG: the same of the task's parts alone, without shaping; held-out evaluation looks at this one.
     """
 
     task_PG: Float[Arrays, "P G"]
     shaping_PG: Float[Arrays, "P G"]
     metrics: Mapping[str, Any]
+    is_scored_PG: Bool[Arrays, "P G"] | None = None
+    has_task_score_PG: Bool[Arrays, "P G"] | None = None
 
 
 @flax.struct.dataclass
@@ -88,12 +92,15 @@ class Batch:
     task_reward_PG: float32, the task's own; success, O+/O- and dynamic sampling look at this one only.
     reward_PG: float32, task reward plus shaping and overlong punishment; what the advantage is computed from.
     sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
+    is_scored_PG: False on rows without a score: they are in no statistic and in no loss, and their rewards mean nothing.
+      None, in batches made by hand: all have one.
     """
 
     rollout: Rollout
     task_reward_PG: Float[Leaf, "P G"]
     reward_PG: Float[Leaf, "P G"]
     sampled_at_P: Int[Leaf, " P"]
+    is_scored_PG: Bool[Leaf, "P G"] | None = None
 
 
 @flax.struct.dataclass
@@ -113,6 +120,7 @@ class Hyperparams:
 
     Runs that differ in these alone share their compiled programs, and many such runs are one run vmapped over states.
     seed: int32. The others: float32 scalars, named as the config names them. kl_coef is never 0 where there is a reference.
+    params: name -> scalar, those of `objective.params`.
     """
 
     seed: Int[Leaf, ""]
@@ -123,6 +131,7 @@ class Hyperparams:
     learning_rate: Float[Leaf, ""]
     weight_decay: Float[Leaf, ""]
     max_grad_norm: Float[Leaf, ""]
+    params: Mapping[str, Float[Leaf, ""]] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -31,6 +31,13 @@ BUGS = [
         "tests/test_objectives.py -k loss_is_its_parts",
     ),
     (
+        "an update that is NaN taken",
+        "grpo_jax/learner/train_step.py",
+        "jnp.isfinite(norm) & jnp.isfinite(loss)",
+        "jnp.isfinite(norm) | True",
+        "tests/test_guard.py -k leaves_all",
+    ),
+    (
         "mean instead of sum",
         f"{OBJECTIVES}/__init__.py",
         "(loss_BT * weight_BT).sum() / denom",
@@ -83,7 +90,7 @@ BUGS = [
         "stop token not trained",
         "grpo_jax/rollout/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~ctx.is_stop(column.token_B)).astype(jnp.float32)",
+        "(live_B & ~is_stop_B).astype(jnp.float32)",
         "tests/test_rollout.py",
     ),
     (
@@ -96,8 +103,8 @@ BUGS = [
     (
         "log-probs shifted by one",
         "grpo_jax/learner/logprobs.py",
-        "tokens_BT[:, :-1]",
-        "tokens_BT[:, 1:]",
+        "tokens_BT[:, :num_read]",
+        "tokens_BT[:, -num_read:]",
         "tests/test_rollout.py",
     ),
     (
@@ -145,8 +152,8 @@ BUGS = [
     (
         "dynamic sampling judged on the shaped reward",
         "grpo_jax/training/iteration.py",
-        "is_informative(batch.task_reward_PG)",
-        "is_informative(batch.reward_PG)",
+        "is_informative(batch.task_reward_PG, ",
+        "is_informative(batch.reward_PG, ",
         "tests/test_dynamic_sampling.py",
     ),
     (
@@ -173,8 +180,8 @@ BUGS = [
     (
         "recorded advantages without the overlong filter",
         "grpo_jax/learner/advantage_diagnostics.py",
-        "if filter_truncated else rollout.mask_PGT",
-        "if False else rollout.mask_PGT",
+        "if filter_truncated:",
+        "if False:",
         "tests/test_advantage_diagnostics.py",
     ),
     (
@@ -201,8 +208,8 @@ BUGS = [
     (
         "shaping counts as success",
         "grpo_jax/rewards/reward_function.py",
-        "Reward(_weighted_sum(self._task, scores)",
-        "Reward(_weighted_sum((*self._task, *self._shaping), scores)",
+        "_weighted_sum(self._task, scores)",
+        "_weighted_sum((*self._task, *self._shaping), scores)",
         "tests/test_reward_function.py -k scored_apart",
     ),
     (
@@ -214,9 +221,9 @@ BUGS = [
     ),
     (
         "worked examples are asked too",
-        "grpo_jax/tasks/host.py",
-        "train = exclude(split.train, shots)",
-        "train = list(split.train)",
+        "grpo_jax/tasks/selection.py",
+        "asked = [question for question in source.train if question.text not in shown]",
+        "asked = list(source.train)",
         "tests/test_tasks_host.py -k worked_examples",
     ),
     (
@@ -234,9 +241,37 @@ BUGS = [
         "tests/test_reward_function.py -k always_hangs",
     ),
     (
+        "a completion without a score is trained on as 0",
+        "grpo_jax/learner/advantage_diagnostics.py",
+        "mask_PGT = mask_PGT * (batch.is_scored_PG & can_compare_P1)[..., None]",
+        "pass",
+        "tests/test_unscored.py -k float64",
+    ),
+    (
+        "a reply to another job is taken",
+        "grpo_jax/rewards/pool/protocol.py",
+        "if got != number:",
+        "if False:",
+        "tests/test_hostile_rewards.py -k refused",
+    ),
+    (
+        "a forked scorer answers twice",
+        "grpo_jax/rewards/pool/serve.py",
+        "if os.getpid() != worker:",
+        "if False:",
+        "tests/test_hostile_rewards.py -k right_one",
+    ),
+    (
+        "a group has the time of one completion",
+        "grpo_jax/rewards/pool/pool.py",
+        "num * self._config.time_limit_secs):",
+        "self._config.time_limit_secs):",
+        "tests/test_calling.py -k limit_of_time",
+    ),
+    (
         "a scorer's children are left behind",
-        "grpo_jax/rewards/pool/worker.py",
-        "for pid in children:",
+        "grpo_jax/rewards/pool/keeper.py",
+        "for pid in descendants(os.getpid()):",
         "for pid in ():",
         "tests/test_reward_function.py -k starts_ends",
     ),
@@ -253,6 +288,48 @@ BUGS = [
         "grain.MapDataset.mix(orders, list(weights.values()))",
         "grain.MapDataset.mix(orders)",
         "tests/test_tasks_host.py -k weights",
+    ),
+    (
+        "plain prompts without BOS",
+        "grpo_jax/tasks/tokenizers.py",
+        "return prefix + ids",
+        "return ids",
+        "tests/test_prompts.py -k plain_prompt",
+    ),
+    (
+        "special tokens vanish before the reward",
+        "grpo_jax/tasks/tokenizers.py",
+        "if i not in ends])",
+        "if i not in ends | self.special_ids])",
+        "tests/test_prompts.py -k reach_the_reward",
+    ),
+    (
+        "ids beyond the embedding are let through",
+        "grpo_jax/tasks/tokenizers.py",
+        "i < self.limits.num_embeddings",
+        "i <= self.limits.num_embeddings",
+        "tests/test_prompts.py -k without_a_row",
+    ),
+    (
+        "a template's day is that of each start",
+        "grpo_jax/tasks/chat.py",
+        "datetime.date.fromisoformat(day) if day else today()",
+        "today()",
+        "tests/test_prompts.py -k day",
+    ),
+    (
+        "worked examples are taken from those that are held out",
+        "grpo_jax/tasks/selection.py",
+        "taken += itertools.islice(fitting, source.num_eval)",
+        "taken += itertools.islice(fitting, 0)",
+        "tests/test_data.py -k worked_examples",
+    ),
+    (
+        "the last of two equal keys counts",
+        "grpo_jax/tasks/files.py",
+        "if len(values) < len(pairs):",
+        "if False:",
+        "tests/test_data.py -k wrong_with_a_file",
     ),
     (
         "adapters not scaled",

@@ -1,5 +1,7 @@
 """Checkpoints: what is in them, and that those of older versions are read."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,16 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from grpo_jax import files
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import UserError
-from grpo_jax.training.checkpoint import Checkpointer, restore_params, saved_fields
+from grpo_jax.training.checkpoint import (
+    Checkpointer,
+    DamagedCheckpointError,
+    restore_params,
+    saved_fields,
+    saved_steps,
+)
 from tests import tiny
 
 ADAM = optax.adam(1e-3)
@@ -58,3 +67,131 @@ def test_another_model_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"checkpoints/3: does not fit this config \(.*shape"):
         checkpointer.restore(3, state_of(dim=4))
     checkpointer.close()
+
+
+def saved(folder, *steps):
+    """A workdir with checkpoints of these steps, each of other numbers."""
+    checkpointer = Checkpointer(folder, CheckpointConfig(keep=len(steps)))
+    for step in steps:
+        state = state_of(step=step)
+        checkpointer.save(step, state.replace(params=jax.tree.map(lambda x: x + step, state.params)), {"of": step})  # noqa: B023
+    checkpointer.close()
+    return folder / "checkpoints"
+
+
+def newest(folder, step=None, **kwargs):
+    """-> (step, params) as a resume finds them."""
+    like = jax.tree.map(jnp.zeros_like, state_of())
+    checkpointer = Checkpointer(folder, CheckpointConfig())
+    try:
+        found = checkpointer.restore_newest(lambda each: checkpointer.restore(each, like), step, **kwargs)
+    finally:
+        checkpointer.close()
+    return found and (found[0], found[1].params)
+
+
+def is_of_step(params, step):
+    return tiny.largest_difference(params, jax.tree.map(lambda x: x + step, state_of().params)) == 0
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit": lambda path: flip(path, 8 * path.stat().st_size // 2),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A workdir with checkpoints of steps 3 and 5, not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    saved(folder, 3, 5)
+    return folder
+
+
+def files_of(folder, step):
+    return sorted(path for path in (folder / "checkpoints" / str(step)).rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, capsys, monkeypatch, damage):
+    """Every file of it in turn."""
+    num = len(files_of(two, 5))
+    assert num > 8
+    for i in range(num):
+        monkeypatch.setattr(files, "_said", set())
+        folder = tmp_path / str(i)
+        shutil.copytree(two, folder)
+        path = files_of(folder, 5)[i]
+        damage(path)
+        # Nothing is missed where the sums are, or what Orbax adds when a checkpoint is complete.
+        is_needed = path.parent.name != "5" or (path.name == "checksums.json" and path.exists())
+        step, params = newest(folder)
+        said = capsys.readouterr().err
+        if is_needed:
+            assert step == 3, path
+            assert f"checkpoints/5: damaged ({path.name if path.parent.name == '5' else ''}" in said
+            assert "5: renamed to aside-0-5" in said
+            assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["3", "aside-0-5"]
+        else:
+            assert step == 5, path
+        assert is_of_step(params, step)
+
+
+def test_a_wish_for_a_step_or_for_no_other_is_obeyed(tmp_path, two):
+    shutil.copytree(two, tmp_path / "run")
+    DAMAGES["half"](next(path for path in files_of(tmp_path / "run", 5) if path.parent.name == "d"))
+    for wish in ({"step": 5}, {"is_strict": True}):
+        with pytest.raises(DamagedCheckpointError, match=r"checkpoints/5: damaged \(state/.* bytes in place of"):
+            newest(tmp_path / "run", **wish)
+    with pytest.raises(UserError, match=r"--step=4: no such checkpoint .*: 3, 5"):
+        newest(tmp_path / "run", 4)
+    assert newest(tmp_path / "run", 3)[0] == 3
+    assert saved_steps(tmp_path / "run") == [3], "the steps behind it come again"
+
+
+def test_with_no_whole_checkpoint_nothing_is_begun_and_nothing_moved(tmp_path, two):
+    shutil.copytree(two, tmp_path / "run")
+    for step in (3, 5):
+        DAMAGES["one bit"](next(path for path in files_of(tmp_path / "run", step) if path.parent.name == "d"))
+    with pytest.raises(DamagedCheckpointError, match=r"none of the 2 checkpoint\(s\) there can be read"):
+        newest(tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [3, 5]
+
+
+def test_what_is_no_checkpoint_is_passed_over(tmp_path, two, capsys):
+    shutil.copytree(two, tmp_path / "run")
+    for name in ("7", "notes", "9.orbax-checkpoint-tmp"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    step, params = newest(tmp_path / "run")
+    assert step == 5 and is_of_step(params, 5)
+    assert "checkpoints/7: damaged (no checkpoint is in it)" in capsys.readouterr().err
+    assert newest(tmp_path / "empty") is None
+
+
+def test_a_checkpoint_that_holds_nan_is_none(tmp_path):
+    state = state_of(step=3)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(3, state, {})
+    checkpointer.save(4, state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params)), {})
+    checkpointer.close()
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoints/4: params\..* holds NaN or infinity"):
+        newest(tmp_path, is_strict=True)
+    assert newest(tmp_path)[0] == 3
+
+
+def test_the_newest_the_multiples_and_the_best_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, every=2, keep_every=4))
+    for step in range(2, 12, 2):
+        if step in (2, 6):
+            checkpointer.best.step = step
+        checkpointer.save(step, state_of(step=step), {})
+    checkpointer.close()
+    assert saved_steps(tmp_path) == [4, 6, 8, 10]

@@ -9,11 +9,13 @@ import pytest
 
 from grpo_jax import objectives
 from grpo_jax.config import Config, parse_config
+from grpo_jax.config.resolve import resolve
 from grpo_jax.configs import base
 from grpo_jax.configs import variant as by_name
 from grpo_jax.errors import UserError
 from grpo_jax.knobs import walk
 from grpo_jax.parallel.sharding import make_mesh
+from grpo_jax.rewards.shaping import num_cache_tokens
 from grpo_jax.tools import fields
 from grpo_jax.training.run import check_batch_divisible, make_run
 
@@ -55,7 +57,7 @@ def test_any_variant_can_be_named_after_the_colon():
 def test_only_dapo_turns_on_the_machinery_around_the_loss():
     configs = {variant: parse_config(raw_config(variant)) for variant in VARIANTS}
     assert [v for v in VARIANTS if configs[v].dynamic_sampling.enabled] == ["dapo"]
-    assert [v for v in VARIANTS if configs[v].overlong.cache_tokens] == ["dapo"]
+    assert [v for v in VARIANTS if configs[v].overlong.cache_share] == ["dapo"]
 
 
 def test_default_scale_is_tiny():
@@ -66,7 +68,7 @@ def test_the_page_of_settings_is_what_the_schema_declares():
     """configs/base.py is written by `python -m experiments.fields --write=configs/base.py`."""
     text = (ROOT / "configs" / "base.py").read_text()
     assert text.partition(fields.BEGIN)[2].partition("\n")[2].partition(fields.END)[0] == fields.page()
-    assert parse_config(base.get_config("tiny", "grpo")) == Config()
+    assert parse_config(base.get_config("tiny", "grpo")) == resolve(Config())
 
 
 def test_every_field_says_what_it_does_and_has_a_default_in_its_range():
@@ -127,8 +129,15 @@ def broken(changes):
     [
         ({"rollout.group_size": 1}, r"config\.rollout\.group_size = 1: .* at least 2"),
         ({"rollout.num_prompts": 0}, r"config\.rollout\.num_prompts = 0: must be at least 1"),
-        ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be above 0"),
+        ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be at least 0\.001"),
         ({"rollout.top_p": 1.5}, r"config\.rollout\.top_p = 1\.5"),
+        ({"rollout.min_p": 1.5}, r"config\.rollout\.min_p = 1\.5: must be at most 1"),
+        ({"rollout.repetition_penalty": 0.0}, r"config\.rollout\.repetition_penalty = 0\.0: must be above 0"),
+        ({"rollout.stop": ("\n",)}, r"config\.rollout\.stop = \('\\n',\): answers of task 'arithmetic'"),
+        ({"rollout.stop_ids": (3,)}, r"config\.rollout\.stop_ids = \(3,\): answers of task 'arithmetic'"),
+        ({"rollout.stop": ("",)}, r"config\.rollout\.stop = \('',\): an empty text"),
+        ({"rollout.forced_prefix_ids": (2,) * 6}, r"config\.rollout\.forced_prefix_ids: 6 tokens; must be fewer than"),
+        ({"rollout.forced_prefix_ids": (2,), "rollout.bad_ids": (2,)}, r"forced_prefix_ids: 2 is in config\.rollout\.bad_ids"),
         ({"rollout.typo": 3}, r"config\.rollout\.typo: unknown field; known here: num_prompts"),
         ({"seed": "one"}, r"config\.seed = 'one': expected int, got str"),
         ({"seed": True}, r"config\.seed = True: expected int, got bool"),
@@ -136,10 +145,27 @@ def broken(changes):
         ({"objective.advantage": "vibes"}, r"config\.objective\.advantage = 'vibes': unknown; known: group_norm"),
         ({"objective.clip_low": -0.1}, r"config\.objective\.clip_low = -0\.1"),
         ({"objective.dual_clip": 0.5}, r"config\.objective\.dual_clip = 0\.5: must be None or a finite number > 1"),
-        ({"learner.importance_cap": 2.0}, r"config\.learner\.importance_cap = 2\.0: .* set that to 'learner'"),
+        (
+            {"learner.importance_cap": 2.0, "learner.old_logp": "sampler"},
+            r"config\.learner\.importance_cap = 2\.0: .* set that to 'learner'",
+        ),
         ({"learner.importance_cap": 0.5}, r"config\.learner\.importance_cap = 0\.5: at least 1"),
         ({"objective.ratio": "sequence"}, r"config\.objective\.aggregation = 'token_mean': .* use 'sequence_mean'"),
         ({"learner.num_minibatches": 3}, r"config\.learner\.num_minibatches = 3: must divide config\.rollout\.num_prompts"),
+        ({"overlong.cache_share": 1.5}, r"config\.overlong\.cache_share = 1\.5: must be at most 1"),
+        ({"model.path": None}, r"config\.model\.path is not set: give it a value, for example --config\.model\.path="),
+        (
+            {"model.dtype": "bfloat16", "objective.clip_low": 3e-4, "learner.old_logp": "sampler"},
+            r"config\.learner\.old_logp = 'sampler': in bfloat16 .* clip range 0\.0003, .* 'learner'",
+        ),
+        (
+            {"model.dtype": "bfloat16", "objective.clip_low": 3e-4, "async_steps": 1},
+            r"config\.learner\.old_logp = 'auto': in bfloat16 .* config\.async_steps to 0",
+        ),
+        (
+            {"async_steps": 1, "learner.importance_cap": 2.0},
+            r"config\.learner\.importance_cap = 2\.0: there is nothing to weigh",
+        ),
         ({"overlong.cache_tokens": 99}, r"config\.overlong\.cache_tokens = 99: must be at most"),
         ({"model.dtype": "float8"}, r"config\.model\.dtype = 'float8': unknown; known: float32, bfloat16"),
         ({"model.dim": 33}, r"config\.model\.dim = 33"),
@@ -147,7 +173,7 @@ def broken(changes):
         ({"task.name": "jsonl"}, r"config\.model\.path is empty"),
         ({"task.arithmetic.operators": "*"}, r"config\.task\.arithmetic\.operators = '\*'"),
         ({"task.arithmetic.max_operand": 0}, r"config\.task\.arithmetic\.max_operand = 0"),
-        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 = 1\.0: must be below 1"),
+        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 = 1\.0: must be at most 0\.999999"),
         ({"warm_start.label_noise": 1.5}, r"config\.warm_start\.label_noise = 1\.5: must be at most 1"),
         ({"optimizer.schedule": "magic"}, r"config\.optimizer\.schedule = 'magic'"),
         ({"async_steps": 2}, r"config\.async_steps = 2: unknown; known: 0, 1"),
@@ -161,6 +187,30 @@ def test_bad_values_name_the_field_and_the_fix(changes, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "old_logp"),
+    [
+        ({}, "sampler"),
+        ({"learner.importance_cap": 2.0}, "learner"),
+        ({"model.dtype": "bfloat16"}, "sampler"),
+        ({"model.dtype": "bfloat16", "objective.clip_low": 3e-4}, "learner"),
+        ({"model.dtype": "float32", "objective.clip_low": 3e-4}, "sampler"),
+        ({"model.dtype": "bfloat16", "learner.old_logp": "learner"}, "learner"),
+    ],
+)
+def test_old_logp_follows_from_the_numerics_and_the_clip(changes, old_logp):
+    assert parse_config(broken(changes)).learner.old_logp == old_logp
+
+
+def test_the_overlong_cache_follows_the_budget_that_a_flag_changes():
+    dapo = by_name.get_config("dapo,runlocal")
+    dapo.rollout.max_completion_tokens = 256
+    overlong = parse_config(dapo).overlong
+    assert [num_cache_tokens(overlong, budget) for budget in (256, 20480, 6, 3)] == [64, 5120, 1, 1]
+    assert num_cache_tokens(dataclasses.replace(overlong, cache_tokens=7), 256) == 7
+    assert num_cache_tokens(dataclasses.replace(overlong, cache_share=0.0), 256) == 0
+
+
 def test_a_missing_field_is_an_error():
     config = base.get_config().to_dict()
     del config["rollout"]["top_k"]
@@ -169,7 +219,7 @@ def test_a_missing_field_is_an_error():
 
 
 def test_unknown_scale_lists_the_known_ones():
-    with pytest.raises(ValueError, match="tiny, smollm2, runlocal"):
+    with pytest.raises(ValueError, match="tiny, llm, smollm2, runlocal"):
         base.get_config("galactic")
 
 
@@ -183,8 +233,11 @@ def test_unknown_scale_lists_the_known_ones():
         ({"mesh.fsdp": 3}, r"config\.mesh: data = -1, fsdp = 3, tensor = 1: 8 devices do not divide by 3"),
         ({"mesh.data": 1, "mesh.tensor": 8}, r"config\.mesh\.tensor = 8: does not divide the model's num_heads = 4; .* of 2"),
         ({"mesh.data": 1, "mesh.fsdp": 3, "rollout.num_prompts": 9}, r"config\.mesh\.fsdp = 3: does not divide .* dim = 32"),
-        ({"rollout.max_completion_tokens": 2, "overlong.cache_tokens": 0}, r"config\.rollout\.max_completion_tokens = 2: the"),
+        ({"rollout.max_completion_tokens": 2, "overlong.cache_share": 0.0}, r"config\.rollout\.max_completion_tokens = 2: the"),
         ({"eval.num_prompts": 99}, r"config\.eval\.num_prompts = 99"),
+        ({"rollout.bad_ids": (2, 15)}, r"config\.rollout\.bad_ids: 15 is no token of the model, which has 15"),
+        ({"rollout.bad_first_ids": (-1,)}, r"config\.rollout\.bad_first_ids: -1 is no token"),
+        ({"rollout.forced_prefix_ids": (1,)}, r"config\.rollout\.forced_prefix_ids: 1 ends a completion"),
     ],
 )
 def test_what_does_not_fit_the_devices_or_the_task_is_named(changes, says):

@@ -17,8 +17,9 @@ from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import INDEX, SINGLE
 from grpo_jax.models.hf import stored_dtype
 from grpo_jax.tools.export import export
-from grpo_jax.training.checkpoint import Checkpointer, init_workdir
+from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
+from grpo_jax.training.settings import init_workdir
 from tests import tiny
 from tests.hf_models import jax_logits, left_padded, load, randomise, torch_logits, torch_model
 from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer
@@ -186,7 +187,7 @@ def trained(tmp_path):
     in_parts = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.fsdp_min_elements": 0}
     config = tiny.config_of(changes={"model.path": str(source), "eval.num_prompts": 4, **in_parts})
     run = make_run(config)
-    init_workdir(workdir, config.to_dict(), allow_config_change=False)
+    init_workdir(workdir, config.to_dict())
     checkpointer = Checkpointer(workdir, config.checkpoint)
     for step in (1, 2):
         state = run.initial_state()
@@ -225,7 +226,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):
     (source / SINGLE).unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors"):
         export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE)
-    init_workdir(tmp_path / "own", tiny.config_of().to_dict(), allow_config_change=False)
+    init_workdir(tmp_path / "own", tiny.config_of().to_dict())
     with pytest.raises(UserError, match=r"config\.model\.path is empty"):
         export(str(tmp_path / "own"), str(tmp_path / "out"), None, None, ONE_FILE)
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
+import shutil
 import signal
 
 import datasets
@@ -16,11 +18,11 @@ from grpo_jax.configs import base
 from grpo_jax.errors import UserError
 from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
-from grpo_jax.training import trainer
+from grpo_jax.training import data_record, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_completions
+from grpo_jax.training.runlog import read_completions, read_config
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -42,6 +44,16 @@ def score(completion, item):
 
 # The completions are noise: what is rewarded here is text that any of them may have.
 MY_REWARDS = """
+def boom(completion, item, scale):
+    raise ValueError(f"\\x1b[31mred {scale + 1}")
+
+def distance(completions, answer, level, **kwargs):
+    # As TRL calls it. 0 is the best there is, and what a crash must not earn.
+    assert answer[0] == str(2 * int(kwargs["prompts"][0].split()[2])) and level[0] in (0, 1, 2)
+    if completions[0] < "P":
+        raise ValueError("no judge")
+    return [None if text < "8" else -float(len(text)) for text in completions]
+
 def late(completions, item):
     assert item["answer"] == str(2 * int(item["prompt"].split()[2])) and item["level"] in (0, 1, 2)
     return [float(text > "P") for text in completions]
@@ -126,6 +138,87 @@ def test_a_reward_that_raises_or_hangs_is_counted_and_the_run_goes_on(tmp_path, 
     assert rows and all("".join(row["token_text"]) == row["completion"] for row in rows)
     (errors,) = [check for check in shown["checks"] if check["title"] == "Scoring errors"]
     assert errors["light"] in ("warn", "bad")
+
+
+def test_a_run_over_midnight_has_the_same_prompts(tmp_path, monkeypatch, folder, config):
+    """A chat template that writes the day, as Llama 3.2's does: the run keeps that of its first start."""
+    shutil.copytree(folder / "model", tmp_path / "dated")
+    dated = "{{ strftime_now('%d %b') }}{% for m in messages %}<|im_end|>{{ m.content }}{% endfor %}"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(dated)
+    config.model.path = str(tmp_path / "dated")
+    config.task.use_chat_template = True
+    config.reward.task = "length"
+    config.num_steps, config.rollout.max_completion_tokens = 0, 4
+    days = [datetime.date(2026, 11, 26), datetime.date(2026, 11, 27)]
+    monkeypatch.setattr(data_record, "today", lambda: days[0])
+    trainer.train(parse_config(config), tmp_path / "run")
+    assert programs.records(tmp_path / "run")[0]["data/train"] == 32
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data/held_out"] == 8
+    # What is trained with on the next day: bitwise the same prompts, so the same run.
+    monkeypatch.setattr(data_record, "today", lambda: days[1])
+    monkeypatch.setattr(trainer, "train_run", lambda run, workdir, **_: (run.config, run.task.fingerprint, first_prompt(run)))
+    resumed, new = (trainer.train(parse_config(config), tmp_path / name) for name in ("run", "new"))
+    assert resumed[0] == read_config(tmp_path / "run") and resumed[0].task.template_date == "2026-11-26"
+    assert resumed[1] == json.loads((tmp_path / "run" / "data.json").read_text())["fingerprint"] != new[1]
+    assert new[0].task.template_date == "2026-11-27"
+    assert [resumed[2][:6], new[2][:6]] == ["26 Nov", "27 Nov"]
+
+
+def first_prompt(run):
+    """The text of the first training prompt."""
+    prompts = run.task.train_prompts(0, 1)
+    return run.task.tokenizer.decode_prompt(prompts.tokens_PS[0][prompts.mask_PS[0]])
+
+
+def test_a_reward_that_always_raises_stops_the_run_with_its_exception(tmp_path, folder, config):
+    """Through the command line: one clear error and status 1, the traceback in the workdir, nothing that steers a terminal."""
+    settings = {"reward.task": "my_rewards:boom", "model.path": config.model.path, "task.jsonl.path": config.task.jsonl.path}
+    settings |= {
+        "reward.params.scale": 0.5,
+        "task.name": "jsonl",
+        "task.use_chat_template": False,
+        "warm_start.num_steps": 0,
+        "eval.num_prompts": 4,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        args = ("--config=configs/grpo.py:runlocal", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1", *flags)
+        status, output = programs.run("experiments.train", *args)
+    kept = tmp_path / "run" / "reward_errors" / "my_rewards_boom.txt"
+    error = "ValueError: \\x1b[31mred 1.5"
+    assert status == 1
+    assert output.splitlines()[0] == "my_rewards:boom is called for one completion: completion, item, scale"
+    assert [line for line in output.splitlines() if line.startswith(("warning", "error"))] == [
+        f"warning: reward my_rewards:boom failed: {error} (left out of training; further failures are only counted)",
+        f"error: reward my_rewards:boom: all 4 completions of the first batch failed: {error}; traceback in {kept}",
+    ]
+    text = kept.read_text()
+    assert "Traceback" not in output and "\x1b" not in output + text
+    assert text.startswith("Traceback") and "in boom" in text and text.endswith(f"{error}\n") and "grpo_jax" not in text
+
+
+def test_a_penalty_that_crashes_is_never_the_best_of_its_group(tmp_path, config):
+    """A distance, 0 at best, written for TRL; some of its calls fail, and of some texts it has no opinion."""
+    config.reward.task = "my_rewards:distance"
+    config.objective.success_threshold = -100.0
+    trainer.train(parse_config(config), tmp_path / "run")
+    steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
+    assert sum(record["reward/errors"] for record in steps) > 0 and sum(record["reward/abstained"] for record in steps) > 0
+    assert all(
+        record["reward/unscored"] == pytest.approx(record["reward/errors"] + record["reward/abstained"]) for record in steps
+    )
+    assert all(
+        record["reward/mean"] < -1 and record["reward/success"] == 1 for record in steps if record["reward/unscored"] < 1
+    )
+    assert all(np.isfinite(list(record.values())).all() for record in steps)
+    rows = read_completions(tmp_path / "run")
+    assert {row["is_scored"] for row in rows} == {True, False}
+    for row in rows:
+        assert (row["reward"] is None) == (not row["is_scored"])
+        assert row["is_scored"] or not any(row["token_advantage"])
+    shown = [each for step in run_data(tmp_path / "run")["steps"] for group in step["groups"] for each in group["completions"]]
+    assert {(each["isScored"], each["isSuccess"]) for each in shown} == {(True, True), (False, False)}
 
 
 def test_dynamic_sampling_on_the_host_and_going_on_where_it_stopped(tmp_path, config):

@@ -12,7 +12,7 @@ from tests import mutate
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module imports from its own room and from rooms that stand above it in this list.
-GROUND = ("__init__", "errors", "types", "metrics", "masking", "rng", "caches", "knobs")
+GROUND = ("errors", "types", "metrics", "masking", "rng", "caches", "knobs", "files")
 FLOORS = (
     GROUND,
     ("parallel", "objectives", "analysis"),
@@ -25,7 +25,7 @@ FLOORS = (
     ("tasks",),
     ("training",),
     ("tools",),
-    ("__main__",),
+    ("__main__", "__init__"),
 )
 PURE = (
     "objectives",

@@ -108,7 +108,7 @@ def test_a_run_with_adapters_resumes_bitwise(tmp_path):
     config = tiny.config_of("grpo", SMALL_RUN | {"lora.rank": 2})
     trainer.train(config, tmp_path / "whole")
     trainer.train(dataclasses.replace(config, num_steps=1), tmp_path / "torn")
-    trainer.train(config, tmp_path / "torn", allow_config_change=True)
+    trainer.train(config, tmp_path / "torn")
     records = programs.records(tmp_path / "whole")
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[1]["policy/kl_ref"] == 0.0 < records[2]["policy/kl_ref"], "the policy does not begin at its reference"

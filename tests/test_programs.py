@@ -18,7 +18,10 @@ pytestmark = pytest.mark.slow
     ("flags", "says"),
     [
         (["--config=configs/ppo.py:tiny"], "no file configs/ppo.py; known here: configs/cispo.py, configs/dapo.py"),
-        (["--config=configs/dapo.py:galactic"], "unknown scale 'galactic' after the colon; known: tiny, smollm2, runlocal"),
+        (
+            ["--config=configs/dapo.py:galactic"],
+            "unknown scale 'galactic' after the colon; known: tiny, llm, smollm2",
+        ),
         (["--config=configs/dapo.py", "--config.rollout.num_promts=3"], "--config.rollout.num_promts: unknown field; did you"),
         (["--config=configs/dapo.py", "--config.seed=one"], "--config.seed=one"),
         (["--config=configs/dapo.py", "--config.rollout.group_size=1"], "config.rollout.group_size = 1"),
@@ -41,7 +44,7 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
     assert "must be the folder of a training run" in output
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "plan"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("plan", "data")])
 def test_help_lists_the_flags_and_does_not_wait_for_jax(command):
     show_imports = [sys.executable, "-X", "importtime", "-m", "grpo_jax", command, "--help"]
     done = subprocess.run(show_imports, cwd=programs.ROOT, capture_output=True, text=True, check=False)
@@ -50,9 +53,9 @@ def test_help_lists_the_flags_and_does_not_wait_for_jax(command):
     assert f"grpo-jax {command}" in done.stdout
     flags = re.findall(r"^  --(\w+)", done.stdout, re.M)
     expected = {
-        "train": ["config", "workdir", "allow_config_change", "coordinator", "distributed", "num_processes", "process_id"],
-        "evaluate": ["config", "workdir", "out", "step"],
-        "export": ["config", "workdir", "adapter", "dtype", "max_shard_gb", "out", "step"],
+        "train": ["config", "workdir", "allow_config_change", "coordinator", "distributed"],
+        "evaluate": ["config", "workdir", "out", "step", "strict"],
+        "export": ["config", "workdir", "adapter", "dtype", "max_shard_gb", "out", "step", "strict"],
         "sweep": ["config", "workdir", "launcher", "set", "submitit"],
         "report": ["baseline", "metric", "out", "readme"],
         "show": ["workdir", "out"],

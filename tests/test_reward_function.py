@@ -1,8 +1,7 @@
-"""What answers are worth: where a text's answer stands, the parts of a reward, their sums, and what a bad part may cost."""
+"""Rewards as sums of parts, and what a bad part may cost."""
 
 from __future__ import annotations
 
-import doctest
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,104 +14,9 @@ import pytest
 from grpo_jax.config import Config, reward_expression
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.reward_function import RewardFunction
-from grpo_jax.rewards.scorers import answers
-from grpo_jax.rewards.scorers.answers import final_answer
-from grpo_jax.rewards.scorers.math_answer import math_verify_score
-from grpo_jax.rewards.scorers.text import exact_score, format_score, regex_score
 from grpo_jax.types import Reward
 from tests import tiny
 from tests.test_scoring import is_alive
-
-# --- where the answer stands
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("<answer> 42 </answer> and 7", "42"),
-        ("<answer>1</answer> no, <answer>2</answer>", "2"),
-        ("<answer>it is \\boxed{5}</answer> \\boxed{6}", "5"),
-        ("<answer>1", "1"),
-        ("</answer> 3 <answer>", "3"),
-        ("\\boxed{1} then \\boxed{\\frac{1}{2}} of 3", "\\frac{1}{2}"),
-        ("\\boxed{4} then \\boxed{\\frac{1}{2} of 3", "4"),
-        ("\\boxed{\\boxed{7}}", "7"),
-        ("\\boxed {a \\} b}", "a \\} b"),
-        ("first #### 3, no\n#### $1,234 \nmore 5", "1234"),
-        ("#### ", "####"),
-        ("6 * 7 = 42.", "42"),
-        ("from 5-3 to -1,234.50!", "-1234.50"),
-        ("x \u2212 2 = \u22124", "-4"),
-        ("1/2 or .75", ".75"),
-        ("half: 1/2", "1/2"),
-        ("12,34 and 1,2345", "2345"),
-        ("  New   York. ", "New York"),
-        ("", ""),
-    ],
-)
-def test_final_answer(text: str, answer: str) -> None:
-    assert final_answer(text) == answer
-
-
-def test_doctests_of_answers_and_expressions() -> None:
-    for module in (answers, reward_expression):
-        results = doctest.testmod(module)
-        assert results.attempted and not results.failed
-
-
-@pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "1,000", "1,", "<answer>", "a1", "1/", ".", "####", "\0", "-", "$"])
-def test_final_answer_of_a_long_text_is_found(unit: str) -> None:
-    """Quadratic time would take hours."""
-    assert isinstance(final_answer(unit * (2**18 // len(unit))), str)
-
-
-# --- single parts
-
-
-@pytest.mark.parametrize(
-    "answer, completion, score",
-    [
-        ("42", "Six times seven, so the answer is \\boxed{42}.", 1),
-        ("42", "6 * 7 = 42", 1),
-        ("42", "It is $42$, not 43... no: \\boxed{43}", 0),
-        ("42", "so\n#### 42", 1),
-        ("42", "", 0),
-        ("42", "no idea", 0),
-        ("1,234", "The total is 1234 dollars", 1),
-        ("\\frac{1}{2}", "\\boxed{0.5}", 1),
-        ("\\frac{1}{2}", "$\\frac{2}{4}$", 1),
-        ("$\\frac{1}{2}$", "\\boxed{\\frac{1}{3}}", 0),
-        ("x^2 + 1", "\\boxed{1 + x^2}", 1),
-        ("(1, 2)", "\\boxed{(1,2)}", 1),
-        ("(1, 2)", "\\boxed{(2,1)}", 0),
-        ("\\boxed{7}", "\\boxed{7}", 1),
-        ("Paris", " Paris\n", 1),
-        ("Paris", "London", 0),
-        ("42", "<think>41?</think><answer>42</answer>", 1),
-        ("42", "<answer>41</answer> 42", 0),
-        ("42", "<answer>42 apples</answer> 7", 1),
-        ("1/2", "<answer>\\frac{2}{4}</answer>", 1),
-        ("x^2+1", "<answer>1 + x^2</answer>", 1),
-        ("1", "<answer>x+1</answer>", 0),
-        ("1/3", "\\boxed{0.333333}", 1),
-        ("1000", "<answer>$1,000</answer>", 1),
-    ],
-)
-def test_math_verify_score(answer: str, completion: str, score: float) -> None:
-    assert math_verify_score(completion, {"answer": answer}) == score
-
-
-def test_exact_regex_and_format() -> None:
-    item = {"answer": "1,234"}
-    assert [exact_score(text, item) for text in ("so $1234.", "\\boxed{1,234}", "1234.0", "")] == [1, 1, 0, 0]
-    last = r"Answer: (\S+)"
-    given = ("Answer: 1234", "Answer: 5\nAnswer: 1,234.", "Answer: 1,234\nAnswer: 5", "1234")
-    assert [regex_score(text, item, pattern=last) for text in given] == [1, 1, 0, 0]
-    assert [regex_score(text, item, pattern="[Tt]herefore") for text in ("and therefore", "so")] == [1, 0]
-    pattern = tiny.config_of().reward.format.pattern
-    form = "<think>\na\n</think>\n<answer>b</answer>\n"
-    assert [format_score(text, {}, pattern=pattern) for text in (form, "x" + form, form + "x", "")] == [1, 0, 0, 0]
-
 
 # --- expressions
 
@@ -136,6 +40,9 @@ def test_expressions_are_sums_of_weighted_parts() -> None:
         ({"shaping": "format + 2*format"}, r"'format' stands in it twice"),
         ({"shaping": "regex"}, r"config\.reward\.regex\.pattern is empty"),
         ({"format__pattern": "("}, r"config\.reward\.format\.pattern = '\(': not a regular expression"),
+        ({"reasoning_tags": ("<think>",)}, r"config\.reward\.reasoning_tags = \('<think>',\): an opening and a closing tag"),
+        ({"choice__answer": "number"}, r"config\.reward\.choice\.answer = 'number': unknown; known: label, index"),
+        ({"repetition__ngram_size": 0}, r"config\.reward\.repetition\.ngram_size = 0: must be at least 1"),
         ({"task": "reasoning_gym"}, r"only questions of task 'reasoning_gym'"),
     ],
 )
@@ -194,7 +101,9 @@ def rank(completions: list[str], item: dict) -> list[float]:
     return [sorted(completions).index(text) + item["level"] for text in completions]
 
 def sleeps(completion, item):
-    time.sleep(1e6)
+    if completion != "awake":
+        time.sleep(1e6)
+    return 0.0
 
 def stubborn(completion, item):
     if completion == "loop":
@@ -235,9 +144,9 @@ def test_parts_are_scored_apart_and_summed_by_weight(reward_function: MakeReward
     np.testing.assert_allclose(reward.shaping_PG, [[1.5 - 0, 1 - 1.8], [0 - 1.0, 1.5 - 0.4]], rtol=1e-6)
     assert reward.task_PG.dtype == reward.shaping_PG.dtype == np.float32
     expected = {"exact": 0.75, "format": 0.5, "length": 0.4}
-    assert values(reward) == pytest.approx(
-        {"reward/errors": 0, "reward/timeouts": 0, **{f"reward/part/{name}": mean for name, mean in expected.items()}}
-    )
+    counts = dict.fromkeys(("reward/errors", "reward/timeouts", "reward/abstained"), 0)
+    assert values(reward) == pytest.approx({**counts, **{f"reward/part/{name}": mean for name, mean in expected.items()}})
+    assert np.all(reward.is_scored_PG)
 
 
 def test_math_verify_is_what_an_empty_expression_means(reward_function: MakeRewardFunction) -> None:
@@ -266,6 +175,29 @@ def test_users_functions_that_are_not_there_are_named_at_once(reward_function: M
 
 
 HARD = ["\\boxed{10^{10^6}}", "\\boxed{9^{9^{9^{9^9}}}}", "$" + "\\frac{" * 500 + "}" * 500 + "$", "\0" * 9, "x" * 2**20]
+
+
+def test_settings_reach_their_parts(reward_function: MakeRewardFunction) -> None:
+    config = config_of(
+        task="exact",
+        shaping="choice + format + repetition + regex",
+        reasoning_tags=("[T]", "[/T]"),
+        choice__options="o",
+        choice__answer="index",
+        format__pattern=r"(\[T\].*\[/T\])? ?\w",
+        format__once=("[/T]",),
+        repetition__ngram_size=1,
+        regex__pattern=r"(\w)$",
+    )
+    each = RewardFunction(config.reward, "jsonl", 10)
+    completions_PG = [["[T]A[/T] B", "[T]B", "A", "<think>B</think>B"]]
+    reward = each([{"answer": "1", "o": ["A", "B"], "b": "B"}], completions_PG, np.ones((1, 4)))
+    each.close()
+    parts = values(reward)
+    assert (parts["reward/part/choice"], parts["reward/part/format"]) == (0.25, 0.25)
+    np.testing.assert_array_equal(reward.task_PG, [[0, 0, 0, 0]])
+    # [ T ] a [ / t ] b: 10 words, 6 of them distinct; [ t ] b; a; < think > b < / think > b
+    np.testing.assert_allclose(parts["reward/part/repetition"], ((6 / 9 - 1) + 0 + 0 + (5 / 9 - 1)) / 4, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -300,12 +232,12 @@ def test_a_regex_bomb_a_loop_and_a_memory_hog_cost_themselves_only(tmp_path: Pat
 @pytest.mark.slow
 def test_a_part_that_always_hangs_leaves_the_others_their_scores(reward_function: MakeRewardFunction) -> None:
     completions_PG = [[f"{p}{g}" for g in range(10)] for p in range(10)]
+    each = reward_function("exact", "my_rewards:sleeps", time_limit_secs=0.5)
+    each([{"answer": ""}], [["awake"]], np.ones((1, 1)))
     began = time.monotonic()
-    reward = reward_function("exact", "my_rewards:sleeps", time_limit_secs=0.5)(
-        [{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG)
-    )
+    reward = each([{"answer": f"{p}{p}"} for p in range(10)], completions_PG, lengths(completions_PG))
     np.testing.assert_array_equal(reward.task_PG, np.eye(10))
-    assert values(reward)["reward/timeouts"] == 1 and not reward.shaping_PG.any()
+    assert values(reward)["reward/timeouts"] == 1 and not reward.shaping_PG.any() and not np.any(reward.is_scored_PG)
     assert time.monotonic() - began < 40.0  # one after the other on two workers: 25 s, and starting each takes as long again
 
 

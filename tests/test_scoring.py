@@ -160,10 +160,18 @@ def test_exceptions_crashes_and_exits_cost_one_item_each(make_pool: MakePool) ->
 
 
 def test_what_is_no_finite_number_is_an_error(make_pool: MakePool) -> None:
-    values = [float("nan"), float("inf"), 1e300, None, "1", b"1", [1.0], 1j, True, 2, np.float32(0.5), np.int64(3)]
+    values = [float("nan"), float("inf"), 1e300, {}, "1", b"1", [1.0], 1j, True, 2, np.float32(0.5), np.int64(3)]
     scores, num_errors, _ = make_pool().score([{"value": value} for value in values], ["return"] * len(values))
     np.testing.assert_array_equal(scores, [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0.5, 3])
     assert num_errors == 8
+
+
+def test_none_is_no_opinion_and_no_error(make_pool: MakePool) -> None:
+    values = [None, {"score": None}, {"score": 2, "acc": 1}, 0.0]
+    scored = make_pool().pool.score([{"value": value} for value in values], [["return"]] * len(values))
+    np.testing.assert_array_equal(scored.scores["it"][:, 0], [0, 0, 2, 0])
+    np.testing.assert_array_equal(scored.is_abstained_PG[:, 0], [True, True, False, False])
+    assert not scored.is_error_PG.any() and not scored.is_timeout_PG.any()
 
 
 def test_prints_do_not_reach_the_frames(make_pool: MakePool, capfd: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def run_main(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["smollm2", *args])
     code = 0
     try:
-        smollm2.main()
+        smollm2.command()
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
@@ -161,7 +161,8 @@ def test_tokenizer_splits_digits_before_spaces(tmp_path):
     ]
     assert (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.vocab_size) == ((2,), 2, len(TOKENS))
     assert tokenizer.chat([{"role": "user", "content": "a1"}]) == [1, 3, 4, 2]
-    assert tokenizer.decode([1, 3, 8, 4, 2]) == "a  1"
+    assert tokenizer.decode([1, 3, 8, 4, 2]) == "<|im_start|>a  1"
+    assert tokenizer.decode_prompt([1, 3, 8, 4, 2]) == "<|im_start|>a  1<|im_end|>"
 
 
 def test_another_tokenizer_is_refused(tmp_path):

@@ -22,8 +22,9 @@ from grpo_jax.rewards.scorers.gym import reasoning_gym_score
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.jsonl import read_questions
+from grpo_jax.tasks.sources import SOURCES
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
-from grpo_jax.training.build import SOURCES, make_task
+from grpo_jax.training.build import make_task
 from tests import tiny
 
 CHARS = CharTokenizer(string.printable)
@@ -58,7 +59,7 @@ def texts(task: HostTask, prompts: Any) -> list[str]:
     assert prompts.mask_PS.any(1).all() and (np.diff(prompts.mask_PS.astype(int)) >= 0).all()
     assert (prompts.tokens_PS[~prompts.mask_PS] == task.tokenizer.pad_id).all()
     rows = zip(prompts.tokens_PS, prompts.mask_PS, strict=True)
-    return [task.tokenizer.decode(tokens_S[mask_S]) for tokens_S, mask_S in rows]
+    return [task.tokenizer.decode_prompt(tokens_S[mask_S]) for tokens_S, mask_S in rows]
 
 
 def as_completions(task: Task, texts_PG: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -182,9 +183,18 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path: Path, caplo
     long = write_lines(tmp_path / "y.jsonl", [{"prompt": "y" * length, "answer": "1"} for length in (5, 13)])
     task = task_of(task__jsonl__path=path, task__jsonl__eval_path=long, max_prompt_tokens=12, num_eval=2)
     reason = "over task.max_prompt_tokens = 12"
-    assert (task.dropped["training"][reason], task.dropped["held-out"][reason]) == (8, 1)
+    assert (task.dropped["training"]["too_long"], task.dropped["held-out"]["too_long"]) == (8, 1)
     assert (task.num_train, task.prompt_tokens) == (12, 12)
-    assert caplog.messages == [f"questions left out: 8 training ({reason}), 1 held-out ({reason})"]
+    assert caplog.messages == [
+        f"questions left out: 8 training ({reason}), 1 held-out ({reason})",
+        "held out: 1 question, config.eval.num_prompts = 2: there are no more that differ and fit",
+    ]
+    assert task.data_metrics == {
+        "data/train": 12.0,
+        "data/held_out": 1.0,
+        "data/dropped/training/too_long": 8.0,
+        "data/dropped/held_out/too_long": 1.0,
+    }
     assert sorted(map(len, texts(task, task.train_prompts(0, 12)))) == list(range(1, 13))
     assert texts(task, task.eval_prompts()) == ["yyyyy"]
     with pytest.raises(UserError, match=r"config\.task\.max_prompt_tokens = 4: no held-out prompt"):
@@ -235,9 +245,10 @@ def test_holding_out_everything_is_an_error(tmp_path: Path) -> None:
         ),
         (b'{"answer": "1"}\n', 1, "no column `prompt`"),
         (b'\n\n{"prompt": 3, "answer": "1"}\n', 3, "`prompt` must be text or a list of messages .* got 3"),
-        (b'{"prompt": "a", "answer": null}\n', 1, "`answer` must be text or a number, got null"),
-        (b'{"prompt": "a", "answer": true}\n', 1, "`answer` must be text or a number, got true"),
-        (b'{"prompt": "a", "answer": ["1"]}\n', 1, "`answer` must be text"),
+        (b'{"prompt": "a", "answer": null}\n', 1, "`answer` is null; no row has an answer"),
+        (b'{"prompt": "a", "answer": true}\n', 1, "`answer` must be text or a number, or a list of them, got true"),
+        (b'{"prompt": "a", "answer": {"x": 1}}\n', 1, "`answer` must be text"),
+        (b'{"prompt": "a", "answer": ["1", ["2"]]}\n', 1, "`answer` holds an answer that must be text"),
         (b'{"prompt": " ", "answer": "1"}\n', 1, "`prompt` is empty"),
         (b'{"prompt": "a", "answer": "so #### "}\n', 1, "`answer` is empty"),
         (b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}', 2, "not UTF-8"),
@@ -298,8 +309,8 @@ def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
 def test_system_prompt_and_chat_template(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", sums(1))
     expected = [
-        (chat_tokenizer, True, "Be brief.", "[system]Be brief.[user]What is 0 + 1?[assistant]"),
-        (chat_tokenizer, True, "", "[user]What is 0 + 1?[assistant]"),
+        (chat_tokenizer, True, "Be brief.", "[system]Be brief.<|im_end|>[user]What is 0 + 1?<|im_end|>[assistant]"),
+        (chat_tokenizer, True, "", "[user]What is 0 + 1?<|im_end|>[assistant]"),
         (chat_tokenizer, False, "Be brief.", "Be brief.\n\nWhat is 0 + 1?"),
         (CHARS, True, "", "What is 0 + 1?"),
     ]
@@ -307,7 +318,9 @@ def test_system_prompt_and_chat_template(tmp_path: Path, chat_tokenizer: HFToken
         settings = {"system_prompt": system_prompt, "use_chat_template": use_chat_template}
         task = task_of(tokenizer, task__jsonl__path=path, **settings)
         assert texts(task, task.train_prompts(0, 1)) == [text]
-        assert task.stop_ids == tokenizer.eos_ids
+        # The template ends a turn with a token that is no end token of the model; plain text has no turns.
+        is_chat = use_chat_template and tokenizer is chat_tokenizer
+        assert task.stop_ids == ((*tokenizer.eos_ids, chat_tokenizer.encode("<|im_end|>")[0]) if is_chat else tokenizer.eos_ids)
 
 
 def test_chat_prompts_keep_their_turns(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
@@ -318,7 +331,9 @@ def test_chat_prompts_keep_their_turns(tmp_path: Path, chat_tokenizer: HFTokeniz
         prompt = [*([{"role": "system", "content": own}] if own else []), *rows[0]["prompt"]]
         path = write_lines(tmp_path / "a.jsonl", [{**rows[0], "prompt": prompt}])
         task = task_of(chat_tokenizer, task__jsonl__path=path, use_chat_template=True, system_prompt="Be brief.")
-        assert texts(task, task.train_prompts(0, 1)) == [f"[system]{first}[user]Hi[assistant]Hello[user]2?[assistant]"]
+        said = [("system", first), *turns]
+        written = "".join(f"[{role}]{text}<|im_end|>" for role, text in said)
+        assert texts(task, task.train_prompts(0, 1)) == [f"{written}[assistant]"]
 
 
 def test_worked_examples_stand_before_every_question_and_are_asked_nowhere(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:
@@ -327,7 +342,7 @@ def test_worked_examples_stand_before_every_question_and_are_asked_nowhere(tmp_p
     shown = set()
     for seed in (0, 1):
         task = task_of(task__jsonl__path=path, num_shots=2, system_prompt="S", num_eval=3, seed=seed)
-        assert task.num_train == 14 and task.dropped["training"]["worked examples"] == 4
+        assert task.num_train == 14 and task.dropped["training"]["worked_examples"] == 4
         asked = texts(task, task.train_prompts(0, 14)) + texts(task, task.eval_prompts())
         parts = [re.fullmatch(r"(S\n\n(?:Q\d+\?\nbecause\n#### \d+\n\n){2})(Q\d+\?)\n", text) for text in asked]
         (beginning,) = {part[1] for part in parts if part}
@@ -342,7 +357,10 @@ def test_worked_examples_stand_before_every_question_and_are_asked_nowhere(tmp_p
         task_of(task__jsonl__path=path, num_shots=12)
     task = task_of(chat_tokenizer, task__jsonl__path=path, num_shots=1, use_chat_template=True, num_eval=1)
     assert all(
-        re.fullmatch(r"\[user\]Q(\d+)\?\[assistant\]because\n#### \1\[user\]Q\d+\?\[assistant\]", text)
+        re.fullmatch(
+            r"\[user\]Q(\d+)\?<\|im_end\|>\[assistant\]because\n#### \1<\|im_end\|>\[user\]Q\d+\?<\|im_end\|>\[assistant\]",
+            text,
+        )
         for text in texts(task, task.train_prompts(0, 20))
     )
 

@@ -348,6 +348,28 @@ def test_overlong_filter_is_a_mask_on_truncated_rows():
     assert tiny.largest_difference(after.params, unfiltered_after.params) > 1e-3
 
 
+@every_variant
+def test_rows_without_a_score_are_as_if_they_were_not_there(name):
+    """Groups with all, some, two, one and no score; what stands in place of a missing one changes no bit."""
+    spec, batch = spec_of(name), batch_of()
+    is_scored_PG = np.ones((P, G), bool)
+    is_scored_PG[0, 3] = is_scored_PG[3, :2] = is_scored_PG[4, 1:] = is_scored_PG[5] = is_scored_PG[6, 2] = False
+    is_there_PG = is_scored_PG.copy()
+    is_there_PG[4] = False  # one score has nothing to be compared with
+    without = tiny.with_rollout(batch, mask_PGT=batch.rollout.mask_PGT * is_there_PG[..., None])
+    expected_after, expected = step_of(spec)(start(spec), without)
+    whole_after, _ = step_of(spec)(start(spec), batch)
+    found = []
+    for instead in (0.0, 1e6, -3.0):
+        rewards = {name: jnp.where(is_scored_PG, getattr(batch, name), instead) for name in ("reward_PG", "task_reward_PG")}
+        found.append(step_of(spec)(start(spec), batch.replace(is_scored_PG=jnp.asarray(is_scored_PG), **rewards)))
+    for after, metrics in found:
+        assert floats(metrics) == pytest.approx(floats(expected), rel=1e-5, abs=1e-6)
+        assert tiny.largest_difference(moved(start(spec), after), moved(start(spec), expected_after)) < 1e-5
+        assert tiny.largest_difference(after.params, found[0][0].params) == 0
+    assert tiny.largest_difference(moved(start(spec), whole_after), moved(start(spec), expected_after)) > 1e-2
+
+
 # ---------------------------------------------------------------------------------------------------- old log-probs
 
 

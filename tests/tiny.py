@@ -155,6 +155,7 @@ class Bigram:
     """Stands in for a ModelDef where the decoder does not matter: each state knows its token and the mean of its prompt."""
 
     lora: None = None
+    hardware: None = None
 
     def bind(self, params):
         return BigramDecoder(params)

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.config.aliases import upgrade
+from grpo_jax.config.resolve import resolve
 from grpo_jax.config.schema import (
     ArithmeticConfig,
     CheckpointConfig,
+    ChoiceConfig,
+    CodeConfig,
     ColumnsConfig,
     Config,
     DatasetConfig,
@@ -20,6 +23,7 @@ from grpo_jax.config.schema import (
     EvalConfig,
     FormatConfig,
     JsonlConfig,
+    JudgeConfig,
     LearnerConfig,
     LogConfig,
     LoRAConfig,
@@ -29,6 +33,7 @@ from grpo_jax.config.schema import (
     OverlongConfig,
     ReasoningGymConfig,
     RegexConfig,
+    RepetitionConfig,
     RewardConfig,
     RolloutConfig,
     ScoringConfig,
@@ -41,6 +46,8 @@ from grpo_jax.config.validation import validate
 __all__ = [
     "ArithmeticConfig",
     "CheckpointConfig",
+    "ChoiceConfig",
+    "CodeConfig",
     "ColumnsConfig",
     "Config",
     "DatasetConfig",
@@ -48,6 +55,7 @@ __all__ = [
     "EvalConfig",
     "FormatConfig",
     "JsonlConfig",
+    "JudgeConfig",
     "LearnerConfig",
     "LoRAConfig",
     "LogConfig",
@@ -57,6 +65,7 @@ __all__ = [
     "OverlongConfig",
     "ReasoningGymConfig",
     "RegexConfig",
+    "RepetitionConfig",
     "RewardConfig",
     "RolloutConfig",
     "ScoringConfig",
@@ -73,4 +82,4 @@ def parse_config(config: Any) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     parsed = build(Config, upgrade(values) if isinstance(values, Mapping) else values, "config")
     validate(parsed)
-    return parsed
+    return resolve(parsed)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from typing import Any
 
 from grpo_jax import objectives
-from grpo_jax.config import reward_expression
-from grpo_jax.config.schema import TARGETS, Config
+from grpo_jax.config import mixture, reward_expression
+from grpo_jax.config.schema import TARGETS, TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
+from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
-from grpo_jax.objectives.ratios import SEQUENCE_RATIOS
+from grpo_jax.objectives.functions import name_of
+from grpo_jax.objectives.ratios import is_per_row
+
+# Of transformers' apply_chat_template; what a chat template itself reads goes beside them.
+RESERVED_ARGUMENTS = frozenset(
+    {"conversation", "messages", "chat_template", "template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
+)
 
 
 def validate(config: Config) -> None:
@@ -22,8 +32,12 @@ def validate(config: Config) -> None:
     _check_knobs(config)
     _check_operands(config)
     _require_objective(config)
+    _require_prompts(config)
     _require_reward(config)
-    _require_generators(config)
+    _require_generators(config.task, "config.task.reasoning_gym")
+    if config.task.name == "mixture":
+        for number, member in enumerate(mixture.members(config.task.mixture, config.task)):
+            _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
     rollout, learner, objective = config.rollout, config.learner, config.objective
     if rollout.group_size < 2:
         raise UserError(
@@ -34,10 +48,10 @@ def validate(config: Config) -> None:
             f"config.learner.num_minibatches = {learner.num_minibatches}: must divide "
             f"config.rollout.num_prompts = {rollout.num_prompts}"
         )
-    if objective.ratio in SEQUENCE_RATIOS and objective.aggregation != "sequence_mean":
+    if is_per_row(objective) and objective.aggregation not in ("sequence_mean", "sequence_sum"):
         raise UserError(
-            f"config.objective.aggregation = {objective.aggregation!r}: a {objective.ratio!r} ratio has one value a row, "
-            "use 'sequence_mean'"
+            f"config.objective.aggregation = {name_of(objective.aggregation)!r}: a {name_of(objective.ratio)!r} ratio has one "
+            "value a row, use 'sequence_mean', or 'sequence_sum' for rows that count by their length"
         )
     if config.overlong.cache_tokens > rollout.max_completion_tokens:
         raise UserError(
@@ -54,16 +68,41 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _check_tokens(config)
     _require_importance(config)
+    _require_checkpoints(config)
     _require_adapters(config)
     _check_steps_per_call(config)
     _check_async(config)
     _require_mesh(config)
+    _require_trackers(config)
     if config.warm_start.num_steps and config.task.name != "arithmetic":
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
         )
+
+
+def _check_tokens(config: Config) -> None:
+    """Check what completions begin and end with. How many ids the model has is known later (training/run.py)."""
+    rollout, forced = config.rollout, config.rollout.forced_prefix_ids
+    if "" in rollout.stop:
+        raise UserError(f"config.rollout.stop = {rollout.stop!r}: an empty text stands everywhere, leave it out")
+    if config.task.name == "arithmetic" and (rollout.stop or rollout.stop_ids):
+        name = "stop" if rollout.stop else "stop_ids"
+        raise UserError(
+            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task 'arithmetic' end with the end token (a "
+            "language model's with a newline too), leave it empty"
+        )
+    if len(forced) >= rollout.max_completion_tokens:
+        raise UserError(
+            f"config.rollout.forced_prefix_ids: {len(forced)} tokens; must be fewer than "
+            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+        )
+    for name in ("bad_ids", "stop_ids"):
+        both = sorted(set(forced) & set(getattr(rollout, name)))
+        if both:
+            raise UserError(f"config.rollout.forced_prefix_ids: {both[0]} is in config.rollout.{name} too; take it out of one")
 
 
 def _require_objective(config: Config) -> None:
@@ -75,13 +114,28 @@ def _require_objective(config: Config) -> None:
         raise UserError(f"config.{error}") from None
 
 
+def _require_checkpoints(config: Config) -> None:
+    """Check which checkpoints are kept for good."""
+    kept = config.checkpoint
+    if not kept.keep and (kept.keep_every or kept.keep_best):
+        raise UserError(
+            "config.checkpoint.keep = 0: a finished run keeps none, but keep_every or keep_best asks for some; use 1"
+        )
+    if kept.keep_every and (not kept.every or kept.keep_every % kept.every):
+        raise UserError(
+            f"config.checkpoint.keep_every = {kept.keep_every}: must be a multiple of config.checkpoint.every = {kept.every}"
+        )
+    if kept.keep_best and not kept.keep_best.startswith("eval/"):
+        raise UserError(f"config.checkpoint.keep_best = {kept.keep_best!r}: a metric of the evaluation, such as eval/success")
+
+
 def _require_importance(config: Config) -> None:
     """Check truncated importance sampling, which compares the learner's log-probabilities with the sampler's."""
     # A cap below 1 would weigh tokens down on which both agree exactly.
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
-    if cap and old_logp != "learner":
+    if cap and (old_logp == "sampler" or config.async_steps):
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
             "set that to 'learner'"
@@ -104,7 +158,7 @@ def _check_async(config: Config) -> None:
             f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
             "the host, the other for tasks of the device; set one of them to 0"
         )
-    if config.async_steps and config.learner.old_logp != "sampler":
+    if config.async_steps and config.learner.old_logp == "learner":
         raise UserError(
             f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
             "the learner has moved on from the policy that sampled, set it to 'sampler'"
@@ -120,6 +174,13 @@ def _require_mesh(config: Config) -> None:
     if list(axes.values()).count(-1) > 1:
         wanted = ", ".join(f"{axis} = {size}" for axis, size in axes.items())
         raise UserError(f"config.mesh: {wanted}: only one axis can take what is left, say how many devices the others have")
+
+
+def _require_trackers(config: Config) -> None:
+    """Check the names of trackers; whether their libraries are there, a run finds out."""
+    unknown = [name for name in config.log.trackers if name not in TRACKERS]
+    if unknown:
+        raise UserError(f"config.log.trackers: {unknown[0]!r} is unknown; there are {', '.join(TRACKERS)}")
 
 
 def _require_adapters(config: Config) -> None:
@@ -141,26 +202,95 @@ def _require_reward(config: Config) -> None:
         parts = [part.name for part in reward_expression.parse(expression, field)]
         if parts and task.name == "arithmetic":
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
-        if "reasoning_gym" in parts and task.name != "reasoning_gym":
+        if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
+        _check_code_and_judge(parts, config)
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
+    tags = reward.reasoning_tags
+    if len(tags) not in (0, 2) or not all(tags):
+        raise UserError(f"config.reward.reasoning_tags = {tags!r}: an opening and a closing tag, or () for none")
     for name in ("regex", "format"):
         pattern = getattr(reward, name).pattern
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
-    if task.name == "arithmetic" and task.system_prompt:
-        raise UserError(f"config.task.system_prompt = {task.system_prompt!r}: task 'arithmetic' has none, leave it empty")
-    if task.name == "arithmetic" and task.num_shots:
-        raise UserError(f"config.task.num_shots = {task.num_shots}: task 'arithmetic' has config.task.arithmetic.num_shots")
+    if task.name == "mixture" and "reasoning_gym" in _source_names(task) and not reward.task:
+        raise UserError(
+            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it; "
+            "task 'reasoning_gym' mixes generators by itself"
+        )
 
 
-def _require_generators(config: Config) -> None:
-    """Check the mixture of reasoning-gym generators."""
+def _source_names(task: TaskConfig) -> list[str]:
+    """List the sources of questions; of a mixture, those in it."""
+    if task.name == "mixture":
+        return [member.task.name for member in mixture.members(task.mixture, task)]
+    return [task.name]
+
+
+def _require_prompts(config: Config) -> None:
+    """Check what is around a question."""
+    task, chat = config.task, ("chat_template", "chat_template_kwargs", "template_date")
+    if task.name == "arithmetic":
+        # All that its prompts, a line of text, do not have: a setting that did nothing would be believed.
+        for name in ("system_prompt", "prompt_template", "num_shots", "assistant_prefill", "mixture", *chat):
+            if getattr(task, name):
+                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots")
+                raise UserError(
+                    f"config.task.{name} = {getattr(task, name)!r}: task 'arithmetic' has none{where}; leave it at its default"
+                )
+    for name in chat:
+        value = getattr(task, name)
+        if value and not task.use_chat_template:
+            raise UserError(f"config.task.{name} = {value!r}: set config.task.use_chat_template = True, or leave it empty")
+    if task.prompt_template and "{prompt}" not in task.prompt_template:
+        raise UserError(f"config.task.prompt_template = {task.prompt_template!r}: where the question goes, write {{prompt}}")
+    arguments = json.loads(task.chat_template_kwargs or "{}")
+    if not isinstance(arguments, dict):
+        raise UserError(f"config.task.chat_template_kwargs = {task.chat_template_kwargs!r}: a JSON object, {{name: value}}")
+    reserved = sorted(set(arguments) & RESERVED_ARGUMENTS)
+    if reserved:
+        raise UserError(f"config.task.chat_template_kwargs.{reserved[0]}: set by the library")
+    try:
+        datetime.date.fromisoformat(task.template_date or "2026-11-26")
+    except ValueError:
+        raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
+    if task.mixture and task.name != "mixture":
+        raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
+
+
+def _check_code_and_judge(parts: list[str], config: Config) -> None:
+    """Check the settings of these two parts, where an expression names them."""
+    code, judge, scoring = config.reward.code, config.reward.judge, config.reward.scoring
+    # A program that never ends must have failed before its scorer counts as late, or it would only be left out.
+    if "code" in parts and code.limit_secs >= scoring.time_limit_secs:
+        raise UserError(
+            f"config.reward.code.limit_secs = {code.limit_secs}: must be below "
+            f"config.reward.scoring.time_limit_secs = {scoring.time_limit_secs}"
+        )
+    if "judge" not in parts:
+        return
+    for name in ("url", "model"):
+        if not getattr(judge, name):
+            raise UserError(f"config.reward.judge.{name} is empty: the part 'judge' needs it")
+    if not judge.url.startswith(("http://", "https://")):
+        raise UserError(f"config.reward.judge.url = {judge.url!r}: must begin with http:// or https://")
+    if judge.template and "{completion}" not in judge.template:
+        raise UserError("config.reward.judge.template: has no {completion}, so the judge would not see what it judges")
+    try:
+        num_groups = re.compile(judge.pattern).groups
+    except re.error as error:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: not a regular expression, {error}") from None
+    if num_groups != 1:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: must have one group, around the number")
+
+
+def _require_generators(task: TaskConfig, field: str) -> None:
+    """Check a mixture of reasoning-gym generators. field: where its settings are, for messages."""
     # Whether a generator exists, the library alone knows: it is asked when the task is made.
-    gym, field = config.task.reasoning_gym, "config.task.reasoning_gym"
+    gym = task.reasoning_gym
     if not gym.datasets or len(set(gym.datasets)) < len(gym.datasets):
         raise UserError(f"{field}.datasets = {gym.datasets!r}: name at least one generator, and none twice")
     if gym.weights and (len(gym.weights) != len(gym.datasets) or not min(gym.weights) > 0):
@@ -179,6 +309,9 @@ def _require_generators(config: Config) -> None:
 def _check_knobs(config: Config) -> None:
     """Check that every field is in the range, and among the choices, that its declaration gives."""
     for name, value, declared in walk(config):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, str) and not is_text(each) for each in texts):
+            raise UserError(f"config.{name} = {value!r}: holds a zero byte, or half of a character (a lone surrogate)")
         complaint = declared.complaint(value) if declared else ""
         if complaint:
             raise UserError(f"config.{name} = {value!r}: {complaint}")

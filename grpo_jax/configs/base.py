@@ -3,11 +3,11 @@
 The argument after the colon picks the scale:
 
 :tiny      a two-layer decoder learns sums and differences on a laptop CPU in minutes (the default; needs no network)
-:smollm2   SmolLM2-135M-Instruct (run `make smollm2` first), or any Hugging Face model: --config.model.path=...
+:llm       any Hugging Face model, --config.model.path=folder or hub id, on your task (docs/data.md)
+:smollm2   the example of it: SmolLM2-135M-Instruct (`grpo-jax smollm2` fetches it) learns few-shot sums
 :runlocal  :tiny shrunk to seconds, to see that a config runs
 """
 
-import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
-    # auto | none | dots | full; what the backward pass computes again: dots all but matrix products, auto by depth
+    # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
     config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained
     config.model.dim = 64  # width D of the fresh decoder
@@ -46,19 +46,28 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapters; 0: none, all weights are trained
     config.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
-    # matrices with adapters, by Hugging Face's names
+    # matrices with adapters, by Hugging Face's names; ("all-linear",) is all of them
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.lora.use_rslora = False  # the product is scaled by alpha / sqrt(rank) instead (rsLoRA)
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym; source of questions
+    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym | mixture; source of questions
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
-    config.task.system_prompt = ""  # goes before every question; this and the next two: of all tasks but arithmetic
-    config.task.use_chat_template = True  # False for base models: prompts as plain text
+    config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of arithmetic
+    config.task.system_prompt = ""  # goes before every question; this and the rest of these: of all tasks but arithmetic
+    config.task.prompt_template = ""  # "{prompt} Put the answer in \boxed{}.": around every question; empty: it alone
     config.task.num_shots = 0  # worked questions before each question; they leave the training data
+    config.task.assistant_prefill = ""  # text behind every prompt, with which the model's answer begins
+    config.task.use_chat_template = True  # False for base models: prompts as plain text
+    config.task.chat_template = ""  # file of a chat template in place of the model's; empty: the model's
+    config.task.chat_template_kwargs = ""  # JSON, {"enable_thinking": false}: arguments of the chat template
+    config.task.template_date = ""  # 2026-11-26: the day that a chat template writes; empty: that of the run's first start
+    config.task.mixture = ""  # JSON of task "mixture": [{"weight": 2, "name": "jsonl", "jsonl": {...}, "columns": {...}}, ...]
     config.task.columns = ConfigDict()
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
-    config.task.columns.answer = "answer"  # text or a number; of a worked one, what follows #### or is boxed counts
+    # text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none
+    config.task.columns.answer = "answer"
     config.task.arithmetic = ConfigDict()
     config.task.arithmetic.min_operand = 0  # smallest operand
     config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
@@ -68,10 +77,12 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
     config.task.jsonl.eval_path = ""  # held-out questions; empty: eval.num_prompts lines are held out of `path`
     config.task.dataset = ConfigDict()
-    config.task.dataset.path = ""  # folder of datasets.save_to_disk, or a hub id or folder for datasets.load_dataset
+    # folder of datasets.save_to_disk, a hub id or folder for datasets.load_dataset, or data files
+    config.task.dataset.path = ""
     config.task.dataset.subset = ""  # the dataset's configuration, "main" of openai/gsm8k
     config.task.dataset.split = "train"  # trained on
     config.task.dataset.eval_split = ""  # held-out questions; empty: eval.num_prompts rows are held out of `split`
+    config.task.dataset.eval_path = ""  # held-out questions from another folder, hub id or files; empty: from `path`
     config.task.reasoning_gym = ConfigDict()
     config.task.reasoning_gym.datasets = ("basic_arithmetic",)  # generators; several are mixed
     config.task.reasoning_gym.weights = ()  # share of each; empty: equal
@@ -81,13 +92,46 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
+    config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
+    config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
     config.reward.regex = ConfigDict()
     config.reward.regex.pattern = ""  # must occur; its group, if it has one, must equal the answer
     config.reward.format = ConfigDict()
     config.reward.format.pattern = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # of a whole completion
+    # those of these that the pattern names stand once: no block is repeated
+    config.reward.format.once = ("<think>", "</think>", "<answer>", "</answer>")
+    config.reward.choice = ConfigDict()
+    config.reward.choice.options = "choices"  # column of options: texts, {"A": text, ...} or {"label": [...], "text": [...]}
+    config.reward.choice.prompt = "prompt"  # column whose "A) ...", "(B) ..." are the options of a row without a column of them
+    # label | index; form of the row's answer: label (or text) of an option, or its index from 0
+    config.reward.choice.answer = "label"
+    config.reward.repetition = ConfigDict()
+    config.reward.repetition.ngram_size = 3  # words in a row that count as repeated where they stand again
+    config.reward.code = ConfigDict()
+    # with the tests: assert statements, or what goes in and what comes out (docs/rewards.md)
+    config.reward.code.column = "tests"
+    config.reward.code.partial = False  # True: the share of tests that pass; False: 1 if all do
+    # for all tests of a completion; the rest has failed then; below scoring.time_limit_secs [seconds]
+    config.reward.code.limit_secs = 4.0
+    config.reward.code.memory_limit_mb = 1024  # of each process that runs a program [MiB]
+    config.reward.code.allow_network = False  # True: run programs also where the kernel cannot take the network away from them
+    config.reward.judge = ConfigDict()
+    config.reward.judge.url = ""  # of the API, as http://localhost:8000/v1; /chat/completions is added
+    config.reward.judge.model = ""  # its name there
+    # what it is asked, with {prompt}, {completion} and columns by name; empty: is it right, given {answer}
+    config.reward.judge.template = ""
+    config.reward.judge.pattern = r"Score: *([0-9]+(?:\.[0-9]+)?)"  # its group is the score; the last one in the reply counts
+    config.reward.judge.max_score = 1.0  # the best score; rewards are scores over it
+    config.reward.judge.max_tokens = 512  # of the reply [tokens]
+    config.reward.judge.retries = 3  # after an answer of no use, or none; with longer and longer waits
+    config.reward.judge.request_limit_secs = 30.0  # for one answer of the endpoint [seconds]
+    config.reward.judge.concurrency = 8  # requests at a time from each scoring process
+    config.reward.judge.cache = ""  # folder that replies are kept in, for later runs too; empty: in memory only
+    config.reward.judge.api_key_env = "OPENAI_API_KEY"  # environment variable with the key; unset: none is sent
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
-    config.reward.scoring.time_limit_secs = 5.0  # for one answer; then it scores 0 and is counted [seconds]
+    # for one completion; one without a score by then is left out and counted [seconds]
+    config.reward.scoring.time_limit_secs = 5.0
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
 
     config.warm_start = ConfigDict()
@@ -103,6 +147,14 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.temperature = 1.0  # logits are divided by it
     config.rollout.top_k = 0  # most probable tokens that are kept; 0: all
     config.rollout.top_p = 1.0  # probability that the kept tokens reach together; 1: all tokens
+    config.rollout.min_p = 0.0  # tokens below this share of the best one's probability are left out
+    # logits of tokens that occurred, in the prompt too, are divided by it (negative ones multiplied)
+    config.rollout.repetition_penalty = 1.0
+    config.rollout.bad_ids = ()  # tokens that are never drawn
+    config.rollout.bad_first_ids = ()  # tokens that are never drawn as a completion's first
+    config.rollout.forced_prefix_ids = ()  # tokens that every completion begins with; they carry no gradient
+    config.rollout.stop = ()  # texts that end a completion; rewards see what is before them
+    config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()
@@ -110,7 +162,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.dynamic_sampling.max_sampling_rounds = 4  # rounds of num_prompts prompts; then the step trains on the groups it has
 
     config.overlong = ConfigDict()
-    config.overlong.cache_tokens = 0  # L_cache: the last tokens of the budget, where the reward falls from 0 to -1
+    # L_cache as a share of the budget, in whose last tokens the reward falls from 0 to -1; 0: none
+    config.overlong.cache_share = 0.0
+    config.overlong.cache_tokens = 0  # L_cache itself, in place of the share; 0: by the share [tokens]
     config.overlong.filter = False  # completions truncated by the budget leave the loss
 
     config.learner = ConfigDict()
@@ -119,9 +173,10 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
-    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
-    # sampler | learner; learner: one more forward pass, for a sampler of other numerics (bfloat16)
-    config.learner.old_logp = "sampler"
+    # positions whose [chunk, V] logits exist at a time; 0: what suits the device [tokens]
+    config.learner.logprob_chunk_tokens = 0
+    # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
+    config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
 
     config.optimizer = ConfigDict()
@@ -133,6 +188,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.optimizer.eps = 1e-8  # added to the root of the second moment
     config.optimizer.weight_decay = 0.0  # of matrices; norms and biases have none
     config.optimizer.max_grad_norm = 1.0  # gradients are clipped to this global norm
+    # steps in a row with an update left out, as its gradient or loss is not finite; then the run stops
+    config.optimizer.max_skipped_steps = 3
     config.optimizer.offload = False  # Adam's moments wait in the host's memory and are on the device only for their update
 
     config.mesh = ConfigDict()
@@ -149,13 +206,19 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps between checkpoints; 0: only at the end and on SIGTERM
     config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a finished run
+    config.checkpoint.keep_every = 0  # those of its multiples are kept too; 0: none [steps]
+    # the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none
+    config.checkpoint.keep_best = ""
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none
     config.log.num_groups = 2  # groups in each sample
+    config.log.trackers = ("tensorboard",)  # experiment trackers, any of tensorboard, wandb, trackio, mlflow
+    config.log.project = "grpo_jax"  # the project that trackers file the run under
+    config.log.callbacks = ()  # module:Class of your own, told of steps, evaluations, samples and checkpoints
     # fields: end
 
-    scales = {"tiny": tiny, "smollm2": smollm2, "runlocal": runlocal}
+    scales = {"tiny": tiny, "llm": llm, "smollm2": smollm2, "runlocal": runlocal}
     if scale not in scales:
         raise ValueError(f"unknown scale {scale!r} after the colon; known: {', '.join(scales)}")
     scales[scale](config)
@@ -164,7 +227,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
 
 def objective_of(variant: str) -> Any:
     """The fields of a variant's objective; what they mean: grpo_jax/objectives/variants.py."""
-    objective: Any = ConfigDict(dataclasses.asdict(objectives.get(variant)))
+    objective: Any = ConfigDict(objectives.get(variant).to_dict())
     for field, kind in {"entropy_clip": tuple, "dual_clip": float}.items():
         if objective[field] is None:  # a bare None could not be set from the command line
             objective[field] = placeholder(kind)
@@ -173,7 +236,7 @@ def objective_of(variant: str) -> Any:
 
 def changes_to(variant: str) -> dict[str, Any]:
     """The fields that make GRPO's objective into the variant's, as a set of a sweep has them."""
-    wanted, grpo = (dataclasses.asdict(objectives.get(name)) for name in (variant, "grpo"))
+    wanted, grpo = (objectives.get(name).to_dict() for name in (variant, "grpo"))
     return {f"objective.{field}": value for field, value in wanted.items() if value != grpo[field]}
 
 
@@ -181,23 +244,32 @@ def tiny(config: Any) -> None:
     """The settings above."""
 
 
-def smollm2(config: Any) -> None:
-    """A real language model: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in five."""
-    config.model.path = str(cache_folder() / "SmolLM2-135M-Instruct")
+def llm(config: Any) -> None:
+    """Any real language model: what changes against the decoder of :tiny, which is fresh and small."""
+    config.model.path = placeholder(str)
     config.warm_start.num_steps = 0
-    config.task.arithmetic.min_operand = 0
-    config.task.arithmetic.max_operand = 50
     config.task.arithmetic.num_shots = 4
-    config.num_steps = 80
+    config.num_steps = 200
     config.eval_every = 20
     config.rollout.num_prompts = 8
-    config.rollout.max_completion_tokens = 6
-    config.optimizer.learning_rate = 1e-5
+    config.rollout.max_completion_tokens = 256
+    config.optimizer.learning_rate = 1e-6
     config.eval.num_prompts = 64
     config.eval.num_samples = 2
     config.eval.batch_size = 32
     config.checkpoint.every = 20
     config.log.completions_every = 5
+
+
+def smollm2(config: Any) -> None:
+    """The example of :llm: few-shot sums below 50, which SmolLM2-135M-Instruct gets right about one time in five."""
+    llm(config)
+    config.model.path = str(cache_folder() / "SmolLM2-135M-Instruct")
+    config.task.arithmetic.min_operand = 0
+    config.task.arithmetic.max_operand = 50
+    config.num_steps = 80
+    config.rollout.max_completion_tokens = 6
+    config.optimizer.learning_rate = 1e-5
 
 
 def runlocal(config: Any) -> None:

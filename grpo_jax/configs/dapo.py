@@ -9,5 +9,5 @@ from grpo_jax.configs import base
 def get_config(scale: str = "tiny"):
     config = base.get_config(scale, "dapo")
     config.dynamic_sampling.enabled = True
-    config.overlong.cache_tokens = config.rollout.max_completion_tokens // 4
+    config.overlong.cache_share = 0.25
     return config

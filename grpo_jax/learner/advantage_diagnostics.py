@@ -11,15 +11,26 @@ from jaxtyping import Float
 from grpo_jax import objectives
 from grpo_jax.metrics import Correlation, Mean, Metric
 from grpo_jax.objectives import Objective
-from grpo_jax.types import Arrays, AxisName, Batch, Rollout
+from grpo_jax.types import Arrays, AxisName, Batch
 
 GRPO = objectives.get("grpo")
 SAME = 1e-4  # advantages that differ by less than this share of the larger one are the same
 
 
-def trained_mask(rollout: Rollout, filter_truncated: bool) -> Float[Arrays, "P G T"]:
-    """Mask the completion tokens that are trained on. filter_truncated: rows that the budget truncated are not."""
-    return rollout.mask_PGT * ~rollout.is_truncated_PG[..., None] if filter_truncated else rollout.mask_PGT
+def trained_mask(batch: Batch, filter_truncated: bool) -> Float[Arrays, "P G T"]:
+    """Mask the completion tokens that are trained on: those of rows with a score, in groups that have two of them.
+
+    filter_truncated: rows that the budget truncated are not.
+    """
+    mask_PGT = batch.rollout.mask_PGT
+    if batch.is_scored_PG is not None:
+        # One score alone says nothing about what is better. Masked and not given an advantage of 0, for under statistics of the
+        # batch it would have another, and a KL would go on pulling at it.
+        can_compare_P1 = batch.is_scored_PG.sum(-1, keepdims=True) > 1
+        mask_PGT = mask_PGT * (batch.is_scored_PG & can_compare_P1)[..., None]
+    if filter_truncated:
+        mask_PGT = mask_PGT * ~batch.rollout.is_truncated_PG[..., None]
+    return mask_PGT
 
 
 def batch_advantages(
@@ -87,7 +98,7 @@ def advantages_with_grpo(
       obj: the objective. batch: that was trained on. filter_truncated: as in `trained_mask`.
     Returns: (float32 advantage of each token, plain GRPO's of each row).
     """
-    mask_PGT, entropy_PGT = trained_mask(batch.rollout, filter_truncated), batch.rollout.entropy_PGT
+    mask_PGT, entropy_PGT = trained_mask(batch, filter_truncated), batch.rollout.entropy_PGT
     ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
     # GRPO's is the same for all tokens of a row, and every row that is not dropped has a first one.
     return ours_PGT, grpo_PGT[..., 0]

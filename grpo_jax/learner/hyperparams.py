@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
-from grpo_jax.objectives import Objective
+from grpo_jax.objectives import Objective, Params
 from grpo_jax.types import Hyperparams
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ def hyperparams_of(config: Config) -> Hyperparams:
     # As arrays with a dtype: jit would take Python numbers too, but as weakly typed ones, and compile for these once more.
     values = {name: value_of(config, dotted) for name, dotted in TRACED_FIELDS.items()}
     seed = jnp.asarray(values.pop("seed"), jnp.int32)
-    return Hyperparams(seed=seed, **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in config.objective.params.items()}
+    return Hyperparams(seed=seed, params=params, **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
 
 def static_key(config: Config) -> Config:
@@ -46,7 +47,9 @@ def static_key(config: Config) -> Config:
     # kl_coef keeps whether it is 0: without a penalty there is no reference in the state and no forward pass of it, which is
     # another program. So it becomes 1 or 0, and not 0 like the others.
     blank = {dotted: type(value_of(config, dotted))(0) for dotted in TRACED_FIELDS.values()}
-    return with_fields(config, blank | {"objective.kl_coef": float(config.objective.has_kl)})
+    blank |= {"objective.kl_coef": float(config.objective.has_kl)}
+    # Of the numbers for functions of one's own the names are part of the program.
+    return with_fields(config, blank | {"objective.params": dict.fromkeys(config.objective.params, 0.0)})
 
 
 def with_hyperparams(obj: Objective, hyperparams: Hyperparams) -> Objective:
@@ -58,6 +61,7 @@ def with_hyperparams(obj: Objective, hyperparams: Hyperparams) -> Objective:
         clip_high=hyperparams.clip_high,
         kl_coef=hyperparams.kl_coef if obj.has_kl else 0.0,
         entropy_weight=hyperparams.entropy_weight,
+        params=Params(hyperparams.params),
     )
 
 

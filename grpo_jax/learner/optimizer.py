@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Float, PyTree
 
-from grpo_jax.config import OptimizerConfig
+from grpo_jax.config import Config, OptimizerConfig
 from grpo_jax.types import Arrays, Hyperparams, Params
 
 
@@ -42,6 +43,17 @@ def learning_rate(peak: float | Float[Arrays, ""], config: OptimizerConfig, num_
     # From peak / warmup and not from 0: at rate 0 the first update would be computed for nothing.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1))
     return optax.join_schedules([rise, schedules[config.schedule]], [warmup])
+
+
+def learning_rates(config: Config) -> Float[np.ndarray, " steps"]:
+    """Compute the rate of each step's last update, by step; that of step 0 is 0.
+
+    All at once, for a schedule asked step by step would wait for the device each time.
+    """
+    settings, updates_per_step = config.optimizer, config.learner.num_epochs * config.learner.num_minibatches
+    last = np.arange(1, config.num_steps + 1) * updates_per_step - 1
+    schedule = learning_rate(settings.learning_rate, settings, config.num_updates)
+    return np.concatenate([[0.0], np.asarray(schedule(last))])
 
 
 def make_optimizer(config: OptimizerConfig, num_updates: int, hyperparams: Hyperparams) -> optax.GradientTransformation:

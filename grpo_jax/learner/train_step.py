@@ -98,14 +98,9 @@ def make_train_step(
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
             grads, metrics = sharded_gradients(params, state.base, state.hyperparams, constrain(minibatch, mesh, ROWS))
-            # Adam's moments are twice the weights: with offload they visit the device for the update only.
-            if config.optimizer.offload:
-                opt_state = to_memory_space(opt_state, jax.memory.Space.Device)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            if config.optimizer.offload:
-                opt_state = to_memory_space(opt_state, jax.memory.Space.Host)
-            metrics["grad/norm"] = Mean(optax.tree.norm(grads), jnp.float32(1))
-            return (optax.apply_updates(params, updates), opt_state), metrics
+            loss = metrics["loss/total"].total
+            carry, updated = apply_gradients(optimizer, (params, opt_state), grads, loss, is_offloaded=config.optimizer.offload)
+            return carry, {**metrics, **updated}
 
         sharded_gradients = shard_map_over_batch(
             lambda params, base, hyperparams, minibatch: compute_gradients(
@@ -128,6 +123,40 @@ def make_train_step(
     return train_step
 
 
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    carry: tuple[Params, PyTree],
+    grads: Params,
+    loss: Float[jax.Array, ""],
+    *,
+    is_offloaded: bool,
+) -> tuple[tuple[Params, PyTree], dict[str, Metric]]:
+    """Take one optimizer step, or leave everything as it was if the gradient's norm or the loss is not finite.
+
+    Args:
+      optimizer: of the carry's state. carry: (params, optimizer state). grads: like params. loss: that they are of.
+      is_offloaded: the optimizer's state is in the host's memory.
+    Returns: (the new carry, metrics: grad/norm, and update/skipped, 1 if nothing was done).
+    """
+    params, opt_state = carry
+    # Adam's moments are twice the weights: with offload they visit the device for the update only.
+    if is_offloaded:
+        opt_state = to_memory_space(opt_state, jax.memory.Space.Device)
+    norm = optax.tree.norm(grads)
+    updates, new_opt_state = optimizer.update(grads, opt_state, params)
+    new = optax.apply_updates(params, updates), new_opt_state
+    # Judged on the device, where the host need not wait for it, and by the gradient: the new weights would have to exist beside
+    # the old ones until then. With a finite gradient, and settings in the ranges of `OptimizerConfig`, AdamW's update is finite
+    # too. And a select, for NaN times 0 is NaN.
+    is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    params, opt_state = jax.tree.map(lambda x, old: jnp.where(is_finite, x, old), new, (params, opt_state))
+    if is_offloaded:
+        opt_state = to_memory_space(opt_state, jax.memory.Space.Host)
+    one = jnp.float32(1)
+    metrics: dict[str, Metric] = {"grad/norm": Mean(norm, one), "update/skipped": Mean(1.0 - is_finite, one)}
+    return (params, opt_state), metrics
+
+
 def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config, axis_name: AxisName | None = None) -> Target:
     """Compute what stays fixed during an update: advantages, old and reference log-probabilities.
 
@@ -141,7 +170,7 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     assert state.hyperparams is not None
     obj = with_hyperparams(config.objective, state.hyperparams)
     # A smaller mask and not a smaller batch, whose shape is static: rows that are filtered out weigh nothing from here on.
-    mask_PGT = trained_mask(batch.rollout, config.overlong.filter)
+    mask_PGT = trained_mask(batch, config.overlong.filter)
     rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
     P, G, _ = mask_PGT.shape
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import soft_cap
 from grpo_jax.models.rope import query_scale, rope_tables
@@ -92,12 +94,14 @@ class AttentionView:
 
     rope: RopeTables of their positions, None where they are rotated already. mask_BTU: bool, the keys of their row that they
     see. mask_PGTS: bool, those of their prompt, None without a prompt. The masks may have axes of size 1.
+    rows: the same in a kernel's terms, where accelerators have one; else None.
     query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
     """
 
     rope: Any
     mask_BTU: jax.Array
     mask_PGTS: jax.Array | None
+    rows: flash.CausalRows | None = None
     query_scale: jax.Array | None = None
 
 
@@ -107,6 +111,7 @@ def make_views(
     key_positions_BU: Int[Array, "#B U"],
     mask_BTU: Bool[Array, "#B T U"],
     prefix: Prefix | None,
+    rows: flash.CausalRows | None = None,
 ) -> tuple[AttentionView, AttentionView]:
     """Return what global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
@@ -114,6 +119,7 @@ def make_views(
       arch: says which layers are local, and their window in tokens.
       positions_BT, key_positions_BU: of the queries and of their row's keys, counted in tokens from the prompt's first.
       mask_BTU: bool, causal and without padding, broadcastable over B. prefix: of the rows' prompts, or None.
+      rows: the same for a kernel, or None.
     Returns: (view of global layers, view of local layers).
     """
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
@@ -121,9 +127,8 @@ def make_views(
     if prefix is not None:
         mask_PGTS = prefix.mask_PS[:, None, None]
     scale_BT11 = query_scale(positions_BT, arch.query_growth)
-    global_view = AttentionView(
-        rope_tables(positions_BT, arch.rope, arch.head_dim), mask_BTU, mask_PGTS, query_scale=scale_BT11
-    )
+    tables = rope_tables(positions_BT, arch.rope, arch.head_dim)
+    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11)
     if not arch.local_layers:
         return global_view, global_view
     window, local_BTU = arch.sliding_window, mask_BTU
@@ -137,7 +142,7 @@ def make_views(
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    local_view = AttentionView(rope, local_BTU, mask_PGTS, query_scale=scale_BT11)
+    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11)
     if len(arch.local_layers) == arch.num_layers:
         return local_view, local_view
     return global_view, local_view
@@ -148,7 +153,10 @@ def select_view(views: tuple[AttentionView, AttentionView], is_local: Bool[Array
     if is_local is None:
         return views[0]
     # What both kinds share, often the rotary tables, is handed on and not selected.
-    return jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    view = jax.tree.map(lambda all_, near: all_ if all_ is near else jnp.where(is_local, near, all_), *views)
+    if view.rows is None:
+        return view
+    return dataclasses.replace(view, rows=dataclasses.replace(view.rows, is_local=is_local))
 
 
 def attend(
@@ -168,6 +176,13 @@ def attend(
       cap: scores become cap * tanh(scores / cap) before the mask; None: they stay as they are.
     Returns: the heads' outputs, in the dtype of the queries.
     """
+    if flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
+        assert view.rows is not None
+        prompt = None
+        if prefix is not None:
+            prompt = prefix.k.swapaxes(2, 3), prefix.v
+        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, cap)
     # A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
     # backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
     T = q_BTNH.shape[1]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import NO_ROPE, Architecture
-from grpo_jax.models.folders import read_json, resolve
+from grpo_jax.models.folders import resolve
 from grpo_jax.models.rope_settings import TYPES, read_growth, read_rope, rotary_settings
 from grpo_jax.models.settings import Settings, positive, read_flag, read_integer, read_number, unsupported
 
@@ -365,7 +366,7 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         num_kv_heads=num_kv_heads,
         head_dim=read_integer(file, config, "head_dim", dim // num_heads),
         norm_eps=positive(config.get("rms_norm_eps", 1e-6), f"{file}: rms_norm_eps"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=read_flag(file, {"tie_word_embeddings": False, **config}, "tie_word_embeddings"),
         **{"ffn_dim": read_integer(file, config, family.ffn_key), **_positions(file, config, family), **optional},
     )
 
@@ -444,6 +445,8 @@ def _windows(file: Path, config: Settings, family: Family, unturned: tuple[int, 
     known = ["full_attention"]
     if has_window and family.has_layer_types:
         known.append("sliding_attention")
+    if not isinstance(kinds, list | None):
+        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
     for kind in kinds or ():
         if kind not in known:
             raise unsupported(file, "layer_types", kind, ", ".join(known))

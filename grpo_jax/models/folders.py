@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from safetensors import SafetensorError
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -44,15 +44,44 @@ def resolve(path: str | os.PathLike[str], field: str = "model.path") -> Path:
         raise UserError(f"{field} = {name!r}: no such folder, and not to be had from the hub: {reason}") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError naming the file if it holds anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+class InputLimits(NamedTuple):
+    """The ids and positions that a model takes, as its config.json says; None: it does not say.
+
+    num_embeddings: rows of the embedding. max_tokens: positions it was made for. scaled_max_tokens: those that its RoPE
+    scaling stretches them to; equal to max_tokens without one.
+    """
+
+    num_embeddings: int | None
+    max_tokens: int | None
+    scaled_max_tokens: int | None
+
+
+def read_input_limits(folder: Path) -> InputLimits:
+    """Read the limits from a folder's config.json; all are None if there is no such file."""
+    file = folder / "config.json"
+    if not file.exists():
+        return InputLimits(None, None, None)
+    config = read_json(file)
+    # A model of text and images keeps them in the part about text.
+    if isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}
+    num_embeddings, max_tokens = (_as_size(config.get(key)) for key in ("vocab_size", "max_position_embeddings"))
+    return InputLimits(num_embeddings, max_tokens, _stretched(config, max_tokens))
+
+
+def _stretched(config: Mapping[str, Any], max_tokens: int | None) -> int | None:
+    """Return the positions that RoPE scaling allows."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor = isinstance(rope, Mapping) and rope.get("factor")
+    if max_tokens is None or not isinstance(factor, int | float):
+        return max_tokens
+    # Some files give the stretched number as max_position_embeddings (Llama 3.1), some the one before (Qwen's YaRN).
+    return max(max_tokens, int(factor * (_as_size(rope.get("original_max_position_embeddings")) or max_tokens)))
+
+
+def _as_size(value: Any) -> int | None:
+    """Return a whole number; None for anything else."""
+    return value if type(value) is int else None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.folders import INDEX, SINGLE, read_json, resolve, with_progress
+from grpo_jax.models.folders import INDEX, SINGLE, resolve, with_progress
 from grpo_jax.models.tensor_names import EMBED, HEAD, Slot, param_slots
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.types import Params
 
 IGNORED_END = ".rotary_emb.inv_freq"  # a buffer that old checkpoints carry; it follows from rope_theta
@@ -90,7 +93,36 @@ def load_params(path: str | os.PathLike[str], architecture: Architecture, dtype:
         _check_tensors(folder, architecture, slots, tensors)
         each = jax.tree.leaves(jax.tree.broadcast(shardings, jax.tree.unflatten(treedef, slots)))
         work = with_progress(list(zip(slots, each, strict=True)), "loading weights")
-        return jax.tree.unflatten(treedef, [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work])
+        leaves = [_load(slot, tensors, jnp.dtype(dtype), sharding) for slot, sharding in work]
+    _check_finite(folder, slots, leaves)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> None:
+    """Raise UserError naming the first tensor that holds NaN or infinity."""
+    # One such number makes every log-probability NaN, and nothing later would say which it was.
+    found = find_not_finite(leaves)
+    if found:
+        (key, *_), place = found[0]
+        slot = slots[key.idx]
+        name = slot.names[place] if slot.is_stacked else f"{slot.names[0]} (at index {place})"
+        raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
+
+
+def check_weights(path: str | os.PathLike[str], architecture: Architecture) -> int:
+    """Read every number of the weights in `path`, one tensor at a time, and keep none; -> how many numbers there are.
+
+    Raises: UserError, as `load_params`.
+    """
+    folder = resolve(path)
+    slots, _ = param_slots(architecture)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        _check_tensors(folder, architecture, slots, tensors)
+        for name in with_progress([name for slot in slots for name in slot.names], "reading weights"):
+            if not np.isfinite(tensors[name].file.get_tensor(name).astype(np.float32)).all():
+                raise UserError(f"{folder}: tensor {name} holds NaN or infinity; fetch or export it again")
+        return sum(math.prod(slot.shape) * len(slot.names) for slot in slots)
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
@@ -146,7 +178,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict) or not promised:
             raise UserError(f"{folder / INDEX}: weight_map is missing or empty")
-        files = [folder / name for name in sorted(set(promised.values()))]
+        files = [folder / _require_name(folder / INDEX, name) for name in sorted(set(map(str, promised.values())))]
     else:
         raise UserError(f"model.path = {str(folder)!r}: the folder has neither {SINGLE} nor {INDEX}")
     tensors = {}
@@ -183,6 +215,14 @@ def _own_names(folder: Path, tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
     return {rename(name): tensor for name, tensor in kept.items()}
 
 
+def _require_name(file: Path, name: str) -> str:
+    """Return the name of a file beside `file`; UserError if it leads elsewhere."""
+    # A folder from elsewhere must not make the loader open what is outside of it.
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise UserError(f"{file}: weight_map names {name!r}; expected names of safetensors files in the same folder")
+    return name
+
+
 def _check_tensors(folder: Path, architecture: Architecture, slots: list[Slot], tensors: dict[str, _Tensor]) -> None:
     wanted = {name: slot.stored_shape for slot in slots for name in slot.names}
     missing = sorted(set(wanted) - set(tensors))
@@ -213,7 +253,7 @@ def _are_equal(left: _Tensor, right: _Tensor) -> bool:
     return all(np.array_equal(left_rows[span], right_rows[span]) for span in spans)
 
 
-def _and_more(names: list[str]) -> str:
+def _and_more(names: list[Any]) -> str:
     if len(names) == 1:
         return ""
     return f" (and {len(names) - 1} more)"

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json, write_atomically
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.lora import LoRA, split_adapters
+from grpo_jax.models.lora import ALL_LINEAR, TARGETS, LoRA, split_adapters
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
@@ -29,7 +30,15 @@ PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False,),
-    "use_rslora": (False,),
+    # Others than these change the base weights, so that the adapters are differences to another model than the folder's.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None,),
+    "exclude_modules": ([], None),
+    "target_parameters": ([], None),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
     "fan_in_fan_out": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
@@ -60,13 +69,14 @@ def save_adapters(folder: str | os.PathLike[str], adapters: Params, model: Model
         "base_model_name_or_path": base_path,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        "use_rslora": lora.use_rslora,
         "target_modules": sorted(lora.targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
@@ -93,6 +103,8 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
                 found = tensors[name].shape
             if found != shape.shape[-2:]:
                 raise UserError(f"{folder / WEIGHTS}: tensor {name} is {found}; the model asks for {shape.shape[-2:]}")
+            if not np.isfinite(tensors[name].astype(np.float32)).all():
+                raise UserError(f"{folder / WEIGHTS}: tensor {name} holds NaN or infinity; save it again")
     stacked = {path: np.stack([tensors[name] for name in each]) for path, each in names.items()}
     return unflatten_dict({path: jnp.asarray(x.reshape(wanted[path].shape), jnp.float32) for path, x in stacked.items()})
 
@@ -113,18 +125,19 @@ def adapter_names(path: tuple[str, ...], architecture: Architecture) -> list[str
 
 
 def _check_config(file: Path, lora: LoRA) -> None:
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}; lora.path must be a PEFT folder") from None
+    config = read_json(file, "lora.path must be a PEFT folder")
     for key, plain in PLAIN.items():
-        if key in config and config[key] not in plain:
-            raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {plain[0]!r}")
+        # Compared as JSON has them: to Python 1 is True.
+        if key in config and json.dumps(config[key]) not in map(json.dumps, plain):
+            known = ", ".join(json.dumps(each) for each in plain if each is not None)
+            raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {known or 'none'}")
     # Alpha decides what the tensors mean, and no tensor shows it: with another one the policy would silently be another.
-    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
+    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha), "use_rslora": ("use_rslora", lora.use_rslora)}
     for key, (field, value) in ours.items():
-        if config.get(key) != value:
+        if config.get(key, False) != value:
             raise UserError(f"config.lora.{field} = {value!r}: {file} has {key} = {json.dumps(config.get(key))}")
     targets = config.get("target_modules")
+    if targets == ALL_LINEAR:
+        targets = list(TARGETS)
     if not isinstance(targets, list) or set(targets) != set(lora.targets):
         raise UserError(f"config.lora.targets = {lora.targets!r}: {file} has target_modules = {json.dumps(targets)}")

@@ -21,11 +21,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
 from grpo_jax.models.experts import Experts, count_choices
+from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.rope import rotate
-from grpo_jax.parallel.sharding import vary_like
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
 
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
@@ -217,6 +219,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         lora: LoRA | None = None,
         gather: GatherLayer | None = None,
+        hardware: Hardware | None = None,
         rngs: nnx.Rngs,
     ):
         """Draw fresh parameters.
@@ -224,8 +227,10 @@ class Decoder(nnx.Module):
         Args:
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
+          hardware: accelerators that the program is compiled for, or None.
         """
         self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
+        self.hardware = hardware
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
         self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
         self.final_norm = RMSNorm(arch.dim, arch)
@@ -341,7 +346,13 @@ class Decoder(nnx.Module):
         if prefix is not None:
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
-        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix)
+        rows = None
+        if self.hardware is not None:
+            window = self.arch.sliding_window if self.arch.local_layers else None
+            prompt_PS = None if prefix is None else prefix.mask_PS.astype(jnp.int32)
+            # Completions are padded on the right alone.
+            rows = CausalRows(mask_BT.astype(jnp.int32), prompt_PS, None, window, prefix is None, self.hardware)
+        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix, rows)
 
     def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
         """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other."""
@@ -425,15 +436,21 @@ class ModelDef:
     dtype: str = "float32"
     remat: str = "none"
     lora: LoRA | None = None
+    hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
     is_router_frozen: bool = False
 
     @property
     def remat_policy(self) -> str:
-        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it.
+
+        Accelerators have less memory beside their arithmetic than hosts, so there a scan keeps less.
+        """
         if self.remat != "auto":
             return self.remat
         if self.arch.num_layers <= MAX_UNROLLED:
             return "none"
+        if self.hardware is not None:
+            return "narrow"
         return "dots"
 
     def bind(self, params: Params) -> Decoder:
@@ -445,10 +462,20 @@ class ModelDef:
         shapes, layers = self.param_shapes(), params["layers"]
         abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        if self.hardware is not None and abstract.gather is None:
+            layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
         if self.is_router_frozen:
             mlp = layers["mlp"]
             layers = {**layers, "mlp": {**mlp, "router": jax.lax.stop_gradient(mlp["router"])}}
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+
+    def _cast_matrix(self, path: Any, x: Array) -> Array:
+        """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
+        # digits that it has. And XLA casts once what no microbatch changes.
+        if x.ndim < 3 or not logical_axes(path_names(path)):
+            return x
+        return x.astype(self.dtype)
 
     def param_shapes(self) -> Params:
         """Return the tree that `bind` takes, adapters included, as shapes."""
@@ -459,6 +486,8 @@ class ModelDef:
 
         def build() -> Decoder:
             remat, rngs = self.remat_policy, nnx.Rngs(0)
-            return Decoder(self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, rngs=rngs)
+            return Decoder(
+                self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, hardware=self.hardware, rngs=rngs
+            )
 
         return nnx.eval_shape(build)

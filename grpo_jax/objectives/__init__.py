@@ -18,9 +18,11 @@ from jaxtyping import Float, Shaped
 from grpo_jax.metrics import Mean
 from grpo_jax.objectives.advantages import advantages, rewards_with_kl
 from grpo_jax.objectives.aggregation import token_weights
-from grpo_jax.objectives.choices import check_choices, get
-from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS, SEQUENCE_RATIOS, Arrays, kl_k3, log_ratio
-from grpo_jax.objectives.surrogates import SURROGATES, SurrogateInputs, apply_dual_clip
+from grpo_jax.objectives.choices import check_choices, get, sources
+from grpo_jax.objectives.functions import find
+from grpo_jax.objectives.params import Params
+from grpo_jax.objectives.ratios import KL_ESTIMATORS, Arrays, kl_k3, log_ratio, ratio_of
+from grpo_jax.objectives.surrogates import SurrogateInputs, apply_dual_clip, surrogate_of
 from grpo_jax.objectives.variants import ENTRIES, PRESETS, VARIANTS, Objective, Variant, describe
 from grpo_jax.types import AxisName
 
@@ -29,6 +31,7 @@ __all__ = [
     "PRESETS",
     "VARIANTS",
     "Objective",
+    "Params",
     "Variant",
     "advantages",
     "check_choices",
@@ -38,6 +41,7 @@ __all__ = [
     "loss",
     "loss_metrics",
     "rewards_with_kl",
+    "sources",
     "token_loss",
     "weights",
 ]
@@ -68,9 +72,9 @@ def token_loss(
     kept_BT = mask_BT > 0
     adv_BT = jax.lax.stop_gradient(jnp.where(kept_BT, adv_BT, 0.0))
     log_ratio_BT = log_ratio(logp_BT, jax.lax.stop_gradient(old_logp_BT), mask_BT)
-    ratio_BT = RATIOS[obj.ratio](log_ratio_BT, mask_BT)
+    ratio_BT = ratio_of(obj, log_ratio_BT, mask_BT)
     terms = SurrogateInputs(jnp.where(kept_BT, logp_BT, 0.0), log_ratio_BT, ratio_BT, adv_BT, mask_BT)
-    value_BT, clipped_low_BT, clipped_high_BT = SURROGATES[obj.surrogate](obj, terms)
+    value_BT, clipped_low_BT, clipped_high_BT = surrogate_of(obj, terms)
     aux = {"ratio": ratio_BT, "is_clipped_low": clipped_low_BT, "is_clipped_high": clipped_high_BT}
     if obj.dual_clip is not None:
         aux["is_clipped_dual"] = (adv_BT < 0) & (value_BT < obj.dual_clip * adv_BT)
@@ -78,26 +82,24 @@ def token_loss(
     loss_BT = -value_BT
     if ref_logp_BT is not None and obj.needs_reference:
         logps = logp_BT, jax.lax.stop_gradient(ref_logp_BT), mask_BT
-        aux["kl_ref"] = kl_k3(*logps)
+        aux["kl_ref"] = kl_k3(obj, *logps)
         if obj.has_kl:
-            loss_BT = loss_BT + obj.kl_coef * KL_ESTIMATORS[obj.kl_estimator](*logps)
+            penalty_BT = find("kl_estimator", obj.kl_estimator, KL_ESTIMATORS)(obj, *logps)
+            loss_BT = loss_BT + obj.kl_coef * penalty_BT
     return jnp.where(kept_BT, loss_BT, 0.0), aux
 
 
 def weights(
     obj: Objective, mask_BT: Shaped[Arrays, "B T"], *, max_completion_length: int, axis_name: AxisName | None = None
 ) -> tuple[Float[jax.Array, "B T"], Float[jax.Array, ""]]:
-    """Turn a mask into weights: loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio always averages rows.
+    """Turn a mask into weights: loss = sum(loss_BT * weight_BT) / denom. A sequence-level ratio averages or sums rows.
 
     Args:
       mask_BT: 1 on completion tokens. max_completion_length: generation budget, tokens.
       axis_name: mesh axis to count over, inside `shard_map`.
     Returns: (weight_BT float32, denom float32 scalar: global, at least 1).
     """
-    aggregation = obj.aggregation
-    if obj.ratio in SEQUENCE_RATIOS:
-        aggregation = "sequence_mean"
-    return token_weights(aggregation, mask_BT, max_completion_length=max_completion_length, axis_name=axis_name)
+    return token_weights(obj, mask_BT, max_completion_length=max_completion_length, axis_name=axis_name)
 
 
 def loss_metrics(aux: Mapping[str, Shaped[jax.Array, "B T"]], mask_BT: Shaped[Arrays, "B T"]) -> dict[str, Mean]:

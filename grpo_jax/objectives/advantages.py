@@ -1,12 +1,12 @@
 """Rewards -> per-token advantages [B, T]. Group statistics need whole groups: call this before any microbatch split.
 
 Estimators share one signature: (obj, groups) -> [P, G, T], or [P, G, 1] if all tokens of a row have the same advantage. Their
-values on masked tokens count for nothing, and no gradient flows through them.
+values on masked tokens count for nothing, and no gradient flows through them. A function of one's own has the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Real, Shaped
 
 from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
+from grpo_jax.objectives.functions import Function, find
 from grpo_jax.objectives.ratios import Arrays, log_ratio
 from grpo_jax.objectives.variants import Objective
 from grpo_jax.types import AxisName
@@ -25,14 +26,15 @@ Advantage = Float[jax.Array, "P G T"] | Float[jax.Array, "P G 1"]
 class Groups(NamedTuple):
     """The inputs in group layout.
 
-    reward_PG, mask_PGT: float32. entropy_PGT: float32, nats, bounded, 1 where masked. is_success_PG: True in O+.
+    reward_PG, mask_PGT: float32. entropy_PGT: float32, nats, bounded, 1 where masked; None if it was not given.
+    is_success_PG: True in O+.
     has_tokens_PG: False on dropped rows, which no statistic counts. axis_name: mesh axis of batch statistics, or None.
     """
 
     reward_PG: jax.Array
     is_success_PG: jax.Array
     mask_PGT: jax.Array
-    entropy_PGT: jax.Array
+    entropy_PGT: jax.Array | None
     has_tokens_PG: jax.Array
     axis_name: AxisName | None
 
@@ -65,19 +67,17 @@ def advantages(
     # O+ is decided before shaping: a right answer that was punished for its length stays a success.
     if task_rewards_B is None:
         task_rewards_B = rewards_B
-    if entropy_BT is None:
-        entropy_BT = jnp.ones_like(mask_BT, jnp.float32)
     by_group = (B // group_size, group_size)
     mask_PGT = jnp.asarray(mask_BT, jnp.float32).reshape(*by_group, T)
     groups = Groups(
         reward_PG=jnp.asarray(rewards_B, jnp.float32).reshape(by_group),
         is_success_PG=jnp.asarray(task_rewards_B).reshape(by_group) >= obj.success_threshold,
         mask_PGT=mask_PGT,
-        entropy_PGT=_bound_entropy(obj, jnp.asarray(entropy_BT, jnp.float32).reshape(*by_group, T), mask_PGT),
+        entropy_PGT=_bound_entropy(obj, entropy_BT, mask_PGT),
         has_tokens_PG=mask_PGT.any(-1),
         axis_name=axis_name,
     )
-    adv_PGT = ADVANTAGES[obj.advantage](obj, groups)
+    adv_PGT = find("advantage", obj.advantage, ADVANTAGES)(obj, groups)
     return jax.lax.stop_gradient(jnp.where(mask_PGT > 0, adv_PGT, 0.0).reshape(B, T))
 
 
@@ -111,8 +111,11 @@ def rewards_with_kl(
     return jax.lax.stop_gradient(jnp.asarray(rewards_B, jnp.float32) - obj.kl_in_reward * kl_B)
 
 
-def _bound_entropy(obj: Objective, entropy_PGT, mask_PGT):
-    """H = max(entropy, floor), optionally clipped first; masked positions get 1 so that they stay finite."""
+def _bound_entropy(obj: Objective, entropy_BT, mask_PGT):
+    """H = max(entropy, floor), optionally clipped first; masked positions get 1 so that they stay finite. None stays None."""
+    if entropy_BT is None:
+        return None
+    entropy_PGT = jnp.asarray(entropy_BT, jnp.float32).reshape(mask_PGT.shape)
     if obj.entropy_clip is not None:
         entropy_PGT = jnp.clip(entropy_PGT, *obj.entropy_clip)
     return jnp.where(mask_PGT > 0, jnp.maximum(entropy_PGT, obj.entropy_floor), 1.0)
@@ -167,6 +170,7 @@ def token_entropy(obj: Objective, groups: Groups) -> Advantage:
 
     At position t, over the active rows: r+ = a1 r + a2 d_t H / sum_O+ H and r- = -a1 - a2 h_t (1/H) / sum_O- (1/H).
     """
+    assert groups.entropy_PGT is not None, "`advantages` checks it"
     success_PGT = groups.is_success_PG[..., None] * groups.mask_PGT
     failure_PGT = groups.mask_PGT - success_PGT
     # The sums run over the rows of one position, not over a row: tokens compete with those that others wrote at the same t.
@@ -179,6 +183,7 @@ def token_entropy(obj: Objective, groups: Groups) -> Advantage:
 
 def sequence_entropy(obj: Objective, groups: Groups) -> Advantage:
     """GRPO-S (arXiv 2508.04349, eq. 6): the same on whole sequences, with each row's mean entropy."""
+    assert groups.entropy_PGT is not None, "`advantages` checks it"
     rows_PG = groups.has_tokens_PG.astype(jnp.float32)
     # A dropped row has no mean; 1 keeps its inverse finite, and its membership of 0 keeps it out of every sum.
     if obj.sequence_mean_kind == "geometric":
@@ -228,7 +233,7 @@ def _normalise_sides(obj: Objective, groups: Groups, up, down, success, failure,
     return jnp.where(is_mixed, adv, 0.0)
 
 
-ADVANTAGES: Mapping[str, Callable[[Objective, Groups], Advantage]] = MappingProxyType(
+ADVANTAGES: Mapping[str, Function] = MappingProxyType(
     {
         "group_norm": group_norm,
         "group_center": group_center,

@@ -1,9 +1,14 @@
-"""Importance ratios and KL estimators: all per token, [B, T], nothing reduced over the batch."""
+"""Importance ratios and KL estimators: all per token, [B, T], nothing reduced over the batch.
+
+A ratio is (obj, log_ratio_BT, mask_BT) -> [B, T], a KL estimator (obj, logp_BT, ref_logp_BT, mask_BT) -> [B, T]. A function of
+one's own that gives one value a row, and so wants rows averaged, says so by an attribute: `my_ratio.is_per_row = True`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,10 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from grpo_jax.masking import masked_mean
+from grpo_jax.objectives.functions import Function, find
+
+if TYPE_CHECKING:
+    from grpo_jax.objectives.variants import Objective
 
 Arrays = jax.Array | np.ndarray
 
@@ -34,63 +43,72 @@ def log_ratio(
     return jnp.clip(difference_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def token_ratio(log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]) -> Float[jax.Array, "B T"]:
+def token_ratio(obj: Objective, log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]) -> Float[jax.Array, "B T"]:
     """w[i,t] = exp(logp - old_logp)."""
-    del mask_BT
+    del obj, mask_BT
     return jnp.exp(log_ratio_BT)
 
 
-def sequence_ratio(log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]) -> Float[jax.Array, "B T"]:
+def sequence_ratio(
+    obj: Objective, log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+) -> Float[jax.Array, "B T"]:
     """w_i = mean_t exp(logp - old_logp), repeated over the row (GRPO-S, arXiv 2508.04349, eq. 8)."""
+    del obj
     return jnp.broadcast_to(masked_mean(jnp.exp(log_ratio_BT), mask_BT, -1, keepdims=True), mask_BT.shape)
 
 
-def sequence_ratio_geometric(log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]) -> Float[jax.Array, "B T"]:
+def sequence_ratio_geometric(
+    obj: Objective, log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+) -> Float[jax.Array, "B T"]:
     """w_i = exp(mean_t (logp - old_logp)), repeated over the row (GRPO-S sec. 2.4.1; GSPO, arXiv 2507.18071, eq. 7)."""
+    del obj
     return jnp.broadcast_to(jnp.exp(masked_mean(log_ratio_BT, mask_BT, -1, keepdims=True)), mask_BT.shape)
 
 
 def kl_k1(
-    logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+    obj: Objective, logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
 ) -> Float[jax.Array, "B T"]:
     """logp - ref: unbiased for KL(policy || reference) as a number, but its gradient is 0 in expectation.
 
     Args:
-      logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
+      obj: not read. logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
     Returns: float32[B, T], nats, 0 where masked.
     """
+    del obj
     return log_ratio(logp_BT, ref_logp_BT, mask_BT)
 
 
 def kl_k2(
-    logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+    obj: Objective, logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
 ) -> Float[jax.Array, "B T"]:
     """(logp - ref)^2 / 2 >= 0: biased as a number; on samples of the policy its gradient is that of the KL.
 
     Args:
-      logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
+      obj: not read. logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
     Returns: float32[B, T], nats squared, 0 where masked.
     """
+    del obj
     return 0.5 * jnp.square(log_ratio(logp_BT, ref_logp_BT, mask_BT))
 
 
 def kl_k3(
-    logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+    obj: Objective, logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
 ) -> Float[jax.Array, "B T"]:
     """exp(ref - logp) - (ref - logp) - 1 >= 0: unbiased for KL(policy || reference), with a usable gradient.
 
     On samples of the policy that gradient is the one of KL(reference || policy): the same where the two agree.
 
     Args:
-      logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
+      obj: not read. logp_BT, ref_logp_BT: float32, nats, of the sampled tokens. mask_BT: 1 on completion tokens.
     Returns: float32[B, T], nats, 0 where masked.
     """
+    del obj
     log_BT = log_ratio(ref_logp_BT, logp_BT, mask_BT)
     # Near 0, where a run begins, exp(x) - 1 - x would cancel to rounding noise; expm1 keeps x^2 / 2.
     return jnp.expm1(log_BT) - log_BT
 
 
-RATIOS: Mapping[str, Callable[[jax.Array, Arrays], jax.Array]] = MappingProxyType(
+RATIOS: Mapping[str, Function] = MappingProxyType(
     {
         "token": token_ratio,
         "sequence": sequence_ratio,
@@ -99,6 +117,19 @@ RATIOS: Mapping[str, Callable[[jax.Array, Arrays], jax.Array]] = MappingProxyTyp
 )
 # These have one value a row, so rows are averaged whatever `aggregation` says, and a row needs one advantage.
 SEQUENCE_RATIOS = ("sequence", "sequence_geometric")
-KL_ESTIMATORS: Mapping[str, Callable[[Arrays, Arrays, Arrays], jax.Array]] = MappingProxyType(
-    {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-)
+KL_ESTIMATORS: Mapping[str, Function] = MappingProxyType({"k1": kl_k1, "k2": kl_k2, "k3": kl_k3})
+
+
+def ratio_of(obj: Objective, log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]) -> Float[jax.Array, "B T"]:
+    """Compute the importance ratio at the objective's level.
+
+    Args:
+      obj: its `ratio` is read. log_ratio_BT: nats, 0 where masked. mask_BT: 1 on completion tokens.
+    Returns: float32[B, T], a row's one value repeated where the ratio is of whole rows.
+    """
+    return find("ratio", obj.ratio, RATIOS)(obj, log_ratio_BT, mask_BT)
+
+
+def is_per_row(obj: Objective) -> bool:
+    """Tell if the objective's ratio has one value a row, so that rows are averaged and a row needs one advantage."""
+    return getattr(find("ratio", obj.ratio, RATIOS), "is_per_row", obj.ratio in SEQUENCE_RATIOS)

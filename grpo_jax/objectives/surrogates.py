@@ -1,8 +1,11 @@
-"""The objective of each token, from ratio, log-probability and advantage: [B, T], nothing reduced over the batch."""
+"""The objective of each token, from ratio, log-probability and advantage: [B, T], nothing reduced over the batch.
+
+Surrogates share one signature: (obj, terms) -> Surrogate, or any (value_BT, clipped_low_BT, clipped_high_BT).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -10,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from grpo_jax.objectives.ratios import RATIOS, Arrays, token_ratio
+from grpo_jax.objectives.functions import Function, find
+from grpo_jax.objectives.ratios import Arrays, ratio_of, token_ratio
 from grpo_jax.objectives.variants import Objective
 
 
@@ -54,8 +58,8 @@ def token_clip(obj: Objective, terms: SurrogateInputs) -> Surrogate:
     clipped_BT = jnp.clip(log_ratio_BT, low, jnp.log1p(obj.clip_high))
     # min(w A, clip(w) A) would be taken after the mean; before it, pessimism is the smaller log for A >= 0, else the larger.
     pessimistic_BT = jnp.where(adv_BT >= 0, jnp.minimum(log_ratio_BT, clipped_BT), jnp.maximum(log_ratio_BT, clipped_BT))
-    value_BT = RATIOS[obj.ratio](pessimistic_BT, terms.mask_BT) * adv_BT
-    return Surrogate(value_BT, *_clip_active(obj, token_ratio(log_ratio_BT, terms.mask_BT), adv_BT))
+    value_BT = ratio_of(obj, pessimistic_BT, terms.mask_BT) * adv_BT
+    return Surrogate(value_BT, *_clip_active(obj, token_ratio(obj, log_ratio_BT, terms.mask_BT), adv_BT))
 
 
 def clipped_weight(obj: Objective, terms: SurrogateInputs) -> Surrogate:
@@ -90,7 +94,7 @@ def _clip_active(obj: Objective, ratio_BT, adv_BT):
     return (ratio_BT < 1.0 - obj.clip_low) & (adv_BT < 0), (ratio_BT > 1.0 + obj.clip_high) & (adv_BT > 0)
 
 
-SURROGATES: Mapping[str, Callable[[Objective, SurrogateInputs], Surrogate]] = MappingProxyType(
+SURROGATES: Mapping[str, Function] = MappingProxyType(
     {
         "ppo_clip": ppo_clip,
         "token_clip": token_clip,
@@ -99,3 +103,8 @@ SURROGATES: Mapping[str, Callable[[Objective, SurrogateInputs], Surrogate]] = Ma
     }
 )
 CLIPPED_RATIO = ("ppo_clip", "token_clip")  # the gradient goes through the ratio, so a second bound on it means something
+
+
+def surrogate_of(obj: Objective, terms: SurrogateInputs) -> Surrogate:
+    """Compute the objective's surrogate."""
+    return Surrogate(*find("surrogate", obj.surrogate, SURROGATES)(obj, terms))

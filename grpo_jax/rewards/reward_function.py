@@ -2,79 +2,183 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from grpo_jax.config import RewardConfig, reward_expression
+from grpo_jax.config import CodeConfig, RewardConfig, reward_expression
 from grpo_jax.config.reward_expression import Part
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.metrics import Mean
+from grpo_jax.rewards.parts import settings_of
+from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
-from grpo_jax.rewards.scorers import FUNCTIONS
+from grpo_jax.rewards.pool.protocol import one_line, printable
+from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
+from grpo_jax.rewards.scorers.code import check_sandbox
 from grpo_jax.types import Reward
 
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
+
+_log = logging.getLogger(__name__)
 
 
 class RewardFunction:
     """The parts of both expressions of config.reward and the worker processes that score them.
 
-    Args:
-      config: config.reward. task_name: the task whose own reward an empty config.reward.task means.
-      max_completion_tokens: the budget that `length` is a share of.
-    Raises: UserError if a part's library is missing, or a user's function cannot be imported.
+    A completion without a score for one of its parts is not scored, if that part failed or came late. If the part returned
+    None, it has no opinion: it alone is left out of the sum, the weights of the others stay, and a completion about which no
+    part of config.reward.task has one is not scored either.
+
+    lines: how each function of a user's own is called. errors_folder: where each part's first traceback goes, if set.
     """
 
-    def __init__(self, config: RewardConfig, task_name: str, max_completion_tokens: int) -> None:
+    def __init__(
+        self, config: RewardConfig, task_name: str, max_completion_tokens: int, columns: Collection[str] | None = None
+    ) -> None:
+        """Load what is to be scored by.
+
+        Args:
+          config: config.reward. task_name: the task whose own reward an empty config.reward.task means.
+          max_completion_tokens: the budget that `length` is a share of.
+          columns: names of the data's columns; None: not known, so that any parameter may be one.
+        Raises: UserError if a part's library is missing, or a user's function cannot be imported or called.
+        """
+        self.errors_folder: Path | None = None
+        self.lines: list[str] = []
+        self._is_first_batch = True
+        self._kept: set[str] = set()  # parts whose traceback is on disk
         self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
         self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
-        settings = {"regex": {"pattern": config.regex.pattern}, "format": {"pattern": config.format.pattern}}
+        settings = settings_of(config)
         # A part that both expressions name is scored once.
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}
         for name in self._names:
+            if name == "code":
+                _check_sandbox(config.code)
             if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
                 raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
             if name != "length":
-                scorers[name] = Scorer(FUNCTIONS.get(name, name), settings.get(name, {}))
-        self._pool = ScoringPool(scorers, config.scoring)
+                own = dict(config.params) if ":" in name else {}
+                function = GROUP_FUNCTIONS.get(name, FUNCTIONS.get(name, name))
+                scorers[name] = Scorer(function, settings.get(name, own))
+        self._pool = ScoringPool(scorers, config.scoring, columns)
+        # A mistake in the user's file, or a parameter that nothing can be given to, should show before a model is loaded.
         if any(":" in name for name in self._names):
-            self._pool.start()  # a mistake in the user's file should show before a model is loaded
+            self._pool.start()
+        self._check_params(config)
+        self.lines = [each.line for name, each in self._pool.facts.items() if ":" in name]
+        for line in self.lines:
+            _log.info(one_line(line))
+
+    @property
+    def wants_ids(self) -> bool:
+        """True if a function asks for the tokens of completions."""
+        return any(each.wants_ids for each in self._pool.facts.values())
 
     def __call__(
         self,
         items: Sequence[Mapping[str, Any]],
         completions_PG: Sequence[Sequence[str]],
         lengths_PG: Int[np.ndarray, "P G"],
+        context: Context | None = None,
     ) -> Reward:
         """Score the completions of each item.
 
         Args:
           items: P rows of data. completions_PG: G texts of each.
-          lengths_PG: tokens, stop token included.
-        Returns: a Reward of float32 arrays [P, G].
+          lengths_PG: tokens, stop token included. context: what functions may ask for beside the item.
+        Returns: a Reward of float32 arrays [P, G]; what has no score counts 0 in their sums.
+        Raises: RunError if all completions of the first batch fail in the same part.
         """
-        scored = self._pool.score(items, completions_PG)
+        scored = self._pool.score(items, completions_PG, context)
+        self._report(scored)
         shape = np.shape(lengths_PG)  # (0, G) on a host that has no rows of its own
         scores = {name: each.reshape(shape) for name, each in scored.scores.items()}
+        outcomes = {name: each.reshape(shape) for name, each in scored.outcomes.items()}
         # Counted here and not in a worker: the number of tokens is known, while a text tells it only to its tokenizer.
         scores["length"] = 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens
+        outcomes["length"] = np.full(shape, SCORED, np.int8)
         # Sums and counts, no means: on several hosts each has scored its own rows only.
         metrics = {
             "reward/errors": _mean(scored.is_error_PG),
             "reward/timeouts": _mean(scored.is_timeout_PG),
-            **{f"reward/part/{name}": _mean(scores[name]) for name in self._names},
+            "reward/abstained": _mean(scored.is_abstained_PG),
+            **{f"reward/part/{name}": _mean(scores[name], outcomes[name] == SCORED) for name in self._names},
         }
-        return Reward(_weighted_sum(self._task, scores), _weighted_sum(self._shaping, scores), metrics)
+        is_failed_PG, is_task_failed_PG, has_opinion_PG = (np.zeros(shape, bool) for _ in range(3))
+        for name in self._names:
+            is_failed_PG |= np.isin(outcomes[name], (ERROR, TIMEOUT))
+        for part in self._task:
+            is_task_failed_PG |= np.isin(outcomes[part.name], (ERROR, TIMEOUT))
+            has_opinion_PG |= outcomes[part.name] == SCORED
+        return Reward(
+            _weighted_sum(self._task, scores),
+            _weighted_sum(self._shaping, scores),
+            metrics,
+            is_scored_PG=has_opinion_PG & ~is_failed_PG,
+            has_task_score_PG=has_opinion_PG & ~is_task_failed_PG,
+        )
 
     def close(self) -> None:
         """End the scoring processes."""
         self._pool.close()
+
+    def _check_params(self, config: RewardConfig) -> None:
+        """Check that some function takes each setting. Raises UserError naming the one that none does."""
+        taken = {name for each in self._pool.facts.values() for name in each.settings}
+        unknown = sorted(set(config.params) - taken)
+        if unknown:
+            self.close()
+            functions = ", ".join(name for name in self._names if ":" in name) or "there is none of your own"
+            raise UserError(f"config.reward.params.{unknown[0]}: no reward function has such a parameter ({functions})")
+
+    def _report(self, scored: ScoreResult) -> None:
+        """Keep the first traceback of each part. Raises RunError if the first batch shows that a part cannot work."""
+        for name, failure in scored.failures.items():
+            self._keep_traceback(name, failure)
+        if not self._is_first_batch or not all(scored.shape):
+            return
+        self._is_first_batch = False
+        num = scored.shape[0] * scored.shape[1]
+        for name, outcomes_PG in scored.outcomes.items():
+            every = f"reward {name}: all {num} completions of the first batch"
+            if (outcomes_PG == TIMEOUT).all():
+                raise RunError(f"{every} came late; raise config.reward.scoring.time_limit_secs, or make it faster")
+            if np.isin(outcomes_PG, (ERROR, TIMEOUT)).all():
+                line = one_line(scored.failures[name].partition("\n")[0])
+                if self.errors_folder is not None:
+                    line += f"; traceback in {self._traceback_file(name)}"
+                raise RunError(f"{every} failed: {line}")
+            if not (outcomes_PG == SCORED).any():
+                _log.warning("reward %s: none of the %d completions of the first batch has a score", name, num)
+
+    def _keep_traceback(self, name: str, failure: str) -> None:
+        """Write a part's first error of this process to its file."""
+        if self.errors_folder is None or name in self._kept:
+            return
+        self._kept.add(name)
+        # Line by line, for a terminal shows what is in the file: no text from a reward may steer it.
+        line, _, more = failure.partition("\n")
+        text = "\n".join(map(printable, (more or line).split("\n")))
+        try:
+            self.errors_folder.mkdir(parents=True, exist_ok=True)
+            self._traceback_file(name).write_text(text.rstrip() + "\n", encoding="utf-8")
+        except OSError as error:
+            _log.warning("%s: cannot be written (%s)", self._traceback_file(name), error.strerror)
+
+    def _traceback_file(self, name: str) -> Path:
+        assert self.errors_folder is not None
+        return self.errors_folder / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}.txt"
 
 
 def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -85,5 +189,15 @@ def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np
     return total_PG
 
 
-def _mean(values_PG: np.ndarray) -> Mean:
-    return Mean(np.float32(values_PG.sum()), np.float32(values_PG.size))
+def _check_sandbox(config: CodeConfig) -> None:
+    """Run an empty program. Raises UserError if this machine cannot run one as config.reward.code wants it."""
+    try:
+        check_sandbox(**dataclasses.asdict(config))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"config.reward: the part 'code': {error}") from None
+
+
+def _mean(values_PG: np.ndarray, counted_PG: np.ndarray | None = None) -> Mean:
+    """Average values; counted_PG: those that count, the others being 0; None: all."""
+    count = values_PG.size if counted_PG is None else counted_PG.sum()
+    return Mean(np.float32(values_PG.sum()), np.float32(count))

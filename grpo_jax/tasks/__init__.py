@@ -6,7 +6,7 @@ and a whole iteration (prompts, rollout, reward, advantage, update) compiles int
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from jaxtyping import Int, Shaped
@@ -25,15 +25,24 @@ class Tokenizer(Protocol):
         """Text -> ids, with no special tokens added."""
         ...
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Text -> ids of a prompt: begun as the tokenizer begins a text (one BOS, where it writes one), without an end."""
+        ...
+
     def decode(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
-        """Ids -> text, special tokens left out."""
+        """Ids -> the text that is judged: ends of turns and padding left out, other special tokens as they are."""
+        ...
+
+    def decode_prompt(self, ids: Sequence[int] | Int[Arrays, " T"]) -> str:
+        """Ids -> text as the model reads it, every special token written out."""
         ...
 
 
 class Task(Protocol):
     """Prompts and a reward.
 
-    stop_ids: a completion ends at (and includes) the first of these. prompt_tokens: S, the fixed prompt width.
+    stop_ids: a completion ends at (and includes) the first of these. prompt_tokens: S, the widest prompt. A task may also have
+    stop_strings, texts that end a completion.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +80,21 @@ class Task(Protocol):
     def close(self) -> None:
         """Release what the task holds (worker processes)."""
         ...
+
+
+def data_metrics(task: Task) -> Mapping[str, float]:
+    """Return the numbers of a task's data for a run's records (data/train, data/dropped/...); none for one that counts none."""
+    return getattr(task, "data_metrics", {})
+
+
+def fingerprint(task: Task) -> str:
+    """Return a hash of all that a task asks and of what it scores by; empty for one whose config says all of that."""
+    return getattr(task, "fingerprint", "")
+
+
+def summary(task: Task) -> str:
+    """Describe a task's data in one line; empty for one whose config says all of that."""
+    return getattr(task, "summary", "")
 
 
 class TraceableTask(Task, Protocol):

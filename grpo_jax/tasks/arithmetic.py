@@ -51,7 +51,7 @@ class ArithmeticTask:
         # question is the same prompt in every run.
         shots = [rng.choice(train_rows, config.num_shots, replace=False) for _ in problems]
         questions = [
-            tokenizer.encode("\n".join([*(self._line(problems[k]) for k in ks), self._question(problem)]))
+            tokenizer.encode_prompt("\n".join([*(self._line(problems[k]) for k in ks), self._question(problem)]))
             for problem, ks in zip(problems, shots, strict=True)
         ]
         answers = [tokenizer.encode(self._answer(problem)) for problem in problems]

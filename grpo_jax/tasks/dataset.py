@@ -1,35 +1,63 @@
-"""Questions from a Hugging Face dataset: a folder written by `save_to_disk`, or whatever `load_dataset` takes."""
+"""Questions from a Hugging Face dataset: a folder written by `save_to_disk`, what `load_dataset` takes, or data files."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
+from grpo_jax.tasks.files import Row, is_files
+from grpo_jax.tasks.jsonl import load_files
+from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Source, questions_of
+
+FIELD = "config.task.dataset"
 
 
-def load(config: TaskConfig, num_eval: int) -> Split:
-    """Load the questions of `task.dataset.split`; held out are some of `eval_split` if there is one, else some of `split`.
+def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> list[Source]:
+    """Load the questions of `task.dataset.split`, and those of `eval_split` or `eval_path` if there is one.
 
-    Raises UserError naming the field for what cannot be loaded, and the row for what is not a question.
+    Args:
+      config: config.task. num_eval: questions to hold out. needs_answer: as in `question_of`.
+    Returns: one source.
+    Raises: UserError naming the field for what cannot be loaded, and the row for what is not a question.
     """
+    data = config.dataset
+    if not data.path.strip():
+        raise UserError(f"{FIELD}.path is empty: name a folder, a dataset of the hub, or data files")
+    if is_files(data.path):
+        _check_no_splits(config)
+        return [load_files(config, data.path, data.eval_path, num_eval, FIELD, needs_answer)]
     if importlib.util.find_spec("datasets") is None:
         raise UserError("config.task.name = 'dataset' needs the datasets library: pip install 'grpo_jax[tasks]'")
+    train, dropped = questions_of(_rows(config, data.path, data.split), config.columns, needs_answer=needs_answer)
+    evaluation, dropped_held_out = None, {}
+    if data.eval_split or data.eval_path:
+        rows = _rows(config, data.eval_path or data.path, data.eval_split or data.split)
+        evaluation, dropped_held_out = questions_of(rows, config.columns, needs_answer=needs_answer)
+    where = f"{data.path} ({data.split})"
+    return [Source(train, evaluation, num_eval, {"": 1.0}, where, {TRAINING: dropped, HELD_OUT: dropped_held_out})]
+
+
+def _check_no_splits(config: TaskConfig) -> None:
+    """Check that nothing is asked of data files that only a dataset has."""
     data = config.dataset
-    questions = _load_questions(config, data.split)
-    others = None
     if data.eval_split:
-        others = _load_questions(config, data.eval_split)
-    return hold_out(questions, others, num_eval, f"{data.path} ({data.split})")
+        raise UserError(
+            f"{FIELD}.eval_split = {data.eval_split!r}: {data.path!r} names files, which have no splits; "
+            f"give the held-out ones in {FIELD}.eval_path"
+        )
+    if data.split != "train" or data.subset:
+        raise UserError(f"{FIELD}.split = {data.split!r}, subset = {data.subset!r}: {data.path!r} names files, which have none")
 
 
-def _load_questions(config: TaskConfig, name: str) -> list[Question]:
-    path = config.dataset.path
+def _rows(config: TaskConfig, path: str, name: str) -> Iterator[Row]:
+    """Yield the rows of a split, each with its place."""
     rows = _load_from_disk(path, name) if _is_saved(path) else _load_from_anywhere(path, config.dataset.subset, name)
-    return [make_question(row, config.columns, f"{path} ({name}), row {number}") for number, row in enumerate(rows)]
+    for number, row in enumerate(rows):
+        yield row, f"{path} ({name}), row {number}"
 
 
 def _is_saved(path: str) -> bool:
@@ -45,7 +73,7 @@ def _load_from_disk(path: str, name: str) -> Any:
     try:
         saved = datasets.load_from_disk(str(Path(path).expanduser()))
     except Exception as error:  # whatever pyarrow says about broken files
-        raise UserError(f"config.task.dataset.path = {path!r}: cannot load it: {_line(error)}") from error
+        raise UserError(f"config.task.dataset.path = {path!r}: cannot load it: {causes(error)}") from error
     splits = saved
     if not isinstance(saved, datasets.DatasetDict):
         splits = {"train": saved}
@@ -61,9 +89,17 @@ def _load_from_anywhere(path: str, subset: str, name: str) -> Any:
         return datasets.load_dataset(path, subset or None, split=name)
     except Exception as error:  # missing, offline, no such subset or split: the library's own words say which
         field = "config.task.dataset"
-        raise UserError(f"{field}.path = {path!r}, subset = {subset!r}, split = {name!r}: {_line(error)}") from error
+        raise UserError(f"{field}.path = {path!r}, subset = {subset!r}, split = {name!r}: {causes(error)}") from error
 
 
-def _line(error: BaseException) -> str:
-    """Return the first line of an exception's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+def causes(error: BaseException) -> str:
+    """Write an exception and what caused it, each in one line."""
+    # datasets says "An error occurred while generating the dataset", and the file and line only in the cause.
+    said: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        text = " ".join(str(current).split()) or type(current).__name__
+        if text not in " ".join(said):
+            said.append(text)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "; ".join(said)

@@ -1,9 +1,12 @@
-"""The task of all questions that live on the host: a `Split` says where they come from, a `RewardFunction` scores answers."""
+"""The task of all questions that live on the host: a `Source` gives them, a `RewardFunction` scores answers."""
 
 from __future__ import annotations
 
-import collections
+import functools
+import hashlib
+import json
 import logging
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +15,14 @@ from jaxtyping import Int, Shaped
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
+from grpo_jax.rollout.stops import cut_at_stop
 from grpo_jax.tasks import Tokenizer
-from grpo_jax.tasks.prompting import Prompting
-from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
+from grpo_jax.tasks.questions import Source
+from grpo_jax.tasks.selection import Selected, Selection, select
+from grpo_jax.tasks.tokenizers import end_of_turn
 from grpo_jax.types import Arrays, Prompts, Reward
 
 _log = logging.getLogger(__name__)
@@ -25,57 +31,67 @@ _log = logging.getLogger(__name__)
 class HostTask:
     """Questions in memory, completions decoded here and scored in worker processes.
 
-    The first `task.num_shots` training questions, in the order of a hash, become worked examples. Prompts longer than
-    `task.max_prompt_tokens` are dropped; dropped: side -> reason -> how many questions were left out. S is the longest
-    prompt kept. An epoch is `num_train` prompts.
+    What is asked, held out and left out: `selection.select`. dropped: side -> reason -> how many questions were left out. S is
+    the longest prompt kept. An epoch is `num_train` prompts. step: updates done, for rewards that ask.
     Raises UserError if no question is short enough, and what `RewardFunction` raises.
     """
 
     is_traceable = False
+    step = 0
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, split: Split) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
         task = config.task
         self.tokenizer = tokenizer
-        self.stop_ids = tokenizer.eos_ids
-        # Worked examples leave the training side: a prompt that shows its own answer would teach copying.
-        shots = choose_distinct(split.train, task.num_shots)
-        train = exclude(split.train, shots)
-        if not train:
-            raise UserError(f"config.task.num_shots = {task.num_shots}: no question is left to train on; lower it")
-        self.dropped: dict[str, collections.Counter[str]] = {side: collections.Counter() for side in ("training", "held-out")}
-        self.dropped["training"]["worked examples"] = len(split.train) - len(train)
-        prompting = Prompting(task, tokenizer, shots)
-        kept_train = self._keep_fitting(train, prompting, task.max_prompt_tokens, "training")
-        kept_held_out = self._keep_fitting(split.held_out, prompting, task.max_prompt_tokens, "held-out")
-        left_out = [f"{num} {side} ({why})" for side, counts in self.dropped.items() for why, num in counts.items() if num]
-        if left_out:
-            _log.warning("questions left out: %s", ", ".join(left_out))
+        self.stop_ids = all_stop_ids(config, tokenizer)
+        self.stop_strings = config.rollout.stop
+        selection = select(task, tokenizer, sources)
+        self.dropped = selection.dropped
         # One table for both, so that a row number is all that a batch has to carry.
-        questions, self._ids = zip(*kept_train, *kept_held_out, strict=True)
-        self._items = [question.item for question in questions]
-        self._held_out_rows = np.arange(len(kept_train), len(self._ids), dtype=np.int32)
-        self.num_train = len(kept_train)
+        selected = [*selection.train, *selection.held_out]
+        self._ids = [np.asarray(each.prompt.ids, np.int32) for each in selected]
+        self.prompt_opens = frozenset(each.prompt.opens for each in selected) - {""}
+        self._items = [_item(each) for each in selected]
+        self._places = [each.question.where for each in selected]
+        self.num_train = len(selection.train)
+        self._held_out_rows = np.arange(self.num_train, len(self._ids), dtype=np.int32)
         self.prompt_tokens = max(map(len, self._ids))
-        self._order = training_order([question.stream for question, _ in kept_train], split.weights, config.seed)
-        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens)
+        streams = [each.question.stream for each in selection.train]
+        self._order = training_order(streams, selection.weights, config.seed, shuffle=task.shuffle)
+        self.data_metrics = data_metrics_of(selection)
+        # As the data has them, a chat or a text: rewards that ask for the prompt are told which of the two it was.
+        self._prompts_of_rows = [each.question.prompt for each in selected]
+        columns = {name for item in self._items for name in item}
+        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens, columns)
 
-    def _keep_fitting(
-        self, questions: Sequence[Question], prompting: Prompting, limit: int, side: str
-    ) -> list[tuple[Question, np.ndarray]]:
-        """Keep the questions whose prompt is within the limit, with their ids; the others are counted."""
-        # Dropped, not truncated: a prompt without its beginning is another question, with an answer that no longer fits.
-        kept = []
-        for question in questions:
-            ids = prompting(question)
-            if not ids:
-                raise UserError(f"prompt {question.text!r:.60} has no tokens: the sampler needs one to begin from")
-            if len(ids) > limit:
-                self.dropped[side][f"over task.max_prompt_tokens = {limit}"] += 1
-            else:
-                kept.append((question, np.asarray(ids, np.int32)))
-        if not kept and (questions or side == "training"):
-            raise UserError(f"config.task.max_prompt_tokens = {limit}: no {side} prompt is that short; raise it")
-        return kept
+    @property
+    def prompt_lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of all prompts, those to train on first."""
+        return np.asarray([len(ids) for ids in self._ids])
+
+    def row(self, number: int) -> tuple[Mapping[str, Any], str]:
+        """Return (what a prompt is scored by, the place of its row). number: `Prompts.answer` of the prompt."""
+        return self._items[number], self._places[number]
+
+    @property
+    def summary(self) -> str:
+        """The data in one line: how many questions, and how long."""
+        said = (
+            f"{self.num_train} questions to train on, {len(self._held_out_rows)} held out; "
+            f"prompts of {min(map(len, self._ids))} to {self.prompt_tokens} tokens"
+        )
+        if self.prompt_opens:
+            said += f"; prompts begin the answer with {', '.join(map(repr, sorted(self.prompt_opens)))}"
+        return said
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that is asked, in its order, and of what it is scored by."""
+        digest = hashlib.sha256(str(self.num_train).encode())
+        for ids, item in zip(self._ids, self._items, strict=True):
+            digest.update(ids.tobytes())
+            # Of a value that is no JSON the type alone: what Python writes for it may differ between two processes.
+            digest.update(json.dumps(item, default=lambda value: type(value).__name__).encode())
+        return digest.hexdigest()[:16]
 
     def train_prompts(self, position: int | Int[Arrays, ""], num_prompts: int) -> Prompts:
         """Return training prompts number position .. position + num_prompts - 1, the same however they are batched."""
@@ -93,8 +109,18 @@ class HostTask:
           answer: int32, `Prompts.answer`. tokens_PGT: int32. mask_PGT: > 0 where the completion is.
         Returns: a Reward of float32 arrays [P, G].
         """
-        items = [self._items[row] for row in np.asarray(answer)]
-        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), (np.asarray(mask_PGT) > 0).sum(-1))
+        rows, is_real_PGT = np.asarray(answer), np.asarray(mask_PGT) > 0
+        ids_PG = None
+        if self._reward_function.wants_ids:
+            pairs = zip(np.asarray(tokens_PGT), is_real_PGT, strict=True)
+            ids_PG = [[t_T[m_T].tolist() for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+        context = Context([self._prompts_of_rows[row] for row in rows], ids_PG, self.step)
+        items = [self._items[row] for row in rows]
+        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), is_real_PGT.sum(-1), context)
+
+    def keep_errors_in(self, folder: pathlib.Path) -> None:
+        """Have the first traceback of each part of the reward written into a folder."""
+        self._reward_function.errors_folder = folder
 
     def final_answers(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
         """Return the answer that each completion ends on, normalised: equal texts are votes for the same answer."""
@@ -105,9 +131,15 @@ class HostTask:
         self._reward_function.close()
 
     def _texts(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
-        """Decode completions."""
+        """Decode completions, without what ended them."""
         pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
-        return [[self.tokenizer.decode(t_T[m_T]) for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+        return [[self._text(t_T[m_T]) for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+
+    def _text(self, ids: Int[np.ndarray, " T"]) -> str:
+        """Decode a completion up to its stop: that is trained on, but nothing to be judged."""
+        if len(ids) and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return cut_at_stop(self.tokenizer.decode(ids), self.stop_strings)
 
     def _prompts(self, rows: Sequence[int] | np.ndarray) -> Prompts:
         # Left-padded: all prompts end in the same slot, and completions begin right behind them.
@@ -120,12 +152,45 @@ class HostTask:
         return Prompts(tokens_PS, mask_PS, np.asarray(rows, np.int32))
 
 
-def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: int) -> Any:
+def _item(selected: Selected) -> Mapping[str, Any]:
+    """Return what a question is scored by, with what its prompt has begun of the answer under "prompt_opens"."""
+    if not selected.prompt.opens:
+        return selected.question.item
+    return {**selected.question.item, "prompt_opens": selected.prompt.opens}
+
+
+def data_metrics_of(selection: Selection) -> dict[str, float]:
+    """Count questions for a run's records, by the metrics' names."""
+    dropped = {
+        f"data/dropped/{side.replace('-', '_')}/{why}": float(num)
+        for side, counts in selection.dropped.items()
+        for why, num in counts.items()
+        if num
+    }
+    counts = {"data/train": float(len(selection.train)), "data/held_out": float(len(selection.held_out)), **dropped}
+    if selection.num_conflicts:
+        counts["data/conflicts"] = float(selection.num_conflicts)
+    return counts
+
+
+def all_stop_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """List the tokens that end a completion: the model's end tokens, the chat template's end of a turn, rollout.stop_ids."""
+    ids = (*tokenizer.eos_ids, *config.rollout.stop_ids)
+    # Base models come with the template of their chat model, but with the end of a document as their only end token: they
+    # would go on with a question of their own, and be judged by that.
+    turn = end_of_turn(tokenizer) if config.task.use_chat_template else None
+    if turn and turn[0] not in ids:
+        _log.warning("token %d, %s, ends a completion: the chat template writes it behind an assistant's turn", *turn)
+        ids = (*ids, turn[0])
+    return tuple(dict.fromkeys(ids))
+
+
+def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: int, *, shuffle: bool = True) -> Any:
     """Make the endless order of training rows: every stream in a new order each epoch, the streams mixed by weight.
 
     Args:
       streams: the stream of each row. weights: of each stream.
-      seed: of the order.
+      seed: of the order. shuffle: False: the rows of a stream keep their order.
     Returns: a grain.MapDataset, position -> row: data resumes at any position without going through those before.
     Raises: UserError if a stream has no rows.
     """
@@ -136,8 +201,11 @@ def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: i
         rows = [row for row, stream in enumerate(streams) if stream == name]
         if not rows:
             raise UserError(f"config.task.max_prompt_tokens: no training prompt of {name!r} is that short; raise it")
-        # One seed more for each stream: streams of equal size would else be shuffled alike, side by side.
-        orders.append(grain.MapDataset.source(rows).shuffle(seed=(seed + number) % 2**32).repeat())
+        order = grain.MapDataset.source(rows)
+        if shuffle:
+            # One seed more for each stream: streams of equal size would else be shuffled alike, side by side.
+            order = order.shuffle(seed=(seed + number) % 2**32)
+        orders.append(order.repeat())
     if len(orders) == 1:
         return orders[0]
     return grain.MapDataset.mix(orders, list(weights.values()))

@@ -1,68 +1,46 @@
-"""Questions from a JSON Lines file: one object a line."""
+"""Questions from data files: JSON Lines, and the others of `files`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
 from grpo_jax.config import ColumnsConfig, TaskConfig
-from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, hold_out, make_question
+from grpo_jax.tasks.files import read_rows
+from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Question, Source, questions_of
 
 
-def load(config: TaskConfig, num_eval: int) -> Split:
-    """Load the questions of `task.jsonl.path`; held out are some of `eval_path` if there is one, else some of `path`.
+def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> list[Source]:
+    """Load the questions of `task.jsonl.path`, and those of `eval_path` if there is one.
 
-    Raises UserError naming file and line of what cannot be read, and if holding out leaves nothing to train on.
+    Args:
+      config: config.task. num_eval: questions to hold out. needs_answer: as in `question_of`.
+    Returns: one source.
+    Raises: UserError naming file and line of what cannot be read.
     """
-    data = config.jsonl
-    questions = read_questions(data.path, "config.task.jsonl.path", config.columns)
-    others = None
-    if data.eval_path:
-        others = read_questions(data.eval_path, "config.task.jsonl.eval_path", config.columns)
-    return hold_out(questions, others, num_eval, data.path)
+    return [load_files(config, config.jsonl.path, config.jsonl.eval_path, num_eval, "config.task.jsonl", needs_answer)]
+
+
+def load_files(config: TaskConfig, path: str, eval_path: str, num_eval: int, field: str, needs_answer: bool) -> Source:
+    """Make a source of data files.
+
+    Args:
+      config: config.task. path, eval_path: as in `files.find_files`; eval_path may be empty.
+      num_eval: questions to hold out. field: the group of config fields, for the errors. needs_answer: as in `question_of`.
+    Returns: the source, of one stream.
+    """
+    train, dropped = questions_of(read_rows(path, f"{field}.path"), config.columns, needs_answer=needs_answer)
+    evaluation, dropped_held_out = None, {}
+    if eval_path:
+        rows = read_rows(eval_path, f"{field}.eval_path")
+        evaluation, dropped_held_out = questions_of(rows, config.columns, needs_answer=needs_answer)
+    return Source(train, evaluation, num_eval, {"": 1.0}, path, {TRAINING: dropped, HELD_OUT: dropped_held_out})
 
 
 def read_questions(path: str, field: str, columns: ColumnsConfig) -> list[Question]:
-    """Read a JSON Lines file; blank lines are skipped.
+    """Read data files.
 
     Args:
-      path: of the file. field: the config field that `path` came from, for the errors.
+      path: as in `files.find_files`. field: the config field that `path` came from, for the errors.
       columns: names of the columns.
-    Returns: a Question for each line.
+    Returns: a Question for each row that has an answer.
     Raises: UserError with path and line number for what is not such a file.
     """
-    questions = [_parse_line(line, f"{path}:{number}", columns) for number, line in _lines(path, field)]
-    if not questions:
-        raise UserError(f"{field} = {path!r}: the file is empty; give one JSON object a line")
-    return questions
-
-
-def _lines(path: str, field: str) -> Iterator[tuple[int, str]]:
-    """Yield the number (from 1) and the text of each line that is not blank."""
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"{field} = {path!r}: cannot read it: {error.strerror}") from error
-    # Split as bytes, and at \n alone: str.splitlines also breaks at U+2028, which JSON allows inside of a string, and one line
-    # that is not UTF-8 can be named by its number. Some editors begin a file with a byte order mark.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
-        if text:
-            yield number, text
-
-
-def _parse_line(text: str, where: str, columns: ColumnsConfig) -> Question:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply; each line must be one flat JSON object") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object with prompt and answer, got {text:.60}")
-    return make_question(row, columns, where)
+    return questions_of(read_rows(path, field), columns)[0]

@@ -12,17 +12,22 @@ import numpy as np
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
-from grpo_jax.tasks.questions import Question, Split, choose_distinct, exclude
+from grpo_jax.tasks.questions import Question, Source, choose_distinct, exclude
 
 
-def load(config: TaskConfig, num_eval: int) -> Split:
+def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> list[Source]:
     """Generate `num_train` training and `num_eval` held-out questions, shared among the generators by their weights.
 
     The two come from seeds of their own, the same in every run; a training question that is also held out is left out.
     A few generators (isomorphic_strings, polynomial_multiplication, ransom_note, word_ladder in 0.1.25) iterate over
     sets: they give the same questions in another process, as in a resumed run, only under the same PYTHONHASHSEED.
-    Raises UserError for an unknown generator, for settings it does not take, and if nothing is left to train on.
+
+    Args:
+      config: config.task. num_eval: questions to hold out. needs_answer: not used, generators know their answers.
+    Returns: one source, of a stream for each generator.
+    Raises: UserError for an unknown generator, for settings it does not take, and if nothing is left to train on.
     """
+    del needs_answer
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("config.task.name = 'reasoning_gym' needs reasoning-gym: pip install 'grpo_jax[tasks]'")
     gym = config.reasoning_gym
@@ -42,7 +47,8 @@ def load(config: TaskConfig, num_eval: int) -> Split:
             f"config.task.reasoning_gym.datasets: no training question of {missing[0]} is left; "
             "raise num_train, lower config.eval.num_prompts, or set params for which there are more questions"
         )
-    return Split(train, held_out, dict(zip(gym.datasets, weights, strict=True)))
+    streams = dict(zip(gym.datasets, weights, strict=True))
+    return [Source(train, held_out, num_eval, streams, ", ".join(gym.datasets))]
 
 
 def shares(weights: tuple[float, ...], total: int) -> list[int]:
@@ -75,12 +81,18 @@ def _generate(name: str, params: dict[str, Any], purpose: str, size: int) -> lis
     return [
         Question(
             ({"role": "user", "content": entry["question"]},),
-            str(entry["answer"]),
+            _solution(entry["answer"]),
             {**entry, "generator": name, "settings": settings},
             name,
+            f"{name}, question {number}",
         )
-        for entry in entries
+        for number, entry in enumerate(entries)
     ]
+
+
+def _solution(answer: Any) -> str:
+    """Return an answer as a worked example shows it; empty if the generator gives none, but only tells right from wrong."""
+    return "" if answer is None else str(answer)
 
 
 def _seed(purpose: str) -> int:

@@ -6,24 +6,36 @@ Imported by every command before it knows what it is asked for, so jax and what 
 from __future__ import annotations
 
 import argparse
+import ast
+import errno
 import importlib.util
+import logging
+import math
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import is_text, printable
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
+    from grpo_jax.training.run import Run
+    from grpo_jax.types import Params
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
+FREE_FIELD = re.compile(r"--config\.(reward|objective)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(
@@ -33,7 +45,10 @@ CONFIG = config_flags.DEFINE_config_file(
     "--config.<field>=<value> overrides a field, `grpo-jax fields` lists them",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
-STEP_HELP = "checkpoint to take; default: the newest"
+STEP = flags.DEFINE_string(
+    "step", None, "checkpoint to take, its step or best (of config.checkpoint.keep_best); default: the newest that can be read"
+)
+STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 
 
 def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None) -> None:
@@ -41,7 +56,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every file, and warns that it only reads where it only reads
+    quiet_other_libraries()
     if parser:
         args = parser.parse_args()
         _call(lambda: main(args))
@@ -74,6 +89,40 @@ def _help(command: str) -> str:
             about = f"{about} (default: {flag.default})"
         lines += [f"  --{flag.name}:", textwrap.indent(textwrap.fill(about, 90), " " * 6)]
     return "\n".join(lines)
+
+
+def quiet_other_libraries() -> None:
+    """Leave what this package has to say as the only messages on stderr."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
+    show_own_messages()
+
+
+def show_own_messages() -> None:
+    """Let this package's own log reach stderr, warnings with their name, each message once."""
+    # By a handler of its own: what the level above silences are other libraries, and no message here may go with them.
+    own = logging.getLogger("grpo_jax")
+    if any(isinstance(handler, OwnMessages) for handler in own.handlers):
+        return
+    own.addHandler(OwnMessages())
+    own.setLevel(logging.INFO)
+    own.propagate = False
+
+
+class OwnMessages(logging.Handler):
+    """Writes each message to stderr once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record that has not been written yet."""
+        text = record.getMessage()
+        if record.levelno > logging.INFO:
+            text = f"{record.levelname.lower()}: {text}"
+        if text not in self._seen:
+            self._seen.add(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def config_from_flags() -> Config:
@@ -134,29 +183,65 @@ def find_config(name: str, field: str = "--config") -> tuple[pathlib.Path, str]:
     raise UserError(f"{field}: no config {place!r} is shipped; give a path that ends in .py, or one of {known}")
 
 
-def choose_step(workdir: pathlib.Path, step: int | None) -> int:
-    """Return `step` if the workdir has that checkpoint; None: the newest. Raises UserError if there is none or not that one."""
-    from grpo_jax.training.checkpoint import saved_steps
+def workdir_of(text: str) -> pathlib.Path:
+    """Return a flag's folder. Raises UserError if no file system could have it."""
+    if not is_text(text):
+        raise UserError(f"--workdir={text!r}: a zero byte or half a character is no part of a folder's name")
+    return pathlib.Path(text)
 
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
-        )
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
+
+def chosen_step(workdir: pathlib.Path) -> int | None:
+    """Return the step of --step; None: the newest. Raises UserError if it is no step of a checkpoint."""
+    text = STEP.value
+    if text is None:
+        return None
+    if text == "best":
+        step = best_step(workdir)
+    elif text.isascii() and text.isdigit():
+        step = int(text)
+    else:
+        raise UserError(f"--step={text}: expected a number, or best")
+    from grpo_jax.training.checkpoint import require_step
+
+    require_step(workdir, step)
     return step
 
 
-def fail(message: str) -> None:
-    """Write one line on stderr and end the process with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def best_step(workdir: pathlib.Path) -> int:
+    """Return the step that config.checkpoint.keep_best of a run has kept. Raises UserError if there is none."""
+    from grpo_jax.training.runlog import points, read_metrics
+    from grpo_jax.training.settings import read_config
+
+    name = read_config(workdir).checkpoint.keep_best
+    values = {int(step): value for step, value in points(read_metrics(workdir), name) if step > 0 and math.isfinite(value)}
+    if not name or not values:
+        raise UserError(f"--step=best: {workdir} has none; its config.checkpoint.keep_best is {name!r}")
+    return max(values, key=lambda step: (values[step], -step))
+
+
+def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
+    """Read the policy of a step, or of the newest checkpoint that can be read.
+
+    Args:
+      run: of the workdir. workdir: with its checkpoints. step: of one of them; None: the newest. is_strict: no older one.
+    Returns: (the step, all weights).
+    Raises: UserError if it is not there or damaged.
+    """
+    from grpo_jax.training.checkpoint import read_newest, require_step
+
+    require_step(workdir, step)
+    found = read_newest(workdir, lambda each: run.restore_policy(workdir, each), step, is_strict=is_strict)
+    assert found is not None, "there is a checkpoint, and it was neither read nor refused"
+    return found
+
+
+def fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
+    """Write one line on stderr and end the process."""
+    print(f"error: {printable(message)}", file=sys.stderr)
     # An ordinary exit of one of several processes waits for the others, which wait for it in a collective call.
     if hosts := _joined_hosts():
-        hosts.exit_without_barrier(EXIT_BAD_INPUT)
-    sys.exit(EXIT_BAD_INPUT)
+        hosts.exit_without_barrier(status)
+    sys.exit(status)
 
 
 def _joined_hosts() -> Any:
@@ -170,8 +255,18 @@ def _call(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        fail(str(error))
-    except BaseException:
+        fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted before there was anything to save", EXIT_INTERRUPTED)
+    except OSError as error:
+        # Of a file that cannot be opened or written a traceback tells nothing; of any other error it may.
+        if error.errno not in UNWRITABLE:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
+    except BaseException as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+            first = (str(error).strip() or "MemoryError").splitlines()[0]
+            fail(f"out of memory: {first}; grpo-jax plan says what a config needs", status=1)
         if hosts := _joined_hosts():
             traceback.print_exc()
             hosts.exit_without_barrier(status=1)
@@ -181,16 +276,57 @@ def _call(main: Callable[[], Any]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parse flags and the config file they name. What the flag libraries raise becomes one line."""
     # Renamed fields are upgraded before ml_collections sees them: it would call an old name unknown and suggest another.
+    argv = ["--allow_config_change=" if each == "--allow_config_change" else each for each in argv]  # of nothing by name
+    free, argv = _split_free_fields(argv)
+    # ml_collections looks for overrides in sys.argv, whatever is parsed.
+    whole, sys.argv = sys.argv, argv
     try:
         rest = flags.FLAGS(_locate_config_file([_upgrade(each) for each in argv]))
+        for group, values in free.items():
+            if CONFIG.value is not None:
+                with CONFIG.value.unlocked():
+                    CONFIG.value[group].params.update(values)
     except (AttributeError, KeyError) as error:
         raise UserError(_explain_unknown_field(str(error), argv)) from None
     except (flags.Error, TypeError, ValueError, ImportError) as error:
         last = str(error).strip().splitlines()[-1]  # a config file's own traceback ends with what matters
         raise UserError(last.removeprefix("ValueError: ")) from None
+    finally:
+        sys.argv = whole
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; settings are written --config.<field>=<value>")
     return rest
+
+
+def _split_free_fields(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Take --config.<group>.params.NAME=value, or .params={"NAME": value}, out of the flags.
+
+    No config lists these names, and ml_collections takes none that it does not know.
+
+    Args:
+      argv: the flags.
+    Returns: group -> name -> value, and the other flags.
+    Raises: UserError if one is not written like this.
+    """
+    free: dict[str, dict[str, Any]] = {}
+    rest = []
+    for arg in argv:
+        found = FREE_FIELD.match(arg)
+        if not found:
+            rest.append(arg)
+            continue
+        group, name, text = found.groups()
+        # As in --set of a sweep: text that is no Python value stays text.
+        try:
+            value = ast.literal_eval(text or "")
+        except (ValueError, SyntaxError):
+            value = text
+        is_number = isinstance(value, int | float) or not name
+        if text is None or isinstance(value, dict) == bool(name) or (group == "objective" and not is_number):
+            field = f"--config.{group}.params"
+            raise UserError(f"{arg}: write {field}.NAME=0.3 or {field}='{{\"NAME\": 0.3}}'")
+        free.setdefault(group, {}).update({name: value} if name else value)
+    return free, rest
 
 
 def _upgrade(arg: str) -> str:

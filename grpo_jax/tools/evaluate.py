@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
 
-STEP = flags.DEFINE_integer("step", None, cli.STEP_HELP)
-OUT = flags.DEFINE_string("out", None, "JSON file of the results; default: evaluation.json in the workdir, else none")
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
+# Export has a flag of this name too: a program that imports both must not fail, and no process runs two commands.
+OUT = flags.DEFINE_string(
+    "out", None, "JSON file of the results; default: evaluation.json in the workdir, else none", allow_override=True
+)
 
 
 def main() -> None:
@@ -31,19 +36,24 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from grpo_jax.training.checkpoint import write_atomically
+    from grpo_jax.tasks.host import HostTask
+    from grpo_jax.training.data_record import pin_template_date
     from grpo_jax.training.run import make_run
 
-    workdir = pathlib.Path(cli.WORKDIR.value) if cli.WORKDIR.value else None
+    workdir = cli.workdir_of(cli.WORKDIR.value) if cli.WORKDIR.value else None
     config = choose_config(workdir)
+    if workdir:
+        config = pin_template_date(config, [workdir])
     run = make_run(config)
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
-            step = cli.choose_step(workdir, STEP.value)
-            policy = run.restore_policy(workdir, step)
+            step, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
         else:
             step, policy = 0, run.initial_state().policy
+        # For rewards that ask for the step.
+        if isinstance(run.task, HostTask):
+            run.task.step = step
         estimates = run.evaluate(policy)
         num_prompts = len(run.task.eval_prompts().tokens_PS)
     finally:
@@ -73,7 +83,7 @@ def main() -> None:
 
 def choose_config(workdir: pathlib.Path | None) -> Config:
     """Return the config of --config, else the run's own. Raises UserError."""
-    from grpo_jax.training.runlog import read_config
+    from grpo_jax.training.settings import read_config
 
     # --config wins: with both flags the run's weights are evaluated on other questions, or with more samples.
     if workdir is None or cli.CONFIG.value is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import greedy
+from grpo_jax.tools.report.page import data_url
 from grpo_jax.training.evaluate import compiled_rollout
 from grpo_jax.training.run import Run
 from grpo_jax.training.samplers import end_tokens, make_sampler_weights
@@ -21,6 +22,7 @@ from grpo_jax.types import Params
 if TYPE_CHECKING:
     from IPython.display import HTML
 
+TABLE = "<table>{}</table>"
 CELL = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
 
 
@@ -44,24 +46,45 @@ def greedy_answers(run: Run, policy: Params) -> list[Answer]:
     tokens_PT, mask_PT = np.asarray(rolled.tokens_PGT)[:, 0], np.asarray(rolled.mask_PGT)[:, 0]
     reward_P = np.asarray(run.task.reward(prompts.answer, tokens_PT[:, None], mask_PT[:, None]).task_PG)[:, 0]
 
-    def decode(ids: np.ndarray, mask: np.ndarray) -> list[str]:
-        return [run.task.tokenizer.decode(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
+    def decode(decode_one: Callable[[np.ndarray], str], ids: np.ndarray, mask: np.ndarray) -> list[str]:
+        return [decode_one(row[kept]) for row, kept in zip(ids, mask > 0, strict=True)]
 
-    pairs = zip(decode(prompts.tokens_PS, prompts.mask_PS), decode(tokens_PT, mask_PT), reward_P, strict=True)
+    tokenizer = run.task.tokenizer
+    asked = decode(tokenizer.decode_prompt, prompts.tokens_PS, prompts.mask_PS)
+    pairs = zip(asked, decode(tokenizer.decode, tokens_PT, mask_PT), reward_P, strict=True)
     return [Answer(prompt, completion, float(reward)) for prompt, completion, reward in pairs]
 
 
-def side_by_side(before: Sequence[Answer], after: Sequence[Answer]) -> HTML:
-    """Show a table: a question a row, with both answers to it and their rewards."""
-    from IPython.display import HTML
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Answers to the same questions before and after training; a notebook shows them side by side."""
 
-    head = "".join(f"<th {CELL}>{title}</th>" for title in ("question", "before", "reward", "after", "reward"))
-    rows = [
-        (old.prompt, old.completion, f"{old.reward:.2f}", new.completion, f"{new.reward:.2f}")
-        for old, new in zip(before, after, strict=True)
-    ]
-    body = ["".join(f"<td {CELL}>{html.escape(text)}</td>" for text in row) for row in rows]
-    return HTML("<table>" + "".join(f"<tr>{row}</tr>" for row in (head, *body)) + "</table>")
+    before: Sequence[Answer]
+    after: Sequence[Answer]
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th {CELL}>{title}</th>" for title in ("question", "before", "reward", "after", "reward"))
+        rows = [
+            (old.prompt, old.completion, f"{old.reward:.2f}", new.completion, f"{new.reward:.2f}")
+            for old, new in zip(self.before, self.after, strict=True)
+        ]
+        body = ["".join(f"<td {CELL}>{html.escape(text)}</td>" for text in row) for row in rows]
+        return TABLE.format("".join(f"<tr>{row}</tr>" for row in (head, *body)))
+
+
+def with_pictures(said: str, pictures: Sequence[pathlib.Path]) -> str:
+    """Write a line and the pictures that are there as HTML, with the pictures inside."""
+    shown = [f'<img src="{data_url(each.read_bytes())}" style="max-width: 100%">' for each in pictures if each.exists()]
+    return f"<p>{html.escape(said)}</p>" + "".join(shown)
+
+
+def report_html(sentences: Sequence[str], table: str, pictures: Mapping[str, bytes]) -> str:
+    """Write a report's verdict, its main table (Markdown) and its pictures (PNG) as HTML."""
+    from markdown_it import MarkdownIt
+
+    text = "\n".join(f"- {sentence}" for sentence in sentences) + f"\n\n{table}\n"
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    return body + "".join(f'<img src="{data_url(each)}" style="max-width: 100%">' for each in pictures.values())
 
 
 def framed(page: pathlib.Path, height: int = 800) -> HTML:

@@ -1,27 +1,35 @@
 """Train: grpo-jax train --config=dapo:tiny --workdir=runs/dapo --config.seed=1
 
-The same command goes on from the newest checkpoint in the workdir. SIGTERM saves and exits 0. On several hosts it runs on
+The same command goes on from the newest checkpoint in the workdir that can be read. SIGTERM, SIGHUP or Ctrl-C saves and exits
+0; a second Ctrl-C ends at once. On several hosts it runs on
 each of them, with --distributed or --coordinator (docs/scale.md).
 """
 
 from __future__ import annotations
 
-import pathlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 from grpo_jax.tools import cli
 
 if TYPE_CHECKING:
+    import pathlib
+
     from grpo_jax.config import Config
 
+FEWEST_STEPS = 20  # with fewer a rise of the held-out success would be luck
+UNKNOWN = "?"  # its record was damaged
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
 PROFILE = flags.DEFINE_string(
     "profile", None, "steps to trace with jax.profiler, for example 10:12; the traces go to <workdir>/profile, for TensorBoard"
 )
-ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "go on in a workdir that another config wrote (for example with more num_steps)"
+ALLOW_CONFIG_CHANGE = flags.DEFINE_list(
+    "allow_config_change", [], "fields or groups, optimizer.learning_rate,mesh: go on in a workdir with other values of these"
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; how they meet is known from the TPU pod, Slurm, Kubernetes or Open MPI"
@@ -35,17 +43,21 @@ def main() -> None:
     """Run the command: train, then show before and after as a table."""
     from grpo_jax.caches import enable_compilation_cache_on_accelerators
     from grpo_jax.training import trainer
+    from grpo_jax.training.settings import Start
 
     config = cli.config_from_flags()
     if cli.WORKDIR.value is None:
         raise UserError("--workdir is missing; for example --workdir=runs/dapo")
-    workdir = pathlib.Path(cli.WORKDIR.value)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
     profiled = parse_steps(PROFILE.value) if PROFILE.value else None
     # Flags are checked first: once a process has joined, others depend on it, and it cannot just exit. The cache comes after,
     # for it asks JAX for its devices, and these are fixed from then on.
     join_hosts()
     enable_compilation_cache_on_accelerators()
-    summary = trainer.train(config, workdir, allow_config_change=ALLOW_CONFIG_CHANGE.value, profiled=profiled)
+    start = Start(
+        cli.chosen_step(workdir), cli.STRICT.value, [name.removeprefix("config.") for name in ALLOW_CONFIG_CHANGE.value]
+    )
+    summary = trainer.train(config, workdir, start, profiled=profiled)
     if summary is None:  # another host speaks
         return
     show_summary(summary, config, workdir)
@@ -55,21 +67,26 @@ def show_summary(summary: dict[str, Any], config: Config, workdir: pathlib.Path)
     """Print before and after as a table, and where the records are."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from grpo_jax import objectives
 
-    table = Table(title=f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")
+    # As Text: brackets in a folder's name are no markup.
+    table = Table(title=Text(printable(f"{objectives.describe(config.objective)}, seed {config.seed}: {workdir}")))
     for name in ("steps", "held-out success before", "after", "training seconds"):
         table.add_column(name, justify="right")
     table.add_row(
         f"{summary['steps']}/{config.num_steps}",
-        f"{summary['success_before']:.3f}",
-        f"{summary['success_after']:.3f}",
+        *(UNKNOWN if summary[name] is None else f"{summary[name]:.3f}" for name in ("success_before", "success_after")),
         f"{summary['training_secs']:.0f}",
     )
     console = Console()
     console.print(table)
-    console.print(f"curve: {workdir}/learning_curve.png   records: {workdir}/metrics.jsonl", soft_wrap=True)
+    if config.num_steps < FEWEST_STEPS:
+        note = f"note: {config.num_steps} steps show that everything runs; they are too few to learn from"
+        console.print(note, soft_wrap=True)
+    shown = printable(str(workdir))
+    console.print(Text(f"curve: {shown}/learning_curve.png   records: {shown}/metrics.jsonl"), soft_wrap=True)
 
 
 def join_hosts() -> None:
@@ -87,6 +104,8 @@ def join_hosts() -> None:
         hosts.start(*named.values())
     elif len(missing) < len(named):
         raise UserError(f"{missing[0]} is missing; --coordinator, --num_processes and --process_id go together")
+    if hosts.is_joined() and not hosts.is_first():
+        logging.getLogger("grpo_jax").setLevel(logging.ERROR)  # all have the same to say of the data
 
 
 def parse_steps(text: str) -> range:

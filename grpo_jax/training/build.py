@@ -13,33 +13,49 @@ from jaxtyping import PyTree
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
+from grpo_jax.models.folders import resolve
 from grpo_jax.models.lora import LoRA, init_adapters
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.rng import key_for
-from grpo_jax.tasks import Task, Tokenizer, dataset, jsonl, reasoning_gym
+from grpo_jax.tasks import Task, Tokenizer
 from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
 from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.sources import load_data
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.training.warm_start import make_warm_start
 from grpo_jax.types import Params
 
-# Where the questions of each task come from: (TaskConfig, number to hold out) -> Split.
-SOURCES = {"jsonl": jsonl.load, "dataset": dataset.load, "reasoning_gym": reasoning_gym.load}
-
 
 def make_task(config: Config) -> Task:
     """Make the task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
-    tokenizer: Tokenizer = HFTokenizer(config.model.path) if config.model.path else CharTokenizer(ALPHABET)
+    tokenizer: Tokenizer = CharTokenizer(ALPHABET)
+    if config.model.path:
+        tokenizer = HFTokenizer(config.model.path, config.task.chat_template)
+    task: Task
     if config.task.name == "arithmetic":
-        return ArithmeticTask(
+        task = ArithmeticTask(
             config.task.arithmetic,
             tokenizer,
             seed=config.seed,
             num_eval=config.eval.num_prompts,
             max_answer_tokens=config.rollout.max_completion_tokens,
         )
-    return HostTask(config, tokenizer, SOURCES[config.task.name](config.task, config.eval.num_prompts))
+    else:
+        task = HostTask(config, tokenizer, load_data(config))
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.check_length(task.prompt_tokens, config.rollout.max_completion_tokens)
+    return task
+
+
+def sources_of(config: Config) -> dict[str, str]:
+    """Mark the files outside of its folder that a run is made of: field of the config, or part of it -> fingerprint."""
+    if not config.model.path:
+        return {}
+    folder = resolve(config.model.path)
+    return {"model.path": fingerprint(folder, WEIGHTS), "model.path.tokenizer": fingerprint(folder, TOKENIZER)}
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
@@ -60,7 +76,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             ffn_dim=size.ffn_dim,
         )
     adapters = config.lora
-    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
+    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets, adapters.use_rslora) if adapters.rank else None
     is_router_frozen = size.router == "frozen"
     if is_router_frozen and not arch.num_experts:
         raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
@@ -91,7 +107,11 @@ def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTre
     warm_start = make_warm_start(decoder, task, config.warm_start, config.learner.logprob_chunk_tokens)
     # Each process has made it on a device of its own. Arrays over several processes must be the same in all of them, so the
     # result of the first counts.
-    return hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), shardings)
+    weights = hosts.make_global_array(hosts.broadcast_from_process0(warm_start(init(key), config.seed)), shardings)
+    if find_not_finite(weights):
+        rate = config.warm_start.learning_rate
+        raise UserError(f"config.warm_start.learning_rate = {rate}: too high, the warm start ended in NaN or infinity")
+    return weights
 
 
 def initial_adapters(config: Config, model: ModelDef, shardings: PyTree[Sharding]) -> Params:

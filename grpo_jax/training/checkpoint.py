@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import itertools
 import pathlib
-import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,30 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.config.aliases import complete
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.parallel import hosts
+from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.parallel.sharding import path_names
+from grpo_jax.training.checksums import find_damage, write_checksums
 from grpo_jax.types import Params, TrainState
 
-SEEN_WITHIN_SECS = 60.0  # a network's file system may show a file so late to the other hosts
+Restored = TypeVar("Restored")
+
+
+class DamagedCheckpointError(RunError):
+    """A checkpoint that cannot be read, or is not what was written."""
+
+
+@dataclasses.dataclass
+class KeepStep:
+    """A policy of Orbax that preserves one step, which changes."""
+
+    step: int = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tell it of each checkpoint."""
+        del context
+        return [each.step == self.step for each in checkpoints]
 
 
 class Checkpointer:
@@ -31,13 +47,21 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        # keep = 0 is about finished runs (`trainer.finalize_run`): one that is under way needs a checkpoint to resume from.
-        options = ocp.CheckpointManagerOptions(max_to_keep=max(config.keep, 1), create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
-
-    def latest_step(self) -> int | None:
-        """Return the step of the newest finished checkpoint, or None."""
-        return self._manager.latest_step()
+        self.workdir, self._folder = workdir, (workdir / "checkpoints").absolute()
+        self._saving = -1  # the step that is being written
+        self.best = KeepStep()
+        policies = ocp.checkpoint_managers
+        # keep = 0 is about finished runs (`trainer.finalize_run`): one under way needs a checkpoint to resume from.
+        kept: list[Any] = [policies.LatestN(max(config.keep, 1)), self.best]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            create=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
         """Start writing; returns before the bytes are on disk. A step already saved is left as it is.
@@ -55,12 +79,53 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             saved = jax.tree.map(jnp.copy, saved)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(saved), config=ocp.args.JsonSave(config))
+        self._manager.wait_until_finished()  # the callback below must know which step it is called for
+        self._saving = step
         self._manager.save(step, args=items)
 
+    def _write_checksums(self) -> None:
+        """Write the checksums of a step whose files are all there, in the thread that writes it."""
+        # Before Orbax gives the folder its final name: a checkpoint never exists without them.
+        for folder in self._folder.glob(f"{self._saving}.*tmp*"):
+            write_checksums(folder)
+
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Read the state saved at `step`, sharded like `like`. Raises UserError if it was saved from another structure."""
+        """Read the state saved at `step`, sharded like `like`.
+
+        Raises: UserError if it was saved from another structure, DamagedCheckpointError if it is not what was written.
+        """
+        self._manager.wait_until_finished()  # the step may be the one that is being written
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved_fields(like))
         return dataclasses.replace(_BLANK, **_restore(self._manager, step, abstract))
+
+    def restore_newest(
+        self, restore: Callable[[int], Restored], step: int | None = None, *, is_strict: bool = False
+    ) -> tuple[int, Restored] | None:
+        """Read the newest checkpoint that can be read, and set those aside that are behind it.
+
+        Args:
+          restore: reads a step, as `restore` does. step: take this one, whatever there is behind it.
+          is_strict: do not fall back on an older one.
+        Returns: (its step, what was read), or None if nothing was ever saved.
+        Raises: DamagedCheckpointError if there are some and none can be read, or not the one that was asked for.
+        """
+        found = read_newest(self.workdir, restore, step, is_strict=is_strict)
+        if found is not None:
+            self._set_aside([each for each in numbered_folders(self.workdir) if each > found[0]])
+        return found
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Take the steps out of the way of the same ones, which the run comes to again. Nothing is deleted."""
+        if not steps:
+            return
+        if hosts.is_first():
+            for step in steps:
+                names = (self._folder / f"aside-{i}-{step}" for i in itertools.count())
+                to = next(path for path in names if not path.exists())
+                (self._folder / str(step)).rename(to)
+                hosts.say(f"{self._folder}/{step}: renamed to {to.name}; delete it if you do not need it")
+        hosts.broadcast_from_process0(np.zeros(()))
+        self._manager.reload()
 
     def close(self) -> None:
         """Wait for the last save and release the threads."""
@@ -68,9 +133,60 @@ class Checkpointer:
         self._manager.close()
 
 
+def numbered_folders(workdir: pathlib.Path) -> list[int]:
+    """List the numbers of all that is named like a checkpoint in a workdir, the smallest first."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdigit())
+
+
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """List the steps of all finished checkpoints in a workdir, the oldest first."""
-    return sorted(_reader(workdir).all_steps()) if (workdir / "checkpoints").is_dir() else []
+    """List the steps of all finished checkpoints in a workdir, the oldest first. Whether they can be read is not looked at."""
+    # One that is being written, or was cut off, has another name; an empty folder is none.
+    return [step for step in numbered_folders(workdir) if (workdir / "checkpoints" / str(step) / "state").is_dir()]
+
+
+def read_newest(
+    workdir: pathlib.Path, restore: Callable[[int], Restored], step: int | None = None, *, is_strict: bool = False
+) -> tuple[int, Restored] | None:
+    """Read the newest checkpoint of a workdir that can be read, and say why each newer one cannot.
+
+    Args:
+      workdir: of the run. restore, step, is_strict: as in `Checkpointer.restore_newest`.
+    Returns: (its step, what was read), or None if there is none.
+    Raises: DamagedCheckpointError.
+    """
+    steps = numbered_folders(workdir)
+    if step is not None:
+        require_step(workdir, step)
+        steps = [step]
+    reasons = []
+    for each in reversed(steps):
+        try:
+            return each, restore(each)
+        except DamagedCheckpointError as error:
+            if is_strict or step is not None:
+                raise
+            reasons.append(str(error))
+            hosts.say(f"{error}; going on from an older one")
+    if reasons:
+        raise DamagedCheckpointError(
+            f"{reasons[0]}; none of the {len(reasons)} checkpoint(s) there can be read: take another --workdir, or delete "
+            f"{workdir} to begin anew"
+        )
+    return None
+
+
+def require_step(workdir: pathlib.Path, step: int | None) -> None:
+    """Raise UserError if a workdir has no checkpoint, or not that of `step` (None: any)."""
+    steps = saved_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"--workdir={workdir}: no finished checkpoint in it; train first, and with config.checkpoint.keep above 0"
+        )
+    if step is not None and step not in steps:
+        raise UserError(f"--step={step}: no such checkpoint in {workdir}; there are: {', '.join(map(str, steps))}")
 
 
 def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
@@ -79,30 +195,50 @@ def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
     Args:
       workdir: of the run. step: of one of its checkpoints. like: shapes and shardings of the weights.
     Returns: the weights, like `like`.
-    Raises: UserError if they were saved from another structure.
+    Raises: UserError if they were saved from another structure, DamagedCheckpointError if they are not what was written.
     """
-    return _restore(_reader(workdir), step, {"params": like})["params"]
-
-
-def _reader(workdir: pathlib.Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
+        return _restore(manager, step, {"params": like})["params"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) -> dict[str, Any]:
     """Read some fields of a saved state, by their names; like: their shapes and shardings."""
-    manager.wait_until_finished()  # the step may be the one that is being written
-    _check_fits(manager.directory / str(step), like)
+    folder = pathlib.Path(manager.directory) / str(step)
+    # Nothing of a file is looked at before it is known to be what was written: it may be nonsense of any kind.
+    damage = _damage_as_first_sees_it(folder)
+    if damage:
+        raise DamagedCheckpointError(f"{folder}: damaged ({damage})")
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
     # adds or leaves out is no reason to refuse what is there.
     args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
-        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-    except (ValueError, KeyError) as error:
-        # Orbax's messages go over many lines; the first says what is wrong.
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{manager.directory}/{step}: does not fit this config ({first}); use another --workdir") from error
+        _check_fits(folder, like)
+        restored = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever they meet in files that nobody vouches for
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]  # the others are details of details
+        raise DamagedCheckpointError(f"{folder}: cannot be read ({first})") from error
+    broken = find_not_finite(restored)
+    if broken:
+        raise DamagedCheckpointError(f"{folder}: {'.'.join(path_names(broken[0][0]))} holds NaN or infinity")
+    return restored
+
+
+def _damage_as_first_sees_it(folder: pathlib.Path) -> str | None:
+    """Return `find_damage` of a step's folder in the first process, and say if it cannot be told; the others get its word."""
+    damage: str | None = ""
+    if hosts.is_first():
+        damage = "no checkpoint is in it" if not (folder / "state").is_dir() else find_damage(folder)
+        if damage is None:
+            hosts.say(f"{folder}: no checksums.json, an older version wrote it; read as it is")
+    codes = (None, "")
+    known = hosts.broadcast_from_process0(np.asarray(codes.index(damage) if damage in codes else -1))
+    if int(known) >= 0:
+        return codes[int(known)]
+    return damage or "the first process says so"
 
 
 def _check_fits(folder: Any, like: dict[str, Any]) -> None:
@@ -130,58 +266,3 @@ def saved_fields(state: TrainState) -> dict[str, Any]:
     frozen = ("base", "ref_params", "hyperparams")
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if name not in frozen and value is not None}
-
-
-def init_workdir(workdir: pathlib.Path, config: dict[str, Any], *, allow_config_change: bool) -> None:
-    """Write the config into a new workdir; in an old one, refuse if it was made by another config.
-
-    Args:
-      workdir: folder of the run. config: as a plain dict. allow_config_change: do not compare it with the old one.
-    Raises: UserError naming the first fields that differ, or that the folder cannot be written.
-    """
-    if not allow_config_change:
-        check_same_config(workdir, config)
-    if hosts.is_first():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    # The other processes wait until the file is written. Then each looks for it: a --workdir on a disk of its own is a one-line
-    # error here, and not a failure in the middle of a save.
-    hosts.broadcast_from_process0(np.zeros(()))
-    deadline = time.monotonic() + SEEN_WITHIN_SECS
-    while not (workdir / "config.json").exists():
-        if time.monotonic() > deadline:
-            raise UserError(f"--workdir={workdir}: not the folder that the first host writes; take one that all hosts share")
-        time.sleep(1)
-
-
-def check_same_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises UserError naming the first fields that differ, if the workdir is that of a run with another config."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
-    differences = list(_differences(complete(json.loads(path.read_text())), json.loads(json.dumps(config)), "config"))
-    if differences:
-        raise UserError(
-            f"{path}: written by another config: {'; '.join(differences[:3])}; "
-            "use another --workdir, or --allow_config_change to go on with the new settings"
-        )
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write a text file so that, whenever the process dies, there is either all of the new file or the old one."""
-    # Beside it, because a rename is atomic only within one file system.
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _differences(old: Any, new: Any, where: str):
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
-    elif old != new:
-        yield f"{where} was {old!r}, now {new!r}"

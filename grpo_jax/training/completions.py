@@ -30,7 +30,7 @@ def completion_rows(
       num_groups: how many groups are recorded.
     Returns: records of plain Python values. Lists have one entry a token: `token_text` (the pieces put together are the
       completion; a stop token's is empty, and so are all but the last of the tokens that share a character), `token_entropy`
-      in nats, `token_advantage`. Numbers have four significant digits.
+      in nats, `token_advantage`. Numbers have four significant digits. The rewards of a row that is not `is_scored` are None.
     """
     # Sliced on the device: of a large batch, no more than what is recorded goes to the host.
     few, adv_PGT, grpo_PG = hosts.gather_to_host(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
@@ -40,14 +40,16 @@ def completion_rows(
         # An empty slot of dynamic sampling's buffer: a real completion has one token at least.
         if num == 0:
             continue
+        is_scored = few.is_scored_PG is None or bool(few.is_scored_PG[p, g])
         ids, entropies = rolled.tokens_PGT[p, g, :num], rolled.entropy_PGT[p, g, :num]
         rows.append(
             {
                 "group": p,
-                "prompt": tokenizer.decode(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
+                "prompt": tokenizer.decode_prompt(rolled.prompts.tokens_PS[p][rolled.prompts.mask_PS[p]]),
                 "completion": tokenizer.decode(ids),
-                "task_reward": short(few.task_reward_PG[p, g]),
-                "reward": short(few.reward_PG[p, g]),
+                "is_scored": is_scored,
+                "task_reward": short(few.task_reward_PG[p, g]) if is_scored else None,
+                "reward": short(few.reward_PG[p, g]) if is_scored else None,
                 "tokens": num,
                 "is_truncated": bool(rolled.is_truncated_PG[p, g]),
                 "entropy": short(entropies.mean()),

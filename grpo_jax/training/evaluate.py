@@ -20,16 +20,21 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
 from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
-from grpo_jax.types import Params, Rollout
+from grpo_jax.types import Params, Reward, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Completions of all held-out prompts. lengths_PG: tokens. majority_P: of `estimates.majority`."""
+    """Completions of all held-out prompts.
+
+    is_scored_PG: False where scoring failed, came late or had no opinion. lengths_PG: tokens.
+    majority_P: of `estimates.majority`.
+    """
 
     is_right_PG: Bool[np.ndarray, "P G"]
+    is_scored_PG: Bool[np.ndarray, "P G"]
     lengths_PG: Float[np.ndarray, "P G"]
     majority_P: Float[np.ndarray, " P"]
 
@@ -37,7 +42,8 @@ class Answers:
 def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Evaluate:
     """Bind an evaluation on the held-out prompts.
 
-    "success": the greedy answer is right. "length_mean": of the greedy answers, tokens.
+    "success": the greedy answer is right. "length_mean": of the greedy answers, tokens. "unscored", where that happens:
+    the greedy answer has no score. Such an answer, and such a sample, counts as not right.
     With n = eval.num_samples > 0, from n samples of each prompt at the training temperature: "mean@n", "pass@k" for
     k = 2, 4, ... n, and "maj@n". Of several hosts each scores the rows of its own devices.
 
@@ -69,11 +75,11 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
             batches.append(score(rolled))
         return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
 
-    def score(rolled: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def score(rolled: Rollout) -> tuple[np.ndarray, ...]:
         """Compute the fields of `Answers` for one batch."""
         rows, (answer, tokens, mask) = hosts.addressable_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
-        is_right = np.asarray(task.reward(answer, tokens, mask).task_PG) >= config.objective.success_threshold
-        own = is_right, mask.sum(-1), majority(task.final_answers(tokens, mask), is_right)
+        is_scored, is_right = judge(task.reward(answer, tokens, mask), config.objective.success_threshold)
+        own = is_right, is_scored, mask.sum(-1), majority(task.final_answers(tokens, mask), is_right)
         return hosts.allgather_rows(rows, own, width)
 
     def evaluate(params: Params) -> dict[str, Estimate]:
@@ -81,6 +87,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
         params = sampler_weights(params)
         best = answer(greedily, params)
         values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
+        if not best.is_scored_PG.all():
+            values["unscored"] = ~best.is_scored_PG[:, 0]
         if n:
             drawn = answer(sampled, params)
             num_right_P = drawn.is_right_PG.sum(-1)
@@ -90,6 +98,15 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+def judge(reward: Reward, success_threshold: float) -> tuple[Bool[np.ndarray, "P G"], Bool[np.ndarray, "P G"]]:
+    """Tell which completions have a score of the task's own, and which are successes: none without a score is."""
+    # Not left out: a mean over other questions could not be compared with the one before. What shaping says does not matter.
+    is_scored_PG = np.isfinite(reward.task_PG)
+    if reward.has_task_score_PG is not None:
+        is_scored_PG &= np.asarray(reward.has_task_score_PG)
+    return is_scored_PG, is_scored_PG & (np.asarray(reward.task_PG) >= success_threshold)
 
 
 @functools.lru_cache(maxsize=16)

@@ -66,7 +66,7 @@ class Collect:
         def add_round(done: SamplingCarry) -> SamplingCarry:
             # The state stays that of the step's beginning: the round's number alone sets prompts and keys apart.
             batch, metrics = self.sampler.finish(self.sampler.start(state, started.weights, done.rounds))
-            buffer = self._push(done.buffer, batch, is_informative(batch.task_reward_PG))
+            buffer = self._push(done.buffer, batch, is_informative(batch.task_reward_PG, batch.is_scored_PG))
             return SamplingCarry(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
 
         def is_short(done: SamplingCarry) -> Bool[Arrays, ""]:
@@ -75,7 +75,7 @@ class Collect:
         # The first round is before the loop: a full buffer from last time must not leave a step without samples. It also gives
         # the loop's carry its metrics, whose names and shapes must be known before a traced loop begins.
         batch, metrics = self.sampler.finish(started)
-        buffer = self._push(state.pending, batch, is_informative(batch.task_reward_PG))
+        buffer = self._push(state.pending, batch, is_informative(batch.task_reward_PG, batch.is_scored_PG))
         done = self.sampler.while_loop(is_short, add_round, SamplingCarry(buffer, jnp.int32(1), metrics))
         # With all rounds spent there may be fewer than P groups; shapes are static, so the missing ones come out masked.
         batch, buffer = self._pop(done.buffer, P)

@@ -22,6 +22,7 @@ from grpo_jax.learner.train_step import TrainStep, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
     ROWS,
@@ -68,7 +69,11 @@ class TrainFns:
         self.sampler: DeviceSampler = make_sampler(self.config, task, model, mesh)
         self.collect = Collect(self.config, self.sampler)
         self.update: TrainStep = make_train_step(model, self.optimizer, self.config, mesh)
-        self.iterate: Iteration = make_iterations(self.collect, self.update, max(config.steps_per_call, 1))
+        self.iterate = self.chain_steps(max(config.steps_per_call, 1))
+
+    def chain_steps(self, num_steps: int) -> Iteration:
+        """Chain so many steps into one function."""
+        return make_iterations(self.collect, self.update, num_steps)
 
     def init(self, weights: Params, adapters: Params | None, hyperparams: Hyperparams) -> TrainState:
         """Make the state at step 0.
@@ -107,8 +112,8 @@ class TrainFns:
         """Return the shapes of a batch, without computing one. policy: all weights, or their shapes."""
         P, G = self.config.rollout.num_prompts, self.config.rollout.group_size
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
-        row = jax.ShapeDtypeStruct((P, G), jnp.float32)
-        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32))
+        row, is_scored = (jax.ShapeDtypeStruct((P, G), dtype) for dtype in (jnp.float32, jnp.bool_))
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored)
 
     def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute `advantages_with_grpo` of a batch."""
@@ -122,7 +127,8 @@ class Run:
 
     fns: the functions before they are compiled. abstract_state: shapes and shardings of the state.
     init, collect, update, iterate, async_step: compiled; each donates the state. Runs of one static key share them
-    (`with_config`), and so jit's cache. load_weights: loads or warm-starts all weights but adapters.
+    (`with_config`), and so jit's cache. compile_iteration: what made `iterate` of the one in `fns`.
+    load_weights: loads or warm-starts all weights but adapters.
     """
 
     config: Config
@@ -135,6 +141,7 @@ class Run:
     collect: Callable[[TrainState], Collected]
     update: CompiledUpdate
     iterate: Iteration
+    compile_iteration: Callable[[Iteration], Iteration]
     async_step: Iteration
     load_weights: Callable[[], Params]
     _advantages: Callable[[Hyperparams, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
@@ -149,9 +156,19 @@ class Run:
         """The config's numbers, on every device."""
         return jax.device_put(hyperparams_of(self.config), NamedSharding(self.mesh, REPLICATED))
 
+    @property
+    def reads_again(self) -> tuple[str, ...]:
+        """The files that a run reads once more when it goes on, as `build.sources_of` names them."""
+        has_frozen = self.abstract_state.base is not None or self.abstract_state.ref_params is not None
+        return ("model.path", "model.path.tokenizer") if has_frozen else ("model.path.tokenizer",)
+
     def advantages(self, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`."""
         return self._advantages(self.hyperparams, batch)
+
+    def iterate_once(self, num_steps: int) -> Iteration:
+        """Return a function like `iterate`, of fewer steps than config.steps_per_call; compiled when it is called."""
+        return self.compile_iteration(self.fns.chain_steps(num_steps))
 
     def with_config(self, config: Config) -> Run:
         """Return the run of another config of the same static key, with the same compiled functions.
@@ -198,12 +215,17 @@ class Run:
         states = jax.tree.map(
             lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), shardings_of(self.abstract_state)
         )
-        collect, update, iterate = map(jax.vmap, (self.fns.collect, self.fns.update, self.fns.iterate))
+        collect, update = map(jax.vmap, (self.fns.collect, self.fns.update))
+
+        def compile_iteration(iterate: Iteration) -> Iteration:
+            return jax.jit(jax.vmap(iterate), donate_argnums=0, out_shardings=(states, None, None))
+
         return dataclasses.replace(
             self,
+            compile_iteration=compile_iteration,
             collect=jax.jit(collect, donate_argnums=0, out_shardings=(states, None, None)),
             update=jax.jit(update, donate_argnums=0, out_shardings=(states, None)),
-            iterate=jax.jit(iterate, donate_argnums=0, out_shardings=(states, None, None)),
+            iterate=compile_iteration(self.fns.iterate),
         )
 
 
@@ -225,7 +247,9 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     Raises: UserError if the task or the model cannot do what the config asks.
     """
     check_task_suits(config, task)
+    check_token_ids(config, task, model.arch.vocab_size)
     check_divisible(model.arch.sharded_sizes, mesh)
+    model = dataclasses.replace(model, hardware=hardware_of(mesh))
     fns = TrainFns(config, mesh, task, model)
     base, adapters = split_adapters(model.param_shapes())
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
@@ -234,6 +258,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     # Shardings of results are fixed, or the compiler would choose them: a state that came back in others would make the next
     # call compile once more, and could not take the place of the donated buffers.
     sampled = (states, NamedSharding(mesh, ROWS), everywhere)  # of the state, and the batch and metrics beside it
+    compile_iteration = functools.partial(jax.jit, donate_argnums=0, out_shardings=sampled)
     # A host's sampler jits its own parts, for tokens and rewards pass through the host between them.
     collect: Callable[[TrainState], Collected] = fns.collect
     if task.is_traceable:
@@ -248,7 +273,8 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         init=jax.jit(fns.init, donate_argnums=(0, 1), out_shardings=states),
         collect=collect,
         update=jax.jit(fns.update, donate_argnums=0, out_shardings=(states, everywhere)),
-        iterate=jax.jit(fns.iterate, donate_argnums=0, out_shardings=sampled),
+        iterate=compile_iteration(fns.iterate),
+        compile_iteration=compile_iteration,
         async_step=make_async_step(
             fns.collect,
             jax.jit(lambda state: fns.update(state, state.next_batch), donate_argnums=0, out_shardings=(states, everywhere)),
@@ -265,6 +291,8 @@ def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: Tr
       config, model, task: of the run. abstract_state: shapes and shardings.
     Returns: all weights but adapters.
     """
+    # A warm start is compiled for one device and no mesh, where a kernel's rows could not be sharded.
+    model = dataclasses.replace(model, hardware=None)
     return build.initial_params(config, model, task, shardings_of(base_of(abstract_state)))
 
 
@@ -301,6 +329,24 @@ def check_task_suits(config: Config, task: Task) -> None:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
+
+
+def check_token_ids(config: Config, task: Task, vocab_size: int) -> None:
+    """Check the ids of tokens that the rollout is told of.
+
+    Args:
+      config: its rollout is read. task: its end tokens are read.
+      vocab_size: of the model.
+    Raises: UserError naming the field.
+    """
+    # An id beyond the vocabulary would be read as another one, or never be met, and either without a word.
+    for name in ("bad_ids", "bad_first_ids", "forced_prefix_ids", "stop_ids"):
+        unknown = [token for token in getattr(config.rollout, name) if not 0 <= token < vocab_size]
+        if unknown:
+            raise UserError(f"config.rollout.{name}: {unknown[0]} is no token of the model, which has {vocab_size}")
+    ends = sorted(set(config.rollout.forced_prefix_ids) & set(task.stop_ids))
+    if ends:
+        raise UserError(f"config.rollout.forced_prefix_ids: {ends[0]} ends a completion; leave it out")
 
 
 def check_batch_divisible(config: Config, mesh: Mesh) -> None:

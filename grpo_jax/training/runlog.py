@@ -1,52 +1,55 @@
-"""The records of a run: metrics.jsonl (one object a step), completions.jsonl, TensorBoard events, a progress line."""
+"""The records of a run: metrics.jsonl (one object a step), completions.jsonl, a progress line, and who else is told."""
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from grpo_jax.config import Config, parse_config
-from grpo_jax.config.aliases import complete
-from grpo_jax.errors import UserError
+from grpo_jax.files import note_once, printable
+from grpo_jax.training.callbacks import Callbacks
+from grpo_jax.training.records import RecordFile, read_records
 
 PLAIN_LINE_EVERY_SECS = 10.0
-_EVENTS: Any = event_pb2  # message classes made at run time, which a type checker cannot see
-_SUMMARIES: Any = summary_pb2
+# What is read of a completion's record, and its kind.
+COMPLETION_FIELDS: Mapping[str, Any] = {
+    "group": int,
+    "task_reward": int | float,
+    "reward": int | float,
+    "is_truncated": bool,
+    "entropy": int | float,
+    "grpo_advantage": int | float,
+}
+TOKEN_FIELDS = ("token_text", "token_entropy", "token_advantage")
 
 
 class RunLog:
     """Appends a run's records and shows its progress. Records beyond `step` are removed, so that none appears twice.
 
-    step: of the checkpoint that the run resumes from; -1: none. num_steps: of the whole run.
+    step: of the checkpoint that the run resumes from; -1: none. num_steps: of the whole run. callbacks: told of all of it.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int):
+    def __init__(self, workdir: pathlib.Path, step: int, num_steps: int, callbacks: Callbacks | None = None):
+        self._workdir = workdir
         self._progress = ProgressLine(max(step, 0), num_steps)
-        self._metrics = _reopen(workdir / "metrics.jsonl", step)
-        self._completions = _reopen(workdir / "completions.jsonl", step)
-        self._events = EventFileWriter(str(workdir / "tensorboard"))
-        # An event file cannot be truncated; this event tells TensorBoard to drop the points of earlier files from its step on.
-        restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
-        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step + 1, session_log=restart))
+        self._metrics = RecordFile(workdir / "metrics.jsonl", step, metrics_fault)
+        self._completions = RecordFile(workdir / "completions.jsonl", step, completion_fault)
+        say_what_is_lost(self._metrics, step)
+        self.callbacks = callbacks or Callbacks([])
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line in metrics.jsonl and a point on each TensorBoard curve, and show the step."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        summary = _SUMMARIES.Summary(
-            value=[_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        )
-        self._events.add_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=summary))
+        """Write a line in metrics.jsonl, and show the step."""
+        self._metrics.write({"step": step, **values})
+        self.callbacks.tell("on_step", step, values)
+        evaluated = {name: value for name, value in values.items() if name.startswith("eval/")}
+        if evaluated:
+            self.callbacks.tell("on_eval", step, evaluated)
         self._progress.update(step, values)
         if values.get("groups/missing", 0) > 0:
             missing = values["groups/missing"]
@@ -55,62 +58,76 @@ class RunLog:
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Write sampled completions, a line each."""
         for row in rows:
-            self._completions.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+            self._completions.write({"step": step, **row})
+        self.callbacks.tell("on_samples", step, rows)
+
+    def note(self, text: str) -> None:
+        """Show a line above the progress."""
+        self._progress.note(f"{self._workdir}: {text}", is_rare=True)
 
     def flush(self) -> None:
         """Put all records so far on disk."""
-        # Called before a checkpoint: the log may be ahead of it, and is truncated on resuming, but never behind. fsync, because
-        # flush alone leaves lines in the system's memory, which a crash of the machine may lose while the checkpoint survives.
-        for file in (self._metrics, self._completions):
-            file.flush()
-            os.fsync(file.fileno())
-        self._events.flush()
+        # Called before a checkpoint: the log may be ahead of it, and is cut off on resuming, but never behind. A crash of the
+        # machine would lose lines that are in the system's memory alone, while the checkpoint survives.
+        self._metrics.sync()
+        self._completions.sync()
 
     def close(self) -> None:
         self._progress.close()
         self.flush()
         self._metrics.close()
         self._completions.close()
-        self._events.close()
 
 
-def _reopen(path: pathlib.Path, step: int) -> IO[str]:
-    """Open for appending after the last record of `step`; a line that a kill left unfinished goes too."""
-    # Steps beyond the checkpoint are done again. And behind an unfinished line the next record would not begin on its own line.
-    kept = [line for line, record in _records(path) if record["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8", buffering=1)  # a line at a time, for those who look while the run goes on
+def say_what_is_lost(metrics: RecordFile, step: int) -> None:
+    """Say which records a resumed run does again, and which are missing although its checkpoint is behind them.
+
+    Args:
+      metrics: opened. step: of the checkpoint; -1: none.
+    """
+    if metrics.end.dropped:
+        first, last = metrics.end.dropped
+        why = f"behind the checkpoint of step {step}" if step >= 0 else "there without a checkpoint"
+        note_once(f"{metrics.path}: records of steps {first} to {last} are {why}: these steps are done again")
+    kept = -1 if metrics.end.kept is None else metrics.end.kept
+    if kept < step:
+        note_once(f"{metrics.path}: no records of steps {kept + 1} to {step}, although the checkpoint is of step {step}")
 
 
-def _records(path: pathlib.Path):
-    """Yield (line, record) of each complete line."""
-    if not path.exists():
-        return
-    # A kill may leave the last line unfinished, even inside of a character: that must be no error of decoding.
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield line, json.loads(line)
-            except json.JSONDecodeError:
-                return
+def metrics_fault(record: Mapping[str, Any]) -> str:
+    """Say what is wrong with a record of metrics.jsonl; "" if nothing is."""
+    for name, value in record.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return f"{printable(name, 40)!r} is no number"
+    return ""
+
+
+def completion_fault(record: Mapping[str, Any]) -> str:
+    """Say what is wrong with a record of completions.jsonl; "" if nothing is."""
+    lists = [record[name] for name in TOKEN_FIELDS if name in record]
+    if not lists:  # an older version's has none of them
+        return ""
+    for name, kinds in COMPLETION_FIELDS.items():
+        value = record.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            return f"{name!r} is missing or of another kind"
+    is_whole = len(lists) == len(TOKEN_FIELDS) and all(isinstance(each, list) for each in lists)
+    if not is_whole or len({len(each) for each in lists}) > 1:
+        return "its tokens' lists do not fit together"
+    texts, *numbers = lists
+    are_texts = all(isinstance(x, str) for x in texts)
+    are_numbers = all(isinstance(x, int | float) for each in numbers for x in each)
+    return "" if are_texts and are_numbers else "its tokens' lists hold something else"
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Read the records of metrics.jsonl, in order."""
-    return [record for _, record in _records(workdir / "metrics.jsonl")]
+    """Read the records of metrics.jsonl, in order; lines that are none are named on stderr and left out."""
+    return list(read_records(workdir / "metrics.jsonl", metrics_fault))
 
 
 def read_completions(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the records of completions.jsonl, in order; their fields: `completions.completion_rows`, and `step`."""
-    return [record for _, record in _records(workdir / "completions.jsonl")]
-
-
-def read_config(workdir: pathlib.Path) -> Config:
-    """Read the config that the run was started with. Raises UserError if the folder is not that of a run."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run")
-    return parse_config(complete(json.loads(path.read_text())))
+    """Read the records of completions.jsonl as `read_metrics` does; their fields: `completions.completion_rows`, and `step`."""
+    return list(read_records(workdir / "completions.jsonl", completion_fault))
 
 
 def points(records: Iterable[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
@@ -158,12 +175,13 @@ class ProgressLine:
                 left = f"  left {(now - self._warm[1]) / (step - self._warm[0]) * (self._total - step):.0f} s"
             print(f"step {step}/{self._total}  {say}{left}", file=sys.stderr, flush=True)
 
-    def note(self, text: str) -> None:
-        """Print a line above the live one, at most once every PLAIN_LINE_EVERY_SECS."""
+    def note(self, text: str, *, is_rare: bool = False) -> None:
+        """Print a line above the live one; what is not rare at most once every PLAIN_LINE_EVERY_SECS."""
         now = time.monotonic()
-        if now - self._last_note >= PLAIN_LINE_EVERY_SECS:
-            self._last_note = now
-            self._progress.console.print(text)
+        if is_rare or now - self._last_note >= PLAIN_LINE_EVERY_SECS:
+            self._last_note = self._last_note if is_rare else now
+            # As plain text: brackets in it are no markup.
+            self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

@@ -9,6 +9,7 @@ alike.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ from jaxtyping import Int, Key
 
 from grpo_jax import metrics as metrics_lib
 from grpo_jax.config import Config, RolloutConfig
-from grpo_jax.metrics import Max, Mean, Metric
+from grpo_jax.metrics import Max, Mean, Metric, Std
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, gather_params_for_decoding, shard_map_over_batch
 from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
-from grpo_jax.tasks import Task, TraceableTask
+from grpo_jax.rollout.stops import StopStrings, stop_strings
+from grpo_jax.tasks import Task, Tokenizer, TraceableTask
+from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.tokenizers import token_texts
 from grpo_jax.types import Arrays, Batch, Params, Prompts, Reward, Rollout, TrainState
 
 # (weights as `make_sampler_weights` gives them, prompts, key of the round) -> completions.
@@ -116,7 +120,8 @@ class DeviceSampler:
 
     def finish(self, started: StartedRound) -> tuple[Batch, dict[str, Metric]]:
         """Score a round; -> (its Batch, metrics of all that was sampled)."""
-        return self.make_batch(started.rollout, self.reward(started.rollout), started.shuffle_key, started.step)
+        reward = self.reward(started.rollout, started.step)
+        return self.make_batch(started.rollout, reward, started.shuffle_key, started.step)
 
     def prompts(self, state: TrainState, number: Int[Arrays, ""]) -> Prompts:
         """Return the training prompts of a round."""
@@ -124,8 +129,9 @@ class DeviceSampler:
         assert state.hyperparams is not None
         return self.task.train_prompts(state.num_prompts_drawn + number * P, P, state.hyperparams.seed)
 
-    def reward(self, rolled: Rollout) -> Reward:
-        """Score every completion by the task's reward."""
+    def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
+        """Score every completion by the task's reward. step: int32, whose policy sampled."""
+        del step
         return self.task.reward(rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT)
 
     def make_batch(
@@ -145,7 +151,7 @@ class DeviceSampler:
             reward,
             step,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
-            cache_tokens=self.config.overlong.cache_tokens,
+            cache_tokens=shaping.num_cache_tokens(self.config.overlong, self.config.rollout.max_completion_tokens),
         )
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
@@ -177,14 +183,25 @@ class HostSampler(DeviceSampler):
         start = int(state.num_prompts_drawn + number * P)
         return hosts.make_global_batch(lambda first, num: self.task.train_prompts(start + first, num), P, self.mesh)
 
-    def reward(self, rolled: Rollout) -> Reward:
+    def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
         """Score every completion: each process its own rows, and all processes get the rewards of all."""
+        if isinstance(self.task, HostTask):
+            self.task.step = int(step)
         return score_local_rows(self.task, rolled)
 
 
 def end_tokens(task: Task) -> EndTokens:
-    """Return the ids that completions of a task end with."""
-    return EndTokens(task.stop_ids, task.tokenizer.pad_id)
+    """Return what completions of a task end with."""
+    automaton = None
+    if strings := getattr(task, "stop_strings", ()):
+        automaton = _automaton(task.tokenizer, strings)
+    return EndTokens(task.stop_ids, task.tokenizer.pad_id, automaton)
+
+
+@functools.lru_cache(maxsize=4)
+def _automaton(tokenizer: Tokenizer, strings: tuple[str, ...]) -> StopStrings:
+    """Make the automaton of stop strings. With a large vocabulary that takes a second, so it is kept for the evaluation."""
+    return stop_strings(strings, token_texts(tokenizer))
 
 
 def make_sampler(config: Config, task: Task | TraceableTask, model: ModelDef, mesh: Mesh) -> DeviceSampler:
@@ -206,21 +223,28 @@ def score_local_rows(task: Task, rolled: Rollout) -> Reward:
     # round is needed, and every process must decide that alike: so all of them get all rewards, a few numbers for each row.
     rows, local = hosts.addressable_rows((rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT))
     reward = task.reward(*local)
-    task_PG, shaping_PG = hosts.allgather_rows(rows, (reward.task_PG, reward.shaping_PG), len(rolled.tokens_PGT))
-    return Reward(task_PG, shaping_PG, metrics_lib.reduce_stacked(hosts.process_allgather(reward.metrics)))
+    own = (reward.task_PG, reward.shaping_PG, reward.is_scored_PG)
+    task_PG, shaping_PG, is_scored_PG = hosts.allgather_rows(rows, own, len(rolled.tokens_PGT))
+    metrics = metrics_lib.reduce_stacked(hosts.process_allgather(reward.metrics))
+    return Reward(task_PG, shaping_PG, metrics, is_scored_PG)
 
 
 def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
     """Compute metrics of the policy in a round, over all of its completions, kept or not."""
-    # Of the kept groups alone they would say how well the filter works: each has right and wrong answers in it.
+    # Of the kept groups alone they would say how well the filter works: each has right and wrong answers in it. A row without a
+    # score is in no mean of rewards, as it is in no statistic of the update; `reward/unscored` is its count.
     rolled = batch.rollout
-    lengths_PG = rolled.mask_PGT.sum(-1)
+    lengths_PG, is_scored_PG = rolled.mask_PGT.sum(-1), batch.is_scored_PG
+    if is_scored_PG is None:
+        is_scored_PG = jnp.ones_like(batch.task_reward_PG, bool)
     return {
-        "reward/mean": Mean.of(batch.reward_PG),
-        "reward/success": Mean.of((batch.task_reward_PG >= success_threshold).astype(jnp.float32)),
+        "reward/mean": Mean.of(batch.reward_PG, is_scored_PG),
+        "reward/std": Std.of(batch.reward_PG, is_scored_PG),
+        "reward/success": Mean.of((batch.task_reward_PG >= success_threshold).astype(jnp.float32), is_scored_PG),
+        "reward/unscored": Mean.of(1.0 - is_scored_PG),
         "policy/entropy": Mean.of(rolled.entropy_PGT, rolled.mask_PGT),
         "completion/length_mean": Mean.of(lengths_PG),
         "completion/length_max": Max(lengths_PG.max()),
         "completion/truncated": Mean.of(rolled.is_truncated_PG.astype(jnp.float32)),
-        "groups/uninformative": Mean.of(1.0 - shaping.is_informative(batch.task_reward_PG)),
+        "groups/uninformative": Mean.of(1.0 - shaping.is_informative(batch.task_reward_PG, is_scored_PG)),
     }

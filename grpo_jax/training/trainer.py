@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
+import math
 import operator
 import pathlib
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,177 +17,199 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.config import Config
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.learner.optimizer import learning_rates
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
-from grpo_jax.training.checkpoint import Checkpointer, init_workdir, write_atomically
+from grpo_jax.tasks import data_metrics
+from grpo_jax.tasks.host import HostTask
+from grpo_jax.training import build
+from grpo_jax.training.callbacks import Callbacks
+from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
+from grpo_jax.training.data_record import note_data, pin_template_date
+from grpo_jax.training.disk import faults_in_one_line, require_room
 from grpo_jax.training.evaluate import to_metrics
+from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
-from grpo_jax.training.plots import learning_curve
-from grpo_jax.training.provenance import provenance
+from grpo_jax.training.lock import Lock, held
+from grpo_jax.training.memory import require_memory
+from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
+from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
+from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
+from grpo_jax.training.signals import StopSignal
+from grpo_jax.training.summary import finalize_run
+from grpo_jax.training.trackers import make_callbacks
 from grpo_jax.types import Batch, TrainState
 
 
 def train(
-    config: Config, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    config: Config,
+    workdir: pathlib.Path,
+    start: Start = FROM_WHERE_IT_IS,
+    *,
+    profiled: range | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any] | None:
     """Run `config` in `workdir` from where it left off.
 
-    SIGTERM: saves after the iteration under way and returns. On several hosts only the first writes, checkpoints apart, and
-    has a summary; SIGTERM to any of them stops all.
+    SIGTERM, SIGHUP, SIGINT: saves after the iteration under way and returns; a second SIGINT ends at once. On several hosts
+    only the first writes, checkpoints apart, and has a summary; a signal to any of them stops all.
 
     Args:
       config: of the run. workdir: its folder, new or that of the same run.
-      allow_config_change: resume although the folder was written by another config.
+      start: what to go on from, in a folder that holds its beginning.
       profiled: steps whose calls jax.profiler traces into <workdir>/profile.
+      callbacks: objects as `callbacks.Callback`, beside those that config.log names.
     Returns: the summary that is also written to summary.json; None on hosts that do not write.
     Raises: UserError on bad input, before anything is written.
     """
-    run = make_run(config)
+    run = make_run(pin_template_date(config, [workdir]))
     try:
-        return train_run(run, workdir, allow_config_change=allow_config_change, profiled=profiled)
+        return train_run(run, workdir, start, profiled=profiled, callbacks=callbacks)
     finally:
         run.task.close()
 
 
 def train_run(
-    run: Run, workdir: pathlib.Path, *, allow_config_change: bool = False, profiled: range | None = None
+    run: Run,
+    workdir: pathlib.Path,
+    start: Start = FROM_WHERE_IT_IS,
+    *,
+    profiled: range | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any] | None:
     """`train` for a run that is built already.
 
     Args:
-      run: from `make_run`. workdir, allow_config_change, profiled: as in `train`.
+      run: from `make_run`. workdir, start, profiled, callbacks: as in `train`.
     Returns: the summary, or None on hosts that do not write.
     """
+    if isinstance(run.task, HostTask):
+        run.task.keep_errors_in(workdir / "reward_errors")
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
-    return train_members(run, [run], [workdir], profiler, allow_config_change=allow_config_change)[0]
+    return train_members(run, [run], [workdir], profiler, start, callbacks)[0]
 
 
-def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> None:
+def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list[str]:
     """`train` for runs of one static key, in one program: every call advances all, and each leaves its own ordinary folder.
 
     A step takes as long as the slowest run of it, and its recorded seconds are the share of one run. SIGTERM saves all.
 
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
-    Raises: ValueError if the runs are not all at one step.
+    Returns: why each could not go on; "" for one that did.
+    Raises: RunError if the runs are not all at one step.
     """
-    train_members(runs[0].vmapped(), runs, workdirs, Profiler(workdirs[0], None), allow_config_change=False)
+    profiler = Profiler(workdirs[0], None)
+    summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
+    return [(summary or {}).get("error", "") for summary in summaries]
 
 
 def train_members(
-    fns: Run, runs: Sequence[Run], workdirs: Sequence[pathlib.Path], profiler: Profiler, *, allow_config_change: bool
+    fns: Run,
+    runs: Sequence[Run],
+    workdirs: Sequence[pathlib.Path],
+    profiler: Profiler,
+    start: Start,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict[str, Any] | None]:
     """Open the folders of some runs, loop, and finish each.
 
     Args:
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
-      profiler: of the calls. allow_config_change: as in `train`.
-    Returns: their summaries; None for each on hosts that do not write.
-    Raises: ValueError if the runs are not all at one step.
+      profiler: of the calls. start, callbacks: as in `train`.
+    Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
+    Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
         opened = [
-            stack.enter_context(open_run(run, workdir, allow_config_change=allow_config_change))
-            for run, workdir in zip(runs, workdirs, strict=True)
+            stack.enter_context(open_run(run, workdir, start, callbacks)) for run, workdir in zip(runs, workdirs, strict=True)
         ]
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
-            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+            # One of them fell back on an older checkpoint: the next start puts runs of one step together.
+            raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
+    # Of several in one program, those that cannot go on stop no other, and each says why.
+    if len(runs) == 1 and members[0].error:
+        raise RunError(members[0].error)
     if not hosts.is_first():
         return [None] * len(runs)
-    return [finalize_run(run.config, workdir) for run, workdir in zip(runs, workdirs, strict=True)]
+    return [finalize_member(member, workdir) for member, workdir in zip(members, workdirs, strict=True)]
 
 
 @contextlib.contextmanager
-def open_run(run: Run, workdir: pathlib.Path, *, allow_config_change: bool) -> Iterator[tuple[Member, TrainState, int | None]]:
+def open_run(
+    run: Run, workdir: pathlib.Path, start: Start, callbacks: Sequence[Any]
+) -> Iterator[tuple[Member, TrainState, int | None]]:
     """Open a run's files.
 
     Args:
-      run: built. workdir: its folder. allow_config_change: as in `train`.
+      run: built. workdir: its folder. start, callbacks: as in `train`.
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
-    Raises: UserError if there is nothing to resume from, or the folder is another config's.
+    Raises: UserError if there is nothing to resume from, the folder is another config's or another process's.
     """
-    # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them. All processes
-    # take the first one's word on the folder, since they compute the weights together and a file may show late on one host.
+    with faults_in_one_line(workdir, run.abstract_state), contextlib.ExitStack() as stack:
+        told = Callbacks([])
+        if hosts.is_first():
+            told = make_callbacks(run.config.log, callbacks)
+        # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        require_memory(run)
+        state = None
+        if not is_begun(workdir):
+            state = announced_initial_state(run)
+        lock = None
+        if hosts.is_first():
+            lock = stack.enter_context(held(workdir))
+        init_workdir(workdir, run.config.to_dict(), start)
+        check_sources(workdir, build.sources_of(run.config), start, reads_again=run.reads_again)
+        if hosts.is_first():
+            note_data(workdir, run.task)
+            require_room(workdir, run.abstract_state, run.config.checkpoint.keep)
+        checkpointer = Checkpointer(workdir, run.config.checkpoint)
+        stack.callback(checkpointer.close)
+        resumed = None
+        restore = functools.partial(run.restore_state, checkpointer)
+        found = checkpointer.restore_newest(restore, start.step, is_strict=start.is_strict)
+        if found is not None:
+            resumed, state = found
+        elif state is None:  # killed before its first checkpoint
+            state = announced_initial_state(run)
+        # The log is opened last, because this removes the records beyond the checkpoint, which must have been read.
+        log = None
+        if hosts.is_first():
+            log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps, told)
+            stack.callback(log.close)
+            told.tell("on_start", run.config, workdir, resumed)
+        member = Member(run, log, checkpointer, lock, told)
+        if run.config.checkpoint.keep_best and resumed is not None:
+            for record in read_metrics(workdir):
+                evaluated = {name: value for name, value in record.items() if name.startswith("eval/")}
+                if record["step"]:  # there is no checkpoint of step 0
+                    member.note_best(int(record["step"]), evaluated)
+        yield member, state, resumed
+
+
+def is_begun(workdir: pathlib.Path) -> bool:
+    """Tell if a folder may hold checkpoints. Raises UserError if it is that of a run that has ended and left none."""
+    # All processes take the first one's word, since they compute the weights together and a file may show late on one host.
     names = ("checkpoints", "summary.json")
-    is_begun, is_ended = hosts.broadcast_from_process0(np.asarray([(workdir / name).exists() for name in names]))
-    if is_ended and not is_begun:
+    has_checkpoints, is_ended = hosts.broadcast_from_process0(np.asarray([(workdir / name).exists() for name in names]))
+    if is_ended and not has_checkpoints:
         raise UserError(
             f"--workdir={workdir}: its run has ended and its checkpoints are gone (config.checkpoint.keep = 0 keeps none), so "
             "there is nothing to go on from; use another folder"
         )
-    state = None
-    if not is_begun:
-        state = announced_initial_state(run)
-    init_workdir(workdir, run.config.to_dict(), allow_config_change=allow_config_change)
-    checkpointer = Checkpointer(workdir, run.config.checkpoint)
-    resumed = checkpointer.latest_step()
-    if resumed is not None:
-        state = run.restore_state(checkpointer, resumed)
-    elif state is None:  # killed before its first checkpoint
-        state = announced_initial_state(run)
-    # The log is opened last, because this removes the records beyond the checkpoint: it must have been read without an error.
-    log = None
-    if hosts.is_first():
-        log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps)
-    try:
-        yield Member(run, log, checkpointer), state, resumed
-    finally:
-        if log:
-            log.close()
-        checkpointer.close()
-
-
-def announced_initial_state(run: Run) -> TrainState:
-    """Make `Run.initial_state`, with a line on the console for those who wait for it."""
-    config = run.config
-    what = f"warm start, {config.warm_start.num_steps} supervised steps"
-    if config.model.path:
-        what = "loading weights"
-    if hosts.is_first():
-        num = jax.process_count()
-        where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
-        print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
-    return run.initial_state()
-
-
-class StopSignal:
-    """While it is entered, SIGTERM asks the loop to save and end; the handler itself only takes note."""
-
-    # Python runs a handler between any two statements. There the state may be donated to a call that has not returned, or a
-    # record half written, so nothing could be saved from inside of it.
-    is_set = False
-
-    def __enter__(self) -> StopSignal:
-        self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "is_set", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-
-@dataclasses.dataclass
-class Profiler:
-    """Traces the calls that end with one of `steps`, each by itself."""
-
-    folder: pathlib.Path
-    steps: range | None
-
-    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        is_traced = self.steps is not None and step in self.steps
-        return jax.profiler.trace(str(self.folder)) if is_traced else contextlib.nullcontext()
+    return bool(has_checkpoints)
 
 
 @dataclasses.dataclass
@@ -205,19 +224,30 @@ class PendingMetrics:
 
 @dataclasses.dataclass
 class Member:
-    """A run with its open files. It writes between calls. log: None on hosts that do not write.
+    """A run with its open files. It writes between calls. log, lock: None on hosts that do not write.
 
     pending: the metrics of the newest call. They are read and written while the next one computes.
+    skipped: its updates that were left out. error: why it cannot go on; "" while it can. It writes nothing from then on.
+    saved: the step of its newest checkpoint, None before the first.
     """
 
     run: Run
     log: RunLog | None
     checkpointer: Checkpointer
+    lock: Lock | None = None
+    callbacks: Callbacks = dataclasses.field(default_factory=lambda: Callbacks([]))
     pending: PendingMetrics | None = None
+    error: str = ""
+    saved: int | None = None
+
+    def __post_init__(self) -> None:
+        self.skipped, self.best = SkippedSteps(self.run.config), -math.inf
+        self.learning_rates = learning_rates(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = to_metrics(self.run.evaluate(state.policy))
+        with phase("held-out evaluation before training, sampling compiled"):
+            values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -230,6 +260,8 @@ class Member:
         Args:
           state, batch: as the call left them. pending: its metrics; written here if the state is saved, else in the next call.
         """
+        if self.error:
+            return
         config, step = self.run.config, pending.last_step
         # Not read yet: the next call is put on the device's queue first, and then the host has time to write.
         self.pending = pending
@@ -243,14 +275,26 @@ class Member:
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        is_best = self.note_best(step, pending.evaluated)
+        if is_last or is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
+
+    def note_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the step if it is the best so far by config.checkpoint.keep_best, and tell if it is."""
+        name = self.run.config.checkpoint.keep_best
+        if name and values and name not in values:
+            raise UserError(f"config.checkpoint.keep_best = {name!r}: not evaluated; there are: {', '.join(values)}")
+        # NaN is above nothing. Of equal ones the first stays.
+        is_best = bool(name) and values.get(name, -math.inf) > self.best
+        if is_best:
+            self.best, self.checkpointer.best.step = values[name], step
+        return is_best
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
         # Taken before it is written: `Loop.advance` and `save` both flush, and no record may be there twice.
         pending, self.pending = self.pending, None
-        if pending is None:
+        if pending is None or self.error:
             return
         first = pending.last_step - len(pending.steps) + 1
         for step, metrics in enumerate(pending.steps, first):
@@ -259,12 +303,28 @@ class Member:
             num_tokens = float(lengths.total)
             values = {**metrics_lib.to_floats(metrics), **pending.timing}
             values["tokens/s"] = num_tokens / pending.timing["time/step_secs"]
+            values["optimizer/learning_rate"] = float(self.learning_rates[step])
             if step == pending.last_step:
                 values |= pending.evaluated
             self.write(step, values)
+            self.watch(step, values)
+
+    def watch(self, step: int, values: dict[str, float]) -> None:
+        """Say which updates were left out, and note when they are too many."""
+        said = self.skipped.count(step, values)
+        if said and self.log:
+            self.log.note(said)
+        if self.skipped.are_too_many and not self.error:
+            num = self.skipped.num
+            self.error = (
+                f"{said}. Stopped: {num} step(s) in a row, as config.optimizer.max_skipped_steps = {num} asks; the weights are "
+                f"those after step {step - num}, and no checkpoint was written since"
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add a record."""
+        if self.lock:
+            self.lock.check()
         if self.log:
             self.log.metrics(step, values)
 
@@ -273,9 +333,15 @@ class Member:
         # The log first, then the checkpoint. A kill between the two leaves records beyond the checkpoint, which the resumed run
         # removes and writes again; the other way round, the pending step would never have a record.
         self.flush_pending()
+        if self.error:  # the last good checkpoint must not make room for this one
+            return
         if self.log:
             self.log.flush()
         self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
+        # At its end, or after a signal, a run saves again what it may just have saved.
+        if self.saved != int(state.step):
+            self.saved = int(state.step)
+            self.callbacks.tell("on_save", self.saved)
 
 
 @dataclasses.dataclass
@@ -289,6 +355,7 @@ class Loop:
     members: Sequence[Member]
     stop: StopSignal
     profiler: Profiler
+    is_first_call: bool = True  # which compiles
 
     def run(self, states: list[TrainState], resumed: int | None) -> None:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
@@ -296,34 +363,56 @@ class Loop:
             states = [member.begin(state) for member, state in zip(self.members, states, strict=True)]
         state = self.stack(states)
         del states  # the calls donate it
+        done = resumed or 0
         for step in self.calls(resumed):
             # A signal reaches the processes at different times, or only one of them. One that left the loop by itself would
             # leave the others waiting in the next call's collectives, so all are asked, and all stop at the same step.
-            if hosts.any_process(self.stop.is_set):
+            if hosts.any_process(self.stop.is_set or any(member.callbacks.is_stop_asked for member in self.members)):
                 break
+            self.stop.doing = self.describe_wait(step)
             with self.profiler(step):
-                state, batch, pending = self.advance(state, step)
+                state, batch, pending = self.advance(state, step, step - done)
+            done = step
             each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
             for member, member_state, member_batch, member_pending in each:
                 member.after_step(member_state, member_batch, member_pending)
+            if all(member.error for member in self.members):
+                break
         # After a SIGTERM this is the save that was asked for; at the end of a run the step is saved already.
         for member, member_state in zip(self.members, self.unstack(state), strict=True):
             member.save(member_state)
 
     def calls(self, resumed: int | None) -> range:
-        """Return the last step of each call."""
+        """Return the last step of each call: multiples of steps_per_call, for what is due between calls falls on these."""
         num = max(self.fns.config.steps_per_call, 1)
-        return range((resumed or 0) + num, self.fns.config.num_steps + 1, num)
+        return range(((resumed or 0) // num + 1) * num, self.fns.config.num_steps + 1, num)
 
-    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Batch, list[PendingMetrics]]:
-        """Make one call, up to step `step`; metrics pending from the call before are written while the device works."""
+    def describe_wait(self, step: int) -> str:
+        """Say what one waits for who wants the run to end now."""
+        config = self.fns.config
+        if self.fns.task.is_traceable:
+            return f"step {step}"
+        limit = config.reward.scoring.time_limit_secs
+        return (
+            f"step {step} is sampled, scored and trained on (config.reward.scoring.time_limit_secs = {limit:g} for an answer)"
+        )
+
+    def advance(self, state: TrainState, step: int, num_steps: int) -> tuple[TrainState, Batch, list[PendingMetrics]]:
+        """Make one call; metrics pending from the call before are written while the device works.
+
+        Args:
+          state: donated. step: the last one of the call. num_steps: in it; 1 without steps_per_call.
+        Returns: (the state after it, the last batch, each member's metrics).
+        """
         # Calls return as soon as they are queued. Reading this call's metrics would wait for it, and the device would be idle
         # while they are written; those of the call before are there already. So records are one call late, and are written
         # before the host blocks.
         config, began = self.fns.config, time.monotonic()
         timing: dict[str, float] = {}
         if config.steps_per_call:
-            state, batch, metrics = self.fns.iterate(state)
+            # Fewer where a run goes on from a step that no call ends at, for it had another steps_per_call before.
+            iterate = self.fns.iterate if num_steps == config.steps_per_call else self.fns.iterate_once(num_steps)
+            state, batch, metrics = iterate(state)
         elif config.async_steps:
             state, batch, metrics = self.fns.async_step(state)
         else:
@@ -340,18 +429,21 @@ class Loop:
         secs = time.monotonic() - began
         if timing:
             timing["time/update_secs"] = secs - timing["time/rollout_secs"]
-        timing["time/step_secs"] = secs / max(config.steps_per_call, 1)
+        if self.is_first_call:
+            self.is_first_call = False
+            say_first_call(timing, secs)
+        timing["time/step_secs"] = secs / num_steps
         # Each member's record has its share, so that the seconds of a sweep's runs add up to what the sweep took.
         timing = {name: each / len(self.members) for name, each in timing.items()}
-        return state, batch, [PendingMetrics(step, steps, timing, {}) for steps in self.steps_of(metrics)]
+        return state, batch, [PendingMetrics(step, steps, timing, {}) for steps in self.steps_of(metrics, num_steps)]
 
-    def steps_of(self, metrics: dict[str, Metric]) -> list[list[dict[str, Metric]]]:
-        """Split the metrics of a call: for each member, those of its steps."""
-        num_steps = self.fns.config.steps_per_call
+    def steps_of(self, metrics: dict[str, Metric], num_steps: int) -> list[list[dict[str, Metric]]]:
+        """Split the metrics of a call of num_steps: for each member, those of its steps."""
+        is_chained = self.fns.config.steps_per_call > 0
         # Stacked ones are read in one transfer: on the device, each step of each metric would be a slice of its own.
-        if num_steps or len(self.members) > 1:
+        if is_chained or len(self.members) > 1:
             metrics = jax.device_get(metrics)
-        if not num_steps:
+        if not is_chained:
             return [[one] for one in self.unstack(metrics)]
         return [metrics_lib.unstack_metrics(one, num_steps) for one in self.unstack(metrics)]
 
@@ -381,25 +473,11 @@ def split_leading_axis(tree: Any, num: int) -> list[Any]:
     return [jax.tree.map(operator.itemgetter(i), tree) for i in range(num)]
 
 
-def finalize_run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Finish a run whose files are closed: write its summary, and remove checkpoints that are not wanted any more."""
-    summary = summarise(config, workdir)
-    if not config.checkpoint.keep and summary["steps"] == config.num_steps:
-        shutil.rmtree(workdir / "checkpoints")
-    return summary
-
-
-def summarise(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Write summary.json and learning_curve.png from the run's records; -> the summary."""
-    records = read_metrics(workdir)
-    evaluated = [record for record in records if "eval/success" in record]
-    summary: dict[str, Any] = {
-        "steps": records[-1]["step"] if records else 0,
-        "success_before": evaluated[0]["eval/success"],
-        "success_after": evaluated[-1]["eval/success"],
-        "training_secs": sum(record.get("time/step_secs", 0.0) for record in records),
-        **provenance(),
-    }
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    learning_curve(records, objectives.describe(config.objective), workdir / "learning_curve.png")
+def finalize_member(member: Member, workdir: pathlib.Path) -> dict[str, Any]:
+    """Finish a run of which all files are closed; -> its summary, or {"error": why it could not go on}."""
+    if member.error:
+        return {"error": member.error}
+    with faults_in_one_line(workdir, member.run.abstract_state):
+        summary = finalize_run(member.run.config, workdir, member.callbacks.num_errors)
+    member.callbacks.tell("on_end", summary)
     return summary

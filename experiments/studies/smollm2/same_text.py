@@ -24,10 +24,11 @@ from grpo_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from grpo_jax.rollout.rollout import EndTokens, greedy, rollout, row_keys
 from grpo_jax.tools import cli
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_config
+from grpo_jax.training.settings import read_config
 from grpo_jax.types import Prompts
 
-STEP = flags.DEFINE_integer("step", None, cli.STEP_HELP)
+flags.declare_key_flag("step")
+flags.declare_key_flag("strict")
 EXPORTED = flags.DEFINE_string("exported", None, "Hugging Face folder, or PEFT's with --adapter")
 NUM_TOKENS = 64
 TIE = 1e-4
@@ -52,7 +53,7 @@ def main() -> None:
         raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
-    policy = run.restore_policy(workdir, cli.choose_step(workdir, STEP.value))
+    _, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]

@@ -16,7 +16,7 @@ def parts(scale: str) -> dict[str, base.Changes]:
         "clip_higher": {"objective.clip_high": 0.28},
         "token_loss": {"objective.aggregation": "token_mean"},
         "dynamic_sampling": {"dynamic_sampling.enabled": True},
-        "overlong": {"overlong.cache_tokens": dapo.get_config(scale).overlong.cache_tokens},
+        "overlong": {"overlong.cache_share": dapo.get_config(scale).overlong.cache_share},
     }
 
 

@@ -3,20 +3,72 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_jax.rewards.pool.serve import pack
+from grpo_jax.rewards.calling import Request
+from grpo_jax.rewards.pool.protocol import FAILED, pack_request
+
+# What became of a completion under one scorer.
+SCORED, ERROR, TIMEOUT, ABSTAINED = range(4)
 
 
-class ScoreResult(NamedTuple):
-    """scores: scorer -> float32[P, G]. is_error_PG, is_timeout_PG: bool, some scorer failed or ran out of time there."""
+@dataclasses.dataclass
+class ScoreResult:
+    """Scores of all completions.
 
-    scores: dict[str, np.ndarray]
-    is_error_PG: np.ndarray
-    is_timeout_PG: np.ndarray
+    scores: scorer -> float32[P, G]; 0 where there is none. outcomes: scorer -> int8[P, G], SCORED, ERROR, TIMEOUT or
+    ABSTAINED. failures: scorer -> its first error in this call, one line and the traceback behind it.
+    """
+
+    shape: tuple[int, int]
+    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    outcomes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_error_PG(self) -> np.ndarray:
+        """Some scorer failed."""
+        return self.is_any(ERROR)
+
+    @property
+    def is_timeout_PG(self) -> np.ndarray:
+        """Some scorer ran out of time."""
+        return self.is_any(TIMEOUT)
+
+    @property
+    def is_abstained_PG(self) -> np.ndarray:
+        """Some scorer had no opinion."""
+        return self.is_any(ABSTAINED)
+
+    def is_any(self, outcome: int) -> np.ndarray:
+        """Tell for each completion if this became of it under some scorer."""
+        found_PG = np.zeros(self.shape, bool)
+        for outcomes_PG in self.outcomes.values():
+            found_PG |= outcomes_PG == outcome
+        return found_PG
+
+
+class Context(NamedTuple):
+    """Things that scorers may ask for beside the item. prompts_P: text or chats. ids_PG: tokens. step: updates done."""
+
+    prompts_P: Sequence[Any] | None = None
+    ids_PG: Sequence[Sequence[Sequence[int]]] | None = None
+    step: int = 0
+
+
+class Facts(NamedTuple):
+    """A worker's word on a scorer. is_group: it takes the completions of a prompt together. line: how it is called."""
+
+    is_group: bool
+    wants_prompt: bool
+    wants_ids: bool
+    settings: tuple[str, ...]
+    line: str
 
 
 class Job(NamedTuple):
@@ -31,45 +83,80 @@ class Job(NamedTuple):
 class JobBatch:
     """The jobs of one `score` call and what has become of them. waiting: indices into `jobs`; result: filled job by job."""
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]]) -> None:
-        self.items, self.completions_PG = items, completions_PG
+    def __init__(
+        self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], context: Context | None = None
+    ) -> None:
+        self.items, self.completions_PG, self.context = items, completions_PG, context or Context()
         self.shape = (len(items), len(completions_PG[0]) if len(completions_PG) else 0)
         self.jobs: list[Job] = []
         self.waiting: collections.deque[int] = collections.deque()
+        self.retried: set[int] = set()
         self.num_left = 0
         self.num_of, self.num_done, self.num_timeouts = (collections.Counter[str]() for _ in range(3))  # by scorer
-        self.result = ScoreResult({}, np.zeros(self.shape, bool), np.zeros(self.shape, bool))
+        self.facts: Mapping[str, Facts] = {}
+        self.result = ScoreResult(self.shape)
 
-    def add_jobs(self, is_batch: Mapping[str, bool]) -> None:
-        """Queue the jobs of all scorers. is_batch: scorer -> True if it takes the completions of a prompt together."""
+    def add_scores_of(self, names: Sequence[str]) -> None:
+        """Make room for the scores of these scorers."""
+        self.result.scores.update({name: np.zeros(self.shape, np.float32) for name in names})
+        self.result.outcomes.update({name: np.full(self.shape, SCORED, np.int8) for name in names})
+
+    def add_jobs(self, facts: Mapping[str, Facts]) -> None:
+        """Queue the jobs of all scorers. facts: of each."""
         P, G = self.shape
-        sizes = {name: G if together else 1 for name, together in is_batch.items()}
+        self.facts = facts
+        sizes = {name: G if each.is_group else 1 for name, each in facts.items()}
         # Prompt by prompt, not scorer by scorer: the time limits of a scorer that hangs then pass while the others score.
         self.jobs = [Job(name, p, g, num) for p in range(P) for name, num in sizes.items() for g in range(0, G, num)]
         self.waiting.extend(range(len(self.jobs)))
         self.num_left = len(self.jobs)
         self.num_of.update(job.scorer for job in self.jobs)
-        self.result.scores.update({name: np.zeros(self.shape, np.float32) for name in is_batch})
+        self.add_scores_of(list(facts))
 
-    def frame(self, index: int) -> bytes:
-        """Pack a job for a worker."""
-        job = self.jobs[index]
-        return pack((job.scorer, dict(self.items[job.p]), list(self.completions_PG[job.p][job.g : job.g + job.num])))
+    def frame(self, index: int, number: int) -> bytes:
+        """Pack a job for a worker. number: that its reply must carry."""
+        name, p, g, num = self.jobs[index]
+        facts, context = self.facts[name], self.context
+        prompt = ids = None
+        if facts.wants_prompt and context.prompts_P is not None:
+            prompt = context.prompts_P[p]
+        if facts.wants_ids and context.ids_PG is not None:
+            ids = list(context.ids_PG[p][g : g + num])
+        # As a plain tuple: a class in a pickle is looked up by its name every time.
+        request = Request(dict(self.items[p]), list(self.completions_PG[p][g : g + num]), prompt, ids, context.step)
+        return pack_request(number, (name, tuple(request)))
 
-    def finish(self, index: int, scores: Sequence[float] = (), *, is_error: bool = False, is_timeout: bool = False) -> None:
+    def retry(self, index: int) -> bool:
+        """Put a job back to be done by another worker, once. False if it has been."""
+        if index in self.retried:
+            return False
+        self.retried.add(index)
+        self.waiting.appendleft(index)
+        return True
+
+    def finish(self, index: int, scores: Sequence[float] = (), outcome: int = SCORED, failure: str = "") -> None:
         """Write a job's result.
 
         Args:
-          index: of the job. scores: one for each of its completions; empty: all are 0.
-          is_error, is_timeout: why there are none.
+          index: of the job.
+          scores: one for each of its completions, NaN where it abstained, FAILED where it failed; empty: none has one.
+          outcome: why there are none. failure: the error, if it was one.
         """
         name, p, g, num = self.jobs[index]
-        columns = slice(g, g + num)
-        self.result.scores[name][p, columns] = scores or 0.0
-        self.result.is_error_PG[p, columns] |= is_error
-        self.result.is_timeout_PG[p, columns] |= is_timeout
+        if outcome != SCORED:
+            self.result.outcomes[name][p, g : g + num] = outcome
+        # One by one and not as arrays: most jobs have one completion.
+        for column, score in enumerate(scores, g):
+            if math.isnan(score):
+                self.result.outcomes[name][p, column] = ABSTAINED
+            elif score == FAILED:
+                self.result.outcomes[name][p, column] = ERROR
+            else:
+                self.result.scores[name][p, column] = score
+        if failure:
+            self.result.failures.setdefault(name, failure)
         self.num_done[name] += 1
-        self.num_timeouts[name] += is_timeout
+        self.num_timeouts[name] += outcome == TIMEOUT
         self.num_left -= 1
 
     def give_up(self, name: str) -> None:
@@ -80,4 +167,4 @@ class JobBatch:
         given_up = [index for index in self.waiting if self.jobs[index].scorer == name]
         self.waiting = collections.deque(index for index in self.waiting if self.jobs[index].scorer != name)
         for index in given_up:
-            self.finish(index, is_timeout=True)
+            self.finish(index, outcome=TIMEOUT)

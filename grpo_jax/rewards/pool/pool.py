@@ -4,7 +4,9 @@ Workers are fresh interpreters (no fork: JAX is multithreaded) that get one job 
 be blamed on. A job is one completion and one scorer; for a scorer that takes them together, all completions of a prompt.
 What a fault costs:
 
-- A job has `time_limit_secs`; then its process is killed and it counts as a timeout.
+- A job has `time_limit_secs` for each of its completions; then its process is killed and it counts as a timeout.
+- A process that ends by itself costs its job. One that sends what is no reply to its job, or whose keeper was killed, costs
+  the process alone: the job is done once more by another, and if that goes the same way, it is an error.
 - A worker that has been busy for more than a fiftieth of the limit counts as hung, and a spare worker starts while it is
   waited out. So hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at
   most N / 64 spare workers for a batch of N jobs, but no fewer than 4 and no more than 32.
@@ -15,19 +17,26 @@ What a fault costs:
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+import secrets
 import selectors
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
-from grpo_jax.rewards.pool.jobs import JobBatch, ScoreResult
+from grpo_jax.rewards.pool.jobs import ERROR, TIMEOUT, Context, Facts, JobBatch, ScoreResult
+from grpo_jax.rewards.pool.protocol import ProtocolError, Reply, one_line
+from grpo_jax.rewards.pool.serve import Scorer, Setup
 from grpo_jax.rewards.pool.worker import Worker
+
+__all__ = ["Context", "Scorer", "ScoringPool"]
 
 STARTUP_LIMIT_SECS = 120.0  # for importing the scorers: sympy on a busy machine takes 10 s
 HUNG_FRACTION = 0.02  # of the time limit, after which a spare worker starts
@@ -36,22 +45,23 @@ MIN_SPARE_WORKERS, MAX_SPARE_WORKERS = 4, 32
 _log = logging.getLogger(__name__)
 
 
-class Scorer(NamedTuple):
-    """function: "package.module:function" that this interpreter can import, see `grpo_jax.rewards.scorers`."""
-
-    function: str
-    settings: Mapping[str, Any]
-
-
 class ScoringPool:
     """Worker processes that run some scorers. They start with the first batch, or `start`, and stay until `close` or exit.
 
-    scorers: name -> Scorer. Raises UserError, from `start` and `score`, where one cannot be imported.
+    Raises UserError, from `start` and `score`, where a scorer cannot be imported or called.
     """
 
-    def __init__(self, scorers: Mapping[str, Scorer], config: ScoringConfig) -> None:
+    def __init__(self, scorers: Mapping[str, Scorer], config: ScoringConfig, columns: Collection[str] | None = None) -> None:
+        """Take note of what will be needed.
+
+        Args:
+          scorers: by name. config: config.reward.scoring. columns: names of the data's columns; None: any may be one.
+        """
         self._scorers, self._config = dict(scorers), config
-        self._is_batch: dict[str, bool] = {}  # known from the first worker that is ready
+        self._setup = Setup(self._scorers, None if columns is None else frozenset(columns), config.memory_limit_mb)
+        self.facts: dict[str, Facts] = {}  # known from the first worker that is ready
+        # From a random number on: a worker's next number is not to be had by counting.
+        self._numbers = itertools.count(secrets.randbits(62) + 1)
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
@@ -67,22 +77,28 @@ class ScoringPool:
         with self._lock:
             self._await_ready()
 
-    def score(self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]]) -> ScoreResult:
+    def score(
+        self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], context: Context | None = None
+    ) -> ScoreResult:
         """Score all completions of each item by every scorer.
 
-        One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout; both
-        score 0, and so do the others of the group where the scorer takes them together. Raises UserError if a scorer
-        cannot be imported or the pool is closed.
+        One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout. Neither
+        has a score, and nor have the others of the group where the scorer takes them together.
+
+        Args:
+          items: P rows of data. completions_PG: G texts of each. context: what scorers may ask for beside these.
+        Returns: the scores, and what became of those that have none.
+        Raises: UserError if a scorer cannot be imported or called, or the pool is closed.
         """
         with self._lock:
             if not self._release.alive:
                 raise UserError("the scoring pool is closed: build a new task to score again")
-            batch = JobBatch(items, completions_PG)
+            batch = JobBatch(items, completions_PG, context)
             if not self._scorers or not all(batch.shape):
-                batch.add_jobs(dict.fromkeys(self._scorers, False))
+                batch.add_scores_of(list(self._scorers))
                 return batch.result
             self._await_ready()
-            batch.add_jobs(self._is_batch)
+            batch.add_jobs(self.facts)
             try:
                 self._run(batch)
             finally:
@@ -104,7 +120,7 @@ class ScoringPool:
         nothing = JobBatch([], [])
         for worker in self._workers:
             worker.since = time.monotonic()  # one that is still starting was not listened to since the last batch
-        while not self._is_batch:
+        while not self.facts:
             self._start_workers(self._config.num_workers, self._config.num_workers)
             self._listen(nothing)
             self._kill_overdue(nothing)
@@ -133,7 +149,7 @@ class ScoringPool:
         batch.give_up(name)
         for worker in list(self._workers):
             if worker.index is not None and batch.jobs[worker.index].scorer == name:
-                batch.finish(worker.index, is_timeout=True)
+                batch.finish(worker.index, outcome=TIMEOUT)
                 self._discard(worker)
 
     def _kill_overdue(self, batch: JobBatch) -> None:
@@ -143,11 +159,10 @@ class ScoringPool:
             secs = now - worker.since
             if not worker.is_ready and secs > STARTUP_LIMIT_SECS:
                 raise UserError(f"{self._names()}: importing took more than {STARTUP_LIMIT_SECS} seconds")
-            if worker.index is not None and secs >= self._config.time_limit_secs:
-                self._warn_once(
-                    batch.jobs[worker.index].scorer, f"ran into the limit of {self._config.time_limit_secs} seconds"
-                )
-                batch.finish(worker.index, is_timeout=True)
+            if worker.index is not None and secs >= worker.limit_secs:
+                job = batch.jobs[worker.index]
+                self._warn_once(job.scorer, f"ran into the limit of {worker.limit_secs:g} seconds for {job.num} completion(s)")
+                batch.finish(worker.index, outcome=TIMEOUT)
                 self._discard(worker)
 
     def _hand_out(self, batch: JobBatch) -> None:
@@ -156,8 +171,9 @@ class ScoringPool:
             if not batch.waiting:
                 return
             # The job leaves the queue once it has been sent: a worker that died idle has not seen it.
-            index = batch.waiting[0]
-            if worker.send(index, batch.frame(index)):
+            index, number = batch.waiting[0], next(self._numbers)
+            num = batch.jobs[index].num
+            if worker.send(index, number, batch.frame(index, number), num, num * self._config.time_limit_secs):
                 batch.waiting.popleft()
             else:
                 self._count_failed_start(self._discard(worker))
@@ -166,18 +182,19 @@ class ScoringPool:
         """Start workers until as many are not hung as the pool should have, or as there are jobs for."""
         # Hung ones are replaced while they are waited out, so that a few of them do not take the pool's speed. Those that are
         # starting or idle will take a waiting job each, so they are subtracted: starting costs seconds of imports.
-        hung_since = time.monotonic() - HUNG_FRACTION * self._config.time_limit_secs
-        num_hung = sum(worker.index is not None and worker.since <= hung_since for worker in self._workers)
+        now = time.monotonic()
+        num_hung = sum(
+            worker.index is not None and now - worker.since >= HUNG_FRACTION * worker.limit_secs for worker in self._workers
+        )
         num_coming = sum(worker.index is None for worker in self._workers)
         num_new = min(
             self._config.num_workers - (len(self._workers) - num_hung),
             num_waiting - num_coming,
             max_workers - len(self._workers),
         )
-        scorers = {name: (scorer.function, scorer.settings) for name, scorer in self._scorers.items()}
         for _ in range(num_new):
             # In the starter's thread, which lives as long as the pool: a worker dies with the thread that started it.
-            start = self._starter.submit(Worker, scorers, self._config.memory_limit_mb, self._selector)
+            start = self._starter.submit(Worker, self._setup, self._selector)
             self._workers.append(start.result())
 
     def _listen(self, batch: JobBatch) -> None:
@@ -188,8 +205,7 @@ class ScoringPool:
         moments = [now + 1.0]
         for worker in self._workers:
             if worker.index is not None:
-                hung = worker.since + HUNG_FRACTION * self._config.time_limit_secs
-                overdue = worker.since + self._config.time_limit_secs
+                hung, overdue = (worker.since + share * worker.limit_secs for share in (HUNG_FRACTION, 1.0))
                 moments.append(hung if hung > now else overdue)
         for key, _ in self._selector.select(max(0.0, min(moments) - now)):
             # Both pipes of a worker may be in the list, and the first may have shown that it has ended.
@@ -200,36 +216,66 @@ class ScoringPool:
                 worker.send_rest()
                 continue
             try:
-                message = worker.receive()
+                reply = worker.receive()
             except EOFError:
                 self._on_worker_exit(worker, batch)
-                continue
-            if message is not None:
-                self._on_message(worker, message, batch)
+            except ProtocolError as error:
+                self._on_nonsense(worker, str(error), batch)
+            else:
+                if reply is not None:
+                    self._on_reply(worker, reply, batch)
 
-    def _on_message(self, worker: Worker, message: tuple[Any, str], batch: JobBatch) -> None:
-        """Take a message: a worker's first one says if it could import the scorers, each further one is a result."""
-        value, error = message
+    def _on_reply(self, worker: Worker, reply: Reply, batch: JobBatch) -> None:
+        """Take a reply: a worker's first one says how the scorers are called, each further one is a result."""
         if not worker.is_ready:
-            if error:
-                raise UserError(f"config.reward: cannot import {error}")
-            self._is_batch, worker.is_ready = value, True
-            return
-        assert worker.index is not None
-        self._num_failed_starts = 0
-        if error:
-            self._warn_once(batch.jobs[worker.index].scorer, error)
-        batch.finish(worker.index, value, is_error=bool(error))
-        worker.index = None
+            self._on_ready(worker, reply)
+        else:
+            assert worker.index is not None
+            self._num_failed_starts = 0
+            if reply.scores:
+                if reply.text:
+                    self._warn_once(batch.jobs[worker.index].scorer, reply.text.partition("\n")[0])
+                batch.finish(worker.index, reply.scores, failure=reply.text)
+            else:
+                self._fail(worker.index, reply.text, batch)
+            worker.index = None
+        if worker.has_more:
+            self._on_nonsense(worker, "bytes behind its reply", batch)
+
+    def _on_ready(self, worker: Worker, reply: Reply) -> None:
+        """Take the first reply. Raises UserError if a scorer cannot be imported or called."""
+        if not reply.scores:
+            raise UserError(f"config.reward: {one_line(reply.text.partition(chr(10))[0])}")
+        try:
+            said = json.loads(reply.text)
+            facts = {name: Facts(**said["facts"][name]) for name in self._scorers}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self._names()}: a scoring process did not say how they are called") from error
+        if not self.facts and said["note"]:
+            _log.warning(one_line(str(said["note"])))
+        self.facts, worker.is_ready = facts, True
+
+    def _on_nonsense(self, worker: Worker, what: str, batch: JobBatch) -> None:
+        """End a worker that sent something else than a reply; its job, which need not be the one to blame, is tried again."""
+        self._discard(worker)
+        if worker.index is None:
+            _log.warning("a scoring process was ended: it sent %s, as if a reward wrote into its pipe", one_line(what))
+        elif not batch.retry(worker.index):
+            self._fail(worker.index, f"it wrote into the pipe of its process: {what}", batch)
 
     def _on_worker_exit(self, worker: Worker, batch: JobBatch) -> None:
         """Remove a worker that ended by itself; if it had a job, that is an error."""
-        exit_code = self._discard(worker)
+        exit_code = self._discard(worker, has_ended=True)
         if worker.index is None:
             self._count_failed_start(exit_code)
-        else:
-            self._warn_once(batch.jobs[worker.index].scorer, f"ended its process, exit code {exit_code}")
-            batch.finish(worker.index, is_error=True)
+        # A worker dies a moment after its keeper was killed, maybe at another's job than that which did it.
+        elif exit_code >= 0 or not batch.retry(worker.index):
+            self._fail(worker.index, f"ended its process, exit code {exit_code}", batch)
+
+    def _fail(self, index: int, failure: str, batch: JobBatch) -> None:
+        """Count a job as an error. failure: one line, and maybe more behind it."""
+        self._warn_once(batch.jobs[index].scorer, failure.partition("\n")[0])
+        batch.finish(index, outcome=ERROR, failure=failure)
 
     def _count_failed_start(self, exit_code: int) -> None:
         """Count a worker that ended without a job. Raises UserError if too many do."""
@@ -238,10 +284,10 @@ class ScoringPool:
         if self._num_failed_starts > 2 * self._config.num_workers + 2:
             raise UserError(f"{self._names()}: its processes end before they score, exit code {exit_code}")
 
-    def _discard(self, worker: Worker) -> int:
-        """End a worker and forget it; returns its exit code."""
+    def _discard(self, worker: Worker, *, has_ended: bool = False) -> int:
+        """End a worker and forget it; returns its exit code. has_ended: it went by itself."""
         self._workers.remove(worker)
-        return worker.kill()
+        return worker.kill(has_ended=has_ended)
 
     def _names(self) -> str:
         return "config.reward, " + ", ".join(scorer.function for scorer in self._scorers.values())
@@ -249,7 +295,7 @@ class ScoringPool:
     def _warn_once(self, name: str, what: str) -> None:
         """Log a scorer's first failure."""
         if name not in self._warned:
-            _log.warning("reward %s failed: %s (scored 0; further failures are only counted)", name, what)
+            _log.warning("reward %s failed: %s (left out of training; further failures are only counted)", name, one_line(what))
         self._warned.add(name)
 
 

@@ -1,163 +1,228 @@
-"""The loop of a scoring process; `grpo_jax.rewards.pool.worker` is the other end of its pipes.
-
-One frame each way per job: 8 bytes of little-endian length, then a pickle.
-    to the worker    (scorer, item, completions): one completion, or all of a prompt for a scorer that takes them together
-    from the worker  first (scorer -> whether it takes them together, error), then (scores, error); "" means no error
-"""
+"""The loop of a scoring process. `worker` is the other end of its pipes, `protocol` what goes through them."""
 
 from __future__ import annotations
 
-import ctypes
+import asyncio
+import contextlib
+import fcntl
 import functools
 import importlib
 import inspect
 import io
+import json
+import math
 import os
 import pickle
-import signal
-import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HEADER = struct.Struct("<Q")
-FLOAT32_MAX = 3.4028234e38
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # from linux/prctl.h
+from grpo_jax.rewards.calling import Calling, Request, call, plan_call
+from grpo_jax.rewards.pool.keeper import keep
+from grpo_jax.rewards.pool.protocol import FAILED, REQUEST, SETUP, pack_reply, shorten
+
+MAX_CHARACTERS_OF_LINE = 2000  # of an error's text
+OWN_FRAMES = ("grpo_jax.rewards.pool", "grpo_jax.rewards.calling")
+MAX_DESCRIPTOR = 1024  # the pipes get numbers just below it, or below the limit on open files: others count from 3
+
+
+class Scorer(NamedTuple):
+    """function: "package.module:function" that can be imported. settings: by the names of its parameters."""
+
+    function: str
+    settings: Mapping[str, Any]
+
+
+class Setup(NamedTuple):
+    """The first thing that a worker is told.
+
+    scorers: by name. columns: of the data; None: not known. memory_limit_mb: MiB beyond what the imports take; 0: none.
+    """
+
+    scorers: Mapping[str, Scorer]
+    columns: Collection[str] | None
+    memory_limit_mb: int
 
 
 class Function(NamedTuple):
-    """A scorer with its settings bound. is_batch: it takes all completions of a prompt together."""
+    """A scorer that can be called, and how."""
 
-    call: Callable[..., Any]
-    is_batch: bool
+    function: Callable[..., Any]
+    calling: Calling
 
 
-def load(path: str, settings: Mapping[str, Any]) -> Function:
-    """Import "package.module:function" and bind its settings.
-
-    Raises whatever the import raises, and TypeError for what is no scorer.
-    """
+def load(path: str) -> Callable[..., Any]:
+    """Import "package.module:function". Raises whatever the import raises, and TypeError for what cannot be called."""
     module, _, name = path.partition(":")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
-    first = next(iter(inspect.signature(function).parameters), None)
-    if first not in ("completion", "completions"):
-        raise TypeError(f"the first parameter of {name} is {first!r}; call it `completion`, or `completions` for a whole group")
-    return Function(functools.partial(function, **settings), first == "completions")
+    return function
 
 
-def pack(message: Any) -> bytes:
-    """One frame: length, then pickle."""
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return HEADER.pack(len(body)) + body
+def serve(trainer: int) -> None:
+    """Answer requests until their pipe, descriptor 0, ends; the body of a scoring process, never returns.
 
-
-def serve(scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb: int, parent_pid: int) -> None:
-    """Answer frames from file descriptor 0 until it ends; the body of a worker process, never returns.
-
-    Args:
-      scorers: name -> ("module:function", settings).
-      memory_limit_mb: MiB beyond what the imports take; 0: no limit. parent_pid: the process to end with.
+    trainer: the process that started this one, to end with.
     """
-    _die_with_parent(parent_pid)
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    keep(trainer)
+    worker = os.getpid()
+    requests, replies = _private(0, "rb"), _private(1, "wb")
     # A scorer may print and read as it likes: from here on its stdout is stderr, and its stdin is empty.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
+    pipes = [requests.fileno(), replies.fileno()]
+
+    def close_in_child() -> None:
+        # A process that a scorer forks has no pipe: what it would answer, no one asked. Its own children have none to close.
+        while pipes:
+            with contextlib.suppress(OSError):
+                os.close(pipes.pop())
+
+    os.register_at_fork(after_in_child=close_in_child)
+
+    def reply(number: int, scores: Sequence[float], text: str = "") -> None:
+        # A scorer that forks returns twice, and once here, in the child.
+        if os.getpid() != worker:
+            os._exit(0)
+        replies.write(pack_reply(number, scores, text))
+        replies.flush()
+
     try:
-        functions = {}
-        for name, (path, settings) in scorers.items():
-            try:
-                functions[name] = load(path, settings)
-            except BaseException as error:  # an import may raise anything; the parent reports it
-                _send(replies, (None, f"{path}: {_describe(error)}"))
-                os._exit(1)
-        _send(replies, ({name: function.is_batch for name, function in functions.items()}, ""))
-        # After the imports: the limit is for what a scorer does with an answer, not for the size of its libraries.
-        if memory_limit_mb:
-            _limit_memory(memory_limit_mb)
+        functions = _set_up(requests, reply)
         while (frame := _read_frame(requests)) is not None:
-            _send(replies, _score(functions, frame))
-    except BrokenPipeError:  # the parent is gone
+            number, body = frame
+            reply(number, *_score(functions, body))
+    except OSError:  # the trainer is gone, or a scorer has closed the pipes
         pass
     os._exit(0)  # threads that a scorer left behind must not keep the process alive
 
 
-def _score(functions: Mapping[str, Function], frame: bytes) -> tuple[list[float], str]:
-    """Run one job -> (scores, ""), or ([], error in one line)."""
+def _set_up(requests: io.BufferedReader, reply: Callable[..., None]) -> dict[str, Function]:
+    """Load the scorers and tell the trainer how each is called; an import may fail in any way, and the trainer reports it."""
+    frame = _read_frame(requests)
+    if frame is None:
+        os._exit(0)
+    setup: Setup = pickle.loads(frame[1])
+    functions = {}
+    for name, (path, settings) in setup.scorers.items():
+        doing = "import"
+        try:
+            function = load(path)
+            doing = "call"
+            calling = plan_call(path.partition(":")[2], inspect.signature(function), setup.columns, settings)
+        except BaseException as error:
+            reply(SETUP, (), f"cannot {doing} {path}: {describe(error)}\n{traceback_of(error)}")
+            os._exit(1)
+        functions[name] = Function(function, calling)
+    # After the imports: the limit is for what a scorer does with an answer, not for the size of its libraries.
+    note = _limit_memory(setup.memory_limit_mb)
+    facts = {name: facts_of(setup.scorers[name].function, each.calling) for name, each in functions.items()}
+    reply(SETUP, [1.0], json.dumps({"facts": facts, "note": note}))
+    return functions
+
+
+def facts_of(path: str, calling: Calling) -> dict[str, Any]:
+    """Return what the trainer must know of a scorer, as JSON can hold it."""
+    return {
+        "is_group": calling.form.is_group,
+        "wants_prompt": calling.wants_prompt,
+        "wants_ids": calling.wants_ids,
+        "settings": list(calling.settings),
+        "line": calling.describe(path),
+    }
+
+
+def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[float], str]:
+    """Run one job -> (scores, ""), or ((), error in one line, and its traceback)."""
     # Unpickling is inside the try too: it imports what the item's objects are made of, and a failure is that job's error.
     try:
-        name, item, completions = pickle.loads(frame)
-        function = functions[name]
-        values = function.call(completions, item) if function.is_batch else [function.call(completions[0], item)]
-        if len(values) != len(completions):
-            raise ValueError(f"the scorer returned {len(values)} scores for {len(completions)} completions")
-        return [_as_score(value) for value in values], ""
+        name, request = pickle.loads(body)
+        scores = call(*functions[name], Request(*request), _wait)
+        failures = [score for score in scores if isinstance(score, Exception)]
+        text = "".join(f"{describe(error)}\n{traceback_of(error)}" for error in failures[:1])
+        return [_as_float(score) for score in scores], text
     except BaseException as error:  # SystemExit too: a scorer that exits has failed on this item
-        return [], _describe(error)
+        return (), f"{describe(error)}\n{traceback_of(error)}"
 
 
-def _as_score(value: Any) -> float:
-    """Turn what a scorer returned into a float that float32 can hold. Raises TypeError or ValueError if it is none."""
-    # float("0.5") would pass, but a scorer that returns text has returned the wrong thing.
-    if isinstance(value, str | bytes):
-        raise TypeError(f"the scorer returned {value!r:.80}, not a number")
-    score = float(value)
-    if not abs(score) <= FLOAT32_MAX:  # written so that NaN fails too
-        raise ValueError(f"the scorer returned {score}, not a finite number")
+def _as_float(score: float | Exception | None) -> float:
+    """Write what became of a completion as a number."""
+    if score is None:
+        return math.nan
+    if isinstance(score, Exception):
+        return FAILED
     return score
 
 
-def _limit_memory(limit_mb: int) -> None:
-    """Let allocations fail beyond what is in use now and `limit_mb` more (Linux, where that can be read)."""
+def describe(error: BaseException) -> str:
+    """Describe an exception in one line; `traceback` survives exceptions whose own `__str__` raises."""
+    return " ".join(shorten(traceback.format_exception_only(error)[-1], MAX_CHARACTERS_OF_LINE).split())
+
+
+def traceback_of(error: BaseException) -> str:
+    """Format an exception's traceback from the scorer's own frames on."""
+    own = error.__traceback__
+    while own is not None and own.tb_frame.f_globals.get("__name__", "").startswith(OWN_FRAMES):
+        own = own.tb_next
+    try:
+        lines = "".join(traceback.format_exception(type(error), error, own, limit=100)).split("\n")
+    except BaseException:  # its cause or context may be of any kind
+        return describe(error)
+    # Line by line: a long message must not push out where it came from.
+    return "\n".join(shorten(line, MAX_CHARACTERS_OF_LINE) for line in lines)
+
+
+def _wait(awaitable: Any) -> Any:
+    """Run an awaitable to its end."""
+    return _loop().run_until_complete(awaitable)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Make the event loop of this process: one for all calls, since a user's client belongs to the loop it was made in."""
+    return asyncio.new_event_loop()
+
+
+def _limit_memory(limit_mb: int) -> str:
+    """Let allocations fail beyond what is in use now and `limit_mb` more (Linux, where that can be read); -> what to tell."""
     # An allocation that fails is a MemoryError of this job; without a limit the kernel might end the trainer instead.
     status = Path("/proc/self/statm")
-    if status.exists():
-        import resource
+    if not limit_mb or not status.exists():
+        return ""
+    import resource
 
-        size = int(status.read_text().split()[0]) * resource.getpagesize() + limit_mb * 2**20
+    size = int(status.read_text().split()[0]) * resource.getpagesize() + limit_mb * 2**20
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if allowed == resource.RLIM_INFINITY or size <= allowed:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        return ""
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+    return (
+        f"config.reward.scoring.memory_limit_mb = {limit_mb} is more than `ulimit -v` leaves: "
+        f"scoring processes have {allowed >> 20} MiB each, imports included"
+    )
 
 
-def _describe(error: BaseException) -> str:
-    """The exception in one line; `traceback` survives exceptions whose own `__str__` raises."""
-    return traceback.format_exception_only(error)[-1].strip().replace("\n", " ")[:300]
+def _private(descriptor: int, mode: str) -> Any:
+    """Move a pipe to a number that no program uses by accident, and close the old one to programs that are started."""
+    import resource
+
+    top = min(MAX_DESCRIPTOR, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    return os.fdopen(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(3, top - 16)), mode)
 
 
-def _read_frame(stream: io.BufferedIOBase) -> bytes | None:
-    """The next frame's body, or None where the stream ends."""
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
+def _read_frame(stream: io.BufferedReader) -> tuple[int, bytes] | None:
+    """Read (number, body) of the next message; None where the stream ends."""
+    header = stream.read(REQUEST.size)
+    if len(header) < REQUEST.size:
         return None
-    (length,) = HEADER.unpack(header)
+    number, length = REQUEST.unpack(header)
     body = stream.read(length)
     if len(body) < length:
         return None
-    return body
-
-
-def _send(stream: io.BufferedIOBase, message: Any) -> None:
-    stream.write(pack(message))
-    stream.flush()
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to end this process when its parent ends, however it ends (Linux; elsewhere end-of-file has to do).
-
-    A worker stuck in its scorer does not read its pipe, so it would never notice a parent that was killed.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        libc = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a scorer starts stays below this process, where `Worker.kill` finds it
-    except (OSError, AttributeError):  # a C library without prctl
-        return
-    if os.getppid() != parent_pid:  # it ended before the call above
-        os._exit(1)
+    return number, body

@@ -1,36 +1,39 @@
-"""The parent's end of one scoring process; `grpo_jax.rewards.pool.serve` is the other end."""
+"""The trainer's end of one scoring process; `grpo_jax.rewards.pool.serve` is the other end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from grpo_jax.rewards.pool.serve import HEADER
+from grpo_jax.rewards.pool.keeper import MARK, kill, marked
+from grpo_jax.rewards.pool.protocol import SETUP, ProtocolError, Reply, pack_request, read_reply
+from grpo_jax.rewards.pool.serve import Setup
+
+LEAVE_SECS = 6.0  # for the keeper to end all below it, once it is asked to
+FOLLOW_SECS = 1.0  # for it to end by itself, once the worker has
+MAX_SWEEPS = 20
 
 
 class Worker:
     """One scoring process and what it is at: starting, idle, or busy with job `index` since `since`."""
 
-    def __init__(
-        self, scorers: Mapping[str, tuple[str, Mapping[str, Any]]], memory_limit_mb: int, selector: selectors.BaseSelector
-    ) -> None:
+    def __init__(self, setup: Setup, selector: selectors.BaseSelector) -> None:
         # The worker imports what this process can import: the same sys.path, in which an empty entry means the current folder.
         path = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
-        setup = f"import sys; sys.path[:] = {path!r}; from grpo_jax.rewards.pool.serve import serve"
-        command = [sys.executable, "-c", f"{setup}; serve({dict(scorers)!r}, {memory_limit_mb}, {os.getpid()})"]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu"}  # the accelerator is the trainer's
+        code = f"import sys; sys.path[:] = {path!r}; from grpo_jax.rewards.pool.serve import serve; serve({os.getpid()})"
+        self._mark = secrets.token_hex(8)
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", MARK: self._mark}  # the accelerator is the trainer's
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C at the terminal is for the trainer, and what a scorer starts can be killed too.
-        self._process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True, env=env)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True, env=env
+        )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._selector = selector
@@ -38,24 +41,39 @@ class Worker:
         self._received = bytearray()
         self.is_ready = False
         self.index: int | None = None
-        self.since = time.monotonic()
+        self.since, self.limit_secs = time.monotonic(), 0.0
+        self._number, self._num_scores = SETUP, 1
         # One thread serves all workers, so no pipe may make it wait: a hung worker does not read a frame larger than its pipe.
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
         selector.register(self._stdout, selectors.EVENT_READ, self)
+        self._write(pack_request(SETUP, setup))
 
     @property
     def is_idle(self) -> bool:
         """True if a job can be sent."""
         return self.is_ready and self.index is None
 
-    def send(self, index: int, frame: bytes) -> bool:
-        """Hand over a job. False if the process had died before, so that nobody has seen the job."""
+    def send(self, index: int, number: int, frame: bytes, num_scores: int, limit_secs: float) -> bool:
+        """Hand over a job.
+
+        Args:
+          index: of the job in its batch. number: of the job in the pool's life, in the frame too. frame: `pack_request`.
+          num_scores: of its completions. limit_secs: that it may take.
+        Returns: False if the process had died before, so that nobody has seen the job.
+        """
+        if not self._write(frame):
+            return False
+        self.index, self.since, self.limit_secs = index, time.monotonic(), limit_secs
+        self._number, self._num_scores = number, num_scores
+        return True
+
+    def _write(self, frame: bytes) -> bool:
+        """Begin to send a frame. False if nobody reads."""
         try:
             num_sent = os.write(self._stdin.fileno(), frame)
         except BrokenPipeError:
             return False
-        self.index, self.since = index, time.monotonic()
         if num_sent < len(frame):  # larger than the pipe: the rest goes when the worker has read some
             self._unsent = memoryview(frame)[num_sent:]
             self._selector.register(self._stdin, selectors.EVENT_WRITE, self)
@@ -72,51 +90,54 @@ class Worker:
         if not self._unsent:
             self._selector.unregister(self._stdin)
 
-    def receive(self) -> tuple[Any, str] | None:
-        """Return the next message if all of it has arrived, else None. Raises EOFError if the process has ended."""
+    def receive(self) -> Reply | None:
+        """Return the reply if all of it has arrived, else None.
+
+        Raises: EOFError if the process has ended. ProtocolError if what has come is no reply to what it is at.
+        """
         try:
             data = os.read(self._stdout.fileno(), 1 << 16)
         except BlockingIOError:
             return None
         if not data:
             raise EOFError
+        if self.is_idle:
+            raise ProtocolError("bytes that nobody asked for")
         self._received += data
-        if len(self._received) < HEADER.size:
-            return None
-        end = HEADER.size + HEADER.unpack_from(self._received)[0]
-        if len(self._received) < end:
-            return None
-        message = pickle.loads(self._received[HEADER.size : end])
-        del self._received[:end]
-        return message
+        return read_reply(self._received, self._number, self._num_scores)
 
-    def kill(self) -> int:
-        """End the process and all it started, and wait for it. Returns its exit code.
+    @property
+    def has_more(self) -> bool:
+        """True if more has come than the reply: someone beside the worker writes into its pipe."""
+        return bool(self._received)
 
-        A child that began a session of its own escapes if the process itself had ended before.
+    def kill(self, *, has_ended: bool = False) -> int:
+        """End the process and all it started, and wait for it.
+
+        has_ended: it went by itself, and its keeper is about to follow. Returns its exit code, 128 + n if signal n ended it;
+        below 0: something has killed the keeper above it.
         """
         for pipe in (self._stdin, self._stdout):
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
             pipe.close()
-        # Listed before the kill: afterwards the children have another parent and could not be found.
-        children = _descendants(self._process.pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, and so has all it started
+        code = self._wait(FOLLOW_SECS) if has_ended else None
+        if code is None:
+            self._process.terminate()
+            code = self._wait(LEAVE_SECS)
+        if code is not None and code >= 0:
+            return code
+        # The keeper was killed or stopped, which only a scorer does. What it kept is known by its mark; what forks meanwhile is
+        # found the next time.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        for _ in range(MAX_SWEEPS):
+            if not any([kill(pid) for pid in marked(self._mark)]):
+                break
         return self._process.wait()
 
-
-def _descendants(pid: int) -> list[int]:
-    """List the processes below one (Linux; none elsewhere, where only those of its group are ended)."""
-    parents: dict[int, list[int]] = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended a moment ago
-            parent = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(file.parent.name))
-    found = parents.get(pid, [])
-    for child in found:  # grows while it is gone through
-        found += parents.get(child, [])
-    return found
+    def _wait(self, secs: float) -> int | None:
+        """Wait for the keeper; None if it has not ended by then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(secs)
+        return None

@@ -28,11 +28,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Write the report, and print its verdict. Raises UserError."""
+    from grpo_jax.files import write_atomically
     from grpo_jax.tools.report import files
     from grpo_jax.tools.report.analysis import analyse
     from grpo_jax.tools.report.runs import load
     from grpo_jax.tools.report.verdict import verdict
-    from grpo_jax.training.checkpoint import write_atomically
 
     study = analyse(*load(args.folders, args.metric), args.metric, args.baseline)
     out = args.out or args.folders[0] / "report"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools.report import document, figures, hparams, page, tables
 from grpo_jax.tools.report.analysis import Study
-from grpo_jax.training.checkpoint import write_atomically
 
 
 def write(study: Study, out: pathlib.Path, command: str) -> None:
@@ -36,6 +36,9 @@ def write(study: Study, out: pathlib.Path, command: str) -> None:
     # of each name is enough there.
     for name, drawn in light.items():
         (out / name).write_bytes(drawn)
+    (out / "paper").mkdir(exist_ok=True)
+    for name, drawn in figures.draw_for_papers(study).items():
+        (out / "paper" / name).write_bytes(drawn)
     for name, each in texts.items():
         write_atomically(out / name, each)
     hparams.write(study, out / "tensorboard")

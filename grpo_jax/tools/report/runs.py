@@ -13,7 +13,9 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import note_once, read_json
 from grpo_jax.training.runlog import read_metrics
+from grpo_jax.training.settings import read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,12 @@ def load(folders: Sequence[pathlib.Path], metric: str) -> tuple[list[Run], list[
 
 def list_sweep(workdir: pathlib.Path) -> list[ListedRun]:
     """List the runs of sweep.json; their folders are relative to its own."""
-    sweep = json.loads((workdir / "sweep.json").read_text(encoding="utf-8"))
-    return [ListedRun(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in sweep["runs"]]
+    path, advice = workdir / "sweep.json", "start the sweep again, it writes the file anew and keeps finished runs"
+    runs = read_json(path, advice).get("runs")
+    try:
+        return [ListedRun(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in runs]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: no list of runs with name, seed, folder and status; {advice}") from None
 
 
 def list_by_config(folders: Sequence[pathlib.Path]) -> list[ListedRun]:
@@ -116,7 +122,12 @@ def read_run(listed: ListedRun, metric: str) -> Run | LeftOut:
     records = read_metrics(folder)
     if not records:
         return LeftOut(name, seed, f"no records in {folder}")
-    run = Run(name, seed, folder, read_config(folder), records, read_summary(folder))
+    # One damaged file leaves out one run: the others can be compared all the same.
+    try:
+        config = read_config(folder)
+    except UserError as error:
+        return LeftOut(name, seed, str(error))
+    run = Run(name, seed, folder, config, records, read_summary(folder))
     last, num_steps = int(records[-1]["step"]), run.config["num_steps"]
     if last < num_steps:
         return LeftOut(name, seed, f"stopped at step {last} of {num_steps}")
@@ -135,13 +146,22 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "summary.json"
     if not path.exists():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    # It says where the results come from, and none of them: date, commit and machine are unknown then.
+    try:
+        return read_json(path, "its date, commit and machine are not known")
+    except UserError as error:
+        note_once(str(error))
+        return {}
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Read config.json, flat: {"objective.kl_coef": 0.04, ...}."""
     # Not through `Config`: a run of an older version lacks fields of it, and its results can be compared all the same.
-    return flatten_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")), sep=".")
+    settings = flatten_dict(read_settings(folder), sep=".")
+    for field in ("seed", "num_steps"):
+        if not isinstance(settings.get(field), int):
+            raise UserError(f"{folder}/config.json: {field} = {settings.get(field)!r}, an integer is expected")
+    return settings
 
 
 def require_seeds_of_one_setting(runs: Sequence[Run]) -> None:

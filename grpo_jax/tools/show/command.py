@@ -10,6 +10,7 @@ import argparse
 import pathlib
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import write_atomically
 from grpo_jax.tools import cli
 
 
@@ -30,7 +31,6 @@ def main(args: argparse.Namespace) -> None:
 def show(workdirs: list[pathlib.Path], out: pathlib.Path | None) -> pathlib.Path:
     """Write the page of some runs and return where. Raises UserError."""
     from grpo_jax.tools.show.page import page
-    from grpo_jax.training.checkpoint import write_atomically
 
     if not workdirs:
         raise UserError("the folder of a run is missing; for example grpo-jax show runs/demo")

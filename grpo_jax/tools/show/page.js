@@ -150,7 +150,7 @@ const LONG = 60; // tokens; a longer completion gets the whole width
 const FILTERS = {
   all: () => true,
   right: (completion) => completion.isSuccess,
-  wrong: (completion) => !completion.isSuccess,
+  wrong: (completion) => completion.isScored && !completion.isSuccess,
   mixed: (completion, group) => group.completions.some((each) => each.isSuccess !== completion.isSuccess),
 };
 const ORDERS = {
@@ -198,7 +198,8 @@ function showGroups() {
 
 function groupOf(group, completions, colour) {
   const all = group.completions, right = all.filter((each) => each.isSuccess).length;
-  const reward = all.reduce((sum, each) => sum + each.reward, 0) / all.length;
+  const scored = all.filter((each) => each.isScored);
+  const reward = scored.reduce((sum, each) => sum + each.reward, 0) / Math.max(scored.length, 1);
   const heads = ["", "reward", "tokens", "entropy", "advantage / GRPO", "completion"];
   return make("article", "group",
     make("header", "", make("h3", "", `Group ${group.number}`),
@@ -213,14 +214,14 @@ function rowOf(completion, colour) {
   const text = make("div", "text", ...tokens, completion.isTruncated ? make("span", "cut", "cut off") : null);
   text.completion = completion;
   const mean = completion.text.reduce((sum, _, i) => sum + advantageOf(completion, i), 0) / completion.text.length / run.perUnit;
-  const reward = make("span", "number", fixed(completion.reward));
+  const reward = make("span", "number", completion.isScored ? fixed(completion.reward) : "no score");
   if (completion.reward !== completion.taskReward) {
     reward.append(" ", make("span", "dim", `(${fixed(completion.taskReward)})`));
     reward.title = "reward (task reward before shaping)";
   }
   const isLong = completion.text.length > LONG;
   return make("div", `row ${completion.isSuccess ? "good" : "bad"}${isLong ? " long" : ""}`,
-    make("span", "light", completion.isSuccess ? "right" : "wrong"), reward,
+    make("span", "light", completion.isSuccess ? "right" : completion.isScored ? "wrong" : "none"), reward,
     make("span", "number", String(completion.text.length)), make("span", "number", fixed(completion.meanEntropy)),
     make("span", "number", fixed(mean), make("span", "dim", ` / ${fixed(completion.grpo)}`)), text);
 }

@@ -17,7 +17,8 @@ from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.tools.show.health import Record, health
-from grpo_jax.training.runlog import points, read_completions, read_config, read_metrics
+from grpo_jax.training.runlog import points, read_completions, read_metrics
+from grpo_jax.training.settings import read_config
 
 Item = TypeVar("Item")
 Row = Mapping[str, Any]  # of completions.jsonl
@@ -73,7 +74,7 @@ def run_data(workdir: pathlib.Path) -> dict[str, Any]:
     if not records:
         raise UserError(f"{workdir}/metrics.jsonl: no records yet; they come after the first evaluation")
     rows = read_completions(workdir)
-    if rows and "token_text" not in rows[0]:
+    if any("token_text" not in row for row in rows):
         raise UserError(f"{workdir}/completions.jsonl: it has no token_text, an older version wrote it; train again")
     recorded = group_by_step(rows)
     shown = thin_steps(recorded)
@@ -183,10 +184,13 @@ def completion_data(row: Row, success_threshold: float) -> dict[str, Any]:
     advantage: Any = quantise(row["token_advantage"])
     if len(set(advantage)) == 1:
         advantage = advantage[0]
+    # Records of older versions have no such field: there, every row had a score.
+    is_scored = row.get("is_scored", True)
     return {
-        "reward": finite_or_none(row["reward"]),
-        "taskReward": finite_or_none(row["task_reward"]),
-        "isSuccess": row["task_reward"] >= success_threshold,
+        "isScored": is_scored,
+        "reward": finite_or_none(row["reward"]) if is_scored else None,
+        "taskReward": finite_or_none(row["task_reward"]) if is_scored else None,
+        "isSuccess": is_scored and row["task_reward"] >= success_threshold,
         "isTruncated": row["is_truncated"],
         "meanEntropy": finite_or_none(row["entropy"]),
         "grpo": finite_or_none(row["grpo_advantage"]),

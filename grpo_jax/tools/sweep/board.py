@@ -14,8 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from grpo_jax.errors import UserError
+from grpo_jax.files import note_once, read_json, write_atomically
 from grpo_jax.tools.sweep.plan import RunSpec
-from grpo_jax.training.checkpoint import saved_steps, write_atomically
+from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.runlog import read_metrics
 
 STATUSES = ("running", "failed", "waiting", "finished")  # in the order of the table
@@ -117,7 +119,7 @@ class Board:
         ordered = sorted(self.specs, key=lambda spec: STATUSES.index(self.status[spec.folder]))
         # Lines are left for the head and the summary: of a live table taller than the terminal, rich does not show the end.
         for spec in ordered[: max(height - 4, 1)]:
-            table.add_row(*self.cells(spec))
+            table.add_row(*map(Text, self.cells(spec)))
         return Group(table, Text(self.summary()))
 
     def cells(self, spec: RunSpec) -> tuple[str, ...]:
@@ -166,7 +168,14 @@ def is_finished(spec: RunSpec, workdir: pathlib.Path) -> bool:
     """Return True if the run went to its end."""
     # One that was stopped has a summary too, of fewer steps.
     path = workdir / spec.folder / "summary.json"
-    return path.exists() and json.loads(path.read_text())["steps"] == spec.config.num_steps
+    if not path.exists():
+        return False
+    # A torn one must not stop the other runs: this run goes on from its last checkpoint, and writes the file anew.
+    try:
+        return read_json(path, "the run goes on from its last checkpoint").get("steps") == spec.config.num_steps
+    except UserError as error:
+        note_once(str(error))
+        return False
 
 
 def resting_status(spec: RunSpec, workdir: pathlib.Path) -> str:

@@ -20,10 +20,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
 from grpo_jax.tools.sweep import worker
 from grpo_jax.tools.sweep.worker import Job
-from grpo_jax.training.trainer import StopSignal
+from grpo_jax.training.signals import StopSignal
 
 POLL_SECS = 1.0
-Event = tuple[Job, str, str]  # job, "running" | "ended", what went wrong ("" if nothing did)
+Event = tuple[Job, str, list[str]]  # job, "running" | "ended", what went wrong with each run ("" if nothing did)
 
 
 def default_num_processes() -> int:
@@ -87,8 +87,8 @@ class Worker:
         except EOFError:
             self.process.join()
             if self.is_told:
-                return job, "ended", ""  # it was asked to stop before it had begun to train: no failure
-            return job, "ended", f"the process ended with status {self.process.exitcode}"
+                return job, "ended", [""] * len(job.runs)  # it was asked to stop before it had begun to train: no failure
+            return job, "ended", [f"the process ended with status {self.process.exitcode}"] * len(job.runs)
 
 
 def run_in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) -> Generator[Event | None, None, None]:
@@ -117,7 +117,8 @@ def run_in_processes(jobs: Sequence[Job], num_processes: int, stop: StopSignal) 
                 if not idle:
                     idle.append(Worker.start(num_threads))
                     workers.append(idle[0])
-                yield idle.pop().begin(waiting.popleft()), "running", ""
+                job = idle.pop().begin(waiting.popleft())
+                yield job, "running", [""] * len(job.runs)
             busy = {each.pipe: each for each in workers if each.job}
             for pipe in connection.wait(list(busy), timeout=POLL_SECS):
                 each = busy[pipe]  # type: ignore[index]
@@ -162,9 +163,10 @@ def run_by_submitit(
             for handle in list(handles):
                 if handle not in running and handle.state == "RUNNING":
                     running.add(handle)
-                    yield handles[handle], "running", ""
+                    yield handles[handle], "running", [""] * len(handles[handle].runs)
                 if handle.done():
-                    yield handles.pop(handle), "ended", outcome_of(handle)
+                    job = handles.pop(handle)
+                    yield job, "ended", outcome_of(handle, len(job.runs))
             yield None
             time.sleep(POLL_SECS)
     finally:
@@ -173,9 +175,9 @@ def run_by_submitit(
             handle.cancel()
 
 
-def outcome_of(handle: Any) -> str:
-    """Read what went wrong with a submitit job that is done: its own word, or if it crashed, where to look; "" if nothing."""
+def outcome_of(handle: Any, num_runs: int) -> list[str]:
+    """Read what went wrong with the runs of a submitit job that is done: its own word, or if it crashed, where to look."""
     failure = handle.exception()
     if failure is None:
         return handle.result()
-    return f"{type(failure).__name__}: see {handle.paths.stderr}"
+    return [f"{type(failure).__name__}: see {handle.paths.stderr}"] * num_runs

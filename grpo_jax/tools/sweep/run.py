@@ -14,8 +14,9 @@ from grpo_jax.tools.sweep import plan, pool
 from grpo_jax.tools.sweep.board import Board
 from grpo_jax.tools.sweep.plan import Sweep
 from grpo_jax.tools.sweep.worker import jobs_of
-from grpo_jax.training.checkpoint import check_same_config
-from grpo_jax.training.trainer import StopSignal
+from grpo_jax.training.data_record import pin_template_date
+from grpo_jax.training.settings import check_same_config
+from grpo_jax.training.signals import StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,12 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
     Raises: UserError on bad input, before anything is written.
     """
     specs = plan.expand(sweep, changes)
+    # Once for all: a sweep that goes on over midnight compares runs with the same prompts.
+    workdirs = [workdir / spec.folder for spec in specs]
+    specs = [
+        dataclasses.replace(spec, config=pin_template_date(spec.config, [own, *workdirs]))
+        for spec, own in zip(specs, workdirs, strict=True)
+    ]
     # All runs before the first begins: nobody wants to learn after hours that the last one's folder is another config's.
     for spec in specs:
         check_same_config(workdir / spec.folder, spec.config.to_dict())
@@ -60,8 +67,8 @@ def run_sweep(sweep: Sweep, workdir: pathlib.Path, changes: Mapping[str, Any], c
                 board.refresh()
                 if event is None:
                     continue
-                job, happened, error = event
-                for spec in job.runs:
+                job, happened, errors = event
+                for spec, error in zip(job.runs, errors, strict=True):
                     if happened == "running":
                         board.set(spec, "running")
                     else:

@@ -19,9 +19,12 @@ from multiprocessing.connection import Connection
 
 from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
+from grpo_jax.files import printable
 from grpo_jax.learner.hyperparams import static_key, value_of
+from grpo_jax.tasks.sources import SOURCES
 from grpo_jax.tools.sweep.plan import RunSpec
-from grpo_jax.training import build, trainer
+from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.types import Params
@@ -76,7 +79,7 @@ def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]
 
 
 def serve_jobs(connection: Connection, num_threads: int) -> None:
-    """Receive jobs, send what went wrong with each (one line, or ""), until the other end is closed. num_threads: for XLA."""
+    """Receive jobs, send what went wrong with the runs of each, until the other end is closed. num_threads: for XLA."""
     os.environ["NPROC"] = str(num_threads)  # read when JAX makes its devices, which has not happened yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the sweep's process decides
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -97,35 +100,37 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def attempt(job: Job) -> str:
-    """Do a job and return what went wrong, in one line, or ""."""
+def attempt(job: Job) -> list[str]:
+    """Do a job and return what went wrong with each of its runs, in one line, or ""."""
     # Whatever it is: the traceback is in the run's output, and the process is fit for the next job.
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with output_to(job.output):
         try:
-            do(job)
+            return do(job)
+        except UserError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            return [printable(str(error))] * len(job.runs)
         except Exception as error:
             traceback.print_exc()
-            return " ".join(f"{type(error).__name__}: {error}".split())
-    return ""
+            return [printable(f"{type(error).__name__}: {error}")] * len(job.runs)
 
 
-def do(job: Job) -> None:
-    """Train, from where each run left off."""
+def do(job: Job) -> list[str]:
+    """Train, from where each run left off, and return why each could not go on, or ""."""
     # On disk, next to the runs: processes and later sweeps find what any of them has compiled.
     enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
-    if configs[0].task.name in build.SOURCES:  # scored on the host: nothing to share
+    if configs[0].task.name in SOURCES:  # scored on the host: nothing to share
         for config, workdir in zip(configs, workdirs, strict=True):
             trainer.train(config, workdir)
-        return
+        return [""] * len(configs)
     template = template_of(static_key(configs[0]), configs[0])
     runs = [share_weights(template.with_config(config), job.workdir / "weights") for config in configs]
     if len(runs) > 1:
-        trainer.train_vmapped(runs, workdirs)
-    else:
-        trainer.train_run(runs[0], workdirs[0])
+        return trainer.train_vmapped(runs, workdirs)
+    trainer.train_run(runs[0], workdirs[0])
+    return [""]
 
 
 _templates: dict[Config, Run] = {}

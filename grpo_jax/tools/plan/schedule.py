@@ -1,0 +1,249 @@
+"""A compiled program's text -> its operations: how often each runs, XLA's estimate of its cycles, the source line it is from.
+
+XLA:TPU writes `estimated_cycles` at every operation; XLA:GPU and XLA:CPU write none. A Pallas kernel has none either, so its
+products are counted by hand from the shapes that it is given, at a share of the peak that is an assumption. All of it is the
+compiler's and this module's estimate: nothing is measured.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+from grpo_jax.tools.plan.chips import Chip
+
+# A dtype that is missing here raises KeyError: counted as nothing it would make the traffic look small.
+ITEMSIZE = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+ITEMSIZE |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "token": 0}
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(?.*?\)?) ([a-z][\w\-]*)\((.*)$")
+ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d(?:fn)?)?)\[([\d,]*)\]")
+CYCLES = re.compile(r'estimated_cycles["\\]*:["\\]*(\d+)')
+# XLA writes the count of loops that it could analyse on CPUs and GPUs, and on TPUs none.
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
+KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")
+# The share of a matrix unit's peak that an attention kernel is taken to reach, by width of head: a width of 64 fills half of a
+# 128 x 128 unit in both of its products.
+KERNEL_SHARE = {64: 0.25, 128: 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of the text. result: its type. rest: operands and attributes."""
+
+    name: str
+    result: str
+    opcode: str
+    rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An instruction of the schedule as often as it runs. loops: the bodies that it is inside of, outermost first."""
+
+    instruction: Instruction
+    runs: float
+    loops: tuple[str, ...]
+
+    @property
+    def cycles(self) -> float:
+        """Estimated cycles of one run; 0 where the compiler says nothing."""
+        found = CYCLES.search(self.instruction.rest)
+        return float(found[1]) if found else 0.0
+
+    @property
+    def is_kernel(self) -> bool:
+        """A kernel that was written by hand (Pallas, Triton), and not a product that XLA has a library for."""
+        return self.instruction.opcode == "custom-call" and any(f'"{each}' in self.instruction.rest for each in KERNELS)
+
+
+def _cycles(operation: Operation) -> float:
+    return operation.cycles
+
+
+class Schedule:
+    """The text of one compiled program, parsed once."""
+
+    def __init__(self, hlo: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        self._tables: dict[str, dict[int, str]] = collections.defaultdict(dict)
+        name = table = ""
+        for line in hlo.splitlines():
+            if match := COMPUTATION.match(line):
+                name, table = match[1], ""
+                self.computations[name] = []
+                if line.startswith("ENTRY"):
+                    self.entry = name
+            elif name and (match := INSTRUCTION.match(line)):
+                self.computations[name].append(Instruction(*match.groups()))
+            elif name and line not in ("", "}") and self.computations[name]:
+                # A kernel's metadata has line breaks in it.
+                last = self.computations[name][-1]
+                self.computations[name][-1] = dataclasses.replace(last, rest=f"{last.rest}\n{line}")
+            elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+                table = line
+            elif table and (match := re.match(r"(\d+) (.*)", line)):
+                self._tables[table][int(match[1])] = match[2]
+
+    def operations(self, weigh: Callable[[Operation], float] = _cycles) -> list[Operation]:
+        """List what runs, loops and one branch of each conditional opened up: the one with the largest sum of `weigh`."""
+        return list(self._walk(self.entry, 1.0, (), weigh))
+
+    def _walk(self, name: str, runs: float, loops: tuple[str, ...], weigh: Callable[[Operation], float]) -> Iterator[Operation]:
+        for each in self.computations[name]:
+            yield Operation(each, runs, loops)
+            if each.opcode == "while":
+                body = _attribute("body", each)
+                yield from self._walk(body, runs * self.num_trips(each, name), (*loops, body), weigh)
+            elif each.opcode == "conditional":
+                # Nobody knows which branch runs: the dearest is one that a run can reach.
+                branches = [branch.strip().lstrip("%") for group in BRANCHES.findall(each.rest) for branch in group.split(",")]
+                walks = [list(self._walk(branch, runs, loops, weigh)) for branch in branches or CALLED.findall(each.rest)]
+                yield from max(walks, key=lambda walk: sum(weigh(op) * op.runs for op in walk))
+            elif each.opcode in ("call", "async-start"):
+                yield from self._walk(CALLED.findall(each.rest)[0], runs, loops, weigh)
+
+    def num_trips(self, loop: Instruction, where: str) -> float:
+        """Return how often a loop runs: from its first number, which the one before may have left, to its last.
+
+        Args:
+          loop: the instruction. where: the computation that it is in.
+        """
+        if known := TRIPS.search(loop.rest):
+            return float(known[1])
+        last = self._last_number(loop)
+        if last is None:
+            return 1.0
+        return max(1.0, last - self._first_number(loop, where))
+
+    def _last_number(self, loop: Instruction) -> float | None:
+        condition = self.computations[_attribute("condition", loop)]
+        numbers = [
+            int(each.rest.split(")")[0]) for each in condition if each.opcode == "constant" and each.result[:4] == "s32["
+        ]
+        return max(numbers) if numbers else None
+
+    def _first_number(self, loop: Instruction, where: str) -> float:
+        """Follow the counter, the loop's first value, to a constant or to the loop before."""
+        by_name = {each.name: each for each in self.computations[where]}
+        at = by_name.get(_operands(loop)[0])
+        index = 0
+        while at is not None:
+            if at.opcode == "tuple":
+                at = by_name.get(_operands(at)[index])
+            elif at.opcode == "get-tuple-element":
+                index = int(_attribute("index", at))
+                at = by_name.get(_operands(at)[0])
+            elif at.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
+                at = by_name.get(_operands(at)[0])
+            elif at.opcode == "while":
+                return self._last_number(at) or 0.0
+            elif at.opcode == "constant":
+                return float(at.rest.split(")")[0])
+            else:
+                break
+        return 0.0
+
+    def source(self, each: Instruction) -> str:
+        """Return the innermost line of our own code that an instruction is from, as folder/file.py:line."""
+        frame = re.search(r"stack_frame_id=(\d+)", each.rest)
+        if not frame:
+            found = re.search(r'source_file="([^"]*)" source_line=(\d+)', each.rest)
+            return f"{_short(found[1])}:{found[2]}" if found else ""
+        at, seen, first = int(frame[1]), set(), ""
+        while at not in seen and at in self._tables["StackFrames"]:
+            seen.add(at)
+            here, at = (int(n) for n in re.findall(r"=(\d+)", self._tables["StackFrames"][at])[:2])
+            place = dict(re.findall(r"(\w+)=(\d+)", self._tables["FileLocations"][here]))
+            file = self._tables["FileNames"][int(place["file_name_id"])].strip('"')
+            first = first or f"{_short(file)}:{place['line']}"
+            if "grpo_jax" in file:
+                return f"{_short(file)}:{place['line']}"
+        return first
+
+
+def _short(path: str) -> str:
+    return "/".join(path.split("/")[-2:])
+
+
+def _attribute(key: str, each: Instruction) -> str:
+    found = re.search(rf"\b{key}=%?([\w.\-]+)", each.rest)
+    assert found is not None, f"{each.name}: no {key}"
+    return found[1]
+
+
+def _operands(each: Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", each.rest.split("), ")[0])
+
+
+def arrays_of(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """List (dtype, shape) of the arrays that a type, or a text with types in it, names."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in ARRAY.findall(text) if dtype in ITEMSIZE]
+
+
+def array_bytes(result: str) -> float:
+    """Count the bytes of an array, or of all arrays in a tuple."""
+    return sum(ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in ARRAY.findall(result))
+
+
+def kernel_flops(operation: Operation) -> float:
+    """Count the products of one run of an attention kernel by hand, from the shapes of its queries and keys.
+
+    Forward 2 products, backward in one kernel 5, else 4 (keys and values) and 3 (queries). Rows that see themselves skip the
+    blocks above the diagonal.
+    """
+    arrays = _kernel_arrays(operation)
+    if len(arrays) < 2:
+        return 0.0
+    name, products = operation.instruction.name, 2
+    if "dkv" in name:
+        # In one kernel with the queries' gradient, which is its result with a leading axis of blocks of keys.
+        products = 5 if any(len(shape) > len(arrays[0]) for _, shape in arrays_of(operation.instruction.result)) else 4
+    elif "dq" in name:
+        products = 3
+    *rows, num_queries, width = arrays[0]
+    return products * 2 * math.prod(rows) * _num_pairs(operation, num_queries, arrays[1][-2]) * width
+
+
+def _num_pairs(operation: Operation, num_queries: int, num_keys: int) -> float:
+    """Count the pairs of query and key in the blocks that a kernel runs."""
+    if num_queries != num_keys:
+        return num_queries * num_keys
+    sizes = {key: int(size) for key, size in re.findall(r"block_(\w+?)\W+: *(\d+)", operation.instruction.rest)}
+    kind = "_dkv" if "dkv" in operation.instruction.name else "_dq" if "dq" in operation.instruction.name else ""
+    rows, columns = sizes.get(f"q{kind}", 1), sizes.get(f"kv{kind}", 1)
+    ends = range(rows, num_queries + 1, rows)
+    return sum(rows * min(num_keys, math.ceil(end / columns) * columns) for end in ends)
+
+
+def _kernel_arrays(operation: Operation) -> list[tuple[int, ...]]:
+    """List the shapes of the queries, keys and other arrays with channels that a kernel is given."""
+    given = OPERANDS.search(operation.instruction.rest)
+    found = arrays_of(given[1]) if given else []
+    return [shape for dtype, shape in found if dtype in ("bf16", "f32") and len(shape) >= 3]
+
+
+def operation_secs(operation: Operation, chip: Chip) -> float:
+    """Estimate the seconds of one run: its cycles at the chip's clock; of a kernel its products or its bytes.
+
+    Args:
+      operation: of a TPU's schedule. chip: clock and peaks.
+    """
+    if not operation.is_kernel or operation.cycles:
+        return operation.cycles / (chip.clock_hz or math.inf)
+    given = OPERANDS.search(operation.instruction.rest)
+    moved = array_bytes(operation.instruction.result) + array_bytes(given[1] if given else "")
+    return max(kernel_flops(operation) / (chip.flops_per_s * kernel_share(operation)), moved / chip.hbm_bytes_per_s)
+
+
+def kernel_share(operation: Operation) -> float:
+    """Return the share of the arithmetic peak that an attention kernel is taken to reach."""
+    arrays = _kernel_arrays(operation)
+    return KERNEL_SHARE[64 if arrays and arrays[0][-1] <= 64 else 128]
