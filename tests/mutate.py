@@ -434,7 +434,7 @@ BUGS = [
         "grpo_jax/models/families.py",
         "for key, value in NEUTRAL.items() if key not in is_read}",
         "for key, value in NEUTRAL.items() if key not in NEUTRAL}",
-        "tests/test_settings.py -k changes_nothing",
+        "tests/test_model_settings.py -k changes_nothing",
     ),
 ]
 
