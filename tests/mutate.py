@@ -394,6 +394,48 @@ BUGS = [
         '"pending": seen.pending}',
         "tests/test_host_training.py -k scored_while",
     ),
+    (
+        "YaRN's ramp is over channels, not over pairs",
+        "grpo_jax/models/rope.py",
+        "jnp.arange(num_pairs, dtype=jnp.float32) - first",
+        "2 * jnp.arange(num_pairs, dtype=jnp.float32) - first",
+        "tests/test_families.py -k yarn",
+    ),
+    (
+        "the prompt's scores are not capped",
+        "grpo_jax/models/attention.py",
+        "soft_cap(pre_PKGTRS, cap)",
+        "pre_PKGTRS",
+        "tests/test_families.py -k every_token",
+    ),
+    (
+        "rows come back from experts in their order",
+        "grpo_jax/models/experts.py",
+        "jnp.argsort(order)).reshape",
+        "order).reshape",
+        "tests/test_experts.py -k own_experts",
+    ),
+    (
+        "a frozen router learns",
+        "grpo_jax/models/transformer.py",
+        'jax.lax.stop_gradient(mlp["router"])',
+        'mlp["router"]',
+        "tests/test_experts.py -k frozen",
+    ),
+    (
+        "padding counts in the experts' load",
+        "grpo_jax/models/experts.py",
+        "is_chosen &= (is_token != 0)[..., None, None]",
+        "pass",
+        "tests/test_experts.py -k loads",
+    ),
+    (
+        "a setting of another family is not seen",
+        "grpo_jax/models/families.py",
+        "for key, value in NEUTRAL.items() if key not in is_read}",
+        "for key, value in NEUTRAL.items() if key not in NEUTRAL}",
+        "tests/test_model_settings.py -k changes_nothing",
+    ),
 ]
 
 
