@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from grpo_jax.learner import logprobs
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.tools.plan import aot, chips, job
 from grpo_jax.tools.plan.schedule import Schedule, arrays_of
@@ -32,6 +33,11 @@ CASES = {
     "grpo_s, windows and capped scores": ("grpo_s", (2, 2, 1), {}, LOCAL),
     "LoRA": ("dapo", (1, 2, 2), {"lora.rank": 8}, ARCH),
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 2**20)  # or all logits of so small a batch would be one chunk
 
 
 @pytest.fixture(scope="module")

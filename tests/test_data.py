@@ -126,6 +126,7 @@ def test_a_layout_of_files_changes_nothing(tmp_path: Path, layout: str) -> None:
         ("a.json", b"[]", r"a\.json': the file is empty"),
         ("a.csv", b"prompt,answer\na,1\nb\n", r"a\.csv:3: has another number of columns"),
         ("a.csv", b"prompt,answer\n", r"a\.csv': the file is empty"),
+        ("a.csv", b"prompt,answer,answer\n1,2,3\n", r"a\.csv:1: the column 'answer' stands twice"),
         ("a.csv", "prompt,answer\nä,1\n".encode("latin1"), r"a\.csv: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b"x" * 99)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: a Parquet file that cannot be read"),
@@ -160,6 +161,18 @@ def test_paths_that_name_no_file_or_one_twice(tmp_path: Path) -> None:
     odd = write_lines(tmp_path / "a, [b].jsonl", sums(range(4)))
     assert len(load_data(config_of("jsonl", odd))[0].train) == 4
     assert not is_files("openai/gsm8k") and not is_files(str(tmp_path))
+
+
+def test_a_path_that_is_empty_and_a_column_that_stands_twice(tmp_path: Path) -> None:
+    for name in ("jsonl", "dataset"):
+        with pytest.raises(UserError, match=rf"config\.task\.{name}\.path is empty"):
+            load_data(config_of(name))
+    twice = pyarrow.table([["a"], ["1"], ["2"]], names=["prompt", "answer", "answer"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the column 'answer' stands twice"):
+        load_data(config_of("jsonl", tmp_path / "a.parquet"))
+    (tmp_path / "long.csv").write_text("prompt,answer\n" + "x" * 200_000 + ",1\n")
+    assert len(load_data(config_of("jsonl", tmp_path / "long.csv"))[0].train[0].text) == 200_000
 
 
 def test_the_cause_of_an_error_of_datasets_is_shown_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +330,9 @@ def test_worked_examples_are_neither_too_long_nor_held_out(tmp_path: Path) -> No
     # As with fewer rows to leave out: what is held out does not depend on what is too long.
     short = task_of(path=write_lines(tmp_path / "b.jsonl", sums(range(30))), num_shots=3, eval__num_prompts=6)
     assert asked(short) == (train, held_out)
+    # Nor on the examples: those with and without compare on the same questions.
+    _, without = asked(task_of(path=tmp_path / "b.jsonl", eval__num_prompts=6))
+    assert without == [text.removeprefix(beginning).strip() for text in held_out]
 
 
 def test_training_questions_that_the_evaluation_has_too_are_counted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 from rich.console import Console
 
 import grpo_jax
+from grpo_jax.errors import RunError
 from grpo_jax.tools import data as tool
 from grpo_jax.tools.data import TASK, DataView, PartView, closing, inspect_data
 from tests import tiny
@@ -64,7 +65,7 @@ def test_what_a_person_sees_before_a_run(tmp_path: Path) -> None:
     assert [(parts[name].reference, parts[name].empty) for name in (TASK, "math_verify")] == [(1.0, 0.0)] * 2
     # The closing tag, a line feed, the number and the end, of twelve tokens.
     assert (parts["length"].reference, parts["length"].empty) == pytest.approx((1 - 4 / 12, 1 - 1 / 12))
-    assert [part.compares for part in view.parts] == [True, True, False, False] and view.complaints == []
+    assert [part.compares for part in view.parts] == [False, True, False, False] and view.complaints == []
     shown = page(view)
     apart = "<|im_start|>│u│s│e│r│\\n│"
     for text in ("6 questions to train on, 2 held out", "data/dropped/training/too_long", apart, "prompt 1"):
@@ -73,12 +74,12 @@ def test_what_a_person_sees_before_a_run(tmp_path: Path) -> None:
 
 
 MINE = """
-def generous(completion, item):
-    return 1.0
-
-
 def strict(completion, item):
     return float(completion == item["answer"] and item["answer"] != "2")
+
+
+def number(completion, item):
+    return float(int(completion) == int(item["answer"]))
 """
 
 
@@ -91,16 +92,29 @@ def test_complaints_name_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parts = {part.name: part for part in view.parts}
     failing = parts["regex"]
     assert failing.compares and failing.reference is not None and failing.reference < 1
-    assert f"{tmp_path}/a.jsonl:1" in failing.failures and "the reference answer is not right for" in failing.verdict
+    assert failing.wrong == (f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:6")
+    assert failing.verdict == f"the reference answer is not right for {', '.join(failing.wrong)}"
     assert not parts["mine_for_inspect:strict"].compares
     assert view.num_over_budget == 1
     assert view.complaints[-1].startswith("1 of 4 reference answers are longer than config.rollout.max_completion_tokens = 12")
     assert f"! {view.complaints[0]}"[:40] in page(view)
-    assert PartView("x", 1.0, 1.0, True).verdict == "an empty completion is right"
-    assert PartView("x", None, 1.0, False).verdict == ""
+    several = PartView("x", 1.0, 1.0, True, trivial=("a:1", "a:2", "a:3", "a:4"))
+    assert several.verdict == "an empty one is right for a:1, a:2, a:3 and 1 more"
 
 
-def test_prompts_alone_and_several_answers(tmp_path: Path) -> None:
+def test_a_reward_that_fails_on_nothing_is_shown_without_a_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "number_for_inspect.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [{"prompt": f"{i}?", "answer": [i, -i]} for i in range(1, 7)]
+    # On all references it may not fail: the data does not suit it, as int() does not take a tuple.
+    with pytest.raises(RunError, match=r"reward number_for_inspect:number: all 4 completions .* TypeError"):
+        view_of(tmp_path, rows, reward__task="number_for_inspect:number")
+    rows = [{"prompt": f"{i}?", "answer": i} for i in range(1, 7)]
+    part = view_of(tmp_path, rows, reward__task="number_for_inspect:number").parts[1]
+    assert (part.reference, part.empty) == (1.0, None)
+
+
+def test_prompts_alone(tmp_path: Path) -> None:
     alone = view_of(tmp_path, [{"prompt": f"A haiku about {i}"} for i in range(6)], reward__task="length")
     parts = [(part.name, part.reference, part.compares) for part in alone.parts]
     assert parts == [(TASK, None, False), ("length", None, False)]

@@ -310,7 +310,7 @@ class LearnerConfig:
         choices=OLD_LOGP,
     )
     importance_cap: float = knob(
-        0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0
+        0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0, at_most=1e6
     )
 
 

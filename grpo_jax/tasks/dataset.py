@@ -25,6 +25,8 @@ def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> lis
     Raises: UserError naming the field for what cannot be loaded, and the row for what is not a question.
     """
     data = config.dataset
+    if not data.path.strip():
+        raise UserError(f"{FIELD}.path is empty: name a folder, a dataset of the hub, or data files")
     if is_files(data.path):
         _check_no_splits(config)
         return [load_files(config, data.path, data.eval_path, num_eval, FIELD, needs_answer)]

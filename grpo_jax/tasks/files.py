@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ def find_files(path: str, field: str) -> list[str]:
     Returns: the files, in the order in which they are read.
     Raises: UserError if a glob finds nothing, or a file twice.
     """
+    if not path.strip():
+        raise UserError(f"{field} is empty: name a file")
     if Path(path).expanduser().exists():  # a name may hold a comma or a bracket
         return [path]
     found = []
@@ -118,8 +120,10 @@ def _read_table(data: bytes, file: str, delimiter: str) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header. All values are text, as the file writes them; empty ones are null."""
     # Not by a library that guesses types: one empty cell would make a column of whole numbers one of floats.
     text = _decode(data.removeprefix(b"\xef\xbb\xbf"), file)
+    csv.field_size_limit(2**31 - 1)  # a long prompt is no mistake
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        _require_once(reader.fieldnames or (), f"{file}:1")
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row or None in row.values():
@@ -137,7 +141,9 @@ def _read_parquet(data: bytes, file: str) -> Iterator[Row]:
         raise UserError(f"{file}: a Parquet file needs pyarrow: pip install 'grpo_jax[tasks]'") from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches():
+        opened = parquet.ParquetFile(pyarrow.BufferReader(data))
+        _require_once(opened.schema_arrow.names, file)
+        for batch in opened.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{file}, row {number}"
@@ -168,6 +174,13 @@ def _parse(text: str, file: str, line: int, want: str) -> Any:
         raise UserError(f"{file}:{line}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{file}:{line}: nested too deeply; {want}") from error
+
+
+def _require_once(names: Sequence[str], where: str) -> None:
+    """Raise UserError if a column is there twice: a row could have one of them only."""
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: the column {twice!r} stands twice; which of the two counts?")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -129,11 +129,10 @@ ABSENT = object()
 
 def _is_answer(value: Any) -> bool:
     """Tell if a value can be compared with: text, numbers, or several of them."""
-    if isinstance(value, list | tuple):
-        return bool(value) and all(_is_answer(each) for each in value)
-    if isinstance(value, float | Decimal):
-        return math.isfinite(value)
-    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())
+    try:
+        return value is not ABSENT and bool(_answers(value, ""))
+    except UserError:
+        return False
 
 
 def find_column(row: Mapping[str, Any], name: str) -> Any:

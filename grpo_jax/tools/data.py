@@ -8,12 +8,12 @@ part of the reward says to the reference answers, which must earn 1, and to an e
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.config import Config, parse_config
+from grpo_jax.errors import RunError
 from grpo_jax.tasks import Task, data_metrics, summary
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.sources import comparing_parts
@@ -59,27 +60,30 @@ class PromptView:
 
 @dataclasses.dataclass(frozen=True)
 class PartView:
-    """Scores of one part of the reward, or of a whole expression: means over the questions that were tried.
+    """Scores of one part of the reward, or of the whole task reward: means over the questions that were tried.
 
-    reference: of the reference answers; None: the data has none. empty: of an empty completion. compares: it must give 1 to
-    the reference. failures: places of questions whose reference earns less.
+    reference: of the reference answers; None: the data has none, or none has a score. empty: of an empty completion; None:
+    it has no score. compares: the part must give 1 to the reference, and less to an empty completion.
+    wrong: places of questions whose reference earns less than 1. trivial: of those where an empty completion earns 1.
     """
 
     name: str
     reference: float | None
-    empty: float
+    empty: float | None
     compares: bool
-    failures: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    trivial: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """A complaint in a few words; empty if there is none."""
         said = []
-        if self.compares and self.reference is not None and self.reference < 1:
-            first = ", ".join(self.failures[:3]) + ", ..." * (len(self.failures) > 3)
-            said.append(f"the reference answer is not right for {first}")
-        if self.compares and self.empty >= 1:
-            said.append("an empty completion is right")
+        for places, what in (
+            (self.wrong, "the reference answer is not right for"),
+            (self.trivial, "an empty one is right for"),
+        ):
+            if places:
+                said.append(f"{what} {', '.join(places[:3])}" + f" and {len(places) - 3} more" * (len(places) > 3))
         return "; ".join(said)
 
 
@@ -197,32 +201,77 @@ def score_references(task: Task, config: Config, num: int) -> tuple[int, int, li
     Args:
       task: of the prompts and the reward. config: reward and budget are read. num: of prompts.
     Returns: (references longer than the budget, prompts tried, the parts' scores and those of the whole task reward).
+    Raises: RunError if a part fails on all references, as on a run's first batch.
     """
     if not num:
         return 0, 0, []
-    answers = task.train_prompts(0, num).answer
-    rows = [row_of(task, answer) for answer in answers]
-    stop = task.stop_ids[0]
-    references = [reference_ids(task, item, answer) for (item, _), answer in zip(rows, answers, strict=True)]
-    budget = config.rollout.max_completion_tokens
-    empty = {name: score.mean() for name, score in _scores(task, answers, [[stop]] * len(rows), budget).items()}
-    known = [number for number, ids in enumerate(references) if ids is not None]
-    right: dict[str, np.ndarray] = {}
-    if known:
-        written = [[*(references[number] or []), stop] for number in known]
-        right = _scores(task, answers[np.asarray(known)], written, budget)
+    tried = Tried(task, task.train_prompts(0, num).answer, config.rollout.max_completion_tokens)
+    references = {number: ids for number in range(num) if (ids := reference_ids(task, *tried.row(number))) is not None}
+    right, empty = {}, {}
+    if references:
+        right = tried.scores(references)
+    nothing: dict[int, list[int]] = {number: [] for number in range(num)}
+    # A part may fail on all empty completions, int("") does: in a run that would be one outcome among others.
+    with contextlib.suppress(RunError):
+        empty = tried.scores(nothing)
     comparing = comparing_parts(config.reward, config.task.name)
+    if config.task.name == "arithmetic":
+        comparing = {TASK}
     parts = []
-    for name, score in empty.items():
-        compares = name in comparing or (name == TASK and bool(comparing))
-        scores = right.get(name)
-        reference, failures = None, ()
-        if scores is not None:
-            reference = float(scores.mean())
-            failures = tuple(rows[number][1] for number, each in zip(known, scores, strict=True) if each < 1)
-        parts.append(PartView(name, reference, float(score), compares, failures))
-    num_over_budget = sum(ids is not None and len(ids) >= budget for ids in references)
-    return num_over_budget, len(rows), parts
+    for name in right or empty:
+        compares = name in comparing
+        wrong, trivial = (), ()
+        if compares and (right.get(name) or 0.0) < 1:
+            wrong = tried.places(references, name, lambda score: score < 1)
+        if compares and (empty.get(name) or 0.0) > 0:
+            trivial = tried.places(nothing, name, lambda score: score >= 1)
+        parts.append(PartView(name, right.get(name), empty.get(name), compares, wrong, trivial))
+    num_over_budget = sum(len(ids) >= config.rollout.max_completion_tokens for ids in references.values())
+    return num_over_budget, num, parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """Prompts whose reward is tried. answers: their `Prompts.answer`. budget: T of a rollout, tokens."""
+
+    task: Task
+    answers: Any
+    budget: int
+
+    def row(self, number: int) -> tuple[Mapping[str, Any], Any]:
+        """Return (what a prompt is scored by, its `Prompts.answer`)."""
+        answer = self.answers[number]
+        return row_of(self.task, answer)[0], answer
+
+    def scores(self, completions: Mapping[int, Sequence[int]]) -> dict[str, float | None]:
+        """Score completions together.
+
+        Args:
+          completions: number of the prompt -> ids, without a stop token.
+        Returns: TASK and each part -> mean score; None if none of them has one.
+        """
+        width = max(self.budget, *(len(ids) + 1 for ids in completions.values()))
+        tokens_PGT = np.full((len(completions), 1, width), self.task.tokenizer.pad_id, np.int32)
+        mask_PGT = np.zeros(tokens_PGT.shape, np.float32)
+        for place, ids in enumerate(completions.values()):
+            tokens_PGT[place, 0, : len(ids) + 1] = [*ids, self.task.stop_ids[0]]
+            mask_PGT[place, 0, : len(ids) + 1] = 1
+        reward = self.task.reward(self.answers[np.asarray(list(completions))], tokens_PGT, mask_PGT)
+        found: dict[str, float | None] = {TASK: float(np.mean(np.asarray(reward.task_PG)))}
+        for name, metric in reward.metrics.items():
+            if name.startswith(PART):
+                found[name.removeprefix(PART)] = metric.value() if metric.count else None
+        return found
+
+    def places(self, completions: Mapping[int, Sequence[int]], name: str, is_meant: Callable[[float], bool]) -> tuple[str, ...]:
+        """List the places of prompts by the score of their completions.
+
+        Args:
+          completions: as in `scores`. name: of the part. is_meant: which scores; none counts as 0.
+        """
+        # One by one: the metrics of a reward are means of what it was given.
+        scores = {number: self.scores({number: ids}).get(name) or 0.0 for number, ids in completions.items()}
+        return tuple(row_of(self.task, self.answers[number])[1] for number, score in scores.items() if is_meant(score))
 
 
 def reference_ids(task: Task, item: Mapping[str, Any], answer: Any) -> list[int] | None:
@@ -252,28 +301,6 @@ def closing(opens: str) -> str:
         elif name in open_tags:
             open_tags.remove(name)
     return "".join(f"</{name}>\n" for name in reversed(open_tags))
-
-
-def _scores(task: Task, answers: Any, ids: Sequence[Sequence[int]], budget: int) -> dict[str, np.ndarray]:
-    """Score one completion of each prompt.
-
-    Args:
-      task: of the reward. answers: `Prompts.answer` of P prompts. ids: of each one's completion. budget: T of a rollout.
-    Returns: part -> scores [P], and under TASK the whole reward.
-    """
-    found: dict[str, list[float]] = collections.defaultdict(list)
-    # One by one, because the metrics of a reward are means of what it was given.
-    for number, each in enumerate(ids):
-        width = max(len(each), budget)
-        tokens_PGT = np.full((1, 1, width), task.tokenizer.pad_id, np.int32)
-        tokens_PGT[0, 0, : len(each)] = each
-        mask_PGT = (np.arange(width) < len(each)).astype(np.float32)[None, None]
-        reward = task.reward(answers[number : number + 1], tokens_PGT, mask_PGT)
-        found[TASK].append(float(np.asarray(reward.task_PG)[0, 0]))
-        for name, metric in reward.metrics.items():
-            if name.startswith(PART):
-                found[name.removeprefix(PART)].append(metric.value())
-    return {name: np.asarray(values) for name, values in found.items()}
 
 
 def _counts_table(counts: Mapping[str, float]) -> Table:
@@ -319,11 +346,11 @@ def _parts_table(parts: Sequence[PartView], num: int) -> Table:
     for name in ("part", "reference answer", "empty completion", ""):
         table.add_column(name)
     for part in parts:
-        reference = "" if part.reference is None else f"{part.reference:.3g}"
+        reference, empty = ("none" if score is None else f"{score:.3g}" for score in (part.reference, part.empty))
         mark = Text("ok", style="green") if part.compares else Text("compares with no answer", style="dim")
         if part.verdict:
             mark = Text(part.verdict, style="bold red")
-        table.add_row(part.name, reference, f"{part.empty:.3g}", mark)
+        table.add_row(part.name, reference, empty, mark)
     return table
 
 

@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.files import note_once
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.parallel.sharding import path_names
@@ -124,7 +123,7 @@ class Checkpointer:
                 names = (self._folder / f"aside-{i}-{step}" for i in itertools.count())
                 to = next(path for path in names if not path.exists())
                 (self._folder / str(step)).rename(to)
-                note_once(f"{self._folder}/{step}: renamed to {to.name}; delete it if you do not need it")
+                hosts.say(f"{self._folder}/{step}: renamed to {to.name}; delete it if you do not need it")
         hosts.broadcast_from_process0(np.zeros(()))
         self._manager.reload()
 
@@ -170,7 +169,7 @@ def read_newest(
             if is_strict or step is not None:
                 raise
             reasons.append(str(error))
-            note_once(f"{error}; going on from an older one")
+            hosts.say(f"{error}; going on from an older one")
     if reasons:
         raise DamagedCheckpointError(
             f"{reasons[0]}; none of the {len(reasons)} checkpoint(s) there can be read: take another --workdir, or delete "
@@ -234,7 +233,7 @@ def _damage_as_first_sees_it(folder: pathlib.Path) -> str | None:
     if hosts.is_first():
         damage = "no checkpoint is in it" if not (folder / "state").is_dir() else find_damage(folder)
         if damage is None:
-            note_once(f"{folder}: no checksums.json, an older version wrote it; read as it is")
+            hosts.say(f"{folder}: no checksums.json, an older version wrote it; read as it is")
     codes = (None, "")
     known = hosts.broadcast_from_process0(np.asarray(codes.index(damage) if damage in codes else -1))
     if int(known) >= 0:
