@@ -203,6 +203,7 @@ def test_a_penalty_that_crashes_is_never_the_best_of_its_group(tmp_path, config)
     """A distance, 0 at best, written for TRL; some of its calls fail, and of some texts it has no opinion."""
     config.reward.task = "my_rewards:distance"
     config.objective.success_threshold = -100.0
+    config.log.completions_every, config.log.num_groups = 1, 100
     trainer.train(parse_config(config), tmp_path / "run")
     steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
     assert sum(record["reward/errors"] for record in steps) > 0 and sum(record["reward/abstained"] for record in steps) > 0
