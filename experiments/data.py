@@ -1,7 +1,6 @@
-"""python -m experiments.data: see grpo_jax/tools/data.py."""
+"""python -m experiments.data: the same as grpo-jax data, see grpo_jax/tools/data.py."""
 
-from grpo_jax.tools import cli
-from grpo_jax.tools.data import main
+from grpo_jax.tools.data import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -8,21 +8,25 @@
 `train`, `sweep`, `report` and `show` are those of grpo_jax/tools/python.py; docs/python.md tells more.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-# Imported when they are asked for: the front door must not make the objectives alone wait for all rooms behind it.
-_FRONT_DOOR = ("train", "sweep", "report", "show", "draw_advantages", "inspect_data")
-__all__ = list(_FRONT_DOOR)
+# What is to be had from the package itself, name -> module. Imported when it is asked for: most programs need little of it.
+_LAZY = {
+    **dict.fromkeys(("train", "sweep", "report", "show", "draw_advantages"), "grpo_jax.tools.python"),
+    "inspect_data": "grpo_jax.tools.data",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FRONT_DOOR:
-        raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
-    module = "grpo_jax.tools.data" if name == "inspect_data" else "grpo_jax.tools.python"
-    return getattr(importlib.import_module(module), name)
+    """Import what the package offers under a name of its own."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_FRONT_DOOR]
+    return [*globals(), *_LAZY]

@@ -167,7 +167,49 @@ class Std:
         return np.sqrt(self.pooled.moment_xx / np.maximum(self.pooled.count, 1e-9))
 
 
-Metric = Mean | Max | Correlation | Std
+@flax.struct.dataclass
+class ShareEntropy:
+    """The entropy of shares in nats, mean over rows: log n if all n are equal, 0 if one has all.
+
+    Kept as counts, float32 [rows, n]: the entropy of a part's counts says nothing of the whole's.
+    """
+
+    counts: Number
+
+    def merge(self, other: ShareEntropy) -> ShareEntropy:
+        """Return that of both."""
+        return type(self)(self.counts + other.counts)
+
+    def psum(self, axis_name: AxisName) -> ShareEntropy:
+        """Merge over the devices of a mesh axis."""
+        return jax.lax.psum(self, axis_name)
+
+    def reduce(self) -> ShareEntropy:
+        """Merge over the leading axis."""
+        return type(self)(self.counts.sum(0))
+
+    def shares(self) -> np.ndarray:
+        """Return each count over its row's sum (0 where nothing was counted)."""
+        counts = np.asarray(self.counts)
+        return counts / np.maximum(counts.sum(-1, keepdims=True), 1e-9)
+
+    def value(self) -> np.ndarray:
+        """Return the entropy itself."""
+        shares = self.shares()
+        return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1).mean()
+
+
+@flax.struct.dataclass
+class ShareMax(ShareEntropy):
+    """The largest share over the mean share, of the row where it is largest: 1 if all are equal, n if one has all."""
+
+    def value(self) -> np.ndarray:
+        """Return the ratio itself."""
+        shares = self.shares()
+        return shares.max() * shares.shape[-1]
+
+
+Metric = Mean | Max | Correlation | Std | ShareEntropy
 Metrics = Mapping[str, Metric]
 
 

@@ -42,6 +42,7 @@ YARN = {  # of eight channel pairs one keeps its speed, three are blended, four 
     "beta_fast": 1.0,
     "beta_slow": 0.05,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
 GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 MODELS = {
@@ -55,6 +56,8 @@ MODELS = {
     "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3 untied": ("qwen3", {"head_dim": 8, "rope_theta": 1_000_000.0}),
+    "qwen3 moe": ("qwen3_moe", {"head_dim": 12, **EXPERTS, "norm_topk_prob": True}),
+    "qwen3 moe, not normalised": ("qwen3_moe", {"head_dim": 8, **EXPERTS, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
     "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}),
     "llama, yarn": (
@@ -110,13 +113,18 @@ def torch_model(name: str, dtype=torch.float32, **changes):
     """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
     family, its_own = MODELS[name]
     config = AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
+    config._experts_implementation = "eager"  # the quicker ones know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    randomise(model)
+    return model
+
+
+def randomise(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
-    return model
 
 
 def load(folder, dtype="float32"):

@@ -90,7 +90,7 @@ BUGS = [
         "stop token not trained",
         "grpo_jax/rollout/decoding.py",
         "live_B.astype(jnp.float32)",
-        "(live_B & ~ctx.is_stop(column.token_B)).astype(jnp.float32)",
+        "(live_B & ~is_stop_B).astype(jnp.float32)",
         "tests/test_rollout.py",
     ),
     (
@@ -239,6 +239,34 @@ BUGS = [
         "for index in self.waiting if self.jobs[index].scorer == name]",
         "for index in self.waiting]",
         "tests/test_reward_function.py -k always_hangs",
+    ),
+    (
+        "a completion without a score is trained on as 0",
+        "grpo_jax/learner/advantage_diagnostics.py",
+        "mask_PGT = mask_PGT * (batch.is_scored_PG & can_compare_P1)[..., None]",
+        "pass",
+        "tests/test_unscored.py -k float64",
+    ),
+    (
+        "a reply to another job is taken",
+        "grpo_jax/rewards/pool/protocol.py",
+        "if got != number:",
+        "if False:",
+        "tests/test_hostile_rewards.py -k refused",
+    ),
+    (
+        "a forked scorer answers twice",
+        "grpo_jax/rewards/pool/serve.py",
+        "if os.getpid() != worker:",
+        "if False:",
+        "tests/test_hostile_rewards.py -k right_one",
+    ),
+    (
+        "a group has the time of one completion",
+        "grpo_jax/rewards/pool/pool.py",
+        "num * self._config.time_limit_secs):",
+        "self._config.time_limit_secs):",
+        "tests/test_calling.py -k limit_of_time",
     ),
     (
         "a scorer's children are left behind",

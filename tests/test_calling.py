@@ -1,17 +1,21 @@
 """How reward functions are called: the forms that people bring from TRL and verl, and ours, each told by its signature."""
 
 import asyncio
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from grpo_jax.config import RewardConfig, parse_config
+from grpo_jax.config import CodeConfig, JudgeConfig, RewardConfig, ScoringConfig, parse_config
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.calling import Request, as_score, call, plan_call
 from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
+from grpo_jax.tools import cli
+from grpo_jax.tools.sweep.plan import apply_changes
 from tests import tiny
 
 COLUMNS = ("prompt", "answer", "level", "data_source")
@@ -223,6 +227,38 @@ def test_scores_of_every_kind():
         assert ask(lambda completions, item, values=values: values)[0] == [1.0, 1.0]
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+
+
+def test_the_examples_of_the_page_are_called_as_it_says():
+    """One function of each form, and settings; each gets what its section promises."""
+    space = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S):
+        exec(code, space)
+    assert ask(space["brevity"])[0] == [pytest.approx(1 / 3)]
+    assert ask(space["rank"], ("aaa", "b"))[0] == [0.5, 1.0]
+    assert ask(space["right"], ("so 42", "41"))[0] == [1.0, 0.0]
+    assert ask(space["compute_score"])[0] == [1.0]
+    assert ask(space["close"], settings={"scale": 0.5}, step=50)[0] == [1.25]
+    assert "\n" + ask(space["right"])[1].replace("m:f", "my_rewards:right") + "\n" in PAGE
+
+
+def test_the_page_names_every_setting_of_these_parts():
+    for config in (CodeConfig, JudgeConfig, ScoringConfig):
+        for field in dataclasses.fields(config):
+            assert f"{field.name}`" in PAGE or f".{field.name}=" in PAGE, field.name
+
+
+def test_settings_on_the_command_line_and_in_sweeps():
+    argv = ["train", "--config=a.py", "--config.reward.params.scale=0.5", "--config.reward.params.word=a=b", "--config.seed=1"]
+    free, rest = cli._split_free_fields(argv)
+    assert free == {"reward": {"scale": 0.5, "word": "a=b"}} and rest == ["train", "--config=a.py", "--config.seed=1"]
+    config = apply_changes(tiny.config_of().to_dict(), {"reward.params.scale": 2}, "set")
+    assert config.reward.params == {"scale": 2} and hash(config) != hash(tiny.config_of())
+    with pytest.raises(UserError, match=r"'reward\.param\.scale' is no field"):
+        apply_changes(tiny.config_of().to_dict(), {"reward.param.scale": 2}, "set")
+
+
 # --- through worker processes
 
 OF_PEERS = """
@@ -250,6 +286,14 @@ def scaled(completion, item, step, scale, bonus=0.0):
 
 def lost(completion, gold):
     return 1.0
+
+def slow(completions, item):
+    import time
+    time.sleep(0.4 * len(completions))
+    return [1.0] * len(completions)
+
+def gathered(completions, item):
+    return [ValueError("no judge") if text == "bad" else None if not text else 1.0 for text in completions]
 """
 
 
@@ -288,6 +332,24 @@ def test_functions_of_peers_score_as_they_do_there(peers, name, expected_PG, is_
     np.testing.assert_array_equal(reward.task_PG, expected_PG)
     np.testing.assert_array_equal(reward.is_scored_PG, is_scored_PG)
     assert float(reward.metrics["reward/errors"].value()) == 0
+
+
+@pytest.mark.slow
+def test_the_limit_of_time_is_for_one_completion_also_in_a_group(peers):
+    function = peers("slow", scoring=ScoringConfig(num_workers=1, time_limit_secs=1.0))
+    reward = function(ROWS[:1], [["a", "b", "c", "d"]], np.ones((1, 4)))
+    np.testing.assert_array_equal(reward.task_PG, [[1, 1, 1, 1]])
+    assert np.all(reward.is_scored_PG)
+
+
+@pytest.mark.slow
+def test_an_exception_in_a_list_costs_one_completion(peers, caplog):
+    reward = peers("gathered")(ROWS, [["a", "bad", ""], ["a", "b", "c"]], np.ones((2, 3)))
+    np.testing.assert_array_equal(reward.task_PG, [[1, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(reward.is_scored_PG, [[True, False, False], [True, True, True]])
+    counts = {name: float(reward.metrics[f"reward/{name}"].value()) for name in ("errors", "timeouts", "abstained")}
+    assert counts == pytest.approx({"errors": 1 / 6, "timeouts": 0, "abstained": 1 / 6})
+    assert "ValueError: no judge" in caplog.text
 
 
 @pytest.mark.slow

@@ -185,3 +185,13 @@ def test_a_checkpoint_that_holds_nan_is_none(tmp_path):
     with pytest.raises(DamagedCheckpointError, match=r"checkpoints/4: params\..* holds NaN or infinity"):
         newest(tmp_path, is_strict=True)
     assert newest(tmp_path)[0] == 3
+
+
+def test_the_newest_the_multiples_and_the_best_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, every=2, keep_every=4))
+    for step in range(2, 12, 2):
+        if step in (2, 6):
+            checkpointer.best.step = step
+        checkpointer.save(step, state_of(step=step), {})
+    checkpointer.close()
+    assert saved_steps(tmp_path) == [4, 6, 8, 10]

@@ -131,6 +131,13 @@ def broken(changes):
         ({"rollout.num_prompts": 0}, r"config\.rollout\.num_prompts = 0: must be at least 1"),
         ({"rollout.temperature": 0.0}, r"config\.rollout\.temperature = 0\.0: must be at least 0\.001"),
         ({"rollout.top_p": 1.5}, r"config\.rollout\.top_p = 1\.5"),
+        ({"rollout.min_p": 1.5}, r"config\.rollout\.min_p = 1\.5: must be at most 1"),
+        ({"rollout.repetition_penalty": 0.0}, r"config\.rollout\.repetition_penalty = 0\.0: must be above 0"),
+        ({"rollout.stop": ("\n",)}, r"config\.rollout\.stop = \('\\n',\): answers of task 'arithmetic'"),
+        ({"rollout.stop_ids": (3,)}, r"config\.rollout\.stop_ids = \(3,\): answers of task 'arithmetic'"),
+        ({"rollout.stop": ("",)}, r"config\.rollout\.stop = \('',\): an empty text"),
+        ({"rollout.forced_prefix_ids": (2,) * 6}, r"config\.rollout\.forced_prefix_ids: 6 tokens; must be fewer than"),
+        ({"rollout.forced_prefix_ids": (2,), "rollout.bad_ids": (2,)}, r"forced_prefix_ids: 2 is in config\.rollout\.bad_ids"),
         ({"rollout.typo": 3}, r"config\.rollout\.typo: unknown field; known here: num_prompts"),
         ({"seed": "one"}, r"config\.seed = 'one': expected int, got str"),
         ({"seed": True}, r"config\.seed = True: expected int, got bool"),
@@ -228,6 +235,9 @@ def test_unknown_scale_lists_the_known_ones():
         ({"mesh.data": 1, "mesh.fsdp": 3, "rollout.num_prompts": 9}, r"config\.mesh\.fsdp = 3: does not divide .* dim = 32"),
         ({"rollout.max_completion_tokens": 2, "overlong.cache_share": 0.0}, r"config\.rollout\.max_completion_tokens = 2: the"),
         ({"eval.num_prompts": 99}, r"config\.eval\.num_prompts = 99"),
+        ({"rollout.bad_ids": (2, 15)}, r"config\.rollout\.bad_ids: 15 is no token of the model, which has 15"),
+        ({"rollout.bad_first_ids": (-1,)}, r"config\.rollout\.bad_first_ids: -1 is no token"),
+        ({"rollout.forced_prefix_ids": (1,)}, r"config\.rollout\.forced_prefix_ids: 1 ends a completion"),
     ],
 )
 def test_what_does_not_fit_the_devices_or_the_task_is_named(changes, says):

@@ -134,8 +134,9 @@ def test_the_tables_are_written_in_place_and_then_are_current(tmp_path, monkeypa
         assert variants_table.lines_between((tmp_path / page).read_text(), page) == table(ROOT)
     own = objectives.Variant("Mine", "a talk", "A = r * |r|", objectives.get("rloo"))
     monkeypatch.setattr(variants_table, "ENTRIES", {"mine": own})
+    monkeypatch.setattr(variants_table, "README_VARIANTS", ["mine"])
     assert variants_table.readme_table(ROOT)[2:] == [
-        r"| Mine (a talk) | A = r \* \|r\| | `token` | none | `sequence_sum` | 0 | `configs/variant.py:mine` |"
+        r"| Mine (a talk) | A = r \* \|r\| | `token` | none | `sequence_sum` | 0 | `mine` |"
     ]
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UserError, match=r"README.md: no lines <!-- variants:begin -->"):

@@ -192,7 +192,10 @@ ROWS = [
     ("1/2", "<answer>1/2 1/3</answer>", 0),
     ("42", "<answer>42 apples or 43 pears</answer>", 0),
     ("42", "<answer>42, not 41</answer>", 0),
-    ("42", r"\boxed{41}, \boxed{42}", 1),
+    ("42", r"\boxed{41}, \boxed{42}", 0),
+    ("41, 42", r"$\boxed{41}$ and $\boxed{42}$", 1),
+    ("42", r"\boxed{42}, that is \boxed{42}", 1),
+    ("42", r"\boxed{42} and \boxed{42}", 1),
     ("1, 2", r"\boxed{2, 1}", 1),
     ("1, 2", r"\boxed{1,2}", 1),
     ("1, 2", r"\boxed{1 and 2}", 1),
@@ -420,7 +423,13 @@ p \land q|A \cup B|O(n \log n)|0|-0.5|.75|007|0110|1e-5|6.02e23|1.5 million|3 ap
 $x+y$|\(x\)|50 percent|A|(A)|b)|i|x|100m|-\infty|4.0|4.50|1/2|22/7|2/4|1 1/2|\frac{1}{2^{99}}|10^{100}|
 the cat sat on the mat|What is it?|Yes!|C++|e4 e5|(555) 123-4567|+1 555 123 4567|192.168.0.1|a@b.com|http://x.org/1|
 <b>1</b>|#1|No. 5|1st|3 to 2|AB=5|AB = 5, BC = 6|x=1 \text{ or } x=2|x = -1, 2|\frac{a}{b} = \frac{c}{d}|\mathbb{R}|
-x \in \mathbb{Z}|\text{(A) and (B)}|\text{I, II}|II and III|12,34,567|1.234,56|1'234'567
+x \in \mathbb{Z}|\text{(A) and (B)}|\text{I, II}|II and III|12,34,567|1.234,56|1'234'567|
+x^2+1|Apollo 11|(1, 2)|50%|12:30|3/4|-5|1,234|007|E=mc^2|C#|F#|C++|a_1|*|**bold**|$x$|\alpha|2 + 2|[1,2]|{1}|
+v2.0|No. 7|10 m/s^2|90°|A/B|yes/no|1st|U.S.|U.S.A.|e.g.|St. John's|1.|2)|a.|x = 5|y|#hashtag|@home|...|?|!|π|
+½|３|2024-05-01T10:00:00Z|10:30:15|1 : 2|3 - 2|(555) 010-0100|AC/DC|MP3|B2B|Route 66|R2-D2|Catch-22|4x4|1080p|
+$5|5$|€5|5 €|50 %|1.0|1.50|0.0|-0|+1|1e3|1E3|1.5e-7|0x10|0b11|1_000|1 000|1.000,5|3.14159265358979|
+The answer is 5|Answer: 5|5 or 6|5, 6|five|Ten|\text{yes}|\frac{1}{2}|\boxed|<b>5</b>|a < b|a > b|
+it's 5|"5"|'5'|5;6|5:6|5/6|5-6|5–6|5 6
 """.strip(),
 )
 WRAPS = (
@@ -450,10 +459,21 @@ def test_the_datas_own_answer_earns_1_and_nothing_earns_0(part: str) -> None:
 
 # Texts that are no mathematics, and what a computer algebra system makes equal to them.
 ANAGRAMS = [
-    ("listen", "silent"), ("no", "on"), ("CO", "OC"), ("GATTACA", "ACATTAG"), ("XIV", "XVI"), ("spam not", "not spam"),
-    ("stop", "pots"), ("ab", "ba"), ("1a2b", "2b1a"), ("2024-05-01", "2018"), ("12:30", "2/5"), ("3:4", "0.75"), ("H2O", "OH2"),
-    ("555-0100", "455"), ("10-4", "6"), ("B-52", "52-B"), ("evil", "live"), ("10 4", "14"), ("1/2/2024", "1/4048"),
-    ("dcba", "abcd"), ("the cat", "cat the"), ("v1.2", "1.2v"), ("A1", "1A"), ("IV", "VI"), ("007", "7"), ("0110", "110"),
+    ('listen', 'silent'), ('no', 'on'), ('CO', 'OC'), ('GATTACA', 'ACATTAG'), ('XIV', 'XVI'), ('spam not', 'not spam'),
+    ('stop', 'pots'), ('ab', 'ba'), ('1a2b', '2b1a'), ('2024-05-01', '2018'), ('12:30', '2/5'), ('3:4', '0.75'),
+    ('H2O', 'OH2'), ('555-0100', '455'), ('10-4', '6'), ('B-52', '52-B'), ('evil', 'live'), ('10 4', '14'),
+    ('1/2/2024', '1/4048'), ('dcba', 'abcd'), ('the cat', 'cat the'), ('v1.2', '1.2v'), ('A1', '1A'), ('IV', 'VI'),
+    ('007', '7'), ('0110', '110'), ('red', 'der'), ('dog', 'god'), ('RNA', 'NAR'), ('DNA', 'AND'), ('UTC', 'CUT'),
+    ('sin', 'nis'), ('pi', 'ip'), ('max', 'xam'), ('ABBA', 'BAAB'), ('10110', '01101'), ('MCMXCIV', 'MCMXCVI'),
+    ('SOS', 'OSS'), ('Tom and Jerry', 'Jerry and Tom'), ('up down', 'down up'), ('e', 'E='), ('Na', 'aN'),
+    ('NaCl', 'ClNa'), ('RGB', 'BGR'), ('abcd', 'dcba'), ('tac', 'cat'), ('xyzw', 'wzyx'), ('AAB', 'ABA'),
+    ('left, right', 'right, left'), ('do', 'od'), ('1st', 'st1'), ('R2D2', 'D2R2'), ('b4', '4b'), ('no no', 'no'),
+    ('yes yes', 'yes'), ('cat cat', 'cat'), ('aaa', 'aa'), ('tic-tac', 'tac-tic'), ('and', 'nad'), ('a-b-c', 'c-b-a'),
+    ('ab cd', 'cd ab'), ('é', 'e'), ('I', 'l'), ('O', '0'), ('i', '1'), ('II', '2'), ('forty', '42'),
+    ('Q4 2023', '2023 Q4'), ('10 am', '10 pm'), ('10:00', '10'), ('1:2', '1/2'), ('1:2', '2:4'), ('0:30', '30'),
+    ('5\'6"', '56'), ('1-1-1', '-1'), ('4-5', '-1'), ('2-0', '2'), ('7-7-7', '-7'), ('800-555-0199', '46'),
+    ('1.2.3.4', '1.2'), ('10.0.0.1', '10.0.0.2'), ('v1', '1'), ('COVID-19', '-19'), ('Boeing 747', '747 Boeing'),
+    ('G7', '7G'), ('7-Eleven', 'Eleven-7'), ('K-9', '9-K'), ('UTC+1', '1+UTC'),
 ]  # fmt: skip
 
 
@@ -545,6 +565,62 @@ def test_thousands_separators_are_none_inside_brackets() -> None:
         assert score("math_verify", f"\\boxed{{{gold}}}", {"answer": gold}) == 1
 
 
+SAYS_18 = [
+    'Answer：18', 'answer is18', 'Total=18', '18円', '18€', '€18', '£18', '¥18', '18 USD', 'USD 18', 'US$18', 'Rs. 18',
+    '₹18', '合计18元', '共18', '得18。', '= 18', '≈ 18', '(18)', '[18]', '{18}', "'18'", '“18”', '18;', '18,', '18?', '18…',
+    '18...', '|18|', '18/-', '~18', '18\n', '*18*.', '***18***', '**18.**', '***Answer***: 18', '__Answer__: 18', '> 18',
+    '1) 18', '<b>18</b>', '18</s>', '18<|im_end|>', 'The answer: eighteen, i.e. 18', 'Ответ: 18', 'Antwort: 18',
+    'La réponse est 18.', 'La respuesta es 18.', '答え:18', '정답은 18입니다.', 'الجواب ١٨', 'उत्तर १८',
+    'The answer is \\textbf{18}.', 'The answer is \\text{18}', '$\\$18$', '\\$18', '$18$', '\\( 18 \\)', '\\[ 18 \\]',
+    '$$18$$', '18 \\text{ apples}', 'so 18 apples.', '18-inch', 'There are 18.', 'x=18', '$x = 18$', '$x=18$.', 'x: 18',
+    '18th', '18 (eighteen)', '18 = 2*9', '2*9 = 18', '2*9=18', '9+9=18 apples', 'Thus, 18 dollars/day',
+    '18 per cent of it', '\\underline{18}', '\\mathbf{18}', '{\\bf 18}', '\\textit{18}', '\\fbox{18}', '\\framebox{18}',
+    '`Answer: 18`', '```\n18\n```', '```18```', '<answer>`18`</answer>', '<answer>**18**</answer>',
+    '<answer>\\$18</answer>', '<answer>Answer: 18</answer>', '<answer>\n18\n</answer>', '\\boxed{18.}', '\\boxed{18,}',
+    '\\boxed{ 18 }', '\\boxed{\\$18}', '\\boxed{18\\,\\text{apples}}', '\\boxed{\\mathbf{18}}',
+    '\\boxed{\\text{18 apples}}', '\\boxed{\\text{Answer: }18}', '\\boxed{x=18}', '\\boxed{18}\\%', '\\boxed{18^\\circ}',
+    '\\boxed{18\\ \\mathrm{cm}}', '\\boxed{\\approx 18}', '\\boxed{+18}', '\\boxed{18个}', '\\boxed{18元}', '\\boxed{£18}',
+    '\\boxed{18 dollars}', '\\boxed{\\textdollar18}', '\\boxed{18\\text{ apples and nothing else}}', '####18',
+    '#### 18 apples', '#### $18.00', '####\n18', '#### **18**', '#### \\boxed{18}', '#### Answer: 18', '#### x = 18',
+    'So #### 18 and that is it',
+]  # fmt: skip
+DOES_NOT_SAY_18 = [
+    '180', '1.8', '118', '-18', '18.5', '1/8', '18:30', '2018-18-18', '18/2', '<answer>17 18</answer>',
+    '<answer>17,18</answer>', '<answer>17/18</answer>', '<answer>17 or 18</answer>', '<answer>17; 18</answer>',
+    '<answer>17|18</answer>', '<answer>17\n18</answer>', '<answer>18 18 18 19</answer>', '<answer>1..100</answer>',
+    '<answer>1-100</answer>', '<answer>17-18</answer>', '<answer>17 to 18</answer>', '<answer>[17, 18]</answer>',
+    '<answer>(17, 18)</answer>', '<answer>{17, 18}</answer>', '<answer>17 and 18</answer>',
+    '<answer>either 17 or 18</answer>', '<answer>17? 18?</answer>', '<answer>17, maybe 18</answer>',
+    '<answer>17 (or 18)</answer>', '<answer>a) 17 b) 18</answer>', '<answer>not 18</answer>',
+    '<answer>x=17, x=18</answer>', '<answer>x=17 or x=18</answer>', '<answer>17 < 18</answer>',
+    '<answer>18 ≠ 17</answer>', '\\boxed{17}\\boxed{18}', '\\boxed{17} or \\boxed{18}', '$\\boxed{17}$ or $\\boxed{18}$',
+    '\\boxed{17 \\quad 18}', '\\boxed{17 \\\\ 18}', '\\boxed{\\pm 18}', '#### 17 or 18', '#### 17, 18',
+    '<answer>18 million</answer>', '\\boxed{18!}', '\\boxed{18x}', '\\boxed{x>18}', '\\boxed{\\le 18}',
+    '\\boxed{x \\le 18}', '\\boxed{\\{18,19\\}}', '\\boxed{}18', '18 \\boxed{}', '18 <answer></answer>', '18\n####',
+    '<think>18', '<think>18</think>', '<think>18</think>no', '</think>', '\\boxed{18\\text{ or }19}',
+    '\\boxed{18 or 19}', '\\boxed{18 \\vee 19}', '\\boxed{2018}',
+]  # fmt: skip
+
+
+def test_completions_that_say_18_and_that_do_not() -> None:
+    assert [text for text in SAYS_18 if score("math_verify", text, {"answer": "18"}) != 1] == []
+    assert [text for text in DOES_NOT_SAY_18 if score("math_verify", text, {"answer": "18"}) != 0] == []
+    assert [text for text in DOES_NOT_SAY_18 if score("exact", text, {"answer": "18"}) != 0] == []
+
+
+SAYS_300_MILLION = [
+    '3E8', '3e8', '\\boxed{3e8}', '3 × 10^8', 'The answer is 3 × 10^8.', '3×10⁸', '\\boxed{3 \\times 10^8}',
+    '$3 \\cdot 10^{8}$', 'about 3 x 10^8 m/s', '300,000,000', '300 million', '0.3 billion', '<answer>3E+8</answer>',
+    '3.0e8', '#### 3e8', 'It is 3e8 m/s.',
+]  # fmt: skip
+
+
+def test_large_numbers_are_written_in_many_ways() -> None:
+    assert [text for text in SAYS_300_MILLION if score("math_verify", text, {"answer": "300000000"}) != 1] == []
+    assert [text for text in SAYS_300_MILLION if score("math_verify", text, {"answer": 3e8}) != 1] == []
+    assert [text for text in SAYS_300_MILLION if score("math_verify", text, {"answer": "30000000"}) != 0] == []
+
+
 # --- rows as the great data sets have them
 
 DATA: list[tuple[str, dict[str, Any], str, str]] = [
@@ -578,6 +654,8 @@ def test_reference_answers_of_data_sets_earn_1(name: str, row: dict[str, Any], c
     assert score("math_verify", f"<think>{row[column]}", item) == 0
 
 
+# A library that one generator needs leaves a file open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.nightly
 def test_reference_answers_of_all_reasoning_gym_generators_earn_1() -> None:
     factory = pytest.importorskip("reasoning_gym.factory")

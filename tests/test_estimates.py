@@ -56,12 +56,25 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_the_interval_is_deterministic_and_narrows():
     values = np.arange(400) % 4 == 0
-    assert estimate(values, 1) == estimate(values, 1) != estimate(values, 2)
+    assert estimate(values, 1) == estimate(values, 1)
+    assert estimate(values * 0.5, 1) == estimate(values * 0.5, 1) != estimate(values * 0.5, 2), "no share: resampled"
     wide, narrow = estimate(values[:25]), estimate(values)
     expected = 2 * 1.96 * math.sqrt(0.25 * 0.75 / 400)
     np.testing.assert_allclose(narrow.high - narrow.low, expected, rtol=0.15)
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
-    assert estimate([1.0, 1.0]) == Estimate(1.0, 1.0, 1.0)
+    assert estimate([6.0, 6.0]) == Estimate(6.0, 6.0, 6.0)
+
+
+@pytest.mark.parametrize(("num_right", "num"), [(0, 16), (16, 16), (1, 16), (5, 8)])
+def test_a_share_has_wilsons_interval(num_right, num):
+    """0 of 16 is not known to be 0. The closed form, by hand."""
+    z, p = 1.959964, num_right / num
+    middle, width = (p + z**2 / (2 * num)) / (1 + z**2 / num), z / (1 + z**2 / num)
+    spread = width * math.sqrt(p * (1 - p) / num + z**2 / (4 * num**2))
+    got = estimate(np.arange(num) < num_right)
+    assert got.value == p
+    np.testing.assert_allclose([got.low, got.high], [middle - spread, middle + spread], atol=1e-6)
+    assert got.high - got.low > 0.15
 
 
 def test_ks_and_flat_names():

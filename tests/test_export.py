@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from grpo_jax.errors import UserError
 from grpo_jax.models import export as export_lib
@@ -21,7 +21,7 @@ from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
 from grpo_jax.training.settings import init_workdir
 from tests import tiny
-from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
+from tests.hf_models import jax_logits, left_padded, load, randomise, torch_logits, torch_model
 from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer
 
 ONE_FILE = 10**9
@@ -74,23 +74,83 @@ def test_shards_are_no_larger_than_asked_and_the_index_is_true(tmp_path, max_sha
     assert_same_weights(out, tmp_path / "source")
 
 
+TEXT = dict(
+    **dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4),
+    **dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=False, pad_token_id=0),
+)
+MROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [1, 1, 4]}
+GROWN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+PIXTRAL = dict(model_type="pixtral", num_hidden_layers=1, num_attention_heads=2, head_dim=8, image_size=28, patch_size=14)
+VISION = dict(depth=1, num_heads=2, out_hidden_size=32)
+SIGLIP = dict(num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+# model_type -> (settings of the text, of the images, of both; the class that its text is exported as).
+OF_IMAGES = {
+    "gemma3": (
+        {"sliding_window": 4, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+        SIGLIP,
+        {"mm_tokens_per_image": 4, "tie_word_embeddings": True},
+        "Gemma3ForCausalLM",
+    ),
+    "qwen2_5_vl": ({"head_dim": 8, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}}, VISION, {}, "Qwen2ForCausalLM"),
+    "qwen3_vl": (
+        {"rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        {**VISION, "deepstack_visual_indexes": []},
+        {"tie_word_embeddings": True},
+        "Qwen3ForCausalLM",
+    ),
+    "mistral3": ({"model_type": "mistral", "sliding_window": None}, PIXTRAL, {}, "MistralForCausalLM"),
+    "mistral3, ministral3": (
+        {"model_type": "ministral3", "rope_parameters": {**GROWN, "llama_4_scaling_beta": 0.5}},
+        PIXTRAL,
+        {},
+        "Ministral3ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
 @pytest.mark.slow
-def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
-    text = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    text |= dict(num_key_value_heads=2, head_dim=12, sliding_window=4, sliding_window_pattern=2)
-    vision = dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, attn_implementation="eager")
-    model = Gemma3ForConditionalGeneration(config).eval()
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path, capfd, name):
+    text, vision, both, its_class = OF_IMAGES[name]
+    vision = dict(hidden_size=16, intermediate_size=16, **vision)
+    kind = name.partition(",")[0]
+    both = {"tie_word_embeddings": False, **both}
+    config = AutoConfig.for_model(kind, text_config={**TEXT, **text}, vision_config=vision, **both)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    randomise(model)
     model.save_pretrained(tmp_path / "source")
+    capfd.readouterr()
     out = exported(tmp_path / "source", tmp_path / "out")
-    assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]  # serving engines look there
+    assert "tensors for images, the first is" in capfd.readouterr().err
+    assert json.loads((out / "config.json").read_text())["architectures"] == [its_class]  # serving engines look there
+    assert read_architecture(out) == read_architecture(tmp_path / "source")
     tokens_BT, mask_BT = left_padded()
     theirs = torch_logits(model, tokens_BT, mask_BT)
+    assert np.abs(theirs[mask_BT]).max() > 1
     again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert type(again).__name__ == its_class
     for logits in (jax_logits(tmp_path / "source", tokens_BT, mask_BT), torch_logits(again, tokens_BT, mask_BT)):
-        np.testing.assert_allclose(logits[mask_BT], theirs[mask_BT], atol=1e-5)
+        np.testing.assert_allclose(logits[mask_BT], theirs[mask_BT], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_what_predicts_several_tokens_is_left_out(tmp_path, capfd):
+    """MiMo: Qwen2's layers, and others behind them that only speculation runs."""
+    model = torch_model("qwen2 untied, all heads")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
+    tensors["model.mtp_layers.0.input_proj.weight"] = np.ones((3, 3), np.float32)
+    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "auto_map": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **own}))
+    tokens_BT, mask_BT = left_padded()
+    theirs = torch_logits(model, tokens_BT, mask_BT)
+    np.testing.assert_allclose(jax_logits(tmp_path, tokens_BT, mask_BT)[mask_BT], theirs[mask_BT], atol=1e-5)
+    assert "left out 1 tensors for the prediction of several tokens" in capfd.readouterr().err
+    out = exported(tmp_path, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    np.testing.assert_array_equal(torch_logits(again, tokens_BT, mask_BT), theirs)
 
 
 def test_all_or_nothing(tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ def score(completion, item):
 
 # The completions are noise: what is rewarded here is text that any of them may have.
 MY_REWARDS = """
-def boom(completion, item):
-    raise ValueError("\\x1b[31mred")
+def boom(completion, item, scale):
+    raise ValueError(f"\\x1b[31mred {scale + 1}")
 
 def distance(completions, answer, level, **kwargs):
     # As TRL calls it. 0 is the best there is, and what a crash must not earn.
@@ -173,16 +173,22 @@ def first_prompt(run):
 def test_a_reward_that_always_raises_stops_the_run_with_its_exception(tmp_path, folder, config):
     """Through the command line: one clear error and status 1, the traceback in the workdir, nothing that steers a terminal."""
     settings = {"reward.task": "my_rewards:boom", "model.path": config.model.path, "task.jsonl.path": config.task.jsonl.path}
-    settings |= {"task.name": "jsonl", "task.use_chat_template": False, "warm_start.num_steps": 0, "eval.num_prompts": 4}
+    settings |= {
+        "reward.params.scale": 0.5,
+        "task.name": "jsonl",
+        "task.use_chat_template": False,
+        "warm_start.num_steps": 0,
+        "eval.num_prompts": 4,
+    }
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         args = ("--config=configs/grpo.py:runlocal", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=1", *flags)
         status, output = programs.run("experiments.train", *args)
     kept = tmp_path / "run" / "reward_errors" / "my_rewards_boom.txt"
-    error = "ValueError: \\x1b[31mred"
+    error = "ValueError: \\x1b[31mred 1.5"
     assert status == 1
-    assert output.splitlines()[0] == "my_rewards:boom is called for one completion: completion, item"
+    assert output.splitlines()[0] == "my_rewards:boom is called for one completion: completion, item, scale"
     assert [line for line in output.splitlines() if line.startswith(("warning", "error"))] == [
         f"warning: reward my_rewards:boom failed: {error} (left out of training; further failures are only counted)",
         f"error: reward my_rewards:boom: all 4 completions of the first batch failed: {error}; traceback in {kept}",

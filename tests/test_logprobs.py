@@ -1,5 +1,6 @@
 """Chunked log-probabilities and their handwritten gradient against a dense float64 reference, and what memory they take."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -9,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.learner.logprobs import token_logprobs
+from grpo_jax.learner.logprobs import CPU_CHUNK_TOKENS, Chunks, Past, token_logprobs
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import head_logits
-from grpo_jax.rollout.sampling import Sampling, draw
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.rollout import sampling as sampling_module
+from grpo_jax.rollout.sampling import Sampling
 
 N, V, D = 37, 29, 8  # N is prime: no chunk but 1 and 37 divides it
+draw = jax.jit(sampling_module.draw, static_argnums=2)
 SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=0.7, top_k=9, top_p=0.8), Sampling(top_p=0.7)]
 every_sampling = pytest.mark.parametrize("sampling", SAMPLINGS, ids="t{0.temperature}-k{0.top_k}-p{0.top_p}".format)
 
@@ -51,9 +57,9 @@ def dense(hidden_ND, head_VD, targets_N, support_N, d_logp_N, temperature, cap=N
     return logp_N, entropy_N, d_hidden_ND, d_head_VD
 
 
-def value_and_grad(sampling, chunk, hidden_ND, head_VD, targets_N, support_N, d_logp_N, cap=None):
+def value_and_grad(sampling, chunks, hidden_ND, head_VD, targets_N, support_N, d_logp_N, cap=None):
     def weighted(hidden_ND, head_VD):
-        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunk, cap)
+        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunks, cap)
         return (d_logp_N * logp_N).sum(), (logp_N, entropy_N)
 
     grads, values = jax.grad(weighted, (0, 1), has_aux=True)(hidden_ND, head_VD)
@@ -63,7 +69,7 @@ def value_and_grad(sampling, chunk, hidden_ND, head_VD, targets_N, support_N, d_
 @every_sampling
 def test_value_and_gradient_are_those_of_the_dense_reference(sampling):
     given = problem(sampling)
-    got = jax.jit(functools.partial(value_and_grad, sampling, 10))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, Chunks(10)))(*given)
     expected = dense(*given, sampling.temperature)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
@@ -76,7 +82,7 @@ def test_value_and_gradient_of_capped_logits(sampling):
     hidden_ND, head_VD, _, _, weight_N = problem(sampling)
     drawn = draw(head_logits(hidden_ND, head_VD, 1.5), jax.random.split(jax.random.key(1), N), sampling)
     given = hidden_ND, head_VD, drawn.token_B, drawn.support_B if sampling.is_cut else None, weight_N
-    got = jax.jit(functools.partial(value_and_grad, sampling, 10, cap=1.5))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, Chunks(10), cap=1.5))(*given)
     expected = dense(*given, sampling.temperature, cap=1.5)
     for x, y in zip(got, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
@@ -88,16 +94,82 @@ def test_value_and_gradient_of_capped_logits(sampling):
 def test_chunk_size_changes_nothing(chunk):
     sampling = SAMPLINGS[2]
     given = problem(sampling)
-    got = jax.jit(functools.partial(value_and_grad, sampling, chunk))(*given)
+    got = jax.jit(functools.partial(value_and_grad, sampling, Chunks(chunk)))(*given)
     for x, y in zip(got, dense(*given, sampling.temperature), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+
+
+RULED = Sampling(temperature=0.8, bad_ids=(2, 3), bad_first_ids=(5,), forced_prefix_ids=(7, 1))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [RULED, Sampling(repetition_penalty=1.5), Sampling(0.7, 0, 0.9, 0.0, 0.8, (2,)), Sampling(min_p=0.3, bad_ids=(0,))],
+    ids=["ruled out", "penalty", "penalty and cut", "min_p"],
+)
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_value_and_gradient_where_the_past_counts(sampling, cap):
+    """A position at a time: the tokens that occurred before it in its row, those ruled out there, and the sampler's support."""
+    rng = np.random.default_rng(3)
+    hidden_ND, head_VD, _, _, weight_N = problem()
+    rows, width, prompt = 5, 12, 4
+    tokens_BX, mask_BX = rng.integers(0, V, (rows, width)), rng.random((rows, width)) < 0.8
+    row_N, t_N = rng.integers(0, rows, N), rng.integers(0, width - prompt, N)
+    past = Past(*map(jnp.asarray, (t_N, row_N, t_N + prompt, tokens_BX, mask_BX)))
+    seen_NV = np.zeros((N, V), bool)
+    for n in range(N):
+        before = slice(0, t_N[n] + prompt)
+        seen_NV[n, tokens_BX[row_N[n], before][mask_BX[row_N[n], before]]] = True
+    drawn = draw(
+        head_logits(hidden_ND, head_VD, cap), jax.random.split(jax.random.key(1), N), sampling, t_N, jnp.asarray(seen_NV)
+    )
+    support_N = drawn.support_B if sampling.is_cut else None
+
+    def weighted(hidden_ND, head_VD):
+        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, drawn.token_B, support_N, sampling, Chunks(10), cap, past)
+        return (weight_N * logp_N).sum(), (logp_N, entropy_N)
+
+    grads, (logp_N, entropy_N) = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(hidden_ND, head_VD)
+    np.testing.assert_allclose(logp_N, drawn.logp_B, atol=1e-5)
+    np.testing.assert_allclose(entropy_N, drawn.entropy_B, atol=1e-5)
+
+    def plain(hidden_ND, head_VD):
+        """The same by JAX's own derivatives, on dense logits; what is kept is known from the draw's threshold."""
+        logits_NV = head_logits(hidden_ND, head_VD, cap) / sampling.temperature
+        factor_NV = jnp.where(logits_NV > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        logits_NV = jnp.where(seen_NV, logits_NV * factor_NV, logits_NV)
+        allowed_NV = ~np.isin(np.arange(V), sampling.bad_ids)[None] & ~(
+            (t_N == 0)[:, None] & np.isin(np.arange(V), sampling.bad_first_ids)[None]
+        )
+        for t, forced in enumerate(sampling.forced_prefix_ids):
+            allowed_NV = np.where((t_N == t)[:, None], np.arange(V)[None] == forced, allowed_NV)
+        ranked_NV = jnp.argsort(jnp.argsort(-jnp.where(allowed_NV, logits_NV, -jnp.inf)))
+        kept_NV = allowed_NV & (ranked_NV < drawn.support_B[:, None])
+        log_p_NV = jax.nn.log_softmax(jnp.where(kept_NV, logits_NV, -1e30))
+        return (weight_N * jnp.take_along_axis(log_p_NV, drawn.token_B[:, None], -1)[:, 0]).sum()
+
+    for x, y in zip(grads, jax.grad(plain, (0, 1))(hidden_ND, head_VD), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+    is_forced_N = t_N < len(sampling.forced_prefix_ids)
+    np.testing.assert_array_equal(grads[0][is_forced_N], 0.0)
+    assert (np.abs(grads[0][~is_forced_N & (drawn.support_B > 1)]).max(-1) > 0).all()
+
+
+def test_a_masked_position_that_holds_a_token_which_is_ruled_out_stays_finite():
+    hidden_ND, head_VD = problem()[:2]
+    past = Past(
+        *map(jnp.asarray, (np.zeros(N, int), np.zeros(N, int), np.zeros(N, int), np.zeros((1, 3), int), np.zeros((1, 3), bool)))
+    )
+    for sampling in (RULED, dataclasses.replace(RULED, top_p=0.5)):
+        values = token_logprobs(hidden_ND, head_VD, jnp.full(N, 2), jnp.zeros(N, jnp.int32), sampling, Chunks(10), None, past)
+        assert all(np.isfinite(x).all() for x in values)
 
 
 def test_entropy_carries_no_gradient():
     hidden_ND, head_VD, targets_N, support_N, weight_N = problem()
 
     def of(hidden_ND, head_VD, with_logp):
-        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, targets_N, support_N, Sampling(), 10, None)
+        logp_N, entropy_N = token_logprobs(hidden_ND, head_VD, targets_N, support_N, Sampling(), Chunks(10), None)
         return (weight_N * entropy_N).sum() + with_logp * logp_N.sum()
 
     for grad in jax.grad(of, (0, 1))(hidden_ND, head_VD, 0.0):
@@ -112,7 +184,7 @@ def test_the_target_that_fell_out_of_the_support_has_a_finite_log_prob_and_a_gra
     hidden_ND, head_VD, _, _, weight_N = problem()
     worst_N = head_logits(hidden_ND, head_VD, None).argmin(-1)
     given = hidden_ND, head_VD, worst_N, jnp.full(N, 3), weight_N
-    got = value_and_grad(sampling, 10, *given)
+    got = value_and_grad(sampling, Chunks(10), *given)
     for x, y in zip(got, dense(*given, 1.0), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
     assert (np.abs(got[2]).max(-1) > 1e-3).all()
@@ -121,7 +193,7 @@ def test_the_target_that_fell_out_of_the_support_has_a_finite_log_prob_and_a_gra
 def test_bfloat16_inputs_are_normalised_in_float32():
     hidden_ND, head_VD, *rest = problem()
     rounded = hidden_ND.astype(jnp.bfloat16), head_VD.astype(jnp.bfloat16)
-    logp_N, entropy_N, d_hidden_ND, d_head_VD = value_and_grad(Sampling(), 10, *rounded, *rest)
+    logp_N, entropy_N, d_hidden_ND, d_head_VD = value_and_grad(Sampling(), Chunks(10), *rounded, *rest)
     expected = dense(*(x.astype(jnp.float32) for x in rounded), *rest, 1.0)
     assert logp_N.dtype == entropy_N.dtype == jnp.float32 and d_hidden_ND.dtype == d_head_VD.dtype == jnp.bfloat16
     np.testing.assert_allclose(logp_N, expected[0], atol=1e-5, rtol=1e-5)
@@ -133,17 +205,17 @@ def test_bfloat16_inputs_are_normalised_in_float32():
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def naive_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunk_tokens, cap):
-    del support_N, sampling, chunk_tokens, cap
+def naive_logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunks, cap):
+    del support_N, sampling, chunks, cap
     log_p_NV = jax.nn.log_softmax(head_logits(hidden_ND, head_VD, None))
     return jnp.take_along_axis(log_p_NV, targets_N[:, None], -1)[:, 0], None
 
 
-def largest_float_buffer(logprobs, sampling, num, vocab, dim, chunk):
+def largest_float_buffer(logprobs, sampling, num, vocab, dim, chunks):
     """Elements of the largest float32 array that the compiled gradient speaks of."""
 
     def loss(hidden_ND, head_VD, targets_N, support_N):
-        return logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunk, None)[0].mean()
+        return logprobs(hidden_ND, head_VD, targets_N, support_N, sampling, chunks, None)[0].mean()
 
     ints = jax.ShapeDtypeStruct((num,), jnp.int32)
     floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(num, dim), (vocab, dim)]]
@@ -153,8 +225,33 @@ def largest_float_buffer(logprobs, sampling, num, vocab, dim, chunk):
 
 
 def test_no_buffer_of_all_logits():
-    sizes = dict(num=2048, vocab=8192, dim=16, chunk=128)
+    sizes = dict(num=2048, vocab=8192, dim=16, chunks=Chunks(128))
     # The scan does find them where they are.
     assert largest_float_buffer(naive_logprobs, Sampling(), **sizes) >= sizes["num"] * sizes["vocab"]
-    for sampling in (SAMPLINGS[0], SAMPLINGS[2]):
-        assert largest_float_buffer(token_logprobs, sampling, **sizes) <= sizes["chunk"] * sizes["vocab"]
+    for sampling in (SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[3]):
+        assert largest_float_buffer(token_logprobs, sampling, **sizes) <= 128 * sizes["vocab"]
+    assert largest_float_buffer(token_logprobs, Sampling(), **{**sizes, "chunks": Chunks(128, 512)}) <= 2048 * 512
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("vocab_tokens", [1, 7, 28, 29])
+def test_the_gradient_by_parts_of_the_vocabulary_is_the_same(vocab_tokens, cap):
+    """Parts that do and do not divide it, in chunks that do not divide the positions."""
+    sampling = SAMPLINGS[1]
+    hidden_ND, head_VD, targets_N, _, weight_N = problem()
+    given = hidden_ND, head_VD, targets_N, None, weight_N
+    got = jax.jit(functools.partial(value_and_grad, sampling, Chunks(10, vocab_tokens), cap=cap))(*given)
+    for x, y in zip(got, dense(*given, sampling.temperature, cap=cap), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
+
+
+def test_chunks_follow_from_the_hardware_unless_they_are_given():
+    arch = Architecture(151_936, 896, 24, 14, 2, 64, 4864)
+    tpu = ModelDef(arch, hardware=Hardware("tpu"))
+    assert Chunks.of(tpu, 64, 8192, Sampling()) == Chunks(64)
+    assert Chunks.of(ModelDef(arch), 0, 8192, Sampling()) == Chunks(CPU_CHUNK_TOKENS)
+    assert Chunks.of(tpu, 0, 8192, Sampling()) == Chunks(512, 8192)
+    # Not by parts: where a position's logits are ranked, and where the vocabulary is short beside the positions.
+    assert Chunks.of(tpu, 0, 8192, Sampling(top_p=0.9)) == Chunks(512)
+    short = ModelDef(dataclasses.replace(arch, vocab_size=512), hardware=Hardware("tpu"))
+    assert Chunks.of(short, 0, 8192, Sampling()) == Chunks(8192)

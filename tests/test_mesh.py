@@ -34,6 +34,9 @@ from tests import tiny
 ARCH = dataclasses.replace(
     tiny.LLAMA, dim=16, num_layers=MAX_UNROLLED + 1, vocab_size=28, head_dim=6, ffn_dim=40, qk_norm=True, qkv_bias=True
 )
+EXPERTS = dataclasses.replace(
+    ARCH, num_layers=2, ffn_dim=10, qkv_bias=False, mlp="experts", num_experts=4, experts_per_token=2, is_router_normalised=True
+)
 SHALLOW = dataclasses.replace(ARCH, num_layers=2)
 MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}
 OPS = ("stablehlo.all_gather", "stablehlo.reduce_scatter")
@@ -57,14 +60,14 @@ def collectives(program, kind):
 
 
 @functools.cache
-def updated(sizes, num_microbatches, variant="gtpo"):
+def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH):
     """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
     config = dataclasses.replace(config, objective=objectives.get(variant))
-    model, mesh = ModelDef(ARCH), make_mesh(config.mesh.sizes)
+    model, mesh = ModelDef(arch), make_mesh(config.mesh.sizes)
     optimizer_of = functools.partial(make_optimizer, config.optimizer, config.num_updates)
     optimizer = optimizer_of(hyperparams_of(config))
-    params = tiny.random_params(ARCH)
+    params = tiny.random_params(arch)
     ref_params = jax.tree.map(lambda x: 0.9 * x, params) if config.objective.has_kl else None
     state = tiny.state_of(params, optimizer, ref_params, config=config)
     places = shardings_of(with_shardings(state, mesh, config.mesh.fsdp_min_elements))
@@ -81,19 +84,22 @@ def batch_of(seed):
     return tiny.random_batch(8, 4, 5, vocab=ARCH.vocab_size, seed=seed)
 
 
-@pytest.mark.parametrize("sizes, num_microbatches", [(EIGHT, 2), ((1, 1, 2), 1)])
+@pytest.mark.parametrize("sizes, num_microbatches, arch", [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), (EIGHT, 2, EXPERTS)])
 @pytest.mark.slow
-def test_three_updates_are_those_of_one_device(sizes, num_microbatches):
+def test_three_updates_are_those_of_one_device(sizes, num_microbatches, arch):
     """Other meshes, variants and a KL penalty: rows in test_train_step.py; all of them: `python -m tests.mesh_matrix`."""
-    _, params, metrics = updated(sizes, num_microbatches)
-    _, expected, expected_metrics = updated(ONE, 1)
-    before = tiny.random_params(ARCH)
+    _, params, metrics = updated(sizes, num_microbatches, arch=arch)
+    _, expected, expected_metrics = updated(ONE, 1, arch=arch)
+    before = tiny.random_params(arch)
     for leaf, one, start in zip(*map(jax.tree.leaves, (params, expected, before)), strict=True):
         assert np.abs(leaf - one).max() < 1e-5 * np.abs(one).max()
         assert np.abs(one - start).max() > 1e-4 * np.abs(one).max(), "nothing was learnt"
     for each, one in zip(metrics, expected_metrics, strict=True):
         assert each["loss/total"] == pytest.approx(one["loss/total"], rel=1e-5)
         assert each["grad/norm"] == pytest.approx(one["grad/norm"], rel=1e-4)
+        if arch.num_experts:
+            assert each["experts/load_entropy"] == pytest.approx(one["experts/load_entropy"], rel=1e-5)
+            assert 0 < one["experts/load_entropy"] < math.log(arch.num_experts) and one["experts/load_max"] > 1
 
 
 @pytest.mark.slow

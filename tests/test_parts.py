@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def test_every_part_but_length_can_be_asked_about_one_completion() -> None:
         score("exakt", "", {})
     with pytest.raises(TypeError, match="patern"):
         score("format", "", {}, patern="x")
+
+
+def test_the_examples_of_the_page_run() -> None:
+    results = doctest.testfile("../docs/rewards.md")
+    assert results.attempted > 3 and not results.failed
 
 
 def test_functions_of_users_are_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +213,6 @@ def test_repetition_is_the_share_of_ngrams_that_stood_before(text: str, ngram_si
 
 
 def test_repetition_grows_with_a_loop_and_stays_above_minus_one() -> None:
-    scores = [score("repetition", "I think so. " * times, {}) for times in (1, 2, 5, 50, 5000)]
+    scores = [score("repetition", "I think so. " * times, {}) or 0.0 for times in (1, 2, 5, 50, 5000)]
     assert scores == sorted(scores, reverse=True) and scores[0] == 0 and -1 < scores[-1] < -0.999
     assert score("repetition", "a a a", {"prompt_opens": "<think>"}, ngram_size=1) == pytest.approx(4 / 6 - 1)

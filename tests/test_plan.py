@@ -19,7 +19,13 @@ from tests import programs, tiny
 
 # Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.
 ARCH = job.Architecture(256, 64, MAX_UNROLLED + 1, 4, 2, 16, 192, tie_embeddings=False)
-PUBLISHED = {"smollm2": 134_515_008, "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "llama3-70b": 70_553_706_496}
+PUBLISHED = {
+    "smollm2": 134_515_008,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "llama3-70b": 70_553_706_496,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 

@@ -12,7 +12,7 @@ from grpo_jax.analysis import statistics
 from grpo_jax.errors import UserError
 from grpo_jax.tools.report import document, figures, tables
 from grpo_jax.tools.report.analysis import analyse
-from grpo_jax.tools.report.command import main
+from grpo_jax.tools.report.command import command as main
 from grpo_jax.tools.report.runs import LeftOut, Run, load
 from grpo_jax.tools.report.verdict import p_text, verdict
 from tests import tiny
@@ -96,6 +96,40 @@ def test_one_seed_says_nothing_of_others():
     assert verdict(study)[0].startswith("No setting is shown to be the best: dapo has the highest mean, 0.900")
     study = study_of({"grpo": GRPO, "dapo": np.array(GRPO) + 0.05, "gtpo": [0.7]})
     assert study.num_tests == 1 and "p = 0.0078, 8 seeds" in said_of("dapo is", study), "no correction for what is no test"
+
+
+def test_all_that_tie_for_the_highest_are_named():
+    study = study_of({"grpo": [0.5] * 8, "dapo": [0.8] * 8, "gtpo": [0.8] * 8, "grpo_s": [0.8] * 8})
+    assert verdict(study)[0] == "No setting is shown to be the best: dapo, gtpo and grpo_s share the highest mean, 0.800."
+
+
+def test_settings_that_differ_in_what_is_evaluated_are_said_first():
+    study = study_of({"grpo": GRPO, "dapo": GRPO})
+    assert not verdict(study)[0].startswith("Careful")
+    for setting, num in zip(study.settings, (64, 128), strict=True):
+        for run in setting.runs:
+            run.config.update({"eval.num_prompts": num, "task.arithmetic.max_operand": num, "optimizer.b1": num})
+    assert verdict(study)[0] == (
+        "Careful: the settings differ in what is evaluated (eval.num_prompts, task.arithmetic.max_operand), "
+        "so their numbers are of different questions."
+    )
+
+
+@pytest.mark.parametrize(("num_settings", "num_panels"), [(3, 1), (4, 3), (6, 5)])
+def test_more_bands_than_can_be_told_apart_get_panels_of_their_own(num_settings, num_panels):
+    figure = figures.learning_curves(study_of({f"grpo-{i}": np.array(GRPO) + i / 100 for i in range(num_settings)}))
+    assert len([ax for ax in figure.axes if ax.axison]) == num_panels
+    assert all(len(ax.get_legend_handles_labels()[1]) == 2 for ax in figure.axes if ax.axison and num_panels > 1)
+
+
+@pytest.mark.slow
+def test_the_pictures_of_a_paper_are_as_wide_as_its_columns(sweep):
+    report(sweep)
+    for name, inches in {"learning_curves": 3.25, "final": 6.75, "cost": 6.75, "training": 6.75}.items():
+        drawn = (sweep / "report" / "paper" / f"{name}.pdf").read_bytes()
+        assert drawn.startswith(b"%PDF")
+        width = float(re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ", drawn)[1])
+        assert width == pytest.approx(72 * inches, abs=0.5), name
 
 
 def test_settings_all_tied_at_one_are_not_told_apart():

@@ -23,12 +23,15 @@ MODEL = ModelDef(tiny.LLAMA)
 P, G, S, T = 8, 3, 4, 7
 STOPS, PAD = (3, 11), 5  # on purpose not 0: a zero-filled buffer would pass for padding
 CUT = Sampling(temperature=0.7, top_k=20, top_p=0.9)
+RULED = Sampling(temperature=0.8, bad_ids=(7, 8), bad_first_ids=(0, 3, 11), forced_prefix_ids=(9,))
+REPEATS = Sampling(temperature=0.9, repetition_penalty=1.4, bad_ids=(1,))
+ALL = Sampling(0.9, 0, 0.95, 0.02, 1.3, (1, 2), (3,), (9, 6))
 
 
-def spec_of(sampling=Sampling(), stop_ids=STOPS, **changes):  # noqa: B008
+def spec_of(sampling=Sampling(), stop_ids=STOPS, stop_strings=None, **changes):  # noqa: B008
     """-> (config, end tokens) of a rollout."""
     config = RolloutConfig(group_size=G, max_completion_tokens=T, **dataclasses.asdict(sampling))
-    return dataclasses.replace(config, **changes), EndTokens(stop_ids, PAD)
+    return dataclasses.replace(config, **changes), EndTokens(stop_ids, PAD, stop_strings)
 
 
 SPEC = spec_of()
@@ -140,13 +143,20 @@ def learners_view(got, sampling):
     return jax.device_get(scored(tiny.random_params(tiny.LLAMA), got))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), CUT, *(pytest.param(each, marks=pytest.mark.slow) for each in (Sampling(min_p=0.1), RULED, REPEATS, ALL))],
+    ids=["plain", "cut", "min_p", "ruled out", "penalty", "all"],
+)
 def test_the_learner_agrees_with_the_sampler(sampling):
     """To 1e-4 nats at every token, the stop token included; a learner that ignored the temperature would not."""
     got = sampled(spec_of(sampling=sampling))
     active = got.mask_PGT > 0
     is_stop = active & np.isin(got.tokens_PGT, STOPS)
     assert is_stop.sum() > 3
+    assert not np.isin(got.tokens_PGT[active], sampling.bad_ids).any()
+    for t, forced in enumerate(sampling.forced_prefix_ids):
+        np.testing.assert_array_equal(got.tokens_PGT[..., t], forced)
     logp_PGT, entropy_PGT = learners_view(got, sampling)
     assert np.isfinite(logp_PGT).all() and np.isfinite(entropy_PGT).all()
     np.testing.assert_allclose(logp_PGT[active], got.sampler_logp_PGT[active], atol=1e-4)
@@ -242,7 +252,7 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 
 
 @pytest.mark.parametrize("max_live_sequences", [1, 5, P * G - 1])
-@pytest.mark.parametrize("sampling", [Sampling(), CUT], ids=["plain", "cut"])
+@pytest.mark.parametrize("sampling", [CUT, ALL], ids=["cut", "all"])
 @pytest.mark.slow
 def test_rows_that_are_refilled_draw_the_same(max_live_sequences, sampling):
     spec = spec_of(sampling=sampling)

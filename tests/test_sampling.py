@@ -1,13 +1,18 @@
 """The cut distribution against a plain NumPy one, draws against its probabilities, and the learner's view of its support."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rollout.sampling import GREEDY, Sampling, draw, log_partition_and_entropy, support_like, support_threshold
+from grpo_jax.rollout import sampling as sampling_module
+from grpo_jax.rollout.sampling import GREEDY, Sampling, partition, support_like, support_threshold
+from grpo_jax.rollout.search import BLOCK, argmax, block_sums, least_kept, pick_token, uniforms
 
 V = 12
+draw = jax.jit(sampling_module.draw, static_argnums=2)
 CUTS = [
     Sampling(),
     Sampling(temperature=0.6),
@@ -20,14 +25,18 @@ CUTS = [
     Sampling(top_p=0.9),
     Sampling(temperature=0.7, top_k=5, top_p=0.8),
     Sampling(temperature=1.5, top_k=8, top_p=0.6),
+    Sampling(min_p=0.2),
+    Sampling(temperature=0.8, top_p=0.95, min_p=0.3),
+    Sampling(top_k=6, min_p=0.05),
+    Sampling(min_p=1.0),
 ]
-name_of = "t{0.temperature}-k{0.top_k}-p{0.top_p}".format
+name_of = "t{0.temperature}-k{0.top_k}-p{0.top_p}-m{0.min_p}".format
 every_cut = pytest.mark.parametrize("sampling", CUTS, ids=name_of)
 only_cut = pytest.mark.parametrize("sampling", CUTS[3:], ids=name_of)
 
 
 def reference(logits_V, sampling):
-    """float64 probabilities, 0 outside the support: temperature, then the k best, then the fewest that reach top_p."""
+    """float64 probabilities, 0 outside the support: temperature, the k best, the fewest that reach top_p, min_p of the best."""
     tempered_V = np.asarray(logits_V, np.float64) / sampling.temperature
     best_first = np.argsort(-tempered_V)
     if sampling.top_k:
@@ -37,6 +46,7 @@ def reference(logits_V, sampling):
     num_kept = 1 if sampling.top_p < 1 else len(mass)
     while mass[num_kept - 1] < sampling.top_p and num_kept < len(mass):
         num_kept += 1
+    num_kept = min(num_kept, int((weights >= sampling.min_p * weights[0]).sum()))
     p_V = np.zeros(len(tempered_V))
     p_V[best_first[:num_kept]] = weights[:num_kept] / weights[:num_kept].sum()
     return p_V
@@ -73,7 +83,7 @@ def test_draws_log_probs_entropy_and_support_are_those_of_the_cut_distribution(s
 def test_threshold_keeps_exactly_the_reference_support(sampling):
     logits_BV = random_logits(seed=1)
     tempered_BV = jnp.asarray(logits_BV) / sampling.temperature
-    keep_BV = tempered_BV >= support_threshold(tempered_BV, sampling.top_k, sampling.top_p)[:, None]
+    keep_BV = tempered_BV >= support_threshold(tempered_BV, sampling)[:, None]
     np.testing.assert_array_equal(keep_BV, np.stack([reference(row, sampling) for row in logits_BV]) > 0)
 
 
@@ -127,6 +137,147 @@ def test_bfloat16_logits_are_normalised_in_float32():
     assert drawn.logp_B.dtype == drawn.entropy_B.dtype == jnp.float32
 
 
+# ----------------------------------------------------------------------------------------------------- exactness
+
+
+def two_step_inverse(weight_V, uniform_2):
+    """(token, distance of each number to the nearest boundary, as a share of the whole) by float64 cumulated sums."""
+    end = len(weight_V) - len(weight_V) % BLOCK
+    choices, margin = [*np.arange(end).reshape(-1, BLOCK), *np.arange(end, len(weight_V))[:, None]], 1.0
+    for u in uniform_2:
+        mass = np.cumsum([weight_V[ids].sum() for ids in choices])
+        margin = min(margin, np.abs(mass / mass[-1] - u).min())
+        choices = choices[int(np.searchsorted(mass, u * mass[-1], side="right"))][:, None]
+        if len(choices) == 1:
+            break
+    return int(choices[0, 0]), margin
+
+
+@pytest.mark.parametrize("vocab", [2000, 150], ids=["many blocks", "one block and singles"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=100)], ids=name_of)
+def test_a_token_is_the_inverse_cdf_at_its_rows_numbers(vocab, sampling):
+    """Every row, but for those whose number is within float32's error of the boundary between two tokens."""
+    num = 200
+    rng = np.random.default_rng(5)
+    logits_BV = (rng.normal(size=(num, vocab)) * np.geomspace(0.1, 6, num)[:, None]).astype(np.float32)
+    keys_B = keys_of(num, seed=8)
+    drawn = draw(jnp.asarray(logits_BV), keys_B, sampling)
+    numbers_B2 = np.asarray(uniforms(keys_B), np.float64)
+    assert len(np.unique(numbers_B2)) > 1.9 * num and (numbers_B2 > 0).all() and (numbers_B2 < 1).all()
+    near = 0
+    for row in range(num):
+        expected, margin = two_step_inverse(reference(logits_BV[row], sampling), numbers_B2[row])
+        near += margin < 1e-6
+        assert margin < 1e-6 or int(drawn.token_B[row]) == expected
+    assert near < num // 20
+
+
+def test_the_ends_of_the_interval_give_tokens_of_some_probability():
+    """Not the first or last token: those have none, nor has a whole block at either end."""
+    vocab = 5 * BLOCK + 7
+    logits_V = np.full(vocab, -np.inf, np.float32)
+    logits_V[[BLOCK + 3, 3 * BLOCK, 4 * BLOCK - 1]] = 0.0, -80.0, 1.0
+    weight_BV = jnp.exp(jnp.asarray(logits_V) - 1.0)[None]
+    for number, expected in [(2.0**-24, BLOCK + 3), (1 - 2.0**-24, 4 * BLOCK - 1)]:
+        token_B = pick_token(
+            jnp.asarray(logits_V)[None], jnp.ones((1, 1)), block_sums(weight_BV), jnp.full((1, 2), number, jnp.float32)
+        )
+        assert int(token_B[0]) == expected
+
+
+def test_rows_of_one_possible_token_and_of_nothing_but_singles():
+    for vocab in (7, BLOCK + 1):
+        logits_BV = jnp.full((vocab, vocab), -jnp.inf).at[jnp.arange(vocab), jnp.arange(vocab)].set(3.0)
+        np.testing.assert_array_equal(draw(logits_BV, keys_of(vocab), Sampling()).token_B, np.arange(vocab))
+
+
+@pytest.mark.parametrize("sampling", [*CUTS, GREEDY], ids=name_of)
+def test_broken_logits_give_a_token_of_the_vocabulary(sampling):
+    """A NaN or an infinity says that training has failed; an id of V would be read as another row of the embedding."""
+    rows = np.zeros((4, 3 * BLOCK), np.float32)
+    rows[0, 5], rows[1], rows[2, 2], rows[3] = np.nan, np.nan, np.inf, -np.inf
+    drawn = draw(jnp.asarray(rows), keys_of(4), sampling)
+    assert ((drawn.token_B >= 0) & (drawn.token_B < 3 * BLOCK)).all()
+    assert np.isnan(drawn.logp_B[:2]).all()
+
+
+def test_argmax_is_numpys_and_0_where_there_is_a_nan():
+    logits_BV = random_logits()
+    logits_BV[3, [2, 7]] = 50.0
+    np.testing.assert_array_equal(argmax(jnp.asarray(logits_BV)), logits_BV.argmax(-1))
+    logits_BV[:, 4] = np.nan
+    np.testing.assert_array_equal(argmax(jnp.asarray(logits_BV)), 0)
+
+
+def test_least_kept_is_what_sorting_finds():
+    """Of either sign, tied, infinite, of all sizes; every rank."""
+    rng = np.random.default_rng(2)
+    logits_BV = (rng.normal(size=(30, V)) * np.geomspace(1e-30, 1e30, 30)[:, None]).astype(np.float32)
+    logits_BV[3, :6], logits_BV[4, ::2], logits_BV[5, 1:4] = 1.5, -np.inf, 0.0
+    best_first_BV = -np.sort(-logits_BV, -1)
+    for num in range(1, V + 1):
+        found_B = least_kept(
+            jnp.asarray(logits_BV), lambda t_B1: (jnp.asarray(logits_BV) > t_B1).sum(-1), jnp.full(30, num, jnp.int32)
+        )
+        np.testing.assert_array_equal(logits_BV >= np.asarray(found_B)[:, None], logits_BV >= best_first_BV[:, num - 1 : num])
+    everything_B = least_kept(jnp.asarray(logits_BV), lambda t_B1: jnp.zeros(30), jnp.ones(30))
+    np.testing.assert_array_equal(everything_B, -np.inf)
+
+
+# ----------------------------------------------------------------------------------- ids that are ruled out, and repeats
+
+RULES = Sampling(bad_ids=(2, 5), bad_first_ids=(0, 7), forced_prefix_ids=(4, 4))
+
+
+@pytest.mark.parametrize("sampling", [RULES, dataclasses.replace(RULES, temperature=0.0)], ids=["drawn", "greedy"])
+def test_ids_that_are_ruled_out_have_probability_zero(sampling):
+    logits_BV, t_B = random_logits(), np.arange(40) % 5
+    logits_BV[:, 2] += 9.0  # the best token is a bad one
+    drawn = draw(jnp.asarray(logits_BV), keys_of(40), sampling, jnp.asarray(t_B))
+    bare = dataclasses.replace(sampling, forced_prefix_ids=())
+    first = draw(jnp.asarray(logits_BV), keys_of(40), bare, jnp.zeros(40, jnp.int32))
+    for of, place_B in [(drawn, t_B), (first, np.full(40, 9))]:
+        allowed_BV = np.ones((40, V), bool)
+        allowed_BV[:, [2, 5]] = False
+        if of is first:
+            allowed_BV[:, [0, 7]] = False
+        allowed_BV[place_B < 2] = np.arange(V) == 4
+        expected_BV = np.stack(
+            [reference(np.where(a, x, -np.inf), Sampling()) for a, x in zip(allowed_BV, logits_BV, strict=True)]
+        )
+        p_B = np.take_along_axis(expected_BV, np.asarray(of.token_B)[:, None], -1)[:, 0]
+        assert (p_B > 0).all()
+        np.testing.assert_allclose(of.logp_B, np.log(p_B), atol=2e-5)
+        np.testing.assert_allclose(of.entropy_B, [entropy_of(p_V) for p_V in expected_BV], atol=2e-5)
+        np.testing.assert_array_equal(of.support_B, allowed_BV.sum(-1))
+    np.testing.assert_array_equal(drawn.token_B[t_B < 2], 4)
+    np.testing.assert_array_equal(drawn.logp_B[t_B < 2], 0.0)
+    np.testing.assert_array_equal(drawn.entropy_B[t_B < 2], 0.0)
+
+
+@pytest.mark.parametrize("sampling", CUTS[1:], ids=name_of)
+def test_the_cuts_are_taken_of_what_is_not_ruled_out(sampling):
+    logits_BV = random_logits()
+    drawn = draw(jnp.asarray(logits_BV), keys_of(40), dataclasses.replace(sampling, bad_ids=(3, 8)), jnp.arange(40))
+    rest_V = np.setdiff1d(np.arange(V), [3, 8])
+    p_BV = np.stack([reference(row[rest_V], sampling) for row in logits_BV])
+    np.testing.assert_array_equal(drawn.support_B, (p_BV > 0).sum(-1))
+    p_B = [p_V[rest_V == token][0] for p_V, token in zip(p_BV, np.asarray(drawn.token_B), strict=True)]
+    np.testing.assert_allclose(drawn.logp_B, np.log(p_B), atol=2e-5)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_penalty_divides_positive_logits_of_tokens_that_occurred_and_multiplies_negative_ones(penalty):
+    logits_BV, seen_BV = random_logits(), np.random.default_rng(1).random((40, V)) < 0.4
+    expected_BV = np.where(seen_BV, np.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    sampling = Sampling(temperature=0.7, repetition_penalty=penalty)
+    drawn = draw(jnp.asarray(logits_BV), keys_of(40), sampling, seen_BV=jnp.asarray(seen_BV))
+    p_BV = np.stack([reference(row, Sampling(temperature=0.7)) for row in expected_BV])
+    p_B = np.take_along_axis(p_BV, np.asarray(drawn.token_B)[:, None], -1)[:, 0]
+    np.testing.assert_allclose(drawn.logp_B, np.log(p_B), atol=2e-5)
+    np.testing.assert_allclose(drawn.entropy_B, [entropy_of(p_V) for p_V in p_BV], atol=2e-5)
+
+
 # ----------------------------------------------------------------------------------------------- the learner's support
 
 
@@ -137,7 +288,7 @@ def test_on_the_samplers_logits_the_learner_finds_the_samplers_support(sampling)
     tempered_BV = jnp.asarray(logits_BV) / sampling.temperature
     keep_BV = support_like(tempered_BV, drawn.token_B, drawn.support_B, sampling.top_k)
     np.testing.assert_array_equal(keep_BV, np.stack([reference(row, sampling) for row in logits_BV]) > 0)
-    log_z_B, entropy_B = log_partition_and_entropy(tempered_BV, keep_BV)
+    log_z_B, entropy_B = partition(tempered_BV, keep_BV)[:2]
     logp_B = jnp.take_along_axis(tempered_BV, drawn.token_B[:, None], -1)[:, 0] - log_z_B
     np.testing.assert_allclose(logp_B, drawn.logp_B, atol=1e-6)
     np.testing.assert_allclose(entropy_B, drawn.entropy_B, atol=1e-6)
@@ -161,11 +312,11 @@ def test_a_masked_position_stays_finite():
     assert keep_BV[:, 0].all() and (keep_BV.sum(-1) == 1).all()
 
 
-def test_normalise_is_numpys_log_partition_and_entropy():
+def test_partition_is_numpys_log_partition_and_entropy():
     logits_BV = random_logits() * 20
     keep_BV = np.random.default_rng(0).random(logits_BV.shape) < 0.5
     keep_BV[:, 0] = True
-    log_z_B, entropy_B = log_partition_and_entropy(jnp.asarray(logits_BV), jnp.asarray(keep_BV))
+    log_z_B, entropy_B = partition(jnp.asarray(logits_BV), jnp.asarray(keep_BV))[:2]
     for row in range(40):
         kept = logits_BV[row][keep_BV[row]].astype(np.float64)
         expected = kept.max() + np.log(np.exp(kept - kept.max()).sum())

@@ -9,8 +9,9 @@ import pytest
 
 from grpo_jax.errors import UserError
 from grpo_jax.tools.show import page as page_lib
-from grpo_jax.tools.show.command import main, show
-from grpo_jax.tools.show.health import LIGHTS, RULES, health
+from grpo_jax.tools.show.command import command as main
+from grpo_jax.tools.show.command import show
+from grpo_jax.tools.show.health import LIGHTS, RULES, health, said
 from tests import programs, tiny
 
 HOSTILE = [
@@ -111,7 +112,8 @@ def test_each_verdict(title, changes, light):
     assert light_of(title, records) == light
     (advice,) = [each.sentence for each in health(tiny.config_of("gtpo"), records) if each.title == title]
     (rule,) = [each for each in RULES if each.title == title]
-    assert advice == {"good": rule.good, "none": rule.absent}.get(light, rule.advice)
+    words = {"good": rule.good, "none": rule.absent}.get(light, rule.advice)
+    assert advice == said(words, tiny.config_of("gtpo"))
 
 
 def test_verdicts_that_depend_on_the_config():
@@ -266,3 +268,15 @@ def test_the_program_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsy
             main()
         said = capsys.readouterr().err
         assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_advice_goes_by_what_is_on():
+    """DAPO is not told to try dynamic sampling, nor GTPO that it takes GRPO's advantage."""
+    silent = [{"step": step, "groups/uninformative": 0.9} for step in range(1, 30)]
+    on = tiny.config_of("grpo", {"dynamic_sampling.enabled": True})
+    for config, has_advice in ((on, False), (tiny.config_of("grpo"), True)):
+        (check,) = [each for each in health(config, silent) if each.title == "Groups that say nothing"]
+        assert check.light == "bad" and ("dynamic_sampling" in check.sentence) == has_advice
+    for variant, is_grpos in (("gtpo", False), ("dapo", True)):
+        (check,) = [each for each in health(tiny.config_of(variant), []) if each.title == "The variant is active"]
+        assert check.light == "none" and ("takes GRPO's advantage" in check.sentence) == is_grpos

@@ -127,7 +127,7 @@ def run_main(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["smollm2", *args])
     code = 0
     try:
-        smollm2.main()
+        smollm2.command()
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

@@ -51,6 +51,16 @@ def test_every_config_set_and_seed_is_a_run():
     assert last.config.seed == 3 and last.config.num_steps == 2 and last.config.dynamic_sampling.enabled
 
 
+def test_one_config_may_have_sets_of_its_own():
+    more = {"configs/dapo.py": {"no_filter": {"dynamic_sampling.enabled": False}}}
+    sweep = sweep_of(more_sets=more, sets={"": {}}, seeds=(0,))
+    specs = plan.expand(sweep, {})
+    assert [spec.name for spec in specs] == ["grpo", "dapo", "dapo-no_filter"]
+    assert [spec.config.dynamic_sampling.enabled for spec in specs] == [False, True, False]
+    with pytest.raises(UserError, match=r"config\.more_sets: 'gtpo' is not among config\.configs"):
+        sweep_of(more_sets={"gtpo": {}})
+
+
 def test_the_packages_configs_are_found_from_any_folder_and_those_at_hand_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plan.expand(sweep_of(), {})[-1].config.dynamic_sampling.enabled

@@ -318,7 +318,9 @@ def test_system_prompt_and_chat_template(tmp_path: Path, chat_tokenizer: HFToken
         settings = {"system_prompt": system_prompt, "use_chat_template": use_chat_template}
         task = task_of(tokenizer, task__jsonl__path=path, **settings)
         assert texts(task, task.train_prompts(0, 1)) == [text]
-        assert task.stop_ids == tokenizer.eos_ids
+        # The template ends a turn with a token that is no end token of the model; plain text has no turns.
+        is_chat = use_chat_template and tokenizer is chat_tokenizer
+        assert task.stop_ids == ((*tokenizer.eos_ids, chat_tokenizer.encode("<|im_end|>")[0]) if is_chat else tokenizer.eos_ids)
 
 
 def test_chat_prompts_keep_their_turns(tmp_path: Path, chat_tokenizer: HFTokenizer) -> None:

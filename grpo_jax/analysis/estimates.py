@@ -16,7 +16,7 @@ NUM_RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over questions and its bootstrap interval (`CONFIDENCE`)."""
+    """A mean over questions and its interval (`CONFIDENCE`)."""
 
     value: float
     low: float
@@ -24,12 +24,20 @@ class Estimate:
 
 
 def estimate(values_P: ArrayLike, seed: int = 0) -> Estimate:
-    """Average one value a question, with a percentile bootstrap over questions. Deterministic for a seed."""
-    from scipy.stats import bootstrap
+    """Average one value a question. Deterministic for a seed.
+
+    The interval of a share, where all values are 0 or 1, is Wilson's (JASA 22, 1927); that of other values is a percentile
+    bootstrap over questions.
+    """
+    from scipy.stats import binomtest, bootstrap
 
     values_P = np.asarray(values_P, float)
     mean = float(values_P.mean())
-    if np.ptp(values_P) == 0:  # also a single question: resampling shows no spread
+    # Resampling shows no spread where all questions agree, and would call 0 of 16 certain.
+    if np.isin(values_P, (0.0, 1.0)).all():
+        share = binomtest(int(values_P.sum()), len(values_P)).proportion_ci(CONFIDENCE, method="wilson")
+        return Estimate(mean, min(float(share.low), mean), max(float(share.high), mean))
+    if np.ptp(values_P) == 0:
         return Estimate(mean, mean, mean)
     # Questions are resampled, not samples: the interval says what other questions of this kind would give.
     interval = bootstrap(

@@ -263,3 +263,13 @@ def _trimmed_critical(num: int) -> float:
         return _student(num)
     iqm, error = _trimmed(np.random.default_rng(0).normal(size=(NUM_SIMULATED, num)))
     return float(np.quantile(np.abs(iqm) / error, CONFIDENCE))
+
+
+def smoothing_window(num_steps: int) -> int:
+    """Return the steps that a curve of training is averaged over: a twentieth of it."""
+    return max(1, num_steps // 20)
+
+
+def running_mean(values_E: np.ndarray, window: int) -> np.ndarray:
+    """Return float64 [E - window + 1], means of `window` neighbours; none reaches over the ends."""
+    return np.convolve(values_E, np.full(window, 1 / window), mode="valid")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from grpo_jax.errors import UserError
 
-NAMES = ("math_verify", "exact", "choice", "regex", "format", "repetition", "length", "reasoning_gym")
+NAMES = ("math_verify", "exact", "choice", "regex", "format", "repetition", "length", "reasoning_gym", "code", "judge")
 # What an empty config.reward.task means.
 OF_TASK = {"jsonl": "math_verify", "dataset": "math_verify", "mixture": "math_verify", "reasoning_gym": "reasoning_gym"}
 

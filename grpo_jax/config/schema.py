@@ -9,13 +9,14 @@ import dataclasses
 from typing import Any
 
 from grpo_jax.knobs import Settings, knob
+from grpo_jax.models.lora import ALL_LINEAR, TARGETS
 from grpo_jax.objectives import Objective
 
 TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("auto", "none", "dots", "full")
+ROUTERS = ("trained", "frozen")
+REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -29,23 +30,31 @@ class ModelConfig:
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
     remat: str = knob(
-        "auto", "what the backward pass computes again: dots all but matrix products, auto by depth", choices=REMATS
+        "auto",
+        "what is computed again: dots all but products, narrow wide ones too, auto by depth",
+        choices=REMATS,
     )
-    dim: int = knob(64, "width D of the fresh decoder", at_least=2)
-    num_layers: int = knob(2, "its layers L", at_least=1)
-    num_heads: int = knob(4, "its query heads N", at_least=1)
-    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1)
-    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1)
+    router: str = knob("trained", "of a mixture of experts, where all weights are trained", choices=ROUTERS)
+    dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
+    num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
+    num_heads: int = knob(4, "its query heads N", at_least=1, at_most=1024)
+    num_kv_heads: int = knob(2, "its key and value heads K", at_least=1, at_most=1024)
+    ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1, at_most=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters in place of training all weights. rank 0: none."""
 
-    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0)
+    rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**14)
     alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
-    targets: tuple[str, ...] = knob(TARGETS, "matrices with adapters, by Hugging Face's names")
+    targets: tuple[str, ...] = knob(TARGETS, 'matrices with adapters, by Hugging Face\'s names; ("all-linear",) is all of them')
+    use_rslora: bool = knob(False, "the product is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
+
+    def __post_init__(self) -> None:
+        if self.targets == (ALL_LINEAR,):
+            object.__setattr__(self, "targets", TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +168,41 @@ class RepetitionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CodeConfig:
+    """Settings of the part `code`: a completion's last block of Python against the tests of its row."""
+
+    column: str = knob("tests", "with the tests: assert statements, or what goes in and what comes out (docs/rewards.md)")
+    partial: bool = knob(False, "True: the share of tests that pass; False: 1 if all do")
+    limit_secs: float = knob(
+        4.0,
+        "for all tests of a completion; the rest has failed then; below scoring.time_limit_secs",
+        unit="seconds",
+        above=0,
+    )
+    memory_limit_mb: int = knob(1024, "of each process that runs a program", unit="MiB", at_least=64, at_most=2**20)
+    allow_network: bool = knob(False, "True: run programs also where the kernel cannot take the network away from them")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Settings of the part `judge`: a language model behind an OpenAI-compatible endpoint."""
+
+    url: str = knob("", "of the API, as http://localhost:8000/v1; /chat/completions is added")
+    model: str = knob("", "its name there")
+    template: str = knob(
+        "", "what it is asked, with {prompt}, {completion} and columns by name; empty: is it right, given {answer}"
+    )
+    pattern: str = knob(r"Score: *([0-9]+(?:\.[0-9]+)?)", "its group is the score; the last one in the reply counts")
+    max_score: float = knob(1.0, "the best score; rewards are scores over it", above=0)
+    max_tokens: int = knob(512, "of the reply", unit="tokens", at_least=1)
+    retries: int = knob(3, "after an answer of no use, or none; with longer and longer waits", at_least=0, at_most=100)
+    request_limit_secs: float = knob(30.0, "for one answer of the endpoint", unit="seconds", above=0, at_most=1e6)
+    concurrency: int = knob(8, "requests at a time from each scoring process", at_least=1, at_most=1024)
+    cache: str = knob("", "folder that replies are kept in, for later runs too; empty: in memory only")
+    api_key_env: str = knob("OPENAI_API_KEY", "environment variable with the key; unset: none is sent")
+
+
+@dataclasses.dataclass(frozen=True)
 class ScoringConfig:
     """Worker processes for rewards that run on the host."""
 
@@ -181,6 +225,8 @@ class RewardConfig:
     format: FormatConfig = FormatConfig()
     choice: ChoiceConfig = ChoiceConfig()
     repetition: RepetitionConfig = RepetitionConfig()
+    code: CodeConfig = CodeConfig()
+    judge: JudgeConfig = JudgeConfig()
     scoring: ScoringConfig = ScoringConfig()
 
 
@@ -189,7 +235,7 @@ class WarmStartConfig:
     """Supervised steps on the task's own answers before reinforcement begins (embedded task only)."""
 
     num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
-    batch_size: int = knob(128, "worked answers in a step", at_least=1)
+    batch_size: int = knob(128, "worked answers in a step", at_least=1, at_most=2**16)
     learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
         0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
@@ -200,12 +246,21 @@ class WarmStartConfig:
 class RolloutConfig:
     """The batch that is sampled, and the distribution it is drawn from."""
 
-    num_prompts: int = knob(32, "P: groups in a batch", at_least=1)
-    group_size: int = knob(8, "G: completions of each prompt; at least 2")
-    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1)
+    num_prompts: int = knob(32, "P: groups in a batch", at_least=1, at_most=2**20)
+    group_size: int = knob(8, "G: completions of each prompt; at least 2", at_most=2**16)
+    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1, at_most=2**20)
     temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
+    min_p: float = knob(0.0, "tokens below this share of the best one's probability are left out", at_least=0, at_most=1)
+    repetition_penalty: float = knob(
+        1.0, "logits of tokens that occurred, in the prompt too, are divided by it (negative ones multiplied)", above=0
+    )
+    bad_ids: tuple[int, ...] = knob((), "tokens that are never drawn")
+    bad_first_ids: tuple[int, ...] = knob((), "tokens that are never drawn as a completion's first")
+    forced_prefix_ids: tuple[int, ...] = knob((), "tokens that every completion begins with; they carry no gradient")
+    stop: tuple[str, ...] = knob((), "texts that end a completion; rewards see what is before them")
+    stop_ids: tuple[int, ...] = knob((), "tokens that end a completion, beside the model's end tokens")
     max_live_sequences: int = knob(
         0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0
     )
@@ -237,8 +292,8 @@ class OverlongConfig:
 class LearnerConfig:
     """The way from one batch to optimizer steps."""
 
-    num_epochs: int = knob(1, "passes over a batch", at_least=1)
-    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1)
+    num_epochs: int = knob(1, "passes over a batch", at_least=1, at_most=1024)
+    num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1, at_most=2**16)
     num_microbatches: int = knob(1, "gradient accumulation in each optimizer step, on each device", at_least=1)
     bucket_tokens: int = knob(
         64,
@@ -246,14 +301,16 @@ class LearnerConfig:
         unit="tokens",
         at_least=0,
     )
-    logprob_chunk_tokens: int = knob(512, "positions whose [chunk, V] logits exist at a time", unit="tokens", at_least=1)
+    logprob_chunk_tokens: int = knob(
+        0, "positions whose [chunk, V] logits exist at a time; 0: what suits the device", unit="tokens", at_least=0
+    )
     old_logp: str = knob(
         "auto",
         "learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip",
         choices=OLD_LOGP,
     )
     importance_cap: float = knob(
-        0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0
+        0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0, at_most=1e6
     )
 
 
@@ -294,9 +351,9 @@ class MeshConfig:
 class EvalConfig:
     """Held-out evaluation."""
 
-    num_prompts: int = knob(512, "held-out questions", at_least=1)
+    num_prompts: int = knob(512, "held-out questions", at_least=1, at_most=2**24)
     num_samples: int = knob(4, "completions of each at rollout.temperature, beside the greedy one; 0: greedy only", at_least=0)
-    batch_size: int = knob(128, "prompts at a time", at_least=1)
+    batch_size: int = knob(128, "prompts at a time", at_least=1, at_most=2**16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +362,8 @@ class CheckpointConfig:
 
     every: int = knob(100, "steps between checkpoints; 0: only at the end and on SIGTERM", unit="steps", at_least=0)
     keep: int = knob(2, "newest checkpoints kept; 0: one to resume from, and none of a finished run", at_least=0)
+    keep_every: int = knob(0, "those of its multiples are kept too; 0: none", unit="steps", at_least=0)
+    keep_best: str = knob("", 'the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none')
 
 
 @dataclasses.dataclass(frozen=True)

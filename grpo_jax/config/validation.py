@@ -68,7 +68,9 @@ def validate(config: Config) -> None:
                 f"config.model.dim = {config.model.dim}: must be a multiple of 2 * num_heads = {2 * config.model.num_heads}, "
                 f"and num_heads of num_kv_heads = {config.model.num_kv_heads}"
             )
+    _check_tokens(config)
     _require_importance(config)
+    _require_checkpoints(config)
     _require_adapters(config)
     _check_steps_per_call(config)
     _check_async(config)
@@ -81,6 +83,28 @@ def validate(config: Config) -> None:
         )
 
 
+def _check_tokens(config: Config) -> None:
+    """Check what completions begin and end with. How many ids the model has is known later (training/run.py)."""
+    rollout, forced = config.rollout, config.rollout.forced_prefix_ids
+    if "" in rollout.stop:
+        raise UserError(f"config.rollout.stop = {rollout.stop!r}: an empty text stands everywhere, leave it out")
+    if config.task.name == "arithmetic" and (rollout.stop or rollout.stop_ids):
+        name = "stop" if rollout.stop else "stop_ids"
+        raise UserError(
+            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task 'arithmetic' end with the end token (a "
+            "language model's with a newline too), leave it empty"
+        )
+    if len(forced) >= rollout.max_completion_tokens:
+        raise UserError(
+            f"config.rollout.forced_prefix_ids: {len(forced)} tokens; must be fewer than "
+            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+        )
+    for name in ("bad_ids", "stop_ids"):
+        both = sorted(set(forced) & set(getattr(rollout, name)))
+        if both:
+            raise UserError(f"config.rollout.forced_prefix_ids: {both[0]} is in config.rollout.{name} too; take it out of one")
+
+
 def _require_objective(config: Config) -> None:
     """Check that the objective's names are in the tables of their axes."""
     # The tables are where the functions are, and know best what they hold; here the message gets the config's prefix.
@@ -88,6 +112,21 @@ def _require_objective(config: Config) -> None:
         objectives.check_choices(config.objective)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
+
+
+def _require_checkpoints(config: Config) -> None:
+    """Check which checkpoints are kept for good."""
+    kept = config.checkpoint
+    if not kept.keep and (kept.keep_every or kept.keep_best):
+        raise UserError(
+            "config.checkpoint.keep = 0: a finished run keeps none, but keep_every or keep_best asks for some; use 1"
+        )
+    if kept.keep_every and (not kept.every or kept.keep_every % kept.every):
+        raise UserError(
+            f"config.checkpoint.keep_every = {kept.keep_every}: must be a multiple of config.checkpoint.every = {kept.every}"
+        )
+    if kept.keep_best and not kept.keep_best.startswith("eval/"):
+        raise UserError(f"config.checkpoint.keep_best = {kept.keep_best!r}: a metric of the evaluation, such as eval/success")
 
 
 def _require_importance(config: Config) -> None:
@@ -165,6 +204,7 @@ def _require_reward(config: Config) -> None:
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
         if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
+        _check_code_and_judge(parts, config)
         if "regex" in parts and not reward.regex.pattern:
             raise UserError(f"config.reward.regex.pattern is empty: {field} = {expression!r} needs it")
     tags = reward.reasoning_tags
@@ -219,6 +259,32 @@ def _require_prompts(config: Config) -> None:
         raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
     if task.mixture and task.name != "mixture":
         raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
+
+
+def _check_code_and_judge(parts: list[str], config: Config) -> None:
+    """Check the settings of these two parts, where an expression names them."""
+    code, judge, scoring = config.reward.code, config.reward.judge, config.reward.scoring
+    # A program that never ends must have failed before its scorer counts as late, or it would only be left out.
+    if "code" in parts and code.limit_secs >= scoring.time_limit_secs:
+        raise UserError(
+            f"config.reward.code.limit_secs = {code.limit_secs}: must be below "
+            f"config.reward.scoring.time_limit_secs = {scoring.time_limit_secs}"
+        )
+    if "judge" not in parts:
+        return
+    for name in ("url", "model"):
+        if not getattr(judge, name):
+            raise UserError(f"config.reward.judge.{name} is empty: the part 'judge' needs it")
+    if not judge.url.startswith(("http://", "https://")):
+        raise UserError(f"config.reward.judge.url = {judge.url!r}: must begin with http:// or https://")
+    if judge.template and "{completion}" not in judge.template:
+        raise UserError("config.reward.judge.template: has no {completion}, so the judge would not see what it judges")
+    try:
+        num_groups = re.compile(judge.pattern).groups
+    except re.error as error:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: not a regular expression, {error}") from None
+    if num_groups != 1:
+        raise UserError(f"config.reward.judge.pattern = {judge.pattern!r}: must have one group, around the number")
 
 
 def _require_generators(task: TaskConfig, field: str) -> None:

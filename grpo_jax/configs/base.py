@@ -34,8 +34,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
-    # auto | none | dots | full; what the backward pass computes again: dots all but matrix products, auto by depth
+    # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
+    config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained
     config.model.dim = 64  # width D of the fresh decoder
     config.model.num_layers = 2  # its layers L
     config.model.num_heads = 4  # its query heads N
@@ -45,8 +46,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapters; 0: none, all weights are trained
     config.lora.alpha = 32.0  # the adapters' product is scaled by alpha / rank
-    # matrices with adapters, by Hugging Face's names
+    # matrices with adapters, by Hugging Face's names; ("all-linear",) is all of them
     config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config.lora.use_rslora = False  # the product is scaled by alpha / sqrt(rank) instead (rsLoRA)
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
@@ -105,6 +107,27 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.choice.answer = "label"
     config.reward.repetition = ConfigDict()
     config.reward.repetition.ngram_size = 3  # words in a row that count as repeated where they stand again
+    config.reward.code = ConfigDict()
+    # with the tests: assert statements, or what goes in and what comes out (docs/rewards.md)
+    config.reward.code.column = "tests"
+    config.reward.code.partial = False  # True: the share of tests that pass; False: 1 if all do
+    # for all tests of a completion; the rest has failed then; below scoring.time_limit_secs [seconds]
+    config.reward.code.limit_secs = 4.0
+    config.reward.code.memory_limit_mb = 1024  # of each process that runs a program [MiB]
+    config.reward.code.allow_network = False  # True: run programs also where the kernel cannot take the network away from them
+    config.reward.judge = ConfigDict()
+    config.reward.judge.url = ""  # of the API, as http://localhost:8000/v1; /chat/completions is added
+    config.reward.judge.model = ""  # its name there
+    # what it is asked, with {prompt}, {completion} and columns by name; empty: is it right, given {answer}
+    config.reward.judge.template = ""
+    config.reward.judge.pattern = r"Score: *([0-9]+(?:\.[0-9]+)?)"  # its group is the score; the last one in the reply counts
+    config.reward.judge.max_score = 1.0  # the best score; rewards are scores over it
+    config.reward.judge.max_tokens = 512  # of the reply [tokens]
+    config.reward.judge.retries = 3  # after an answer of no use, or none; with longer and longer waits
+    config.reward.judge.request_limit_secs = 30.0  # for one answer of the endpoint [seconds]
+    config.reward.judge.concurrency = 8  # requests at a time from each scoring process
+    config.reward.judge.cache = ""  # folder that replies are kept in, for later runs too; empty: in memory only
+    config.reward.judge.api_key_env = "OPENAI_API_KEY"  # environment variable with the key; unset: none is sent
     config.reward.scoring = ConfigDict()
     config.reward.scoring.num_workers = 2  # processes, beside each process that trains
     # for one completion; one without a score by then is left out and counted [seconds]
@@ -124,6 +147,14 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.temperature = 1.0  # logits are divided by it
     config.rollout.top_k = 0  # most probable tokens that are kept; 0: all
     config.rollout.top_p = 1.0  # probability that the kept tokens reach together; 1: all tokens
+    config.rollout.min_p = 0.0  # tokens below this share of the best one's probability are left out
+    # logits of tokens that occurred, in the prompt too, are divided by it (negative ones multiplied)
+    config.rollout.repetition_penalty = 1.0
+    config.rollout.bad_ids = ()  # tokens that are never drawn
+    config.rollout.bad_first_ids = ()  # tokens that are never drawn as a completion's first
+    config.rollout.forced_prefix_ids = ()  # tokens that every completion begins with; they carry no gradient
+    config.rollout.stop = ()  # texts that end a completion; rewards see what is before them
+    config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()
@@ -142,7 +173,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
-    config.learner.logprob_chunk_tokens = 512  # positions whose [chunk, V] logits exist at a time [tokens]
+    # positions whose [chunk, V] logits exist at a time; 0: what suits the device [tokens]
+    config.learner.logprob_chunk_tokens = 0
     # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
@@ -174,6 +206,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 100  # steps between checkpoints; 0: only at the end and on SIGTERM
     config.checkpoint.keep = 2  # newest checkpoints kept; 0: one to resume from, and none of a finished run
+    config.checkpoint.keep_every = 0  # those of its multiples are kept too; 0: none [steps]
+    # the best by this metric is kept too, and saved when it is found: "eval/success"; empty: none
+    config.checkpoint.keep_best = ""
 
     config.log = ConfigDict()
     config.log.completions_every = 10  # steps between samples in completions.jsonl; 0: none

@@ -6,17 +6,105 @@ more than one [C, V] block of logits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import vary_like
-from grpo_jax.rollout.sampling import Sampling, log_partition_and_entropy, support_like
+from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, partition, repetition_factor, support_like
 from grpo_jax.types import Params, Rollout
+
+CPU_CHUNK_TOKENS = 512  # positions at a time on a CPU, where more of them leave its caches and are no faster
+# Logits that exist at a time on an accelerator: 256 MiB in float32, less than a gradient of most models.
+MAX_LOGITS = 2**26
+ALIGNED = 128  # an accelerator's tile: what is cut up is cut between tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Sizes of the pieces that the head works on.
+
+    tokens: positions at a time. vocab: tokens of the vocabulary at a time in the backward pass, which then takes all positions
+    at once; 0: it goes over positions too.
+    """
+
+    tokens: int
+    vocab: int = 0
+
+    @classmethod
+    def of(cls, model: ModelDef, chunk_tokens: int, num_tokens: int, sampling: Sampling) -> Chunks:
+        """Choose them for a model's hardware.
+
+        Args:
+          model: its vocabulary and hardware count. chunk_tokens: learner.logprob_chunk_tokens; 0: to be chosen.
+          num_tokens: positions of a microbatch. sampling: some need all logits of a position at once.
+        """
+        if chunk_tokens:
+            return cls(chunk_tokens)
+        if model.hardware is None:
+            return cls(CPU_CHUNK_TOKENS)
+        V = model.arch.vocab_size
+        tokens = even_part(num_tokens, MAX_LOGITS // V)
+        # The head's gradient is as large as the head and in float32. Over chunks of positions all of it is read and written at
+        # each, which takes longer than the products; over parts of the vocabulary each part is written once, and only the
+        # states' gradient, which is smaller, is added up. A vocabulary that `tensor` shards cannot be cut up once more.
+        mesh = model.hardware.mesh
+        needs_all = sampling.is_cut or sampling.rules_out or sampling.has_penalty
+        if needs_all or (mesh is not None and mesh.shape["tensor"] > 1) or num_tokens >= V:
+            return cls(tokens)
+        return cls(tokens, min(V, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
+
+
+def even_part(total: int, wanted: int) -> int:
+    """Return the size of equal parts of about `wanted`: whole tiles, and the last one with little padding."""
+    # The number of parts comes first: parts of the size wanted could end with one that is nearly empty.
+    num_parts = max(1, round(total / max(wanted, ALIGNED)))
+    return -(-total // (num_parts * ALIGNED)) * ALIGNED
+
+
+class Past(NamedTuple):
+    """Tokens before each of F positions, for distributions that depend on them.
+
+    t_F: the token's number in its completion. row_F: its row. num_before_F: slots of that row before it.
+    tokens_BX: the rows, prompt and completion. mask_BX: True where there is a token.
+    """
+
+    t_F: Int[jax.Array, " F"]
+    row_F: Int[jax.Array, " F"]
+    num_before_F: Int[jax.Array, " F"]
+    tokens_BX: Int[jax.Array, "B X"]
+    mask_BX: Bool[jax.Array, "B X"]
+
+    def seen(self, vocab: int) -> Bool[jax.Array, "F V"]:
+        """Mark the tokens that occurred."""
+        is_before_FX = jnp.arange(self.tokens_BX.shape[1])[None] < self.num_before_F[:, None]
+        return occurring_tokens(self.tokens_BX[self.row_F], is_before_FX & self.mask_BX[self.row_F], vocab)
+
+
+def past_of(rollout: Rollout, sampling: Sampling) -> Past | None:
+    """Return what stands before each of the P * G * T tokens of a rollout; None if `sampling` does not ask for it."""
+    if not (sampling.rules_out or sampling.has_penalty):
+        return None
+    P, G, T = rollout.tokens_PGT.shape
+    S = rollout.prompts.tokens_PS.shape[1]
+
+    def join(of_prompts_PS: jax.Array, of_completions_PGT: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.repeat(of_prompts_PS, G, axis=0), of_completions_PGT.reshape(P * G, T)], axis=1)
+
+    t_F = jnp.tile(jnp.arange(T), P * G)
+    return Past(
+        t_F=t_F,
+        row_F=jnp.repeat(jnp.arange(P * G), T),
+        num_before_F=t_F + S,
+        tokens_BX=join(rollout.prompts.tokens_PS, rollout.tokens_PGT),
+        mask_BX=join(rollout.prompts.mask_PS, rollout.mask_PGT > 0),
+    )
 
 
 def token_logprobs(
@@ -25,73 +113,109 @@ def token_logprobs(
     targets_F: Int[jax.Array, " F"],
     support_F: Int[jax.Array, " F"] | None,
     sampling: Sampling,
-    chunk_tokens: int,
+    chunks: Chunks,
     cap: float | None,
+    past: Past | None = None,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
     Args:
       hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
-      sampling: temperature (> 0), top-k, top-p. chunk_tokens: positions at a time; peak memory is chunk_tokens * V.
-      cap: of the logits, as in `head_logits`.
+      sampling: the distribution, its temperature above 0. chunks: logits at a time; peak memory is chunks.tokens * V.
+      cap: of the logits, as in `head_logits`. past: from `past_of`.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
     num = len(targets_F)
-    chunk = min(chunk_tokens, num)
+    chunk = min(chunks.tokens, num)
     padding = -num % chunk
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    hidden, targets, support = jax.tree.map(split, (hidden_FD, targets_F, support_F))  # None stays None
-    logp, entropy = _chunked(sampling, cap, hidden, head_VD, targets, support)  # pyright: ignore[reportGeneralTypeIssues]
+    hidden = split(hidden_FD)
+    fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
+    logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues]
+        sampling, cap, chunks.vocab, hidden, head_VD, fixed, past and past[3:]
+    )
     return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
 
 
-def _chunk_logits(sampling: Sampling, cap: float | None, hidden_CD, head_VD, targets_C, support_C):
-    """Compute logits [C, V], divided by the temperature, and the tokens in the support (None: all)."""
-    logits_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
-    if not sampling.is_cut:
-        return logits_CV, None
-    return logits_CV, support_like(logits_CV, targets_C, support_C, sampling.top_k)
+class _Distribution(NamedTuple):
+    """The distributions of C positions. keep_CV: the tokens in it, None for all of V.
+
+    factor_CV: of the repetition penalty, None without one. tempered_CV: the logits before it.
+    """
+
+    logits_CV: Float[jax.Array, "C V"]
+    keep_CV: Bool[jax.Array, "C V"] | None
+    factor_CV: Float[jax.Array, "C V"] | None
+    tempered_CV: Float[jax.Array, "C V"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(sampling: Sampling, cap: float | None, hidden, head_VD, targets, support):
-    return _forward(sampling, cap, hidden, head_VD, targets, support)[0]
+def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fixed, rows) -> _Distribution:
+    """Do to the logits what `draw` did: temperature, penalty, tokens that are ruled out, cuts."""
+    targets_C, support_C, places = fixed
+    tempered_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
+    vocab = tempered_CV.shape[-1]
+    logits_CV, keep_CV, factor_CV = tempered_CV, None, None
+    if sampling.has_penalty:
+        seen_CV = Past(*places, *rows).seen(vocab)
+        factor_CV = repetition_factor(tempered_CV, seen_CV, sampling.repetition_penalty)
+        logits_CV = tempered_CV * factor_CV
+    if sampling.rules_out:
+        # The sampler never draws a token that is ruled out. Where masked slots hold one, its log-probability stays finite.
+        is_target_CV = jnp.arange(vocab)[None] == targets_C[:, None]
+        keep_CV = allowed_tokens(places[0], sampling, vocab) | is_target_CV
+    if sampling.is_cut:
+        allowed_CV = logits_CV if keep_CV is None else jnp.where(keep_CV, logits_CV, -jnp.inf)
+        keep_CV = support_like(allowed_CV, targets_C, support_C, sampling.top_k)
+    return _Distribution(logits_CV, keep_CV, factor_CV, tempered_CV)
 
 
-def _forward(sampling, cap, hidden, head_VD, targets, support):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(sampling: Sampling, cap: float | None, vocab_tokens: int, hidden, head_VD, fixed, rows):
+    return _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows)[0]
+
+
+def _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
+    del vocab_tokens
 
     def chunk(_, xs):
-        hidden_CD, targets_C, support_C = xs
-        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
-        log_z_C, entropy_C = log_partition_and_entropy(logits_CV, keep_CV)
-        logp_C = jnp.take_along_axis(logits_CV, targets_C[:, None], -1)[:, 0] - log_z_C
-        return None, (logp_C, entropy_C, log_z_C)
+        hidden_CD, fixed_C = xs
+        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
+        sums = partition(of.logits_CV, of.keep_CV)
+        logp_C = jnp.take_along_axis(of.logits_CV, fixed_C[0][:, None], -1)[:, 0] - sums.log_z_C
+        return None, (logp_C, sums.entropy_C, sums.log_z_C)
 
-    _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, targets, support))
-    return (logp, entropy), (hidden, head_VD, targets, support, log_z)
+    _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
+    return (logp, entropy), (hidden, head_VD, fixed, rows, log_z)
 
 
-def _backward(sampling, cap, residuals, cotangents):
+def _backward(sampling, cap, vocab_tokens, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
-    hidden, head_VD, targets, support, log_z = residuals
+    if vocab_tokens:
+        return _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents)
+    hidden, head_VD, fixed, rows, log_z = residuals
     d_logp, _ = cotangents  # entropy carries no gradient
 
     def chunk(d_head_VD, xs):
-        hidden_CD, targets_C, support_C, log_z_C, d_logp_C = xs
-        logits_CV, keep_CV = _chunk_logits(sampling, cap, hidden_CD, head_VD, targets_C, support_C)
-        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        if keep_CV is not None:
-            p_CV = jnp.where(keep_CV, p_CV, 0.0)
-        is_target_CV = jnp.arange(p_CV.shape[-1])[None] == targets_C[:, None]
+        hidden_CD, fixed_C, log_z_C, d_logp_C = xs
+        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
+        p_CV = jnp.exp(of.logits_CV - log_z_C[:, None])
+        if of.keep_CV is not None:
+            p_CV = jnp.where(of.keep_CV, p_CV, 0.0)
+        is_target_CV = jnp.arange(p_CV.shape[-1])[None] == fixed_C[0][:, None]
+        if sampling.forced_prefix_ids:
+            # Their probability is 1 whatever the policy: 1 - p is 0 but for rounding.
+            d_logp_C = jnp.where(fixed_C[2][0] < len(sampling.forced_prefix_ids), 0.0, d_logp_C)
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if of.factor_CV is not None:
+            d_logits_CV *= of.factor_CV
         if cap is not None:  # the slope of tanh
-            d_logits_CV *= 1 - jnp.square(logits_CV * (sampling.temperature / cap))
+            d_logits_CV *= 1 - jnp.square(of.tempered_CV * (sampling.temperature / cap))
         # Both products take the compute dtype's factors, as the forward pass does. The head's gradient is a sum over all
         # chunks, so it is carried in float32: in bfloat16 later chunks would be rounded away.
         d_logits_CV = d_logits_CV.astype(head_VD.dtype)
@@ -99,9 +223,45 @@ def _backward(sampling, cap, residuals, cotangents):
         d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
         return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
 
-    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), targets)
-    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, targets, support, log_z, d_logp))
+    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0])
+    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp))
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
+
+
+def _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents):
+    """Go through parts of the vocabulary, all positions at once; what is left over is a part of its own.
+
+    The log-partition is known, so each part's share of p is; a cut distribution has no such parts.
+    """
+    hidden, head_VD, (targets, _, _), _, log_z = residuals
+    shape, (V, D) = hidden.shape, head_VD.shape
+    hidden_FD, targets_F = hidden.reshape(-1, D), targets.reshape(-1)
+    scale_F1 = (cotangents[0].reshape(-1) / sampling.temperature)[:, None]
+    log_z_F1 = log_z.reshape(-1)[:, None]
+
+    def part(d_hidden_FD, head_UD, first):
+        logits_FU = head_logits(hidden_FD, head_UD, cap) / sampling.temperature
+        is_target_FU = first + jnp.arange(len(head_UD))[None] == targets_F[:, None]
+        d_logits_FU = (is_target_FU - jnp.exp(logits_FU - log_z_F1)) * scale_F1
+        if cap is not None:  # the slope of tanh
+            d_logits_FU *= 1 - jnp.square(logits_FU * (sampling.temperature / cap))
+        d_logits_FU = d_logits_FU.astype(head_VD.dtype)
+        d_hidden_FD += jnp.einsum("fu,ud->fd", d_logits_FU, head_UD, preferred_element_type=jnp.float32)
+        return d_hidden_FD, jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD)
+
+    def step(d_hidden_FD, i):
+        first = i * vocab_tokens
+        return part(d_hidden_FD, jax.lax.dynamic_slice_in_dim(head_VD, first, vocab_tokens), first)
+
+    num_parts = V // vocab_tokens
+    d_hidden_FD = vary_like(jnp.zeros(hidden_FD.shape, jnp.float32), targets)
+    d_hidden_FD, d_head_NUD = jax.lax.scan(step, d_hidden_FD, jnp.arange(num_parts))
+    d_head = [d_head_NUD.reshape(-1, D)]
+    done = num_parts * vocab_tokens
+    if done < V:
+        d_hidden_FD, rest_UD = part(d_hidden_FD, head_VD[done:], done)
+        d_head.append(rest_UD)
+    return d_hidden_FD.astype(hidden.dtype).reshape(shape), jnp.concatenate(d_head), None, None
 
 
 _chunked.defvjp(_forward, _backward)
@@ -117,8 +277,19 @@ def policy_logprobs(
     Args:
       params: all weights of the policy. rollout: G completions of each of P prompts.
       sampling: the settings that the rollout was sampled with, so that both speak of one distribution.
-      chunk_tokens: positions whose logits exist at a time.
+      chunk_tokens: positions whose logits exist at a time; 0: as many as suit the hardware (`Chunks.of`).
     Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
+    """
+    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens)[:2]
+
+
+def logprobs_and_load(
+    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Float[jax.Array, "L E"] | None]:
+    """Compute what `policy_logprobs` does, and the number of tokens that each expert took.
+
+    Args: as there.
+    Returns: (logp_PGT, entropy_PGT, tokens by layer and expert; None in a model without experts).
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
@@ -129,11 +300,12 @@ def policy_logprobs(
     num_read = T - 1
     if model.hardware is not None:
         num_read = T
+    load_LE = decoder.no_load(tokens_BT)
     if num_read == 0:  # a completion of one token has no input at all
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD = decoder.forward_with_prefix(
+        last_PD, later_BTD, load_LE = decoder.forward_with_load(
             *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
         )
         later = [later_BTD[:, : T - 1]]
@@ -145,7 +317,8 @@ def policy_logprobs(
         tokens_BT.reshape(-1),
         jax.tree.map(lambda x: x.reshape(-1), rollout.support_PGT),  # None stays None
         sampling,
-        chunk_tokens,
+        Chunks.of(model, chunk_tokens, P * G * T, sampling),
         decoder.logit_cap,
+        past_of(rollout, sampling),
     )
-    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T)
+    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE

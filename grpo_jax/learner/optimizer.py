@@ -14,12 +14,13 @@ from grpo_jax.types import Arrays, Hyperparams, Params
 
 
 def is_decayed(params: Params) -> PyTree[bool]:
-    """Tell which weights decay: matrices do, norms and biases do not."""
-    # By name, since layers are stacked: a norm's scale has two axes there, as a matrix has elsewhere.
+    """Tell which weights decay: matrices do, norms, biases and routers do not."""
+    # By name, since layers are stacked: a norm's scale has two axes there, as a matrix has elsewhere. A router's decay would
+    # make its choices more even by the step, and move one that is frozen.
 
     def by_name(path: jax.tree_util.KeyPath, _: Any) -> bool:
         name = jax.tree_util.keystr(path)
-        return "norm" not in name and "bias" not in name
+        return not any(word in name for word in ("norm", "bias", "router"))
 
     return jax.tree_util.tree_map_with_path(by_name, params)
 

@@ -26,8 +26,8 @@ from grpo_jax.config import Config, LearnerConfig
 from grpo_jax.learner import batching
 from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, subtract_kl, trained_mask
 from grpo_jax.learner.hyperparams import with_hyperparams
-from grpo_jax.learner.logprobs import policy_logprobs
-from grpo_jax.metrics import Max, Mean, Metric
+from grpo_jax.learner.logprobs import logprobs_and_load, policy_logprobs
+from grpo_jax.metrics import Max, Mean, Metric, ShareEntropy, ShareMax
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives import Objective
 from grpo_jax.parallel.sharding import (
@@ -352,7 +352,7 @@ def microbatch_loss(
     """
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]
-    logp_PGT, entropy_PGT = policy_logprobs(
+    logp_PGT, entropy_PGT, load_LE = logprobs_and_load(
         model, params, rollout, sampling_of(config.rollout), config.learner.logprob_chunk_tokens
     )
 
@@ -378,6 +378,8 @@ def microbatch_loss(
         "policy/learner_entropy": Mean.of(entropy_PGT, rollout.mask_PGT),
         "policy/sampler_logp_gap": Max(jnp.where(is_fresh_PGT, gap_PGT, 0.0).max()),
     }
+    if load_LE is not None:
+        metrics["experts/load_entropy"], metrics["experts/load_max"] = ShareEntropy(load_LE), ShareMax(load_LE)
     return (loss_BT * rows(weight_PGT)).sum(), metrics
 
 

@@ -176,13 +176,13 @@ def attend(
       cap: scores become cap * tanh(scores / cap) before the mask; None: they stay as they are.
     Returns: the heads' outputs, in the dtype of the queries.
     """
-    if cap is None and flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
+    if flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
         assert view.rows is not None
         prompt = None
         if prefix is not None:
             prompt = prefix.k.swapaxes(2, 3), prefix.v
         q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
-        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows)
+        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, cap)
     # A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
     # backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
     T = q_BTNH.shape[1]

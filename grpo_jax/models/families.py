@@ -26,6 +26,7 @@ class Family:
 
     facts: Settings = dataclasses.field(default_factory=dict)  # fields of Architecture that all its models share
     defaults: Settings = dataclasses.field(default_factory=dict)  # of settings that its config.json may leave out
+    aliases: Settings = dataclasses.field(default_factory=dict)  # other names of settings -> their own
     # Settings that become a field as they are. The folder of a family that does not read them must not have them.
     reads: Reads = dataclasses.field(default_factory=dict)
     required: Settings = dataclasses.field(default_factory=dict)  # settings it reads, of which the decoder has one value
@@ -109,6 +110,11 @@ MINISTRAL3_ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+MOE: Reads = {
+    "num_experts": ("num_experts", read_integer),
+    "num_experts_per_tok": ("experts_per_token", read_integer),
+    "norm_topk_prob": ("is_router_normalised", read_flag),
+}
 OLMO_FACTS = {"qk_norm": True, "qk_norm_spans_heads": True, "pre_norms": False, "post_norms": True, "norm_rounds_last": True}
 GLM = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7, "attention_bias": True}
 GLM_ROPE = {"partial_rotary_factor": 0.5}
@@ -134,6 +140,23 @@ FAMILIES = {
         defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3_ROPE},
         windows="all",
         has_query_growth=True,
+    ),
+    "qwen3_moe": Family(
+        facts={"qk_norm": True, "mlp": "experts"},
+        defaults={
+            **SWITCH,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        aliases={"num_local_experts": "num_experts"},
+        reads=MOE,
+        required={"decoder_sparse_step": 1, "mlp_only_layers": []},  # else some layers were dense
+        ffn_key="moe_intermediate_size",
+        windows="all",
     ),
     "gemma": Family(
         facts=GEMMA_FACTS,
@@ -252,7 +275,8 @@ TEXT_OF = {
 }
 # What the families of `mistral3`'s text are called as models of their own.
 CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
-SHARED = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")  # settings that hold for text and images
+SHARED = ("dtype", "torch_dtype", "eos_token_id")  # settings that the text may leave to the whole
+OF_WHOLE = ("tie_word_embeddings",)  # settings of which transformers takes the whole's
 
 # Settings with which the decoder would compute something else -> the one value, besides null and absent, that they may have in
 # a family that does not read them. transformers ignores some of them there; but who sets one means it.
@@ -298,8 +322,8 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _text_part(config: dict[str, Any], part: TextPart) -> dict[str, Any]:
     """Return the settings of a model of text alone."""
     if isinstance(config.get("text_config"), dict):
-        shared = {key: config[key] for key in SHARED if key in config}
-        config = {**shared, **config["text_config"]}
+        shared, of_whole = ({key: config[key] for key in keys if config.get(key) is not None} for keys in (SHARED, OF_WHOLE))
+        config = {**shared, **config["text_config"], **of_whole}
     config = {key: value for key, value in config.items() if key not in part.left_out} | part.settings
     if config.get("model_type") in CLASSES:
         config["architectures"] = [CLASSES[config["model_type"]]]
@@ -321,6 +345,9 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
     family = FAMILIES[config["model_type"]]
     if config.get("rope_parameters") is None:  # null is as good as absent
         config.pop("rope_parameters", None)
+    for alias, own in family.aliases.items():
+        if alias in config and config[alias] != config.setdefault(own, config[alias]):
+            raise UserError(f"{file}: {alias} = {json.dumps(config[alias])} beside {own} = {json.dumps(config[own])}")
     config = {**family.defaults, **config}
     _check_settings(file, config, family)
     dim, num_heads = read_integer(file, config, "hidden_size"), read_integer(file, config, "num_attention_heads")
@@ -339,14 +366,14 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         num_kv_heads=num_kv_heads,
         head_dim=read_integer(file, config, "head_dim", dim // num_heads),
         norm_eps=positive(config.get("rms_norm_eps", 1e-6), f"{file}: rms_norm_eps"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=read_flag(file, {"tie_word_embeddings": False, **config}, "tie_word_embeddings"),
         **{"ffn_dim": read_integer(file, config, family.ffn_key), **_positions(file, config, family), **optional},
     )
 
 
 def _check_settings(file: Path, config: Settings, family: Family) -> None:
     # A setting that was ignored here would still load and train, with other logits than the model's: nothing would show it.
-    is_read = {*family.reads, *family.defaults}
+    is_read = {*family.reads, *family.defaults, *family.aliases}
     required = {key: value for key, value in NEUTRAL.items() if key not in is_read} | dict(family.required)
     if family.facts.get("qkv_bias"):
         del required["attention_bias"]  # this family always has the bias and does not look at the setting
@@ -418,6 +445,8 @@ def _windows(file: Path, config: Settings, family: Family, unturned: tuple[int, 
     known = ["full_attention"]
     if has_window and family.has_layer_types:
         known.append("sliding_attention")
+    if not isinstance(kinds, list | None):
+        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
     for kind in kinds or ():
         if kind not in known:
             raise unsupported(file, "layer_types", kind, ", ".join(known))

@@ -61,6 +61,7 @@ class Static:
     window: int | None
     is_left_padded: bool
     prompt_slots: int
+    cap: float | None
     hardware: Hardware
 
 
@@ -68,20 +69,25 @@ KeysAndValues = tuple[Float[Array, "R K U H"], Float[Array, "R K U H"]]
 
 
 def suits(rows: CausalRows | None, num_queries: int, num_keys: int) -> bool:
-    """Return whether the kernel is the better form: on a TPU, for rows that fill a block of queries."""
+    """Decide if the kernel is the better form: on a TPU, for rows that fill a block of queries."""
     if rows is None or rows.hardware.platform != "tpu":
         return False
     return num_queries == num_keys >= MIN_QUERIES and rows.window != 1
 
 
 def attend_causally(
-    q_BTNH: Float[Array, "B T N H"], own: KeysAndValues, prompt: KeysAndValues | None, rows: CausalRows
+    q_BTNH: Float[Array, "B T N H"],
+    own: KeysAndValues,
+    prompt: KeysAndValues | None,
+    rows: CausalRows,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend to a row's own keys and its prompt's keys, in one softmax over both.
 
     Args:
       q_BTNH: rotated and scaled queries. own: keys (rotated) and values [B, K, T, H] of the same tokens.
       prompt: those of the prompts, [P, K, S, H], or None; rows p*G .. p*G+G-1 see prompt p. rows: the padding and the window.
+      cap: of the scores, as in `attention.attend`.
     Returns: the heads' outputs, in the dtype of the queries; undefined but finite on padding.
     """
     B, T, N, H = q_BTNH.shape
@@ -100,7 +106,7 @@ def attend_causally(
     masks = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), (rows.own_BT, rows.prompt_PS)
     )
-    static = Static(rows.window, rows.is_left_padded, slots, rows.hardware)
+    static = Static(rows.window, rows.is_left_padded, slots, cap, rows.hardware)
     out_PMTH = _attention(static, (q_PMTH, own, prompt), (*masks, rows.is_local))
     out_PKGRTH = out_PMTH[:, :, :T, :H].reshape(P, K, B // P, N // K, T, H)
     return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
@@ -228,7 +234,7 @@ def _gradients(static: Static, arrays: Any, masks: Any) -> Any:
 
 def _by_kind(static: Static, is_local: Any, run: Callable[[int | None], Any]) -> Any:
     """Run with the window or without; where only the compiled program knows which, it chooses."""
-    if is_local is None:
+    if is_local is None or static.window is None:
         return run(static.window)
     return jax.lax.cond(is_local, lambda: run(static.window), lambda: run(None))
 
@@ -284,6 +290,7 @@ def _make_kernel(static: Static, mask: Any, q_PMTH: Array) -> Any:
         head_shards=1,
         q_seq_shards=1,
         save_residuals=True,
+        attn_logits_soft_cap=static.cap,
         interpret=static.hardware.interpret,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -108,6 +109,22 @@ def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> N
         raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
 
 
+def check_weights(path: str | os.PathLike[str], architecture: Architecture) -> int:
+    """Read every number of the weights in `path`, one tensor at a time, and keep none; -> how many numbers there are.
+
+    Raises: UserError, as `load_params`.
+    """
+    folder = resolve(path)
+    slots, _ = param_slots(architecture)
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        _check_tensors(folder, architecture, slots, tensors)
+        for name in with_progress([name for slot in slots for name in slot.names], "reading weights"):
+            if not np.isfinite(tensors[name].file.get_tensor(name).astype(np.float32)).all():
+                raise UserError(f"{folder}: tensor {name} holds NaN or infinity; fetch or export it again")
+        return sum(math.prod(slot.shape) * len(slot.names) for slot in slots)
+
+
 def stored_dtype(path: str | os.PathLike[str]) -> str:
     """Return the dtype of the weights in `path`, that of the embedding. Raises UserError, as `load_params`."""
     with contextlib.ExitStack() as stack:
@@ -161,7 +178,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
         promised = read_json(folder / INDEX).get("weight_map")
         if not isinstance(promised, dict) or not promised:
             raise UserError(f"{folder / INDEX}: weight_map is missing or empty")
-        files = [folder / name for name in sorted(set(promised.values()))]
+        files = [folder / _require_name(folder / INDEX, name) for name in sorted(set(map(str, promised.values())))]
     else:
         raise UserError(f"model.path = {str(folder)!r}: the folder has neither {SINGLE} nor {INDEX}")
     tensors = {}
@@ -196,6 +213,14 @@ def _own_names(folder: Path, tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
         return name
 
     return {rename(name): tensor for name, tensor in kept.items()}
+
+
+def _require_name(file: Path, name: str) -> str:
+    """Return the name of a file beside `file`; UserError if it leads elsewhere."""
+    # A folder from elsewhere must not make the loader open what is outside of it.
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise UserError(f"{file}: weight_map names {name!r}; expected names of safetensors files in the same folder")
+    return name
 
 
 def _check_tensors(folder: Path, architecture: Architecture, slots: list[Slot], tensors: dict[str, _Tensor]) -> None:

@@ -8,6 +8,7 @@ is held. Written out here because the layers are stacked and scanned; libraries 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,20 +19,28 @@ from jaxtyping import Array
 from grpo_jax.types import Params
 
 ADAPTERS = ("lora_a", "lora_b")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
+ALL_LINEAR = "all-linear"  # PEFT's name for all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """The adapters of a model: their rank, alpha, and the matrices that have one (Hugging Face's names, in every layer)."""
+    """The adapters of a model: their rank, alpha, and the matrices that have one (Hugging Face's names, in every layer).
+
+    use_rslora: scaled by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732) in place of alpha / rank.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    use_rslora: bool = False
 
     @property
     def scale(self) -> float:
         """The factor of the product B A."""
         # Divided by the rank, so that a learning rate found at one rank serves at another.
+        if self.use_rslora:
+            return self.alpha / math.sqrt(self.rank)
         return self.alpha / self.rank
 
 

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import read_json, write_atomically
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.lora import LoRA, split_adapters
+from grpo_jax.models.lora import ALL_LINEAR, TARGETS, LoRA, split_adapters
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
@@ -28,7 +30,15 @@ PLAIN = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False,),
-    "use_rslora": (False,),
+    # Others than these change the base weights, so that the adapters are differences to another model than the folder's.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None,),
+    "exclude_modules": ([], None),
+    "target_parameters": ([], None),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
     "fan_in_fan_out": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
@@ -51,7 +61,7 @@ def save_adapters(folder: str | os.PathLike[str], adapters: Params, model: Model
     flat: dict[Any, Any] = flatten_dict(hosts.gather_to_host(adapters))
     tensors = {}
     for path, stacked in flat.items():
-        names = _names(path, model)
+        names = adapter_names(path, model.arch)
         tensors.update(zip(names, stacked.reshape(len(names), *stacked.shape[-2:]), strict=True))
     config = {
         "peft_type": "LORA",
@@ -59,13 +69,14 @@ def save_adapters(folder: str | os.PathLike[str], adapters: Params, model: Model
         "base_model_name_or_path": base_path,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        "use_rslora": lora.use_rslora,
         "target_modules": sorted(lora.targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
@@ -81,7 +92,7 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: missing, truncated or no safetensors file ({error})") from None
     wanted: dict[Any, Any] = flatten_dict(split_adapters(model.param_shapes())[1])
-    names = {path: _names(path, model) for path in wanted}
+    names = {path: adapter_names(path, model.arch) for path in wanted}
     extra = sorted(set(tensors) - {name for each in names.values() for name in each})
     if extra:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensor {extra[0]}; config.lora.targets = {model.lora.targets}")
@@ -98,9 +109,12 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     return unflatten_dict({path: jnp.asarray(x.reshape(wanted[path].shape), jnp.float32) for path, x in stacked.items()})
 
 
-def _names(path: tuple[str, ...], model: ModelDef) -> list[str]:
-    """Return PEFT's names of one of our stacked adapters: one a layer, or a layer and expert."""
-    slot = leaf_slot(".".join((*path[:-1], "weight")), model.arch)
+def adapter_names(path: tuple[str, ...], architecture: Architecture) -> list[str]:
+    """Return PEFT's names of one of our stacked adapters: one a layer, or a layer and expert.
+
+    Raises: UserError if the model's folder joins its matrix with others.
+    """
+    slot = leaf_slot(".".join((*path[:-1], "weight")), architecture)
     if slot.is_joined:
         stored = slot.names[0].removesuffix(".weight").rpartition(".")[2]
         raise UserError(
@@ -111,18 +125,19 @@ def _names(path: tuple[str, ...], model: ModelDef) -> list[str]:
 
 
 def _check_config(file: Path, lora: LoRA) -> None:
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}; lora.path must be a PEFT folder") from None
+    config = read_json(file, "lora.path must be a PEFT folder")
     for key, plain in PLAIN.items():
-        if key in config and config[key] not in plain:
-            raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {plain[0]!r}")
+        # Compared as JSON has them: to Python 1 is True.
+        if key in config and json.dumps(config[key]) not in map(json.dumps, plain):
+            known = ", ".join(json.dumps(each) for each in plain if each is not None)
+            raise UserError(f"{file}: {key} = {json.dumps(config[key])} is not supported; supported: {known or 'none'}")
     # Alpha decides what the tensors mean, and no tensor shows it: with another one the policy would silently be another.
-    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha)}
+    ours = {"r": ("rank", lora.rank), "lora_alpha": ("alpha", lora.alpha), "use_rslora": ("use_rslora", lora.use_rslora)}
     for key, (field, value) in ours.items():
-        if config.get(key) != value:
+        if config.get(key, False) != value:
             raise UserError(f"config.lora.{field} = {value!r}: {file} has {key} = {json.dumps(config.get(key))}")
     targets = config.get("target_modules")
+    if targets == ALL_LINEAR:
+        targets = list(TARGETS)
     if not isinstance(targets, list) or set(targets) != set(lora.targets):
         raise UserError(f"config.lora.targets = {lora.targets!r}: {file} has target_modules = {json.dumps(targets)}")

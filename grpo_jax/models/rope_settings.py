@@ -37,6 +37,9 @@ def rotary_settings(file: Path, config: Settings, has_local_rope: bool) -> tuple
     is_nested = any(kind in given for kind in KINDS)
     if is_nested and (not has_local_rope or key == "rope_scaling"):
         raise UserError(f"{file}: {key}: this family has one rotary embedding for all layers, here are two")
+    if has_local_rope and key == "rope_scaling" and "type" in given and "rope_type" not in given:
+        # transformers has set `rope_type` to "default" by then, and would not look at the older name.
+        raise unsupported(file, "rope_scaling.type", given["type"], "the same as rope_type")
     if not has_local_rope or key == "rope_scaling":
         return key, given, {}
     if given and not is_nested:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 from grpo_jax.errors import UserError
 
 Settings = Mapping[str, Any]  # of a config.json
+# More than this is damage, found before anything of such a size is made.
+AT_MOST, MANY = {"num_hidden_layers": 1024}, 2**24
+HUGE = 1e30
 
 
 def unsupported(file: Path, key: str, value: Any, supported: Any) -> UserError:
@@ -35,6 +37,8 @@ def read_integer(file: Path, config: Settings, key: str, default: int | None = N
     # A bool is an int in Python, and true would be taken for 1.
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {key} = {json.dumps(value)}: expected a positive integer")
+    if value > AT_MOST.get(key, MANY):
+        raise UserError(f"{file}: {key} = {json.dumps(value)}: no model has more than {AT_MOST.get(key, MANY)}")
     return value
 
 
@@ -56,8 +60,8 @@ def positive(value: Any, where: str, purpose: str = "") -> float:
     Raises: UserError.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise UserError(f"{where} = {json.dumps(value)}: expected a number above 0{purpose}")
+    if not is_number or not 0 < value < HUGE:
+        raise UserError(f"{where} = {json.dumps(value)}: expected a finite number above 0{purpose}")
     return float(value)
 
 

@@ -31,6 +31,10 @@ NAMES = {
     "layers.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
     "layers.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
     "layers.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.mlp.router.weight": "model.layers.{}.mlp.gate.weight",
+    "layers.mlp.expert_gate.weight": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers.mlp.expert_up.weight": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "layers.mlp.expert_down.weight": "model.layers.{}.mlp.experts.{}.down_proj.weight",
     "final_norm.weight": "model.norm.weight",
     "head": "lm_head.weight",
 }

@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
+from grpo_jax.models.experts import Experts, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.rope import rotate
 from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
 
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
@@ -163,11 +165,16 @@ class MLP(nnx.Module):
         self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
         self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "*lead D"]) -> tuple[Float[Array, "*lead D"], None]:
+        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x)), None
 
 
-MLPS = {"dense": MLP}
+def _experts(arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs) -> Experts:
+    return Experts(arch, ACTIVATIONS[arch.activation], lora=lora, rngs=rngs)
+
+
+# `Architecture.mlp` -> what makes it. It returns its output, and the numbers of each token's experts if it has such.
+MLPS = {"dense": MLP, "experts": _experts}
 
 
 class Block(nnx.Module):
@@ -189,15 +196,16 @@ class Block(nnx.Module):
         prefix: KVCache | None = None,
         cache: KVCache | None = None,
         slot: int | Int[Array, "..."] = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    ) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "B T k"] | None]:
         """Run the layer.
 
         Args: as `Attention.__call__` has them; x_BTD is the residual stream.
-        Returns: (the residual stream after this layer, keys and values as `Attention` gives them).
+        Returns: (the residual stream after this layer, keys and values as `Attention` gives them, its tokens' experts or None).
         """
         attn_BTD, kv = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
         x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
-        return x_BTD + scaled(self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD))), self.residual_scale), kv
+        mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), kv, chosen_BTk
 
 
 class Decoder(nnx.Module):
@@ -275,7 +283,7 @@ class Decoder(nnx.Module):
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
-            return block(x_PSD, select_view(views, is_local))
+            return block(x_PSD, select_view(views, is_local))[:2]
 
         hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
         return self.finish(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
@@ -293,18 +301,42 @@ class Decoder(nnx.Module):
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
         Returns: (hidden_PD at each prompt's last token, hidden_BTD), after the final norm.
         """
+        return self.forward_with_load(tokens_PS, mask_PS, tokens_BT, mask_BT)[:2]
+
+    def forward_with_load(
+        self,
+        tokens_PS: Int[Array, "P S"],
+        mask_PS: Shaped[Array, "P S"],
+        tokens_BT: Int[Array, "B T"],
+        mask_BT: Shaped[Array, "B T"],
+    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Float[Array, "L E"] | None]:
+        """Run prompts and their completions as `forward_with_prefix`, and count the tokens that each expert takes.
+
+        Args: as there.
+        Returns: (hidden_PD, hidden_BTD, tokens by layer and expert or None without experts), padding not counted.
+        """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
         prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kv = block(x_PSD, select_view(prompt_views, is_local))
-            x_BTD, _ = block(x_BTD, select_view(views, is_local), kv)
-            return (x_PSD, x_BTD), None
+            x_PSD, kv, chosen_PSk = block(x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _, chosen_BTk = block(x_BTD, select_view(views, is_local), kv)
+            if chosen_PSk is None:
+                return (x_PSD, x_BTD), None
+            E = self.arch.num_experts
+            load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
+            return (x_PSD, x_BTD), load_E.astype(jnp.float32)
 
-        (x_PSD, x_BTD), _ = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
-        return self.finish(x_PSD[:, -1]), self.finish(x_BTD)
+        (x_PSD, x_BTD), load_LE = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        return self.finish(x_PSD[:, -1]), self.finish(x_BTD), load_LE
+
+    def no_load(self, tokens: Int[Array, "*lead"]) -> Float[Array, "L E"] | None:
+        """Return the counts of `forward_with_load` before any token; they vary over the mesh axes that `tokens` do."""
+        if not self.arch.num_experts:
+            return None
+        return vary_like(jnp.zeros((self.arch.num_layers, self.arch.num_experts)), tokens)
 
     def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
         """Return what causal rows see of themselves and, where they continue prompts, of those."""
@@ -374,7 +406,7 @@ class Decoder(nnx.Module):
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             layer_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
             view = views[i in self.arch.local_layers]
-            x_B1D, cache = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
+            x_B1D, cache, _ = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
             filled.append(cache)
         return self.finish(x_B1D)[:, 0], filled
 
@@ -405,14 +437,20 @@ class ModelDef:
     remat: str = "none"
     lora: LoRA | None = None
     hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
+    is_router_frozen: bool = False
 
     @property
     def remat_policy(self) -> str:
-        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it."""
+        """A key of `fsdp.REMAT`. "auto": few unrolled layers keep what they computed; a scan of many would stack it.
+
+        Accelerators have less memory beside their arithmetic than hosts, so there a scan keeps less.
+        """
         if self.remat != "auto":
             return self.remat
         if self.arch.num_layers <= MAX_UNROLLED:
             return "none"
+        if self.hardware is not None:
+            return "narrow"
         return "dots"
 
     def bind(self, params: Params) -> Decoder:
@@ -424,7 +462,20 @@ class ModelDef:
         shapes, layers = self.param_shapes(), params["layers"]
         abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        if self.hardware is not None and abstract.gather is None:
+            layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
+        if self.is_router_frozen:
+            mlp = layers["mlp"]
+            layers = {**layers, "mlp": {**mlp, "router": jax.lax.stop_gradient(mlp["router"])}}
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+
+    def _cast_matrix(self, path: Any, x: Array) -> Array:
+        """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
+        # digits that it has. And XLA casts once what no microbatch changes.
+        if x.ndim < 3 or not logical_axes(path_names(path)):
+            return x
+        return x.astype(self.dtype)
 
     def param_shapes(self) -> Params:
         """Return the tree that `bind` takes, adapters included, as shapes."""

@@ -20,6 +20,7 @@ from grpo_jax.objectives.params import Number, Params, read_params
 
 Choice = str | Callable[..., Any]  # a name in the axis's table, "module:function", or a function
 NO_PARAMS = Params()
+LARGE = 1e6  # whose square, and sums of it, float32 still holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +35,24 @@ class Objective:
     advantage: Choice = knob("group_norm", "rewards -> credit of each token (advantages.py)")
     ratio: Choice = knob("token", "importance ratio, of each token or of a whole completion (ratios.py)")
     surrogate: Choice = knob("ppo_clip", "ratio and advantage -> objective of each token (surrogates.py)")
-    clip_low: Number = knob(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0)
-    clip_high: Number = knob(0.2, "the same above 1", at_least=0)
+    clip_low: Number = knob(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0, at_most=1e6)
+    clip_high: Number = knob(0.2, "the same above 1", at_least=0, at_most=1e6)
     dual_clip: float | None = knob(None, "c > 1: for A < 0 the surrogate is at least c A; None: unbounded")
     aggregation: Choice = knob("sequence_mean", "objective of each token -> scalar (aggregation.py)")
-    kl_coef: Number = knob(0.04, "weight of the KL penalty in the loss; 0: none", at_least=0)
+    kl_coef: Number = knob(0.04, "weight of the KL penalty in the loss; 0: none", at_least=0, at_most=1e3)
     kl_estimator: Choice = knob("k3", "of that penalty (ratios.py)")
     kl_in_reward: float = knob(
-        0.0, "weight of the KL that is subtracted from the reward, before the advantage; 0: none", at_least=0
+        0.0, "weight of the KL that is subtracted from the reward, before the advantage; 0: none", at_least=0, at_most=1e3
     )
-    std_ddof: int = knob(1, "std = sqrt(sum of squares / (n - ddof)) + adv_eps", at_least=0)
-    adv_eps: float = knob(1e-6, "added to the std", at_least=0)
+    std_ddof: int = knob(1, "std = sqrt(sum of squares / (n - ddof)) + adv_eps", at_least=0, at_most=2**16)
+    adv_eps: float = knob(1e-6, "added to the std", at_least=0, at_most=1e6)
     success_threshold: float = knob(0.5, "a task reward from here on is a success (O+)")
-    entropy_floor: float = knob(1e-4, "lowest entropy in the shaped rewards, which divide by it", unit="nats", above=0)
+    entropy_floor: float = knob(
+        1e-4, "lowest entropy in the shaped rewards, which divide by it", unit="nats", at_least=1e-8, at_most=1e6
+    )
     entropy_clip: tuple[float, ...] | None = knob(None, "(low, high) that the same entropy is clipped to, or None", unit="nats")
-    base_weight: float = knob(1.0, "a1 of GTPO, b1 of GRPO-S")
-    entropy_weight: Number = knob(0.1, "a2 of GTPO, b2 of GRPO-S", at_least=0)
+    base_weight: float = knob(1.0, "a1 of GTPO, b1 of GRPO-S", at_least=-1e6, at_most=1e6)
+    entropy_weight: Number = knob(0.1, "a2 of GTPO, b2 of GRPO-S", at_least=0, at_most=1e6)
     stat_scope: str = knob("batch", "the shaped rewards are normalised over it", choices=("batch", "group"))
     sequence_mean_kind: str = knob("arithmetic", "mean entropy of a completion in GRPO-S", choices=("arithmetic", "geometric"))
     include_other_side: bool = knob(True, "the other side's zeros count in the shaped rewards' statistics; False: a misreading")
@@ -62,11 +65,13 @@ class Objective:
             is_traced = isinstance(value, jax.Array)
             if declared and not is_traced and (complaint := declared.complaint(value)):
                 raise ValueError(f"objective.{name} = {value!r}: {complaint}")
-        if self.dual_clip is not None and not (self.dual_clip > 1 and math.isfinite(self.dual_clip)):
-            raise ValueError(f"objective.dual_clip = {self.dual_clip!r}: must be None or a finite number > 1")
+        if self.dual_clip is not None and not 1 < self.dual_clip <= LARGE:
+            raise ValueError(
+                f"objective.dual_clip = {self.dual_clip!r}: must be None or a finite number > 1, at most {LARGE:g}"
+            )
         if self.entropy_clip is not None:
             clip = tuple(self.entropy_clip)
-            if len(clip) != 2 or not 0 <= clip[0] <= clip[1]:
+            if len(clip) != 2 or not 0 <= clip[0] <= clip[1] <= LARGE:
                 raise ValueError(f"objective.entropy_clip = {self.entropy_clip!r}: must be None or (low, high), 0 <= low")
             object.__setattr__(self, "entropy_clip", clip)  # a list would not be hashable
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.errors import UserError
+from grpo_jax.files import note_once
 from grpo_jax.parallel.sharding import ROWS
 
 HEARTBEAT_TIMEOUT_SECS = 30  # a process that was not heard of for so long is dead, and all others end
@@ -55,6 +56,12 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 def is_first() -> bool:
     """Tell if this is the process that writes the records and speaks to the console."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Say something on the console, once and by the first process. JAX need not have made its devices."""
+    if not (is_joined() and jax.process_index()):
+        note_once(text)
 
 
 def is_joined() -> bool:

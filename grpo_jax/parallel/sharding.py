@@ -27,7 +27,7 @@ REPLICATED = PartitionSpec()
 # Logical axis of a parameter -> the mesh axis that it is sharded along. Matrices have one of each kind, so that both mesh axes
 # divide their memory; heads and FFN channels go to `tensor`, because attention and the MLP compute on each independently.
 LOGICAL_AXIS_RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
-# The logical axes of a layer's matrices [out, in]. Their biases and adapters follow.
+# The logical axes of a layer's matrices [out, in], of experts' [E, out, in]. Their biases and adapters follow.
 PARAM_LOGICAL_AXES = {
     "q": ("heads", "width"),
     "k": ("kv_heads", "width"),
@@ -36,6 +36,11 @@ PARAM_LOGICAL_AXES = {
     "gate": ("ffn", "width"),
     "up": ("ffn", "width"),
     "down": ("width", "ffn"),
+    # Every device has all experts, and of each a shard: rows need not travel to where an expert is.
+    "router": ("experts", "width"),
+    "expert_gate": ("experts", "ffn", "width"),
+    "expert_up": ("experts", "ffn", "width"),
+    "expert_down": ("experts", "width", "ffn"),
 }
 
 
@@ -135,9 +140,11 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
         return ("vocab", "width")
     if module not in PARAM_LOGICAL_AXES:
         return ()
-    num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers
-    of = {"weight": (None, num_out, num_in), "bias": (None, num_out), "lora_a": (None, None, num_in), "lora_b": (None, num_out)}
-    return of.get(name, ())
+    *experts, num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers
+    of = {"weight": (num_out, num_in), "bias": (num_out,), "lora_a": (None, num_in), "lora_b": (num_out,)}
+    if name not in of:
+        return ()
+    return (None, *experts, *of[name])
 
 
 def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> PartitionSpec:

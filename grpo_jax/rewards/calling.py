@@ -8,7 +8,7 @@
     verl, batch     `solution_strs`             the same in the plural, as lists                        a list of scores
 
 All of them may also name `prompt`, `step`, `completion_ids` and the settings of config.reward.params, and may be `async def`.
-A score is a number, None (no opinion), or a dict with one of these under "score".
+A score is a number, None (no opinion), or a dict with one of these under "score"; an exception in a list has cost one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 FLOAT32_MAX = 3.4028234e38
+Score = float | Exception | None  # finite; what was raised about one of a group; no opinion
 
 
 class Form(NamedTuple):
@@ -165,7 +166,7 @@ def _cannot_be_given(parameter: str, name: str, form: Form, has_item: bool, colu
     return f"parameter `{parameter}` of {name} {known}, and there is no config.reward.params.{parameter}"
 
 
-def call(function: Callable[..., Any], calling: Calling, request: Request, wait: Callable[[Any], Any]) -> list[float | None]:
+def call(function: Callable[..., Any], calling: Calling, request: Request, wait: Callable[[Any], Any]) -> list[Score]:
     """Call a function about a request.
 
     Args:
@@ -186,61 +187,76 @@ def call(function: Callable[..., Any], calling: Calling, request: Request, wait:
 
 def arguments_of(calling: Calling, request: Request) -> dict[str, Any]:
     """Return the arguments by name."""
-    form, num = calling.form, len(request.completions)
-    values: dict[str, Any] = {name: _value_of(name, calling, request) for name in calling.given}
+    form = calling.form
+    arguments = {**calling.settings, **{name: GIVEN[name](form, request) for name in calling.given}}
     columns = calling.columns
     if calling.gives_all_columns:
         # All columns but those that TRL gives under names of its own.
         others = [name for name in request.item if name not in (*NAMES[form], "prompt", "completion")]
         columns = tuple(dict.fromkeys((*columns, *others)))
-        values |= {name: _value_of(name, calling, request) for name in REST_OF_TRL}
+        arguments |= {name: GIVEN[name](form, request) for name in REST_OF_TRL}
     for name in columns:
         # Rows of one file may have different columns; a missing one is None, as in a table.
-        value = request.item.get(name)
-        values[name] = [value] * num if form.is_group else value
-    return {**calling.settings, **values}
+        arguments[name] = _spread(request.item.get(name), form, request)
+    return arguments
 
 
-def _value_of(name: str, calling: Calling, request: Request) -> Any:
-    """Return what a form gives under a name."""
-    form, num = calling.form, len(request.completions)
-    if name == "item":
-        # Its own copy: what a function does to it is no other part's business.
-        return dict(request.item)
-    if name in ("completion", "solution_str"):
-        return request.completions[0]
-    if name in ("completions", "solution_strs"):
-        is_chat = form is TRL and isinstance(request.prompt, list | tuple)
-        if is_chat:
-            return [[{"role": "assistant", "content": text}] for text in request.completions]
-        return list(request.completions)
-    if name == "prompts":
-        return [request.prompt] * num
-    if name == "completion_ids":
-        ids = [list(each) for each in request.ids or [()] * num]
-        return ids if form.is_group else ids[0]
-    if name == "trainer_state":
-        return SimpleNamespace(global_step=request.step)
-    if name in ("prompt", "step"):
-        return getattr(request, name)
-    value = _of_verl(name.removesuffix("s"), request.item)
-    return [value] * num if form.is_group else value
+def _spread(value: Any, form: Form, request: Request) -> Any:
+    """Return a value of the row as the form gives it: once, or for each completion."""
+    return [value] * len(request.completions) if form.is_group else value
 
 
-def _of_verl(name: str, item: Mapping[str, Any]) -> Any:
-    """Return a field of a row as verl names it, in verl's layout or in a plain one."""
-    if name == "ground_truth":
-        model = item.get("reward_model")
-        if isinstance(model, Mapping) and "ground_truth" in model:
-            return model["ground_truth"]
-        return item.get("ground_truth", item.get("answer"))
-    if name == "extra_info":
-        return dict(item.get("extra_info") or {})
-    # Text always, as in verl: functions look what it begins with.
-    return item.get("data_source", "")
+def _completions(form: Form, request: Request) -> list[Any]:
+    """Return the completions, for TRL as messages where the prompt is a chat."""
+    if form is TRL and isinstance(request.prompt, list | tuple):
+        return [[{"role": "assistant", "content": text}] for text in request.completions]
+    return list(request.completions)
 
 
-def _as_scores(result: Any, num: int) -> list[float | None]:
+def _ids(form: Form, request: Request) -> list[Any]:
+    """Return the tokens of each completion, or of the only one."""
+    ids = [list(each) for each in request.ids or [()] * len(request.completions)]
+    return ids if form.is_group else ids[0]
+
+
+def _ground_truth(form: Form, request: Request) -> Any:
+    """Return the right answer, from verl's layout of a row or from a plain one."""
+    item = request.item
+    model = item.get("reward_model")
+    if isinstance(model, Mapping) and "ground_truth" in model:
+        return _spread(model["ground_truth"], form, request)
+    return _spread(item.get("ground_truth", item.get("answer")), form, request)
+
+
+def _data_source(form: Form, request: Request) -> Any:
+    """Return the name of the row's data: text always, as in verl, for functions look what it begins with."""
+    return _spread(request.item.get("data_source", ""), form, request)
+
+
+def _extra_info(form: Form, request: Request) -> Any:
+    """Return the row's dict of anything else."""
+    return _spread(dict(request.item.get("extra_info") or {}), form, request)
+
+
+# What each form gives, by the parameter's name. An item is a copy: what a function does to it is no other part's business.
+GIVEN: Mapping[str, Callable[[Form, Request], Any]] = {
+    "completion": lambda form, request: request.completions[0],
+    "solution_str": lambda form, request: request.completions[0],
+    "completions": _completions,
+    "solution_strs": _completions,
+    "item": lambda form, request: dict(request.item),
+    "prompt": lambda form, request: request.prompt,
+    "prompts": lambda form, request: [request.prompt] * len(request.completions),
+    "completion_ids": _ids,
+    "step": lambda form, request: request.step,
+    "trainer_state": lambda form, request: SimpleNamespace(global_step=request.step),
+    **dict.fromkeys(("data_source", "data_sources"), _data_source),
+    **dict.fromkeys(("ground_truth", "ground_truths"), _ground_truth),
+    **dict.fromkeys(("extra_info", "extra_infos"), _extra_info),
+}
+
+
+def _as_scores(result: Any, num: int) -> list[Score]:
     """Turn what a group's function returned into scores. Raises TypeError or ValueError."""
     if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
         raise TypeError(f"the function returned {_short(result)} for {num} completions, not a list with a score for each")
@@ -251,8 +267,11 @@ def _as_scores(result: Any, num: int) -> list[float | None]:
     return scores
 
 
-def as_score(value: Any) -> float | None:
-    """Turn what a function returned for one completion into a finite float or None. Raises TypeError or ValueError."""
+def as_score(value: Any) -> Score:
+    """Turn what a function returned for one completion into a score. Raises TypeError or ValueError."""
+    # As `asyncio.gather` has them with return_exceptions: this completion has failed, and the others of the group have not.
+    if isinstance(value, Exception):
+        return value
     if isinstance(value, Mapping):
         if "score" not in value:
             raise TypeError(f'the function returned {_short(value)}, a dict without "score"')

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.errors import UserError
+from grpo_jax.rewards.calling import Request, call, plan_call
 from grpo_jax.rewards.pool.serve import load
 from grpo_jax.rewards.scorers import FUNCTIONS, LOOKS_FOR_AN_ANSWER
 
@@ -22,6 +26,7 @@ def settings_of(config: RewardConfig) -> dict[str, dict[str, Any]]:
     settings["format"] = {"pattern": config.format.pattern, "once": config.format.once}
     settings["choice"] = {"options": choice.options, "prompt": choice.prompt, "answer": choice.answer}
     settings["repetition"] = {"ngram_size": config.repetition.ngram_size}
+    settings["code"], settings["judge"] = dataclasses.asdict(config.code), dataclasses.asdict(config.judge)
     for part in LOOKS_FOR_AN_ANSWER:
         settings[part]["reasoning_tags"] = config.reasoning_tags
     return settings
@@ -48,6 +53,9 @@ def score(part: str, completion: str, item: Mapping[str, Any], **settings: Any) 
     elif ":" not in part:
         more = "`length` is counted in tokens, by the reward function" if part == "length" else "or module:function"
         raise UserError(f"no part {part!r} to score a text by; there are {', '.join(FUNCTIONS)}; {more}")
-    function = load(FUNCTIONS.get(part, part), settings)
-    value = function.call([completion], dict(item))[0] if function.is_batch else function.call(completion, dict(item))
-    return None if value is None else float(value)
+    function = load(FUNCTIONS.get(part, part))
+    calling = plan_call(part, inspect.signature(function), None, settings)
+    (value,) = call(function, calling, Request(item, [completion], item.get("prompt")), asyncio.run)
+    if isinstance(value, Exception):
+        raise value
+    return value

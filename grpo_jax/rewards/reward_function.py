@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from grpo_jax.config import RewardConfig, reward_expression
+from grpo_jax.config import CodeConfig, RewardConfig, reward_expression
 from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.metrics import Mean
@@ -20,7 +21,8 @@ from grpo_jax.rewards.parts import settings_of
 from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
-from grpo_jax.rewards.scorers import FUNCTIONS
+from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
+from grpo_jax.rewards.scorers.code import check_sandbox
 from grpo_jax.types import Reward
 
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
@@ -61,11 +63,14 @@ class RewardFunction:
         self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
         scorers = {}
         for name in self._names:
+            if name == "code":
+                _check_sandbox(config.code)
             if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
                 raise UserError(f"config.reward: the part {name!r} needs a library: pip install 'grpo_jax[tasks]'")
             if name != "length":
                 own = dict(config.params) if ":" in name else {}
-                scorers[name] = Scorer(FUNCTIONS.get(name, name), settings.get(name, own))
+                function = GROUP_FUNCTIONS.get(name, FUNCTIONS.get(name, name))
+                scorers[name] = Scorer(function, settings.get(name, own))
         self._pool = ScoringPool(scorers, config.scoring, columns)
         # A mistake in the user's file, or a parameter that nothing can be given to, should show before a model is loaded.
         if any(":" in name for name in self._names):
@@ -163,7 +168,8 @@ class RewardFunction:
             return
         self._kept.add(name)
         # Line by line, for a terminal shows what is in the file: no text from a reward may steer it.
-        text = "\n".join(map(printable, failure.split("\n")[1:]))
+        line, _, more = failure.partition("\n")
+        text = "\n".join(map(printable, (more or line).split("\n")))
         try:
             self.errors_folder.mkdir(parents=True, exist_ok=True)
             self._traceback_file(name).write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -181,6 +187,14 @@ def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np
     for part in parts:
         total_PG += np.float32(part.weight) * scores[part.name]
     return total_PG
+
+
+def _check_sandbox(config: CodeConfig) -> None:
+    """Run an empty program. Raises UserError if this machine cannot run one as config.reward.code wants it."""
+    try:
+        check_sandbox(**dataclasses.asdict(config))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"config.reward: the part 'code': {error}") from None
 
 
 def _mean(values_PG: np.ndarray, counted_PG: np.ndarray | None = None) -> Mean:

@@ -20,6 +20,19 @@ from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import Decoder
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
+from grpo_jax.rollout.stops import StopStrings
+
+
+class EndTokens(NamedTuple):
+    """Ends of a completion. stop_ids: the first of them ends it, and is kept. pad_id: fills the slots behind.
+
+    stop_strings: the token that completes one of them ends it too, and is kept; None: there are none.
+    """
+
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    stop_strings: StopStrings | None = None
+
 
 MIN_SLOTS_TO_GROW = 64  # a cache of no more slots is not worth a second loop
 REFILL_FRACTION = 8  # rows are refilled when 1 in 8 has ended, since every refill copies the prompts of all rows
@@ -29,7 +42,7 @@ REFILL_FRACTION = 8  # rows are refilled when 1 in 8 has ended, since every refi
 class Completions:
     """B completions of up to T tokens; pad_id and zeros where no token has been drawn.
 
-    drawn: a Draw whose arrays are [B, T]. mask_BT: float32, 1 on drawn tokens. is_done_B: ended by a stop token.
+    drawn: a Draw whose arrays are [B, T]. mask_BT: float32, 1 on drawn tokens. is_done_B: ended by a stop.
     """
 
     drawn: Draw
@@ -50,12 +63,24 @@ class Completions:
         return cls(drawn, jnp.zeros(shape), jnp.zeros(num_rows, bool))
 
 
+@flax.struct.dataclass
+class Memory:
+    """The text of a loop's rows, as far as later tokens depend on it.
+
+    seen_BV: tokens that occurred in prompt and completion; None without a repetition penalty. stop_state_B: int32, of the stop
+    strings' automaton; None without one.
+    """
+
+    seen_BV: Bool[jax.Array, "B V"] | None
+    stop_state_B: Int[jax.Array, " B"] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeContext:
     """Everything that stays the same while B = P * G completions of P encoded prompts are decoded.
 
     layers: the weights of each layer, unstacked. first_logits_PV: float32, of the token after each prompt. keys_B: a random
-    key of each completion.
+    key of each completion. seen_PV: tokens of each prompt; None without a repetition penalty.
     """
 
     decoder: Decoder
@@ -65,25 +90,48 @@ class DecodeContext:
     first_logits_PV: Float[jax.Array, "P V"]
     keys_B: Key[jax.Array, " B"]
     sampling: Sampling
-    stop_ids: tuple[int, ...]
-    pad_id: int
+    ends: EndTokens
     max_completion_tokens: int
+    seen_PV: Bool[jax.Array, "P V"] | None = None
 
     @property
     def group_size(self) -> int:
         """Completions of each prompt, G."""
         return len(self.keys_B) // len(self.first_logits_PV)
 
-    def draw(self, logits_BV: Float[jax.Array, "B V"], keys_B: Key[jax.Array, " B"], t: int | Int[jax.Array, " *B"]) -> Draw:
+    def draw(
+        self,
+        logits_BV: Float[jax.Array, "B V"],
+        keys_B: Key[jax.Array, " B"],
+        t: int | Int[jax.Array, " *B"],
+        memory: Memory,
+    ) -> tuple[Draw, Memory, Bool[jax.Array, " B"]]:
         """Draw token t of each row.
 
         Args:
           logits_BV: of that token. keys_B: the key of each row's completion.
-          t: the token's number in its completion, one for all rows or one for each.
-        Returns: a Draw, [B].
+          t: the token's number in its completion, one for all rows or one for each. memory: of the tokens before it.
+        Returns: (a Draw, [B]; the memory with it; which tokens end their completion).
         """
         t_B = jnp.broadcast_to(t, keys_B.shape)
-        return draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, t_B), self.sampling)
+        new = draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, t_B), self.sampling, t_B, memory.seen_BV)
+        seen_BV, state_B = memory.seen_BV, memory.stop_state_B
+        is_stop_B = (new.token_B[:, None] == jnp.asarray(self.ends.stop_ids, jnp.int32)[None]).any(-1)
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(len(seen_BV)), new.token_B].set(True)
+        if state_B is not None and self.ends.stop_strings is not None:
+            state_B = self.ends.stop_strings.advance(state_B, new.token_B)
+            is_stop_B |= state_B == self.ends.stop_strings.end
+        return new, Memory(seen_BV, state_B), is_stop_B
+
+    def first_memory(self, prompt_B: Int[jax.Array, " B"]) -> Memory:
+        """Return the memory of rows that have nothing but their prompt. prompt_B: its number."""
+        seen_BV = state_B = None
+        if self.seen_PV is not None:
+            seen_BV = self.seen_PV[prompt_B]
+        if self.ends.stop_strings is not None:
+            state_B = jnp.zeros_like(prompt_B)
+        return Memory(seen_BV, state_B)
 
     def next_logits(
         self, caches: list[KVCache], last_B: Int[jax.Array, " B"], slot: Int[jax.Array, " *B"], prefix: Prefix
@@ -98,10 +146,6 @@ class DecodeContext:
         hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
         return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap), caches
 
-    def is_stop(self, token_B: Int[jax.Array, " B"]) -> Bool[jax.Array, " B"]:
-        """Tell which tokens end their completion."""
-        return (token_B[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None]).any(-1)
-
     def empty_caches(self, num_rows: int, num_slots: int) -> list[KVCache]:
         """Make the caches of all layers."""
         arch = self.decoder.arch
@@ -109,7 +153,7 @@ class DecodeContext:
 
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""
-        return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.pad_id)
+        return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.ends.pad_id)
 
 
 # -------------------------------------------------------------------------------------------------------- side by side
@@ -122,6 +166,7 @@ class _BatchedState:
     t: Int[jax.Array, ""]
     done: Completions
     caches: list[KVCache]
+    memory: Memory
 
 
 def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
@@ -140,8 +185,9 @@ def decode_batched(ctx: DecodeContext) -> Completions:
     sizes = cache_sizes(T)
     # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
     # must have that type already, or the loop's carry would change its type on the way.
-    carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), ctx.empty_caches(B, sizes[0])), ctx.prefix.lengths_P)
-    carry = _write_column(ctx, carry, ctx.draw(jnp.repeat(ctx.first_logits_PV, ctx.group_size, axis=0), ctx.keys_B, 0))
+    memory = ctx.first_memory(jnp.arange(B) // ctx.group_size)
+    carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), ctx.empty_caches(B, sizes[0]), memory), ctx.prefix.lengths_P)
+    carry = _draw_column(ctx, carry, jnp.repeat(ctx.first_logits_PV, ctx.group_size, axis=0))
     for num_slots in sizes:
         carry = dataclasses.replace(carry, caches=[cache.pad_to(num_slots) for cache in carry.caches])
         end = min(num_slots + 1, T)  # a cache holds all tokens but the one that was drawn last
@@ -155,22 +201,23 @@ def _step_batched(ctx: DecodeContext, carry: _BatchedState) -> _BatchedState:
     """Draw one more token in every row."""
     last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
     logits_BV, caches = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
-    return _write_column(ctx, dataclasses.replace(carry, caches=caches), ctx.draw(logits_BV, ctx.keys_B, carry.t))
+    return _draw_column(ctx, dataclasses.replace(carry, caches=caches), logits_BV)
 
 
-def _write_column(ctx: DecodeContext, carry: _BatchedState, new: Draw) -> _BatchedState:
-    """Write column t of the completions; rows that ended before it stay blank."""
+def _draw_column(ctx: DecodeContext, carry: _BatchedState, logits_BV: Float[jax.Array, "B V"]) -> _BatchedState:
+    """Draw column t of the completions; rows that ended before it stay blank."""
+    new, memory, is_stop_B = ctx.draw(logits_BV, ctx.keys_B, carry.t, carry.memory)
     done = carry.done
     # Rows that have ended are decoded on, for shapes are static. What is drawn for them is replaced before it is written, so
     # that slots behind a stop token hold pad_id and zeros. The stop token itself is still live: it is trained on.
     live_B = ~done.is_done_B
-    column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw._make((ctx.pad_id, 0.0, 0.0, 0)))
+    column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw._make((ctx.ends.pad_id, 0.0, 0.0, 0)))
     done = Completions(
         drawn=jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), done.drawn, column),
         mask_BT=done.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
-        is_done_B=done.is_done_B | ctx.is_stop(column.token_B),
+        is_done_B=done.is_done_B | is_stop_B,
     )
-    return dataclasses.replace(carry, t=carry.t + 1, done=done)
+    return dataclasses.replace(carry, t=carry.t + 1, done=done, memory=memory)
 
 
 # ------------------------------------------------------------------------------------------------- one after the other
@@ -191,6 +238,7 @@ class _ContinuousState:
     is_free_W: Bool[jax.Array, " W"]
     done: Completions
     caches: list[KVCache]
+    memory: Memory
 
 
 class _RowInputs(NamedTuple):
@@ -217,6 +265,7 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
         is_free_W=jnp.ones(num_rows, bool),  # so that the first refill gives every row its first completion
         done=ctx.blank(),
         caches=ctx.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens)[-1]),
+        memory=ctx.first_memory(zeros_W),
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)
     return jax.lax.while_loop(
@@ -227,25 +276,31 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
 def _decode_until_refill(ctx: DecodeContext, carry: _ContinuousState) -> _ContinuousState:
     """Refill, and decode until it is worth refilling again, or to the end if nothing waits."""
     B, W = len(ctx.keys_B), len(carry.t_W)
-    carry = _refill(carry, B)
+    carry = _refill(ctx, carry)
     inputs = _gather_row_inputs(ctx, carry.completion_W)
     # A refill copies prompts and a free row draws for nothing: waiting until a few rows are free keeps both small.
     most_free = jnp.where(carry.next_completion < B, -(-W // REFILL_FRACTION), W)
     return jax.lax.while_loop(lambda c: c.is_free_W.sum() < most_free, lambda c: _step_continuous(ctx, inputs, c), carry)
 
 
-def _refill(carry: _ContinuousState, num_completions: int) -> _ContinuousState:
+def _refill(ctx: DecodeContext, carry: _ContinuousState) -> _ContinuousState:
     """Give free rows the completions that wait, in their order."""
-    B = num_completions
-    rank_W = jnp.cumsum(carry.is_free_W) - 1
-    completion_W = jnp.where(carry.is_free_W, jnp.minimum(carry.next_completion + rank_W, B), carry.completion_W)
+    B, is_free_W = len(ctx.keys_B), carry.is_free_W
+    rank_W = jnp.cumsum(is_free_W) - 1
+    completion_W = jnp.where(is_free_W, jnp.minimum(carry.next_completion + rank_W, B), carry.completion_W)
+    first = ctx.first_memory(jnp.minimum(completion_W, B - 1) // ctx.group_size)
+
+    def if_free(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(is_free_W, tuple(range(1, new.ndim))), new, old)
+
     # The caches need no clearing: a row that begins again at slot 0 sees no slot beyond the one it has just written.
     return dataclasses.replace(
         carry,
-        next_completion=jnp.minimum(carry.next_completion + carry.is_free_W.sum(), B),
+        next_completion=jnp.minimum(carry.next_completion + is_free_W.sum(), B),
         completion_W=completion_W,
-        t_W=jnp.where(carry.is_free_W, 0, carry.t_W),
+        t_W=jnp.where(is_free_W, 0, carry.t_W),
         is_free_W=completion_W == B,
+        memory=jax.tree.map(if_free, first, carry.memory),
     )
 
 
@@ -267,10 +322,10 @@ def _step_continuous(ctx: DecodeContext, inputs: _RowInputs, carry: _ContinuousS
     slot_W = jnp.maximum(carry.t_W - 1, 0)
     logits_WV, caches = ctx.next_logits(carry.caches, carry.last_W, slot_W, inputs.prefix)
     logits_WV = jnp.where(carry.t_W[:, None] == 0, inputs.first_logits_WV, logits_WV)
-    new = ctx.draw(logits_WV, inputs.keys_W, carry.t_W)
+    new, memory, is_stop_W = ctx.draw(logits_WV, inputs.keys_W, carry.t_W, carry.memory)
     # Row B does not exist and mode="drop" leaves its writes out: no spare row, and no select over [B, T] at every token.
     to_W = jnp.where(carry.is_free_W, B, carry.completion_W)
-    done, is_stop_W = carry.done, ctx.is_stop(new.token_B)
+    done = carry.done
     done = Completions(
         drawn=jax.tree.map(lambda old_BT, x_W: old_BT.at[to_W, carry.t_W].set(x_W, mode="drop"), done.drawn, new),
         mask_BT=done.mask_BT.at[to_W, carry.t_W].set(1.0, mode="drop"),
@@ -278,4 +333,4 @@ def _step_continuous(ctx: DecodeContext, inputs: _RowInputs, carry: _ContinuousS
     )
     t_W = carry.t_W + ~carry.is_free_W
     is_free_W = carry.is_free_W | is_stop_W | (t_W == ctx.max_completion_tokens)
-    return _ContinuousState(carry.next_completion, carry.completion_W, t_W, new.token_B, is_free_W, done, caches)
+    return _ContinuousState(carry.next_completion, carry.completion_W, t_W, new.token_B, is_free_W, done, caches, memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +11,19 @@ from jaxtyping import Key
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout.decoding import DecodeContext, decode_batched, decode_continuous
-from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.decoding import DecodeContext, EndTokens, decode_batched, decode_continuous
+from grpo_jax.rollout.sampling import Sampling, occurring_tokens
 from grpo_jax.types import Params, Prompts, Rollout
-
-
-class EndTokens(NamedTuple):
-    """Ids that a completion ends with. stop_ids: the first of them ends it, and is kept. pad_id: fills the slots behind."""
-
-    stop_ids: tuple[int, ...]
-    pad_id: int
 
 
 def sampling_of(config: RolloutConfig) -> Sampling:
     """Return the distribution that a rollout draws from."""
-    return Sampling(config.temperature, config.top_k, config.top_p)
+    return Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
 
 
 def greedy(config: RolloutConfig) -> RolloutConfig:
     """Return the same rollout with the most probable token at every position, once for each prompt."""
-    return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0)
+    return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def row_keys(key: Key[jax.Array, ""], num_prompts: int, group_size: int) -> Key[jax.Array, "P G"]:
@@ -63,7 +55,7 @@ def rollout(
       model: decoder. params: its weights in any dtype; computed with in the model's.
       prompts: [P, S], left-padded. row_keys_PG: a PRNG key for each completion, from `row_keys`.
       config: group size G, budget T in tokens, distribution, and how many completions are decoded at a time.
-      ends: the ids that completions end with.
+      ends: what completions end with.
     Returns: a Rollout with T = config.max_completion_tokens slots.
     """
     # Cast once here, not at every token: the loop would read float32 masters T times.
@@ -72,6 +64,9 @@ def rollout(
     sampling = sampling_of(config)
     hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
     head_VD = decoder.head_VD
+    seen_PV = None
+    if sampling.has_penalty:
+        seen_PV = occurring_tokens(prompts.tokens_PS, prompts.mask_PS, len(head_VD))
     ctx = DecodeContext(
         decoder,
         decoder.unstack_layers(),
@@ -80,9 +75,9 @@ def rollout(
         first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=sampling,
-        stop_ids=ends.stop_ids,
-        pad_id=ends.pad_id,
+        ends=ends,
         max_completion_tokens=config.max_completion_tokens,
+        seen_PV=seen_PV,
     )
     # With room for all completions there is nothing to refill, and the plain loop has less to do at each token.
     if 0 < config.max_live_sequences < P * G:

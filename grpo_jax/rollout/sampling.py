@@ -1,26 +1,37 @@
-"""The distribution a token is drawn from: temperature, then top-k, then top-p; and the draw itself.
+"""The distribution a token is drawn from, and the draw itself.
 
-The support (the tokens kept) is always "all logits at or above a threshold", so its size alone is enough for the learner
-to evaluate the same distribution later, without a [B, T, V] mask: it keeps as many of its own most probable tokens.
+A repetition penalty changes the logits, some tokens are ruled out, the temperature divides; then top-k, top-p and min-p cut
+the tail, in this order. The learner evaluates the same distribution later. The tokens that the cuts keep are always "all logits
+at or above a threshold", so their number alone is enough for that, without a [B, T, V] mask: the learner keeps as many of its
+own most probable tokens. Everything else follows from the token's place and the tokens before it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, Key
+
+from grpo_jax.rollout.search import argmax, block_sums, least_kept, pick_token, uniforms
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of the draw. temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
+    """Settings of the draw, as `RolloutConfig` describes them. temperature 0 is greedy; the defaults keep every token."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    bad_ids: tuple[int, ...] = ()
+    bad_first_ids: tuple[int, ...] = ()
+    forced_prefix_ids: tuple[int, ...] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -29,8 +40,18 @@ class Sampling:
 
     @property
     def is_cut(self) -> bool:
-        """True if some tokens get probability zero."""
-        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1)
+        """True if the least probable tokens get probability zero."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def has_penalty(self) -> bool:
+        """True if the tokens that occurred already count."""
+        return self.repetition_penalty != 1
+
+    @property
+    def rules_out(self) -> bool:
+        """True if some tokens are ruled out by their ids."""
+        return bool(self.bad_ids or self.bad_first_ids or self.forced_prefix_ids)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -45,38 +66,122 @@ class Draw(NamedTuple):
     support_B: Int[jax.Array, " B"]
 
 
-def log_partition_and_entropy(
-    logits_CV: Float[jax.Array, "C V"], keep_CV: Bool[jax.Array, "C V"] | None = None
-) -> tuple[Float[jax.Array, " C"], Float[jax.Array, " C"]]:
-    """float32 logits -> (log-partition, entropy), each [C] in nats, over the tokens kept. Two passes: maximum, then sums."""
+class Partition(NamedTuple):
+    """Sums over exp(logits) of C positions. top_C1: the largest logit. sums_CN: `block_sums` of exp(logits - top_C1)."""
+
+    log_z_C: Float[jax.Array, " C"]
+    entropy_C: Float[jax.Array, " C"]
+    top_C1: Float[jax.Array, "C 1"]
+    sums_CN: Float[jax.Array, "C N"]
+
+
+# ------------------------------------------------------------------------------------------------ before the cuts
+
+
+def repetition_factor(
+    logits_CV: Float[jax.Array, "C V"], seen_CV: Bool[jax.Array, "C V"], penalty: float
+) -> Float[jax.Array, "C V"]:
+    """Compute what the logits of tokens that occurred are multiplied by: a penalty above 1 makes them less probable.
+
+    Args:
+      logits_CV: at any temperature. seen_CV: True on tokens of the prompt and of the completion so far.
+      penalty: divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858).
+    Returns: float32 [C, V], 1 on tokens that did not occur.
+    """
+    return jnp.where(seen_CV, jnp.where(logits_CV > 0, 1 / penalty, penalty), 1.0)
+
+
+def occurring_tokens(
+    tokens_CX: Int[jax.Array, "C X"], is_there_CX: Bool[jax.Array, "C X"], vocab: int
+) -> Bool[jax.Array, "C V"]:
+    """Mark the tokens that each row has.
+
+    Args:
+      tokens_CX: ids. is_there_CX: True on slots that count.
+      vocab: V.
+    Returns: bool [C, V].
+    """
+    num = len(tokens_CX)
+    ids_CX = jnp.where(is_there_CX, tokens_CX, vocab)
+    return jnp.zeros((num, vocab), bool).at[jnp.arange(num)[:, None], ids_CX].set(True, mode="drop")
+
+
+def allowed_tokens(t_C: Int[jax.Array, " C"], sampling: Sampling, vocab: int) -> Bool[jax.Array, "C V"]:
+    """Tell which tokens are not ruled out by their ids.
+
+    Args:
+      t_C: the place of each token in its completion, from 0. sampling: its three fields of ids.
+      vocab: V.
+    Returns: bool [C, V].
+    """
+    t_C1 = t_C[:, None]
+    allowed_CV = ~_is_among(sampling.bad_ids, vocab) & ((t_C1 > 0) | ~_is_among(sampling.bad_first_ids, vocab))
+    prefix = sampling.forced_prefix_ids
+    if not prefix:
+        return allowed_CV
+    forced_C1 = jnp.asarray(prefix, jnp.int32)[jnp.minimum(t_C1, len(prefix) - 1)]
+    return jnp.where(t_C1 < len(prefix), jnp.arange(vocab)[None] == forced_C1, allowed_CV)
+
+
+def _is_among(ids: tuple[int, ...], vocab: int) -> Bool[jax.Array, "1 V"]:
+    """Mark ids. A constant of the program: to compare with each of them would be as many passes over V."""
+    return jnp.asarray(np.isin(np.arange(vocab), ids))[None]
+
+
+def partition(logits_CV: Float[jax.Array, "C V"], keep_CV: Bool[jax.Array, "C V"] | None = None) -> Partition:
+    """Sum up the tokens kept (None: all) of float32 logits, in two passes: maximum, then sums."""
     if keep_CV is not None:
         logits_CV = jnp.where(keep_CV, logits_CV, -jnp.inf)
     top_C1 = logits_CV.max(-1, keepdims=True)
     below_CV = logits_CV - top_C1
     p_CV = jnp.exp(below_CV)
-    total_C = p_CV.sum(-1)
+    sums_CN = block_sums(p_CV)
+    total_C = sums_CN.sum(-1)
     # A token left out has p = 0 at a logit of -inf, and their product would be NaN.
     finite_CV = below_CV
     if keep_CV is not None:
         finite_CV = jnp.where(keep_CV, below_CV, 0.0)
     # H = log(sum p) - sum(p * below) / sum p, from what is there already: normalising p first would be another pass over V.
     log_total_C = jnp.log(total_C)
-    return log_total_C + top_C1[:, 0], log_total_C - (p_CV * finite_CV).sum(-1) / total_C
+    entropy_C = log_total_C - block_sums(p_CV * finite_CV).sum(-1) / total_C
+    return Partition(log_total_C + top_C1[:, 0], entropy_C, top_C1, sums_CN)
 
 
-def support_threshold(logits_BV: Float[jax.Array, "B V"], top_k: int, top_p: float) -> Float[jax.Array, " B"]:
-    """Find the smallest logit kept: of the top_k largest, the fewest that reach top_p together.
+# ------------------------------------------------------------------------------------------------------------- the cuts
+
+
+def support_threshold(logits_BV: Float[jax.Array, "B V"], sampling: Sampling) -> Float[jax.Array, " B"]:
+    """Find the smallest logit kept: of the top_k largest, the fewest that reach top_p together, none below min_p of the best.
 
     Args:
-      logits_BV: float32, divided by the temperature.
-      top_k: tokens, 0 for all of V. top_p: probability, relative to what top_k leaves.
-    Returns: float32 [B]; a token is in the support if its logit is not below.
+      logits_BV: float32, divided by the temperature; -inf where ruled out.
+      sampling: top_p is relative to what top_k leaves.
+    Returns: float32 [B]; a token is in the support if its logit is not below. NaN where a logit is.
     """
-    ranked_BJ = jax.lax.top_k(logits_BV, _num_ranks(top_k, logits_BV.shape[-1]))[0]
-    if top_p >= 1:
+    top_B1 = logits_BV.max(-1, keepdims=True)
+    # Without a limit of ranks all of V would have to be sorted: a search for the threshold itself needs no order.
+    if sampling.top_k > 0:
+        threshold_B = _threshold_of_ranks(logits_BV, sampling)
+    elif sampling.top_p < 1:
+        p_BV = jnp.exp(logits_BV - top_B1)
+        limit_B = sampling.top_p * block_sums(p_BV).sum(-1)
+        threshold_B = least_kept(logits_BV, lambda t_B1: block_sums(jnp.where(logits_BV > t_B1, p_BV, 0)).sum(-1), limit_B)
+    else:
+        threshold_B = jnp.full(len(logits_BV), -jnp.inf)
+    if sampling.min_p > 0:
+        threshold_B = jnp.maximum(threshold_B, top_B1[:, 0] + math.log(sampling.min_p))
+    threshold_B = jnp.maximum(threshold_B, jnp.finfo(jnp.float32).min)
+    # A ranking would pass over a NaN, and what is left would look like a distribution.
+    return jnp.where(jnp.isnan(top_B1[:, 0]), jnp.nan, threshold_B)
+
+
+def _threshold_of_ranks(logits_BV: Float[jax.Array, "B V"], sampling: Sampling) -> Float[jax.Array, " B"]:
+    """Find the smallest logit that top_k, and top_p of what it leaves, keep."""
+    ranked_BJ = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0]
+    if sampling.top_p >= 1:
         return ranked_BJ[:, -1]
     p_BJ = jax.nn.softmax(ranked_BJ, axis=-1)
-    is_needed_BJ = jnp.cumsum(p_BJ, -1) - p_BJ < top_p  # the mass before it falls short: always true of the first
+    is_needed_BJ = jnp.cumsum(p_BJ, -1) - p_BJ < sampling.top_p  # the mass before it falls short: always true of the first
     return jnp.where(is_needed_BJ, ranked_BJ, jnp.inf).min(-1)
 
 
@@ -88,59 +193,66 @@ def support_like(
     The target always belongs, so that its log-probability stays finite and continuous as the policy moves.
 
     Args:
-      logits_CV: float32, the learner's, divided by the temperature. targets_C: the tokens that were drawn.
-      support_C: tokens that the sampler kept. top_k: the sampler's, 0 for all of V.
+      logits_CV: float32, the learner's, divided by the temperature; -inf where ruled out.
+      targets_C: the tokens that were drawn. support_C: tokens that the sampler kept.
+      top_k: the sampler's, 0 for all of V.
     Returns: bool [C, V], True on the tokens kept.
     """
     vocab = logits_CV.shape[-1]
     is_target_CV = jnp.arange(vocab)[None] == targets_C[:, None]
     rivals_CV = jnp.where(is_target_CV, -jnp.inf, logits_CV)
-    ranked_CJ = jax.lax.top_k(rivals_CV, _num_ranks(top_k, vocab))[0]
-    # Logits tied at the threshold can make the support larger than top_k; the last rank's value then stands for all of them.
-    last_rank_C = jnp.clip(support_C - 2, 0, ranked_CJ.shape[-1] - 1)
-    last_C = jnp.take_along_axis(ranked_CJ, last_rank_C[:, None], -1)
-    threshold_C1 = jnp.where(support_C[:, None] > 1, last_C, jnp.inf)
-    return is_target_CV | (rivals_CV >= threshold_C1)
-
-
-def _num_ranks(top_k: int, vocab: int) -> int:
-    """Count the logits that have to be ranked: the whole vocabulary only where top_k does not limit it."""
     if top_k > 0:
-        return min(top_k, vocab)
-    return vocab
+        ranked_CJ = jax.lax.top_k(rivals_CV, min(top_k, vocab))[0]
+        # Logits tied at the threshold can make the support larger than top_k; the last rank's value then stands for all.
+        last_rank_C = jnp.clip(support_C - 2, 0, ranked_CJ.shape[-1] - 1)
+        last_C = jnp.take_along_axis(ranked_CJ, last_rank_C[:, None], -1)[:, 0]
+    else:
+        last_C = least_kept(rivals_CV, lambda t_C1: (rivals_CV > t_C1).sum(-1), jnp.maximum(support_C - 1, 1))
+    threshold_C1 = jnp.where(support_C > 1, last_C, jnp.inf)[:, None]
+    return is_target_CV | ((rivals_CV >= threshold_C1) & (rivals_CV > -jnp.inf))
 
 
-def argmax(x_BV: Float[jax.Array, "B V"]) -> Int[jax.Array, " B"]:
-    """Find the first maximum's index. Two reductions over stored values: on a CPU XLA's own takes four times as long."""
-    x_BV = jax.lax.optimization_barrier(x_BV)
-    is_top_BV = x_BV >= x_BV.max(-1, keepdims=True)
-    return jnp.where(is_top_BV, jnp.arange(x_BV.shape[-1])[None], x_BV.shape[-1]).min(-1)
+# ------------------------------------------------------------------------------------------------------------- the draw
 
 
-def draw(logits_BV: Float[jax.Array, "B V"], keys_B: Key[jax.Array, " B"], sampling: Sampling) -> Draw:
+def draw(
+    logits_BV: Float[jax.Array, "B V"],
+    keys_B: Key[jax.Array, " B"],
+    sampling: Sampling,
+    t_B: Int[jax.Array, " B"] | None = None,
+    seen_BV: Bool[jax.Array, "B V"] | None = None,
+) -> Draw:
     """Draw a token a row, each row with its own key (so that results do not depend on how rows are spread over devices).
 
     Args:
       logits_BV: before the temperature. keys_B: random keys; greedy draws do not use them.
-      sampling: temperature, top-k, top-p.
+      sampling: the distribution.
+      t_B: places in the completions, from 0; read if `sampling` rules tokens out. seen_BV: as in `repetition_factor`; read if
+        there is a penalty.
     Returns: a Draw, [B]. Greedy draws report log-probability and entropy at temperature 1, over all of V.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    keep_BV = None
+    vocab = logits_BV.shape[-1]
+    if not sampling.is_greedy:
+        logits_BV = logits_BV / sampling.temperature
+    if sampling.has_penalty:
+        assert seen_BV is not None
+        logits_BV = logits_BV * repetition_factor(logits_BV, seen_BV, sampling.repetition_penalty)
+    keep_BV, support_B = None, jnp.full(len(logits_BV), vocab)
+    if sampling.rules_out:
+        assert t_B is not None
+        keep_BV = allowed_tokens(t_B, sampling, vocab)
+        logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
+    if sampling.is_cut:
+        keep_BV = logits_BV >= support_threshold(logits_BV, sampling)[:, None]
+        logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
+    if keep_BV is not None:
+        support_B = keep_BV.sum(-1)
+    sums = partition(logits_BV, keep_BV)
     if sampling.is_greedy:
         token_B = argmax(logits_BV)
     else:
-        logits_BV = logits_BV / sampling.temperature
-        if sampling.is_cut:
-            keep_BV = logits_BV >= support_threshold(logits_BV, sampling.top_k, sampling.top_p)[:, None]
-        # Gumbel noise and an argmax draw from the softmax without computing it. One key for the whole block would make a row's
-        # noise depend on how many rows this device has.
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
-        candidates_BV = logits_BV
-        if keep_BV is not None:
-            candidates_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
-        token_B = argmax(candidates_BV + noise_BV)
-    log_z_B, entropy_B = log_partition_and_entropy(logits_BV, keep_BV)
-    logp_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0] - log_z_B
-    support_B = jnp.full_like(token_B, logits_BV.shape[-1]) if keep_BV is None else keep_BV.sum(-1)
-    return Draw(token_B.astype(jnp.int32), logp_B, entropy_B, support_B.astype(jnp.int32))
+        # One key for the whole block would make a row's numbers depend on how many rows this device has.
+        token_B = pick_token(logits_BV, sums.top_C1, sums.sums_CN, uniforms(keys_B))
+    logp_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0] - sums.log_z_C
+    return Draw(token_B.astype(jnp.int32), logp_B, sums.entropy_C, support_B.astype(jnp.int32))

@@ -41,7 +41,8 @@ class Tokenizer(Protocol):
 class Task(Protocol):
     """Prompts and a reward.
 
-    stop_ids: a completion ends at (and includes) the first of these. prompt_tokens: S, the fixed prompt width.
+    stop_ids: a completion ends at (and includes) the first of these. prompt_tokens: S, the widest prompt. A task may also have
+    stop_strings, texts that end a completion.
     """
 
     tokenizer: Tokenizer

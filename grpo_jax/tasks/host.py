@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +18,14 @@ from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
+from grpo_jax.rollout.stops import cut_at_stop
 from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.questions import Source
 from grpo_jax.tasks.selection import Selected, Selection, select
+from grpo_jax.tasks.tokenizers import end_of_turn
 from grpo_jax.types import Arrays, Prompts, Reward
+
+_log = logging.getLogger(__name__)
 
 
 class HostTask:
@@ -37,7 +42,8 @@ class HostTask:
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
         task = config.task
         self.tokenizer = tokenizer
-        self.stop_ids = tokenizer.eos_ids
+        self.stop_ids = all_stop_ids(config, tokenizer)
+        self.stop_strings = config.rollout.stop
         selection = select(task, tokenizer, sources)
         self.dropped = selection.dropped
         # One table for both, so that a row number is all that a batch has to carry.
@@ -125,9 +131,15 @@ class HostTask:
         self._reward_function.close()
 
     def _texts(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
-        """Decode completions."""
+        """Decode completions, without what ended them."""
         pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
-        return [[self.tokenizer.decode(t_T[m_T]) for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+        return [[self._text(t_T[m_T]) for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
+
+    def _text(self, ids: Int[np.ndarray, " T"]) -> str:
+        """Decode a completion up to its stop: that is trained on, but nothing to be judged."""
+        if len(ids) and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return cut_at_stop(self.tokenizer.decode(ids), self.stop_strings)
 
     def _prompts(self, rows: Sequence[int] | np.ndarray) -> Prompts:
         # Left-padded: all prompts end in the same slot, and completions begin right behind them.
@@ -159,6 +171,18 @@ def data_metrics_of(selection: Selection) -> dict[str, float]:
     if selection.num_conflicts:
         counts["data/conflicts"] = float(selection.num_conflicts)
     return counts
+
+
+def all_stop_ids(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """List the tokens that end a completion: the model's end tokens, the chat template's end of a turn, rollout.stop_ids."""
+    ids = (*tokenizer.eos_ids, *config.rollout.stop_ids)
+    # Base models come with the template of their chat model, but with the end of a document as their only end token: they
+    # would go on with a question of their own, and be judged by that.
+    turn = end_of_turn(tokenizer) if config.task.use_chat_template else None
+    if turn and turn[0] not in ids:
+        _log.warning("token %d, %s, ends a completion: the chat template writes it behind an assistant's turn", *turn)
+        ids = (*ids, turn[0])
+    return tuple(dict.fromkeys(ids))
 
 
 def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: int, *, shuffle: bool = True) -> Any:

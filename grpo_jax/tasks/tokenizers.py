@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from grpo_jax.errors import UserError
+from grpo_jax.tasks import Tokenizer
 from grpo_jax.types import Arrays
 
 NUM_SPECIAL = 2  # pad and eos, before the characters
@@ -241,6 +244,77 @@ def _around(text: str) -> str:
     if len(text) <= 80:
         return repr(text)
     return f"{text[:40]!r} ... {text[-40:]!r}"
+
+
+def token_texts(tokenizer: Tokenizer) -> list[bytes]:
+    """List what each token id adds to a text, in bytes: a byte-level token may be half of a character.
+
+    Raises: UserError if the tokenizer joins tokens in a way of which no token has a text of its own.
+    """
+    if not isinstance(tokenizer, HFTokenizer):
+        return [tokenizer.decode([token]).encode() for token in range(tokenizer.vocab_size)]
+    inner = tokenizer._tokenizer
+    kinds = _decoder_kinds(getattr(inner, "backend_tokenizer", None))
+    if "ByteLevel" in kinds:
+        text_of = _byte_level_text
+    elif kinds & {"ByteFallback", "Metaspace"}:
+        text_of = _metaspace_text
+    else:
+        raise UserError(
+            f"config.rollout.stop: the tokenizer of model.path = {tokenizer.path!r} is neither byte-level nor sentencepiece "
+            f"(decoder: {', '.join(sorted(kinds)) or 'none'}); use config.rollout.stop_ids"
+        )
+    vocabulary = {token: name for name, token in inner.get_vocab().items()}
+    added = {token: entry.content.encode() for token, entry in inner.added_tokens_decoder.items()}
+    texts = {token: text_of(name) for token, name in vocabulary.items()} | added
+    return [texts.get(token, b"") for token in range(max(texts) + 1)]
+
+
+def end_of_turn(tokenizer: Tokenizer) -> tuple[int, str] | None:
+    """Find the token that the chat template writes behind an assistant's message: (id, text); None if it writes none."""
+    if not isinstance(tokenizer, HFTokenizer) or not tokenizer.has_chat_template:
+        return None
+    inner, mark = tokenizer._tokenizer, "these are the words"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        text = inner.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program, and may refuse these messages
+        return None
+    ids = tokenizer.encode(text.rpartition(mark)[2].lstrip())
+    # Only a token that was added as a whole is a mark of the template; words are what the next turn begins with.
+    if mark not in text or not ids or ids[0] not in inner.added_tokens_decoder:
+        return None
+    return ids[0], inner.added_tokens_decoder[ids[0]].content
+
+
+def _decoder_kinds(backend: Any) -> set[str]:
+    """List the kinds of steps that a tokenizer decodes by."""
+    if backend is None or backend.decoder is None:
+        return set()
+    described = json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in described.get("decoders", [described])}
+
+
+def _byte_level_text(name: str) -> bytes:
+    """Turn the name of a byte-level token into its bytes."""
+    return b"".join(_BYTE_OF.get(char, char.encode()) for char in name)
+
+
+def _metaspace_text(name: str) -> bytes:
+    """Turn the name of a sentencepiece token into its bytes."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _byte_names() -> dict[str, bytes]:
+    """Make the table of byte-level BPE: printable bytes are named by themselves, the others by the characters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): bytes([byte]) for byte in printable} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_names()
 
 
 def _load(path: str, folder: Path) -> Any:

@@ -10,6 +10,7 @@ import ast
 import errno
 import importlib.util
 import logging
+import math
 import pathlib
 import re
 import signal
@@ -44,7 +45,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "--config.<field>=<value> overrides a field, `grpo-jax fields` lists them",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, completions, pictures")
-STEP = flags.DEFINE_integer("step", None, "checkpoint to take; default: the newest that can be read")
+STEP = flags.DEFINE_string(
+    "step", None, "checkpoint to take, its step or best (of config.checkpoint.keep_best); default: the newest that can be read"
+)
 STRICT = flags.DEFINE_bool("strict", False, "a damaged checkpoint is an error: no older one is taken in its place")
 
 
@@ -187,6 +190,35 @@ def workdir_of(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def chosen_step(workdir: pathlib.Path) -> int | None:
+    """Return the step of --step; None: the newest. Raises UserError if it is no step of a checkpoint."""
+    text = STEP.value
+    if text is None:
+        return None
+    if text == "best":
+        step = best_step(workdir)
+    elif text.isascii() and text.isdigit():
+        step = int(text)
+    else:
+        raise UserError(f"--step={text}: expected a number, or best")
+    from grpo_jax.training.checkpoint import require_step
+
+    require_step(workdir, step)
+    return step
+
+
+def best_step(workdir: pathlib.Path) -> int:
+    """Return the step that config.checkpoint.keep_best of a run has kept. Raises UserError if there is none."""
+    from grpo_jax.training.runlog import points, read_metrics
+    from grpo_jax.training.settings import read_config
+
+    name = read_config(workdir).checkpoint.keep_best
+    values = {int(step): value for step, value in points(read_metrics(workdir), name) if step > 0 and math.isfinite(value)}
+    if not name or not values:
+        raise UserError(f"--step=best: {workdir} has none; its config.checkpoint.keep_best is {name!r}")
+    return max(values, key=lambda step: (values[step], -step))
+
+
 def restore_policy(run: Run, workdir: pathlib.Path, step: int | None, *, is_strict: bool = False) -> tuple[int, Params]:
     """Read the policy of a step, or of the newest checkpoint that can be read.
 
@@ -231,7 +263,10 @@ def _call(main: Callable[[], Any]) -> None:
         if error.errno not in UNWRITABLE:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}", status=1)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+            first = (str(error).strip() or "MemoryError").splitlines()[0]
+            fail(f"out of memory: {first}; grpo-jax plan says what a config needs", status=1)
         if hosts := _joined_hosts():
             traceback.print_exc()
             hosts.exit_without_barrier(status=1)

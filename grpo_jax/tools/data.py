@@ -352,3 +352,8 @@ def _parts_table(parts: Sequence[PartView], num: int) -> Table:
             mark = Text(part.verdict, style="bold red")
         table.add_row(part.name, reference, empty, mark)
     return table
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run(main)

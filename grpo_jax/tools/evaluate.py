@@ -36,6 +36,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from grpo_jax.tasks.host import HostTask
     from grpo_jax.training.data_record import pin_template_date
     from grpo_jax.training.run import make_run
 
@@ -47,9 +48,12 @@ def main() -> None:
     # After an error too: the scoring processes are ended and waited for, not left to the interpreter's exit.
     try:
         if workdir:
-            step, policy = cli.restore_policy(run, workdir, cli.STEP.value, is_strict=cli.STRICT.value)
+            step, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
         else:
             step, policy = 0, run.initial_state().policy
+        # For rewards that ask for the step.
+        if isinstance(run.task, HostTask):
+            run.task.step = step
         estimates = run.evaluate(policy)
         num_prompts = len(run.task.eval_prompts().tokens_PS)
     finally:

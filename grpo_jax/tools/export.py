@@ -1,8 +1,8 @@
 """Export a run's model as a Hugging Face folder: grpo-jax export --workdir=runs/x --out=folder
 
 Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
-`transformers`, vLLM and others load the folder. LoRA's adapters are merged into the weights, or with --adapter written
-by themselves, as `peft` loads them.
+`transformers`, vLLM and others load the folder; a model card says what it was trained from and how. LoRA's adapters are merged
+into the weights, or with --adapter written by themselves, as `peft` loads them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from absl import flags
 
 from grpo_jax.errors import UserError
 from grpo_jax.tools import cli
+from grpo_jax.tools.model_card import hub_id_of, push_to_hub, write_card
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
@@ -25,6 +26,7 @@ DTYPE = flags.DEFINE_string(
     "dtype", None, "of the weights: float32, bfloat16 or float16; that of the model training began from if not given"
 )
 MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest file of weights, in 10^9 bytes", lower_bound=1e-6)
+PUSH_TO_HUB = flags.DEFINE_string("push_to_hub", None, "upload the folder too, as user/name on the Hugging Face hub")
 ADAPTER = flags.DEFINE_bool("adapter", False, "of a LoRA run: the adapters alone, in PEFT's format, float32")
 
 
@@ -33,16 +35,19 @@ def main() -> None:
     if not cli.WORKDIR.value or not OUT.value:
         raise UserError("--workdir or --out is missing; for example --workdir=runs/gtpo --out=runs/gtpo/hf")
     shard_bytes = round(MAX_SHARD_GB.value * 1e9)
+    workdir = cli.workdir_of(cli.WORKDIR.value)
     step, what = export(
-        cli.WORKDIR.value,
+        str(workdir),
         OUT.value,
-        cli.STEP.value,
+        cli.chosen_step(workdir),
         DTYPE.value,
         shard_bytes,
         is_adapter=ADAPTER.value,
         is_strict=cli.STRICT.value,
     )
     print(f"{OUT.value}: {what} after step {step}")
+    if PUSH_TO_HUB.value:
+        print(f"uploaded: {push_to_hub(pathlib.Path(OUT.value), PUSH_TO_HUB.value)}")
 
 
 def export(
@@ -90,7 +95,8 @@ def export(
     lora = run.model.lora
     if lora is not None and is_adapter:
         with new_folder(out) as folder:
-            save_adapters(folder, split_adapters(policy)[1], run.model, source)
+            save_adapters(folder, split_adapters(policy)[1], run.model, hub_id_of(source))
+            write_card(folder, config, pathlib.Path(workdir), step, is_adapter=True)
         return step, "adapters"
     # Merged unless asked otherwise: any program that knows the family can load the folder, also one that has no adapters.
     written = dtype
@@ -98,6 +104,7 @@ def export(
         policy = merge_adapters(*split_adapters(policy), lora)
         written = f"{dtype}, adapters merged"
     export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
+    write_card(pathlib.Path(out), config, pathlib.Path(workdir), step, is_adapter=False)
     return step, written
 
 

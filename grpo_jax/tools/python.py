@@ -169,6 +169,7 @@ def sweep(
     workdir: Folder,
     seeds: Sequence[int] = tuple(range(8)),
     sets: Mapping[str, Mapping[str, Any]] | None = None,
+    more_sets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     scale: str | None = None,
     model: Folder | None = None,
     data: Any = None,
@@ -185,6 +186,7 @@ def sweep(
       configs: variants, or configs as `train` takes them, without a scale. workdir: of the sweep.
       seeds: of each setting; fewer than eight show hardly any difference.
       sets: name -> changes, {"": {}, "no_kl": {"objective.kl_coef": 0.0}}; None: the configs as they are.
+      more_sets: config -> sets of its own, beside those.
       scale: of the configs; None: "llm" with a model, else "tiny".
       model, data, eval_data, reward, shaping, settings: of all runs, as in `train`.
       num_processes: runs at a time; 0: one a processor core, one in all on an accelerator.
@@ -197,7 +199,13 @@ def sweep(
     brought = Brought(folder)
     changes = {**brought_changes(brought, model, data, eval_data, reward, shaping), **(settings or {})}
     wanted = plan.Sweep(
-        scale or _scale(model), tuple(configs), dict(sets or {"": {}}), tuple(seeds), num_processes, cohort_size
+        scale or _scale(model),
+        tuple(configs),
+        dict(sets or {"": {}}),
+        dict(more_sets or {}),
+        tuple(seeds),
+        num_processes,
+        cohort_size,
     )
     brought.write()
     board = run_sweep(wanted, folder, changes)

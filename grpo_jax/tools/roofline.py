@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.sharding import PARAM_LOGICAL_AXES
 from grpo_jax.types import Params
 
 
@@ -104,33 +105,47 @@ def best_secs(call: Callable[..., Any], *args: Any, repeats: int = 8) -> float:
 class PerToken:
     """Numbers of a decoder that one token meets, counted from the decoder's own parameters and caches.
 
-    layer_weights: in the matrices of all layers. head_shape: (V, D) of the output matrix. cached: keys and values that all
-    layers keep of the token.
+    layer_weights: in the matrices of all layers, of experts in those k that take the token. expert_weights: in all matrices of
+    all experts. head_shape: (V, D) of the output matrix. cached: keys and values that all layers keep of the token.
+    expert_share: k / E, 0 without experts.
     """
 
     layer_weights: int
+    expert_weights: int
     head_shape: tuple[int, int]
     cached: int
+    expert_share: float
 
     @property
     def weights(self) -> int:
         """Numbers in all matrices that a token is multiplied with, the head's too."""
         return self.layer_weights + math.prod(self.head_shape)
 
+    def weights_read(self, num_rows: float) -> float:
+        """Count the numbers in all matrices that so many tokens are multiplied with, each taking experts at random."""
+        one_taken = round(self.expert_weights * self.expert_share)
+        return self.weights - one_taken + self.expert_weights * (1 - (1 - self.expert_share) ** num_rows)
+
 
 @functools.lru_cache
 def per_token(model: ModelDef) -> PerToken:
     """Count a decoder's matrices and caches. Raises ValueError: it holds something that this counting does not know."""
     params = model.param_shapes()
-    layers = sum(leaf.size for leaf in layer_matrices(params).values())
-    return PerToken(layers, head_matrix(params).shape, cached_numbers(model, params))
+    matrices = layer_matrices(params)
+    layers = sum(leaf.size for leaf in matrices.values() if leaf.ndim == 3)
+    experts = sum(leaf.size for leaf in matrices.values() if leaf.ndim == 4)
+    share = 0.0
+    if experts:
+        share = model.arch.experts_per_token / model.arch.num_experts
+    return PerToken(layers + round(experts * share), experts, head_matrix(params).shape, cached_numbers(model, params), share)
 
 
 def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Find every matrix [L, out, in] of the layers by its path: a token and layer costs 2 * out * in operations in each.
+    """Find every matrix of the layers by its path: a token and layer costs 2 * out * in operations in each.
 
-    A leaf of any other rank would make the counts wrong without a word (of experts [L, E, out, in] a token meets a few, of
-    a second table next to the embedding nobody knows how often), so it raises ValueError.
+    [L, out, in], and [L, E, out, in] where the table of shardings knows it as experts', of which a token meets a few.
+    A leaf of any other rank would make the counts wrong without a word (of a second table next to the embedding nobody knows
+    how often a token meets it), so it raises ValueError.
     """
     leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
     found = {}
@@ -139,7 +154,8 @@ def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
             continue  # looked up, and counted by `head_matrix`
         is_layer = path[0] == "layers"
         rank = len(leaf.shape) - is_layer  # without the layers' axis
-        if is_layer and rank == 2:
+        is_experts = len(PARAM_LOGICAL_AXES.get(path[-2] if len(path) > 1 else "", ())) == 3
+        if is_layer and rank == 2 + is_experts:
             found[path] = leaf
         elif rank > 1:
             raise ValueError(f"{'/'.join(path)} {leaf.shape}: no matrix [L, out, in] of a layer and no vector; count it here")
@@ -199,7 +215,7 @@ def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
     # A prompt's cache is read once for its G rows, which stand together; a row's own is half full in the mean over its steps.
     each = per_token(model)
     cached = each.cached * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
-    return (each.weights + cached) * itemsize
+    return (each.weights_read(sizes.P * sizes.G) + cached) * itemsize
 
 
 def decode_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:

@@ -54,7 +54,9 @@ def main() -> None:
     # for it asks JAX for its devices, and these are fixed from then on.
     join_hosts()
     enable_compilation_cache_on_accelerators()
-    start = Start(cli.STEP.value, cli.STRICT.value, [name.removeprefix("config.") for name in ALLOW_CONFIG_CHANGE.value])
+    start = Start(
+        cli.chosen_step(workdir), cli.STRICT.value, [name.removeprefix("config.") for name in ALLOW_CONFIG_CHANGE.value]
+    )
     summary = trainer.train(config, workdir, start, profiled=profiled)
     if summary is None:  # another host speaks
         return

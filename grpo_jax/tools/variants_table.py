@@ -11,18 +11,19 @@ from grpo_jax.errors import UserError
 from grpo_jax.objectives import ENTRIES, Objective, Variant
 
 BEGIN, END = "<!-- variants:begin -->", "<!-- variants:end -->"
+README_VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 
 def readme_table(root: pathlib.Path) -> list[str]:
-    """Lines of README's table: each variant with its paper, its formula and the config that trains it."""
-    rows = [["variant", "in one line", "ratio", "clip low / high", "aggregation", "KL", "config"]]
-    for name, entry in ENTRIES.items():
-        obj, file = entry.objective, f"configs/{name}.py"
-        if not (root / file).is_file():
-            file = f"configs/variant.py:{name}"
+    """Lines of README's table: the variants that the package is about, each with its paper, its formula and its config."""
+    del root  # the overview's argument
+    rows = [["variant", "in one line", "ratio", "clip low / high", "aggregation", "KL", "`--config=`"]]
+    for name in README_VARIANTS:
+        entry = ENTRIES[name]
+        obj = entry.objective
         cells = [f"{entry.title} ({paper(entry)})", plain(entry.formula), code(obj.ratio), clip(obj), code(obj.aggregation)]
-        rows.append([*cells, f"{obj.kl_coef:g}", code(file)])
+        rows.append([*cells, f"{obj.kl_coef:g}", code(name)])
     return markdown(rows)
 
 

@@ -76,8 +76,11 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             ffn_dim=size.ffn_dim,
         )
     adapters = config.lora
-    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets) if adapters.rank else None
-    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora)
+    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets, adapters.use_rslora) if adapters.rank else None
+    is_router_frozen = size.router == "frozen"
+    if is_router_frozen and not arch.num_experts:
+        raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
+    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora, is_router_frozen=is_router_frozen)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTree[Sharding]) -> Params:

@@ -15,7 +15,6 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.files import note_once
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.parallel.sharding import path_names
@@ -29,6 +28,18 @@ class DamagedCheckpointError(RunError):
     """A checkpoint that cannot be read, or is not what was written."""
 
 
+@dataclasses.dataclass
+class KeepStep:
+    """A policy of Orbax that preserves one step, which changes."""
+
+    step: int = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tell it of each checkpoint."""
+        del context
+        return [each.step == self.step for each in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores TrainState under `<workdir>/checkpoints`. A save that was cut off is never restored.
 
@@ -38,9 +49,14 @@ class Checkpointer:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.workdir, self._folder = workdir, (workdir / "checkpoints").absolute()
         self._saving = -1  # the step that is being written
+        self.best = KeepStep()
+        policies = ocp.checkpoint_managers
+        # keep = 0 is about finished runs (`trainer.finalize_run`): one under way needs a checkpoint to resume from.
+        kept: list[Any] = [policies.LatestN(max(config.keep, 1)), self.best]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         options = ocp.CheckpointManagerOptions(
-            # keep = 0 is about finished runs (`trainer.finalize_run`): one under way needs a checkpoint to resume from.
-            max_to_keep=max(config.keep, 1),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             create=True,
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
@@ -107,7 +123,7 @@ class Checkpointer:
                 names = (self._folder / f"aside-{i}-{step}" for i in itertools.count())
                 to = next(path for path in names if not path.exists())
                 (self._folder / str(step)).rename(to)
-                note_once(f"{self._folder}/{step}: renamed to {to.name}; delete it if you do not need it")
+                hosts.say(f"{self._folder}/{step}: renamed to {to.name}; delete it if you do not need it")
         hosts.broadcast_from_process0(np.zeros(()))
         self._manager.reload()
 
@@ -153,7 +169,7 @@ def read_newest(
             if is_strict or step is not None:
                 raise
             reasons.append(str(error))
-            note_once(f"{error}; going on from an older one")
+            hosts.say(f"{error}; going on from an older one")
     if reasons:
         raise DamagedCheckpointError(
             f"{reasons[0]}; none of the {len(reasons)} checkpoint(s) there can be read: take another --workdir, or delete "
@@ -217,7 +233,7 @@ def _damage_as_first_sees_it(folder: pathlib.Path) -> str | None:
     if hosts.is_first():
         damage = "no checkpoint is in it" if not (folder / "state").is_dir() else find_damage(folder)
         if damage is None:
-            note_once(f"{folder}: no checksums.json, an older version wrote it; read as it is")
+            hosts.say(f"{folder}: no checksums.json, an older version wrote it; read as it is")
     codes = (None, "")
     known = hosts.broadcast_from_process0(np.asarray(codes.index(damage) if damage in codes else -1))
     if int(known) >= 0:

@@ -87,6 +87,9 @@ def describe_fault(error: BaseException | None) -> str | None:
             return f"{error.strerror}{where}"
         words: Any = next((words for words in WORDS if words in str(error)), None)
         if words:
-            return next(line for line in str(error).splitlines() if words in line)[-300:]
+            # TensorStore writes its whole way to the file into one line: the last name before the words is the file.
+            before = str(error).partition(words)[0]
+            names = re.findall(r'"([^"]+)"', before)
+            return f"{words} ({names[-1]})" if names else words
         error = error.__cause__ or error.__context__
     return None

@@ -6,6 +6,9 @@ import io
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+
+from grpo_jax.analysis.statistics import running_mean, smoothing_window
 from grpo_jax.files import write_atomically
 from grpo_jax.training.runlog import points
 
@@ -31,8 +34,12 @@ def learning_curve(records: Sequence[dict[str, float]], title: str, path: pathli
         for key, name in curves:
             curve = points(records, key)
             if curve:
-                marker = "o" if key.startswith("eval/") else ""
-                (line,) = axes.plot(*zip(*curve, strict=True), marker=marker, markersize=3, linewidth=1, label=name)
+                is_evaluated = key.startswith("eval/")
+                # Training is noisy from step to step. The steps are averaged like the values, so that none runs ahead.
+                window = 1 if is_evaluated else smoothing_window(len(curve))
+                steps, values = (running_mean(np.asarray(each), window) for each in zip(*curve, strict=True))
+                marker = "o" if is_evaluated else ""
+                (line,) = axes.plot(steps, values, marker=marker, markersize=3, linewidth=1, label=name)
                 low, high = points(records, f"{key}_low"), points(records, f"{key}_high")
                 if low and high:
                     steps, lows = zip(*low, strict=True)

@@ -142,24 +142,34 @@ def _parse(line: bytes, check: Check) -> tuple[Record | None, str]:
     return record, ""
 
 
-def read_records(path: pathlib.Path, check: Check) -> Iterator[Record]:
-    """Yield the records of a file, in its order, and say which lines are none; nothing if it is absent.
+def scan(path: pathlib.Path, check: Check) -> Iterator[tuple[Record | None, str]]:
+    """Yield (record or None, where and what is wrong with it) of each line of a file; nothing if it is absent.
 
     Args:
       path: of the file. check: of a record.
     """
     if not path.exists():
         return
-    damaged: list[str] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             record, reason = _parse(line, check)
-            if record is not None:
-                yield record
-            elif not line.endswith(b"\n"):
-                damaged.append(f"line {number} (the last one, torn)")
-            else:
-                damaged.append(f"line {number} ({reason})")
+            if record is None and not line.endswith(b"\n"):
+                reason = "the last one, torn"
+            yield record, f"line {number} ({reason})" if record is None else ""
+
+
+def read_records(path: pathlib.Path, check: Check) -> Iterator[Record]:
+    """Yield the records of a file, in its order, and say which lines are none; nothing if it is absent.
+
+    Args:
+      path: of the file. check: of a record.
+    """
+    damaged: list[str] = []
+    for record, fault in scan(path, check):
+        if record is not None:
+            yield record
+        else:
+            damaged.append(fault)
     if damaged:
         more = f" and {len(damaged) - SHOWN_LINES} more" if len(damaged) > SHOWN_LINES else ""
         note_once(f"{path}: no record, skipped: {', '.join(damaged[:SHOWN_LINES])}{more}")

@@ -247,6 +247,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     Raises: UserError if the task or the model cannot do what the config asks.
     """
     check_task_suits(config, task)
+    check_token_ids(config, task, model.arch.vocab_size)
     check_divisible(model.arch.sharded_sizes, mesh)
     model = dataclasses.replace(model, hardware=hardware_of(mesh))
     fns = TrainFns(config, mesh, task, model)
@@ -328,6 +329,24 @@ def check_task_suits(config: Config, task: Task) -> None:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
         )
+
+
+def check_token_ids(config: Config, task: Task, vocab_size: int) -> None:
+    """Check the ids of tokens that the rollout is told of.
+
+    Args:
+      config: its rollout is read. task: its end tokens are read.
+      vocab_size: of the model.
+    Raises: UserError naming the field.
+    """
+    # An id beyond the vocabulary would be read as another one, or never be met, and either without a word.
+    for name in ("bad_ids", "bad_first_ids", "forced_prefix_ids", "stop_ids"):
+        unknown = [token for token in getattr(config.rollout, name) if not 0 <= token < vocab_size]
+        if unknown:
+            raise UserError(f"config.rollout.{name}: {unknown[0]} is no token of the model, which has {vocab_size}")
+    ends = sorted(set(config.rollout.forced_prefix_ids) & set(task.stop_ids))
+    if ends:
+        raise UserError(f"config.rollout.forced_prefix_ids: {ends[0]} ends a completion; leave it out")
 
 
 def check_batch_divisible(config: Config, mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ alike.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +28,10 @@ from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, gather_param
 from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
-from grpo_jax.tasks import Task, TraceableTask
+from grpo_jax.rollout.stops import StopStrings, stop_strings
+from grpo_jax.tasks import Task, Tokenizer, TraceableTask
 from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.tokenizers import token_texts
 from grpo_jax.types import Arrays, Batch, Params, Prompts, Reward, Rollout, TrainState
 
 # (weights as `make_sampler_weights` gives them, prompts, key of the round) -> completions.
@@ -188,8 +191,17 @@ class HostSampler(DeviceSampler):
 
 
 def end_tokens(task: Task) -> EndTokens:
-    """Return the ids that completions of a task end with."""
-    return EndTokens(task.stop_ids, task.tokenizer.pad_id)
+    """Return what completions of a task end with."""
+    automaton = None
+    if strings := getattr(task, "stop_strings", ()):
+        automaton = _automaton(task.tokenizer, strings)
+    return EndTokens(task.stop_ids, task.tokenizer.pad_id, automaton)
+
+
+@functools.lru_cache(maxsize=4)
+def _automaton(tokenizer: Tokenizer, strings: tuple[str, ...]) -> StopStrings:
+    """Make the automaton of stop strings. With a large vocabulary that takes a second, so it is kept for the evaluation."""
+    return stop_strings(strings, token_texts(tokenizer))
 
 
 def make_sampler(config: Config, task: Task | TraceableTask, model: ModelDef, mesh: Mesh) -> DeviceSampler:
@@ -223,6 +235,8 @@ def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
     # score is in no mean of rewards, as it is in no statistic of the update; `reward/unscored` is its count.
     rolled = batch.rollout
     lengths_PG, is_scored_PG = rolled.mask_PGT.sum(-1), batch.is_scored_PG
+    if is_scored_PG is None:
+        is_scored_PG = jnp.ones_like(batch.task_reward_PG, bool)
     return {
         "reward/mean": Mean.of(batch.reward_PG, is_scored_PG),
         "reward/std": Std.of(batch.reward_PG, is_scored_PG),

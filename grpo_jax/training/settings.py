@@ -15,7 +15,7 @@ import numpy as np
 from grpo_jax.config import Config, parse_config
 from grpo_jax.config.aliases import complete
 from grpo_jax.errors import UserError
-from grpo_jax.files import note_once, printable, read_json, write_atomically
+from grpo_jax.files import printable, read_json, write_atomically
 from grpo_jax.parallel import hosts
 from grpo_jax.training.brought import find_functions
 from grpo_jax.training.checkpoint import saved_steps
@@ -105,7 +105,7 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any], start: Star
             f"use another --workdir, or go on with the new settings by --allow_config_change={names}"
         )
     for each in changes:
-        note_once(f"{path}: going on with another setting, {each}")
+        hosts.say(f"{path}: going on with another setting, {each}")
 
 
 def check_sources(workdir: pathlib.Path, sources: dict[str, str], start: Start, *, reads_again: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def check_sources(workdir: pathlib.Path, sources: dict[str, str], start: Start, 
         try:
             before = read_json(path, "files of the model are not compared")
         except UserError as error:
-            note_once(str(error))
+            hosts.say(str(error))
     for name, mark in sources.items():
         if before.get(name, mark) == mark:
             continue
@@ -131,7 +131,7 @@ def check_sources(workdir: pathlib.Path, sources: dict[str, str], start: Start, 
                 f"{what}, and it reads them again; bring them back, use another --workdir, or go on with the new ones by "
                 f"--allow_config_change={name}"
             )
-        note_once(f"{what}; going on")
+        hosts.say(f"{what}; going on")
     if before != sources and hosts.is_first():
         write_atomically(path, json.dumps(sources, indent=2) + "\n")
 
@@ -154,7 +154,7 @@ def read_settings(workdir: pathlib.Path) -> dict[str, Any]:
         for step in reversed(saved_steps(workdir)):
             with contextlib.suppress(UserError):
                 settings = read_json(workdir / "checkpoints" / str(step) / "config" / "metadata")
-                note_once(f"{error.args[0].split(';')[0]}; taken from the checkpoint of step {step}")
+                hosts.say(f"{error.args[0].split(';')[0]}; taken from the checkpoint of step {step}")
                 return settings
         raise
 

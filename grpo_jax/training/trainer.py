@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import pathlib
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.learner.optimizer import learning_rates
@@ -35,8 +34,11 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
+from grpo_jax.training.memory import require_memory
+from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
+from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
-from grpo_jax.training.runlog import RunLog
+from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
 from grpo_jax.training.signals import StopSignal
 from grpo_jax.training.summary import finalize_run
@@ -102,7 +104,7 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
     Returns: why each could not go on; "" for one that did.
-    Raises: ValueError if the runs are not all at one step.
+    Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
     summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
@@ -123,7 +125,7 @@ def train_members(
       fns: its functions advance them: the only run itself, or one that is vmapped. runs, workdirs: the members.
       profiler: of the calls. start, callbacks: as in `train`.
     Returns: their summaries; None for each on hosts that do not write, {"error": why} for one of several that cannot go on.
-    Raises: ValueError if the runs are not all at one step. RunError if a single one cannot go on.
+    Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
         opened = [
@@ -132,7 +134,8 @@ def train_members(
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
-            raise ValueError(f"runs at different steps cannot go on together: {resumed}")
+            # One of them fell back on an older checkpoint: the next start puts runs of one step together.
+            raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
@@ -160,6 +163,7 @@ def open_run(
         if hosts.is_first():
             told = make_callbacks(run.config.log, callbacks)
         # A fresh run's weights come first: if they are bad, nothing is written. A run that resumes does without them.
+        require_memory(run)
         state = None
         if not is_begun(workdir):
             state = announced_initial_state(run)
@@ -186,7 +190,13 @@ def open_run(
             log = RunLog(workdir, -1 if resumed is None else resumed, run.config.num_steps, told)
             stack.callback(log.close)
             told.tell("on_start", run.config, workdir, resumed)
-        yield Member(run, log, checkpointer, lock, told), state, resumed
+        member = Member(run, log, checkpointer, lock, told)
+        if run.config.checkpoint.keep_best and resumed is not None:
+            for record in read_metrics(workdir):
+                evaluated = {name: value for name, value in record.items() if name.startswith("eval/")}
+                if record["step"]:  # there is no checkpoint of step 0
+                    member.note_best(int(record["step"]), evaluated)
+        yield member, state, resumed
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
@@ -200,31 +210,6 @@ def is_begun(workdir: pathlib.Path) -> bool:
             "there is nothing to go on from; use another folder"
         )
     return bool(has_checkpoints)
-
-
-def announced_initial_state(run: Run) -> TrainState:
-    """Make `Run.initial_state`, with a line on the console for those who wait for it."""
-    config = run.config
-    what = f"warm start, {config.warm_start.num_steps} supervised steps"
-    if config.model.path:
-        what = "loading weights"
-    if hosts.is_first():
-        num = jax.process_count()
-        where = f"{run.mesh.size} device(s)" + f" of {num} processes" * (num > 1)
-        print(f"{objectives.describe(config.objective)} on {where}: {what}, then compiling", file=sys.stderr)
-    return run.initial_state()
-
-
-@dataclasses.dataclass
-class Profiler:
-    """Traces the calls that end with one of `steps`, each by itself."""
-
-    folder: pathlib.Path
-    steps: range | None
-
-    def __call__(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        is_traced = self.steps is not None and step in self.steps
-        return jax.profiler.trace(str(self.folder)) if is_traced else contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -256,12 +241,13 @@ class Member:
     saved: int | None = None
 
     def __post_init__(self) -> None:
-        self.skipped = SkippedSteps(self.run.config)
+        self.skipped, self.best = SkippedSteps(self.run.config), -math.inf
         self.learning_rates = learning_rates(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
         """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
-        values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
+        with phase("held-out evaluation before training, sampling compiled"):
+            values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
             state, sampled = prefetch_first_batch(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
@@ -289,8 +275,20 @@ class Member:
         if is_last or (config.eval_every and step % config.eval_every == 0):
             pending.evaluated = to_metrics(self.run.evaluate(state.policy))
         # After the evaluation, because saving writes the pending record, and the evaluation belongs into it.
-        if is_last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        is_best = self.note_best(step, pending.evaluated)
+        if is_last or is_best or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save(state)
+
+    def note_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Note the step if it is the best so far by config.checkpoint.keep_best, and tell if it is."""
+        name = self.run.config.checkpoint.keep_best
+        if name and values and name not in values:
+            raise UserError(f"config.checkpoint.keep_best = {name!r}: not evaluated; there are: {', '.join(values)}")
+        # NaN is above nothing. Of equal ones the first stays.
+        is_best = bool(name) and values.get(name, -math.inf) > self.best
+        if is_best:
+            self.best, self.checkpointer.best.step = values[name], step
+        return is_best
 
     def flush_pending(self) -> None:
         """Read the metrics of a call's steps off the device and write their records."""
@@ -357,6 +355,7 @@ class Loop:
     members: Sequence[Member]
     stop: StopSignal
     profiler: Profiler
+    is_first_call: bool = True  # which compiles
 
     def run(self, states: list[TrainState], resumed: int | None) -> None:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
@@ -430,6 +429,9 @@ class Loop:
         secs = time.monotonic() - began
         if timing:
             timing["time/update_secs"] = secs - timing["time/rollout_secs"]
+        if self.is_first_call:
+            self.is_first_call = False
+            say_first_call(timing, secs)
         timing["time/step_secs"] = secs / num_steps
         # Each member's record has its share, so that the seconds of a sweep's runs add up to what the sweep took.
         timing = {name: each / len(self.members) for name, each in timing.items()}

@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError("--workdir or --exported is missing; see the commands at the top of this file")
     workdir, exported = pathlib.Path(cli.WORKDIR.value), pathlib.Path(EXPORTED.value)
     run = make_run(read_config(workdir))
-    _, policy = cli.restore_policy(run, workdir, cli.STEP.value, is_strict=cli.STRICT.value)
+    _, policy = cli.restore_policy(run, workdir, cli.chosen_step(workdir), is_strict=cli.STRICT.value)
     tokenizer: Any = run.task.tokenizer
     run.task.close()
     prompts = [tokenizer.encode(text) for text in PROMPTS]

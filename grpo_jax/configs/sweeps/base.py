@@ -4,6 +4,7 @@
     config.configs = ("grpo", "dapo")
     config.sets = {"": {}, "no_kl": {"objective.kl_coef": 0.0}}          # named; "" is the config file as it is
     config.sets = base.grid({"objective.kl_coef": (0.0, 0.04), "optimizer.learning_rate": (3e-4, 6e-4)})
+    config.more_sets = {"dapo": {"no_filter": {"dynamic_sampling.enabled": False}}}      # of one config alone
     config.sets = base.each([{"objective.clip_low": x, "objective.clip_high": 2 * x} for x in (0.1, 0.2)])
 
 A run is named after its config file and its set, "grpo-no_kl", and its folder after its seed too. Fields are those of
@@ -26,6 +27,7 @@ def get_config(scale: str = "tiny") -> Any:
     config.scale = scale  # what follows the colon of each config file: tiny | smollm2 | runlocal
     config.configs = ()  # shipped names (dapo) or files (my/dapo.py); the name of each is the `variant` of its runs
     config.sets = {"": {}}  # name -> changes
+    config.more_sets = {}  # one of the configs -> sets of its own, beside those
     config.seeds = tuple(range(8))
     config.num_processes = 0  # runs at a time; 0: one a processor core, one in all on an accelerator
     config.cohort_size = 1  # runs that one compiled call advances together (vmap); 0: all that may share one

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from grpo_jax.rewards.calling import Request
-from grpo_jax.rewards.pool.protocol import pack_request
+from grpo_jax.rewards.pool.protocol import FAILED, pack_request
 
 # What became of a completion under one scorer.
 SCORED, ERROR, TIMEOUT, ABSTAINED = range(4)
@@ -137,18 +138,21 @@ class JobBatch:
         """Write a job's result.
 
         Args:
-          index: of the job. scores: one for each of its completions, NaN where it abstained; empty: none has one.
+          index: of the job.
+          scores: one for each of its completions, NaN where it abstained, FAILED where it failed; empty: none has one.
           outcome: why there are none. failure: the error, if it was one.
         """
         name, p, g, num = self.jobs[index]
-        columns = slice(g, g + num)
-        if outcome == SCORED:
-            values = np.asarray(scores, np.float32)
-            is_none = np.isnan(values)
-            self.result.scores[name][p, columns] = np.where(is_none, 0, values)
-            self.result.outcomes[name][p, columns] = np.where(is_none, ABSTAINED, SCORED)
-        else:
-            self.result.outcomes[name][p, columns] = outcome
+        if outcome != SCORED:
+            self.result.outcomes[name][p, g : g + num] = outcome
+        # One by one and not as arrays: most jobs have one completion.
+        for column, score in enumerate(scores, g):
+            if math.isnan(score):
+                self.result.outcomes[name][p, column] = ABSTAINED
+            elif score == FAILED:
+                self.result.outcomes[name][p, column] = ERROR
+            else:
+                self.result.scores[name][p, column] = score
         if failure:
             self.result.failures.setdefault(name, failure)
         self.num_done[name] += 1

@@ -98,10 +98,13 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def kill(pid: int) -> None:
-    """Kill a process, if it is still there and ours."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+def kill(pid: int) -> bool:
+    """Kill a process; False if it is gone, or not ours."""
+    try:
         os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def _parents() -> Iterator[tuple[int, int]]:

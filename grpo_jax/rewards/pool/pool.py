@@ -233,7 +233,9 @@ class ScoringPool:
             assert worker.index is not None
             self._num_failed_starts = 0
             if reply.scores:
-                batch.finish(worker.index, reply.scores)
+                if reply.text:
+                    self._warn_once(batch.jobs[worker.index].scorer, reply.text.partition("\n")[0])
+                batch.finish(worker.index, reply.scores, failure=reply.text)
             else:
                 self._fail(worker.index, reply.text, batch)
             worker.index = None

@@ -4,22 +4,22 @@
     from a worker  mark, number, count, length; then `count` float32, then `length` bytes of UTF-8
 
 A worker runs code that nobody has checked, so nothing of what it sends is unpickled, and what has not the number of the job it
-was given is not believed. NaN is "no opinion": a score itself is finite. Count 0 is an error, and the text says which.
+was given is not believed. NaN is "no opinion" and minus infinity "failed", for a score itself is finite; the text says how.
+Count 0 is an error of the whole job.
 """
 
 from __future__ import annotations
 
-import array
 import math
 import pickle
 import struct
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 REQUEST = struct.Struct("<QQ")
 REPLY = struct.Struct("<4sQII")
 MARK = b"\xffGJ1"
+FAILED = -math.inf
 SETUP = 0  # the number of a worker's first message
 MAX_TEXT = 1 << 16  # bytes
 MAX_LINE = 300  # characters of an error's one line
@@ -30,7 +30,10 @@ class ProtocolError(Exception):
 
 
 class Reply(NamedTuple):
-    """scores: one a completion, NaN for no opinion; none: an error, whose first line and traceback are in the text."""
+    """scores: one a completion, NaN for no opinion, FAILED for an error, whose first line and traceback are in the text.
+
+    Without scores all of the job has failed.
+    """
 
     scores: Sequence[float]
     text: str
@@ -45,10 +48,7 @@ def pack_request(number: int, message: Any) -> bytes:
 def pack_reply(number: int, scores: Sequence[float], text: str = "") -> bytes:
     """Frame a message from a worker. Text beyond the limit is left out in the middle."""
     body = shorten(text, MAX_TEXT // 4).encode("utf-8", "backslashreplace")
-    values = array.array("f", scores)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return REPLY.pack(MARK, number, len(values), len(body)) + values.tobytes() + body
+    return REPLY.pack(MARK, number, len(scores), len(body)) + struct.pack(f"<{len(scores)}f", *scores) + body
 
 
 def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
@@ -72,7 +72,7 @@ def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
     if len(data) < end:
         return None
     scores = struct.unpack_from(f"<{count}f", data, REPLY.size)
-    if any(map(math.isinf, scores)):
+    if math.inf in scores:
         raise ProtocolError("a score that is not finite")
     try:
         text = data[REPLY.size + 4 * count : end].decode()

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import sys
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 
 from grpo_jax.rewards.calling import Calling, Request, call, plan_call
 from grpo_jax.rewards.pool.keeper import keep
-from grpo_jax.rewards.pool.protocol import REQUEST, SETUP, pack_reply
+from grpo_jax.rewards.pool.protocol import FAILED, REQUEST, SETUP, pack_reply, shorten
 
+MAX_CHARACTERS_OF_LINE = 2000  # of an error's text
 OWN_FRAMES = ("grpo_jax.rewards.pool", "grpo_jax.rewards.calling")
 MAX_DESCRIPTOR = 1024  # the pipes get numbers just below it, or below the limit on open files: others count from 3
 
@@ -141,14 +143,25 @@ def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[flo
     try:
         name, request = pickle.loads(body)
         scores = call(*functions[name], Request(*request), _wait)
-        return [float("nan") if score is None else score for score in scores], ""
+        failures = [score for score in scores if isinstance(score, Exception)]
+        text = "".join(f"{describe(error)}\n{traceback_of(error)}" for error in failures[:1])
+        return [_as_float(score) for score in scores], text
     except BaseException as error:  # SystemExit too: a scorer that exits has failed on this item
         return (), f"{describe(error)}\n{traceback_of(error)}"
 
 
+def _as_float(score: float | Exception | None) -> float:
+    """Write what became of a completion as a number."""
+    if score is None:
+        return math.nan
+    if isinstance(score, Exception):
+        return FAILED
+    return score
+
+
 def describe(error: BaseException) -> str:
     """Describe an exception in one line; `traceback` survives exceptions whose own `__str__` raises."""
-    return " ".join(traceback.format_exception_only(error)[-1].split())
+    return " ".join(shorten(traceback.format_exception_only(error)[-1], MAX_CHARACTERS_OF_LINE).split())
 
 
 def traceback_of(error: BaseException) -> str:
@@ -157,9 +170,11 @@ def traceback_of(error: BaseException) -> str:
     while own is not None and own.tb_frame.f_globals.get("__name__", "").startswith(OWN_FRAMES):
         own = own.tb_next
     try:
-        return "".join(traceback.format_exception(type(error), error, own, limit=100))
+        lines = "".join(traceback.format_exception(type(error), error, own, limit=100)).split("\n")
     except BaseException:  # its cause or context may be of any kind
         return describe(error)
+    # Line by line: a long message must not push out where it came from.
+    return "\n".join(shorten(line, MAX_CHARACTERS_OF_LINE) for line in lines)
 
 
 def _wait(awaitable: Any) -> Any:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 
-from grpo_jax.rewards.pool.keeper import MARK, descendants, kill, marked
+from grpo_jax.rewards.pool.keeper import MARK, kill, marked
 from grpo_jax.rewards.pool.protocol import SETUP, ProtocolError, Reply, pack_request, read_reply
 from grpo_jax.rewards.pool.serve import Setup
 
 LEAVE_SECS = 6.0  # for the keeper to end all below it, once it is asked to
 FOLLOW_SECS = 1.0  # for it to end by itself, once the worker has
+MAX_SWEEPS = 20
 
 
 class Worker:
@@ -120,19 +121,23 @@ class Worker:
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
             pipe.close()
-        # Listed before: where a scorer has killed the keeper, its children have another parent.
-        children = descendants(self._process.pid)
-        for secs in (FOLLOW_SECS,) * has_ended + (LEAVE_SECS,):
-            if secs == LEAVE_SECS:
-                self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(secs)
-                if code >= 0:
-                    return code
-                break
-        # The keeper was killed or stopped, which only a scorer does.
+        code = self._wait(FOLLOW_SECS) if has_ended else None
+        if code is None:
+            self._process.terminate()
+            code = self._wait(LEAVE_SECS)
+        if code is not None and code >= 0:
+            return code
+        # The keeper was killed or stopped, which only a scorer does. What it kept is known by its mark; what forks meanwhile is
+        # found the next time.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        for pid in (*children, *marked(self._mark)):
-            kill(pid)
+        for _ in range(MAX_SWEEPS):
+            if not any([kill(pid) for pid in marked(self._mark)]):
+                break
         return self._process.wait()
+
+    def _wait(self, secs: float) -> int | None:
+        """Wait for the keeper; None if it has not ended by then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(secs)
+        return None

@@ -11,12 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed
+from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed, without_tags
 from grpo_jax.rewards.scorers.quantities import read_quantity
 
 REASONING_TAGS = ("<think>", "</think>")
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
+_BETWEEN_BOXES = re.compile(
+    r"[\s$]*(?:\\[()\[\]])?[\s$]*(?:(?:,|;|,?\s*(?:and|or)|\\text\{\s*(?:and|or)\s*\})[\s$]*(?:\\[()\[\]])?[\s$]*)?"
+)
+MAX_BOXES = 10
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _ANNOUNCED = re.compile(
     r"(?:\banswer(?:\s+is|\s*[:=]|\s+(?:should|must|will|would)\s+be)|答案\s*(?:是|为|為|[:\uff1a])|答\s*[:\uff1a]|\bréponse(?:\s+est|\s*:)|"
@@ -33,7 +37,8 @@ _SHORT_WORDS = frozenset(("yes", "no", "true", "false", "none"))
 
 # A number with what belongs to it, a date, a time, a ratio: digits and the marks between them. Not within a word (H2O, B12).
 _DIGITS = (
-    r"(?:\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|"
+    r"(?:\d+(?:\.\d+)? ?(?:x|\*|\\times|\\cdot) ?10\^(?:\{-?\d{1,4}\}|-?\d{1,4})|"
+    r"\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|"
     r"\d+(?:(?:[.,:/'-]|\\,)\d+)*(?:[eE][-+]?\d+(?![A-Za-z0-9]))?|\.\d+)"
 )
 # What an unmarked answer is found by: its last number, or a command of LaTeX that is a value or makes one.
@@ -49,7 +54,7 @@ _PIECES = re.compile(
     re.DOTALL,
 )
 _PROSE_COMMANDS = re.compile(
-    r"\\(?:text|math|boxed|mbox|begin|end|item|quad|qquad|section|label|newline|par|n$|approx|implies|to$|right)"
+    r"\\(?:text|math|boxed|mbox|begin|end|item|quad|qquad|section|label|newline|par|underline|frame|emph|bf|it$|rm$|n$|approx|implies|to$|right)"
 )
 _FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "arcsin", "arccos", "arctan"))
 _UNIT_LETTERS = frozenset("mgshlLNJWVFCTAD")
@@ -153,23 +158,32 @@ def tagged_answer(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """Find the text inside the last \\boxed{...} whose braces balance; of nested ones the innermost."""
+    r"""Find the text inside the last \boxed{...} whose braces balance; of nested ones the innermost, of a list of boxes all.
+
+    >>> boxed_answer(r"\boxed{1}, no, \boxed{2}"), boxed_answer(r"$\boxed{1}$ and $\boxed{2}$"), boxed_answer(r"\boxed{1")
+    ('2', '1, 2', None)
+    """
     if "\\boxed" not in text:
         return None
     # One pass with a stack of open braces. Braces nest, so no regular expression finds their end, and counting anew from each
     # box would be quadratic in a text of many open ones.
-    opened: list[tuple[int, bool]] = []
-    last = None
+    opened: list[tuple[int, int, bool]] = []
+    boxes: list[tuple[int, int, int]] = []
     for match in _BRACES.finditer(text):
         if match[0].endswith("{") and not match[0].startswith("\\{"):
-            opened.append((match.end(), match[0] != "{"))
+            opened.append((match.start(), match.end(), match[0] != "{"))
         elif match[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and (last is None or start > last[0]):
-                last = (start, match.start())
-    if last is None:
+            outside, start, is_box = opened.pop()
+            if is_box and (not boxes or start > boxes[-1][1]):
+                boxes.append((outside, start, match.start()))
+    if not boxes:
         return None
-    return text[last[0] : last[1]].strip()
+    outside, start, end = boxes.pop()
+    found = [text[start:end].strip()]
+    while boxes and _BETWEEN_BOXES.fullmatch(text, boxes[-1][2] + 1, outside) and len(found) < MAX_BOXES:
+        outside, start, end = boxes.pop()
+        found.insert(0, text[start:end].strip())
+    return ", ".join(dict.fromkeys(found))
 
 
 def hashed_answer(text: str) -> str | None:
@@ -222,7 +236,7 @@ def announced_answer(text: str) -> str | None:
 
 def last_expression(text: str) -> str | None:
     """Find the number, formula, date or time that a text ends on; of "3 or 4" and "3 and 4" both; None without digits."""
-    text = ascii_signs(text)
+    text = without_tags(ascii_signs(text))
     found = _last_run(text)
     if found is None:
         return None

@@ -27,7 +27,7 @@ from grpo_jax.rewards.scorers.answers import (
     last_expression,
 )
 from grpo_jax.rewards.scorers.formulas import as_latex, is_code, is_formula, right_side, split_unit
-from grpo_jax.rewards.scorers.normal_form import as_words, undressed, worded_parts
+from grpo_jax.rewards.scorers.normal_form import as_words, undressed, unworded, worded_parts
 from grpo_jax.rewards.scorers.quantities import read_quantity, same_quantity, split_list
 
 _log = logging.getLogger("math_verify")
@@ -37,6 +37,7 @@ _BASE = re.compile(r"(\d[\dA-Fa-f]*|[\dA-F]{2,})_\{?([2-9]|[12]\d|3[0-6])\}?")
 _HEDGED = re.compile(r"\b(?:not|never|least|most|more than|less than|over|under|between|except)\b|n't\b", re.IGNORECASE)
 _SENTENCE = re.compile(r"[\w\s.,:;'\u2019-]*")
 MAX_LIST = 50
+_DIGIT = re.compile(r"\d")
 _METRES = re.compile(r"(.*\d)[mgshlLNJWVKCFA]")
 # Units are read here, and not by math-verify: it takes the letters of 2ab for one.
 _LATEX = (
@@ -62,7 +63,7 @@ def math_verify_score(completion: str, item: dict[str, Any], *, reasoning_tags: 
     golds, given = acceptable_answers(item), find_answer(text)
     if any(is_equal(gold, given.text) for gold in golds):
         return 1.0
-    return float(not given.is_marked and any(is_all_of(gold, text) for gold in golds))
+    return float(any(is_all_of(gold, text) for gold in golds))
 
 
 def is_equal(gold: str, given: str) -> bool:
@@ -71,7 +72,7 @@ def is_equal(gold: str, given: str) -> bool:
         return given == gold
     if not given.strip():
         return False
-    if as_words(given) == as_words(gold):
+    if as_words(given) == as_words(gold) != "":
         return True
     if is_code(gold):
         return False
@@ -86,7 +87,7 @@ def is_equal(gold: str, given: str) -> bool:
     if len(golds) > 1 and len(golds) == len(givens) and _is_permutation(golds, givens):
         return True
     if number is not None:
-        return _is_number(gold, given, len(givens))
+        return _is_number(gold, given, sum(is_formula(each) or _DIGIT.search(each) is not None for each in givens))
     return _is_same_formula(gold, given, len(golds), len(givens))
 
 
@@ -123,15 +124,18 @@ def _is_number(gold: str, given: str, num_given: int) -> bool:
     if attached is not None:  # 100m is a length where a number is asked for
         return is_equal(gold, attached[1])
     wanted = read_quantity(gold)
-    if wanted is not None and is_formula(given):
-        return _verify(gold if wanted.is_percent else str(wanted.value), split_unit(given)[0])
+    formula = split_unit(given)[0]
+    if wanted is not None and is_formula(formula) and not worded_parts(formula):
+        return _verify(gold if wanted.is_percent else str(wanted.value), formula)
     # A sentence inside the mark. It may hold one number, and no more: which one it would mean is a guess.
-    inner = None
+    inner, given = None, unworded(given)
     if _SENTENCE.fullmatch(given):
         inner = announced_answer(given) or last_expression(given)
     is_only = inner is not None and len(re.findall(r"\d+", given)) == len(re.findall(r"\d+", inner))
     if inner is None or not is_only or inner == given or _HEDGED.search(given):
         return False
+    if wanted is not None and wanted.unit:
+        return as_words(gold) in as_words(given)
     quantity = read_quantity(inner)
     return quantity is not None and wanted is not None and same_quantity(wanted, quantity)
 
@@ -166,7 +170,7 @@ def _verify(gold: str, given: str) -> bool:
 
 def _differ_in_size(a: Any, b: Any) -> bool:
     """Tell 2^-99 from 2^-98, whose difference is nothing to math-verify."""
-    if not isinstance(a, Basic) or not isinstance(b, Basic) or not (a.is_number and b.is_number):
+    if not all(isinstance(each, Basic) and each.is_number for each in (a, b)):
         return False
     try:
         sizes = [Abs(each).evalf(30) for each in (a, b, a - b)]

@@ -40,8 +40,13 @@ _DECIMAL = re.compile(r"([-+]?)\s*(\d*)(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(
     r"([-+]?(?:\d+\.?\d*|\.\d+))(?:[eE]([-+]?\d{1,4})|\s*(?:\\times|\\cdot|\*|x)\s*10\^\{?([-+]?\d{1,4})\}?)"
 )
+_FONT = re.compile(r"\\(?:bf|it|rm|em|tt)(?![a-zA-Z])")
 _EXCLAMATION = re.compile(r"(?<=[^\W\d_]{2})[!?]+$")
-_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|texttt|mbox|operatorname)\s*\{([^{}]*)\}")
+_TAGS = re.compile(r"</?(?:b|i|u|s|p|em|br|strong|code|span)\s?/?>|<\|[a-z_]{1,20}\|>")
+_CURRENCY = re.compile(r"\\(?:textdollar|texteuro|euro|pounds|\$)(?![a-zA-Z])|\$")
+_WORDS = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname|underline|f(?:rame)?box|emph|boldsymbol)\s*\{([^{}]*)\}"
+)
 
 
 def normalise_answer(answer: str) -> str:
@@ -57,9 +62,9 @@ def normalise_answer(answer: str) -> str:
 
 def undressed(answer: str) -> str:
     """Remove delimiters, emphasis, thousands separators and superfluous white space; the number itself is left as it is."""
-    text = ascii_signs(answer)
+    text = without_tags(ascii_signs(answer))
     if "\\" in text or "$" in text:
-        text = text.replace("\\$", "").replace("$", "").replace("{,}", ",").replace("\\!", "")
+        text = _CURRENCY.sub("", text).replace("{,}", ",").replace("\\!", "")
         for mark in ("\\(", "\\)", "\\[", "\\]", "\\left", "\\right"):
             text = _without_mark(text, mark)
     text = _SEPARATED.sub("", text)
@@ -69,8 +74,14 @@ def undressed(answer: str) -> str:
             text, num = _EMPHASIS.subn(r"\2", text)
             if not num:
                 break
-    text = text.rstrip(" .,;") if not text.endswith("...") else text
+    if not text.endswith("..."):
+        text = text.rstrip(" .,;") or text
     return without_separators(text)
+
+
+def without_tags(text: str) -> str:
+    """Remove the tags of bold, italics and the like of HTML."""
+    return _TAGS.sub("", text) if "<" in text else text
 
 
 def _without_mark(text: str, mark: str) -> str:
@@ -199,11 +210,16 @@ def as_words(text: str) -> str:
         if not num:
             break
     text = plain_number(" ".join(text.replace("\\varnothing", "\\emptyset").replace("\\{\\}", "\\emptyset").split()))
-    text = re.sub(r"\s*([:,])\s*", r"\1", text)
+    text = re.sub(r"\s*([:,\\(){}=+*/^<>|\[\]])\s*", r"\1", text)
     for pair in ('""', "''", "{}", "()"):
         if len(text) > 2 and text[0] == pair[0] and text[-1] == pair[1] and not set(text[1:-1]) & set("(){},"):
             text = text[1:-1].strip()
-    return _EXCLAMATION.sub("", text.rstrip(" .")).casefold()
+    return _EXCLAMATION.sub("", text.rstrip(" .") or text).casefold()
+
+
+def unworded(text: str) -> str:
+    r"""Unwrap \text{...} and its like."""
+    return " ".join(_FONT.sub(" ", _WORDS.sub(r" \1 ", text)).split()) if "\\" in text else text
 
 
 def worded_parts(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from grpo_jax.rewards.scorers.normal_form import plain_number, undressed
+from grpo_jax.rewards.scorers.normal_form import plain_number, undressed, unworded
 
 MAX_DIGITS = 1000
 
@@ -84,7 +84,10 @@ def read_quantity(text: str) -> Quantity | None:
     """
     if len(text) > MAX_DIGITS:
         return None
-    text = _without_outer_brackets(undressed(text))
+    text = undressed(text)
+    if text.startswith(("\\text", "\\math", "\\under", "\\f", "{\\")) and not text.startswith("\\frac"):
+        text = unworded(text)
+    text = _without_outer_brackets(text)
     lead = _LEAD.match(text)
     if lead is None:
         return None
@@ -145,7 +148,7 @@ def unit_of(rest: str) -> str | None:
     degrees = _DEGREES.fullmatch(rest)
     if degrees is not None:
         return "°" + degrees[1]
-    if rest.startswith(("^", "_", "!")):
+    if rest.startswith(("^", "_", "!")) or re.match(r"-[A-Z]", rest):
         return None
     is_attached = not rest[0].isspace() and not rest.startswith("\\")
     is_worded = _UNIT_TEXT.match(rest) is not None

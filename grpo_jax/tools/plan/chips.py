@@ -19,7 +19,8 @@ class Chip:
 
     flops_per_s: bfloat16, dense. hbm_bytes, hbm_bytes_per_s: its memory. link_bytes_per_s: sent to devices of its slice or
     NVLink domain, one way, all links together; host_bytes_per_s: its share of its host's network.
-    linked_devices: the most devices of a slice or NVLink domain. source: of the figures.
+    linked_devices: the most devices of a slice or NVLink domain. source: of the figures. clock_hz: what XLA's cycles are of, as
+    it follows from the peak and the size of the matrix units; 0: no compiler gives cycles.
     """
 
     flops_per_s: float
@@ -29,16 +30,20 @@ class Chip:
     host_bytes_per_s: float
     linked_devices: int
     source: str
+    clock_hz: float = 0.0
 
 
 # Links: TPUs 6 (v4, v5p) or 4 (v5e, v6e) a chip, one way each; NVLink half of the two-way figure that data sheets give.
 # Hosts: TPUs 25 GB/s shared by 4 (v4, v5p) or 8 chips; GPUs one adapter each, 200 (A100) or 400 Gbit/s.
 _BOOK = "jax-ml.github.io/scaling-book/tpus (links, hosts)"
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.2e12, 6 * 4.5e10, 25e9 / 4, 4096, f"cloud.google.com/tpu/docs/v4; {_BOOK}"),
-    "v5e": Chip(197e12, 16e9, 0.819e12, 4 * 5e10, 25e9 / 8, 256, f"cloud.google.com/tpu/docs/v5e; {_BOOK}"),
-    "v5p": Chip(459e12, 95e9, 2.765e12, 6 * 1e11, 25e9 / 4, 8960, f"cloud.google.com/tpu/docs/v5p; {_BOOK}"),
-    "v6e": Chip(918e12, 32e9, 1.638e12, 4 * 1e11, 25e9 / 8, 256, f"cloud.google.com/tpu/docs/v6e; {_BOOK}"),
+    "v4": Chip(275e12, 32 * GIB, 1.2e12, 6 * 4.5e10, 25e9 / 4, 4096, f"cloud.google.com/tpu/docs/v4; {_BOOK}", clock_hz=1.05e9),
+    "v5e": Chip(197e12, 16e9, 0.819e12, 4 * 5e10, 25e9 / 8, 256, f"cloud.google.com/tpu/docs/v5e; {_BOOK}", clock_hz=1.5e9),
+    "v5p": Chip(459e12, 95e9, 2.765e12, 6 * 1e11, 25e9 / 4, 8960, f"cloud.google.com/tpu/docs/v5p; {_BOOK}", clock_hz=1.75e9),
+    "v6e": Chip(918e12, 32e9, 1.638e12, 4 * 1e11, 25e9 / 8, 256, f"cloud.google.com/tpu/docs/v6e; {_BOOK}", clock_hz=1.75e9),
+    "tpu7x": Chip(
+        1153.5e12, 96 * GIB, 3.69e12, 6 * 1e11, 25e9 / 8, 9216, f"cloud.google.com/tpu/docs/tpu7x, half a chip; {_BOOK}", 2.2e9
+    ),
     "a100": Chip(
         312e12, 80e9, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 80GB SXM data sheet (nvidia-a100-datasheet-us-nvidia-1758950)"
     ),

@@ -6,18 +6,10 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+
+from grpo_jax.tools.plan.schedule import Instruction, Operation, Schedule, array_bytes, arrays_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# A dtype that is missing here raises KeyError: counted as nothing it would make the traffic look small.
-ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# XLA writes the count only of loops that it could analyse; a scan over layers is one of them.
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # The ways in which XLA writes them: [groups,size]<=..., {{0,1},{2,3}}, mesh['a'=2,'b'=4] {'b'} (in an order of its own).
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 
@@ -40,83 +32,47 @@ def traffic(hlo: str) -> list[Traffic]:
 
     A loop without a known number of trips counts once. Of a conditional's branches the busiest one counts.
     """
-    bodies, entry = computations(hlo)
-    totals = totals_of(entry, bodies, {})
+    return traffic_of(Schedule(hlo))
+
+
+def traffic_of(schedule: Schedule) -> list[Traffic]:
+    """List the collectives of a parsed program, as `traffic` does."""
+    totals: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for each in schedule.operations(weigh=_sent):
+        if kind := kind_of(each.instruction):
+            size = group_size(each.instruction.rest)
+            totals[kind, size][0] += each.runs
+            totals[kind, size][1] += each.runs * sent_bytes(kind, result_bytes(each.instruction), size)
     # XLA leaves collectives over groups of one device in the text; they send nothing.
     found = [Traffic(kind, size, count, sent) for (kind, size), (count, sent) in totals.items() if size > 1]
     return sorted(found, key=lambda each: -each.num_bytes)
 
 
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Split a program's text into ({name: lines of the computation}, the entry's name)."""
-    bodies: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in hlo.splitlines():
-        if match := COMPUTATION.match(line):
-            name = match[1]
-            bodies[name] = []
-            if line.startswith("ENTRY"):
-                entry = name
-        elif name:
-            bodies[name].append(line)
-    return bodies, entry
+def _sent(each: Operation) -> float:
+    kind = kind_of(each.instruction)
+    if not kind:
+        return 0.0
+    return sent_bytes(kind, result_bytes(each.instruction), group_size(each.instruction.rest))
 
 
-Totals = dict[tuple[str, int], tuple[float, float]]
+def kind_of(instruction: Instruction) -> str:
+    """Return the kind of a collective, which may be started here and done later; "" for anything else."""
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in KINDS:
+        return opcode
+    return ""
 
 
-def totals_of(name: str, bodies: dict[str, list[str]], known: dict[str, Totals]) -> Totals:
-    """Add up one run of a computation, with everything that it calls.
-
-    Args:
-      name: of the computation.
-      bodies: name -> lines, of all computations.
-      known: totals that were found before, by name; the new ones are added.
-    Returns: {(kind, size of groups): (count, bytes that a device sends)}.
-    """
-    # Computations are shared (a layer's body is called forward and backward), so each is parsed only once.
-    if name in known:
-        return known[name]
-    totals: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-
-    def add(more: Totals, times: float) -> None:
-        for key, (count, sent) in more.items():
-            totals[key][0] += times * count
-            totals[key][1] += times * sent
-
-    for result, opcode, rest in instructions(bodies[name]):
-        if opcode in KINDS:
-            size = group_size(rest)
-            add({(opcode, size): (1, sent_bytes(opcode, array_bytes(result), size))}, 1)
-        # Nobody knows which branch runs. The busiest one is an upper bound that a run can reach, the sum of all is none.
-        elif branches := BRANCHES.search(rest):
-            each = [totals_of(branch.strip().lstrip("%"), bodies, known) for branch in branches[1].split(",")]
-            add(max(each, key=lambda branch: sum(sent for _, sent in branch.values())), 1)
-        elif opcode in ("while", "call", "fusion", "conditional", "async-start"):
-            for called in CALLED.findall(rest):
-                add(totals_of(called, bodies, known), num_trips(rest))
-    known[name] = {key: (count, sent) for key, (count, sent) in totals.items()}
-    return known[name]
-
-
-def num_trips(rest: str) -> float:
-    """Read how often a loop runs; 1 if the text does not say, and for everything that is no loop."""
-    trips = TRIPS.search(rest)
-    if trips is None:
-        return 1
-    return float(trips[1])
-
-
-def instructions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (result's type, opcode, the rest of the line)."""
-    for line in lines:
-        if match := INSTRUCTION.match(line):
-            yield match[1], match[2], match[3]
-
-
-def array_bytes(result: str) -> float:
-    """Count the bytes of an array, or of all arrays in a tuple."""
-    return sum(ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in ARRAY.findall(result))
+def result_bytes(instruction: Instruction) -> float:
+    """Count the bytes of a collective's result on one device."""
+    # Where it is only started, its operands stand beside its results in one tuple.
+    if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
+        return array_bytes(instruction.result)
+    arrays = arrays_of(instruction.result)
+    if instruction.opcode == "collective-permute-start":
+        arrays = arrays[:2]  # behind them are numbers of its own
+    names = [f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in arrays[len(arrays) // 2 :]]
+    return sum(map(array_bytes, names))
 
 
 def group_size(rest: str) -> int:

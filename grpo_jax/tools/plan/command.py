@@ -3,39 +3,54 @@
     grpo-jax plan --config=dapo:smollm2 --shape=qwen2.5-7b --chip=h100 --devices=8 --config.mesh.fsdp=8
     grpo-jax plan ... --sweep       all meshes of that many devices that are allowed, the quickest first
     grpo-jax plan ... --compile     the real programs, for simulated devices: memory and collectives
+    grpo-jax plan ... --compile --chip=v5e --topology=4x4   by the chip's own compiler, which needs no chip
 
 docs/planning.md says what is exact, what is estimated, and how far it was off.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools import cli
-from grpo_jax.tools.plan import collectives, compiled, memory, times
+from grpo_jax.tools.plan import aot, collectives, compiled, memory, times
 from grpo_jax.tools.plan.chips import Chip, find_chip
 from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
 
-CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
+CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, tpu7x, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
 DEVICES = flags.DEFINE_integer("devices", 1, "how many of them", lower_bound=1)
-SHAPE = flags.DEFINE_string("shape", "", "smollm2, qwen2.5-0.5b, qwen2.5-7b or llama3-70b, instead of config.model")
+SHAPE = flags.DEFINE_string(
+    "shape", "", "smollm2, qwen2.5-0.5b, qwen2.5-7b, llama3-70b or qwen3-30b-a3b, instead of config.model"
+)
 PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 0, "width of the prompts; 0: config.task.max_prompt_tokens", lower_bound=0
 )
 SWEEP = flags.DEFINE_bool("sweep", False, "rank all meshes of that many devices")
 COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for simulated devices")
+TOPOLOGY = flags.DEFINE_string("topology", "", "--compile for a slice of --chip that is not here: 4x4, 2x2x1; h100: 1x1x8")
+HLO = flags.DEFINE_string("hlo", "", "with --topology: write the compiled text to <hlo>.update and <hlo>.rollout")
+JSON = flags.DEFINE_bool("json", False, "with --topology: print one JSON object and nothing else")
 
 
 def main() -> None:
     """Print the tables that the flags ask for. Raises UserError."""
     config = cli.config_from_flags()
     chip = find_chip(CHIP.value)
+    if TOPOLOGY.value:
+        compile_for_chip(config, chip)
+        return
+    if HLO.value or JSON.value:
+        raise UserError("--hlo and --json: need --compile and --topology, for they are of the chip's compiler")
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, DEVICES.value)
     if not SWEEP.value:
         require_allowed(job)  # a sweep leaves out such meshes by itself, and says so only if none is left
@@ -50,6 +65,83 @@ def main() -> None:
         console.print(sweep_table(job, chip))
     else:
         console.print(memory_table(job, chip), times_table(job, chip), traffic_table(job))
+
+
+def compile_for_chip(config: Config, chip: Chip) -> None:
+    """Compile update and rollout for absent devices and print what their compiler says. Raises UserError.
+
+    config: of the run. chip: of --chip.
+    """
+    name = CHIP.value.lower()
+    if not COMPILE.value or SWEEP.value:
+        raise UserError("--topology: goes with --compile, and not with --sweep")
+    aot.require_compiler(name)
+    if not aot.is_child():
+        sys.exit(aot.in_child(sys.argv[1:], name))
+    devices = aot.devices_of(name, TOPOLOGY.value)
+    job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, len(devices))
+    require_allowed(job)
+    mesh = aot.make_mesh(job, devices)
+    programs = [aot.compile_program(each, job, mesh, chip) for each in ("update", "rollout")]
+    if HLO.value:
+        aot.write_hlo(HLO.value, programs)
+    found = aot.report(aot.on_hardware(job, mesh), name, chip, TOPOLOGY.value, programs)
+    if JSON.value:
+        print(json.dumps(found))
+        return
+    make_console().print(*chip_tables(job, found, programs))
+
+
+def chip_tables(job: Job, found: dict[str, Any], programs: list[aot.Compiled]) -> list[Table]:
+    """Show a report of `aot`: what fits, what is dear, what travels. All seconds are estimates.
+
+    Args:
+      job: what was compiled. found: of `aot.report`. programs: the update and the rollout.
+    """
+    chip = f"{CHIP.value} {TOPOLOGY.value}"
+    table = table_of(
+        f"Compiled for {describe_job(job)} by the compiler of {chip}: estimates, nothing was run",
+        "program",
+        "arguments, GB",
+        "working memory, GB",
+        "held, GB",
+        "estimated s",
+        "share of the ceiling",
+        "compiled in, s",
+    )
+    shares = {"update": found["update_peak_share"], "rollout": found["token_memory_share"]}
+    for each in programs:
+        if each.error:
+            table.add_row(each.name, "", "", "", "", each.error, f"{each.compile_secs:.0f}")
+            continue
+        bytes_held = map(gigabytes, (each.argument_bytes, each.temporary_bytes, each.held_bytes))
+        table.add_row(each.name, *bytes_held, number(each.secs), percent(shares[each.name]), f"{each.compile_secs:.0f}")
+    table.add_section()
+    verdict = "fits" if found["fits"] else "does not fit"
+    table.add_row("", "", verdict, f"{gigabytes(found['free_bytes'])} free", f"{number(found['token_secs'])} a token", "", "")
+    chosen = ", ".join(f"{key} {found[key]}" for key in ("remat", "num_microbatches", "head_chunk_tokens", "head_vocab_tokens"))
+    lines = table_of(f"Dearest source lines; {chosen}", "program", "line", "kernel, counted by hand", "estimated s", "share")
+    traffic = table_of("Collectives of one call", "program", "kind", "devices", "count", "MB sent by a device")
+    kernels = table_of("Kernels", "program", "name", "runs", "GFLOP by hand", "at a share of the peak of", "estimated s")
+    for each in programs:
+        for line in each.dearest:
+            lines.add_row(each.name, line.source, line.kernel, number(line.secs), percent(line.share))
+        for sent in each.sent:
+            traffic.add_row(each.name, sent.kind, str(sent.group_size), f"{sent.count:g}", f"{sent.num_bytes / 1e6:,.3f}")
+        for one in each.kernels:
+            row = (one.name, f"{one.runs:g}", f"{one.flops / 1e9:,.1f}", percent(one.peak_share), number(one.secs))
+            kernels.add_row(each.name, *row)
+    return [table, lines, kernels, traffic]
+
+
+def number(value: float | None) -> str:
+    """Write seconds; a dash where the compiler says none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """Write a share; a dash where there is none."""
+    return "-" if value is None else f"{value:.0%}"
 
 
 def make_console() -> Console:

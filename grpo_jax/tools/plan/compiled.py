@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.errors import UserError
 from grpo_jax.parallel.sharding import AXES, ROWS, make_mesh
@@ -34,18 +34,18 @@ def in_child(argv: list[str], num_devices: int) -> int:
     return subprocess.run([sys.executable, "-m", "grpo_jax", "plan", *argv], env=env, check=False).returncode
 
 
-def run_of(job: Job) -> Run:
-    """Assemble the job's run on this process's devices, with the update compiled for one width: the longest."""
+def run_of(job: Job, mesh: Mesh | None = None) -> Run:
+    """Assemble the job's run, with the update compiled for one width: the longest. mesh: None: this process's devices."""
     # Buckets would add a branch for each width, to be compiled as well; the longest one decides about memory.
     learner = dataclasses.replace(job.config.learner, bucket_tokens=0)
-    mesh = dataclasses.replace(job.config.mesh, **{axis: job.mesh.shape[axis] for axis in AXES})
-    config = dataclasses.replace(job.config, learner=learner, mesh=mesh)
-    return assemble(config, make_mesh(config.mesh.sizes), job.task, job.model)
+    sizes = dataclasses.replace(job.config.mesh, **{axis: job.mesh.shape[axis] for axis in AXES})
+    config = dataclasses.replace(job.config, learner=learner, mesh=sizes)
+    return assemble(config, mesh or make_mesh(config.mesh.sizes), job.task, job.model)
 
 
-def compile_update(job: Job) -> jax.stages.Compiled:
-    """Compile the train step as `trainer` calls it."""
-    run = run_of(job)
+def compile_update(job: Job, mesh: Mesh | None = None) -> jax.stages.Compiled:
+    """Compile the train step as `trainer` calls it. mesh: as in `run_of`."""
+    run = run_of(job, mesh)
     batch = run.fns.example_batch(run.abstract_state.policy)
     # A batch comes from the rollout with its rows spread over the devices; without this it would be planned on each in full.
     rows = NamedSharding(run.mesh, ROWS)
@@ -53,11 +53,14 @@ def compile_update(job: Job) -> jax.stages.Compiled:
     return run.update.lower(run.abstract_state, batch).compile()
 
 
-def compile_rollout(job: Job) -> jax.stages.Compiled:
-    """Compile one program that makes the weights ready and samples completions, as a traceable task has it."""
-    run = run_of(job)
+def compile_rollout(job: Job, mesh: Mesh | None = None) -> jax.stages.Compiled:
+    """Compile one program that makes the weights ready and samples completions, as a traceable task has it.
+
+    mesh: as in `run_of`.
+    """
+    run = run_of(job, mesh)
     weights = make_sampler_weights(run.config, run.mesh)
-    rolled = make_rollout(job.model, run.config.rollout, end_tokens(run.task), run.mesh)
+    rolled = make_rollout(run.model, run.config.rollout, end_tokens(run.task), run.mesh)
     prompts = jax.eval_shape(lambda: run.task.train_prompts(0, run.config.rollout.num_prompts))
     key = jax.eval_shape(lambda: jax.random.key(0))
     # One program, so that the gathered weights count as its working memory and not as an argument.

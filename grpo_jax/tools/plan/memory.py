@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.learner.hyperparams import hyperparams_of
-from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.learner.logprobs import Chunks, policy_logprobs
 from grpo_jax.models.attention import KVCache
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import with_shardings
-from grpo_jax.rollout.decoding import DecodeContext, cache_sizes
+from grpo_jax.rollout.decoding import DecodeContext, EndTokens, cache_sizes
 from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.rollout.sampling import GREEDY, Sampling
 from grpo_jax.tools.plan.job import Job, mesh_of
@@ -140,7 +140,9 @@ def update_parts(job: Job) -> list[Part]:
     gradient = local_bytes(state_like(job).params)
     copies = 1 + (job.config.learner.num_microbatches > 1)
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
-    chunk = min(job.config.learner.logprob_chunk_tokens, int(sizes.P * sizes.G * sizes.T))
+    num_tokens = int(sizes.P * sizes.G * sizes.T)
+    chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
+    chunk = min(chunks.tokens, num_tokens)
     V, D = per_token(job.local_model).head_shape
     head = F32 * V * (2 * chunk + D)
     rows = job.local_batch.P * job.local_batch.G
@@ -308,7 +310,9 @@ def trace_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int
         hidden_PD, prefix = decoder.encode_prompts(tokens_PS, tokens_PS > 0)
         layers, head_VD = decoder.unstack_layers(), decoder.head_VD
         logits_PV = head_logits(hidden_PD, head_VD, decoder.logit_cap)
-        ctx = DecodeContext(decoder, layers, head_VD, prefix, logits_PV, keys_B, GREEDY, (), 0, max_completion_tokens)
+        ctx = DecodeContext(
+            decoder, layers, head_VD, prefix, logits_PV, keys_B, GREEDY, EndTokens((), 0), max_completion_tokens
+        )
         # The loop begins with shorter caches and pads them; the last size is the largest.
         return SamplerArrays(layers, prefix.cache, ctx.empty_caches(num_rows, cache_sizes(max_completion_tokens)[-1]))
 
@@ -331,7 +335,7 @@ def rollout_parts(job: Job) -> list[Part]:
     L, _, K, H, _ = arrays.prompts.k.shape
     cached = f"{len(jax.tree.leaves(arrays.prompts))} x {L} layers x {K} heads x {H} x {item} B"
     # Scores of the prompts exist before the loop, logits within it. About three copies of logits: as computed, tempered, and
-    # with the noise of the draw; two of scores: as computed and their exponentials.
+    # their exponentials; two of scores: as computed and their exponentials.
     V, N = per_token(job.local_model).head_shape[0], job.local_model.arch.num_heads
     return [
         Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{gathered:,} numbers x {item} B", gathered * item),

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from grpo_jax.tools.plan.chips import Chip
 
@@ -63,6 +63,10 @@ class Operation:
         return self.instruction.opcode == "custom-call" and any(f'"{each}' in self.instruction.rest for each in KERNELS)
 
 
+def _cycles(operation: Operation) -> float:
+    return operation.cycles
+
+
 class Schedule:
     """The text of one compiled program, parsed once."""
 
@@ -79,28 +83,32 @@ class Schedule:
                     self.entry = name
             elif name and (match := INSTRUCTION.match(line)):
                 self.computations[name].append(Instruction(*match.groups()))
+            elif name and line not in ("", "}") and self.computations[name]:
+                # A kernel's metadata has line breaks in it.
+                last = self.computations[name][-1]
+                self.computations[name][-1] = dataclasses.replace(last, rest=f"{last.rest}\n{line}")
             elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
                 table = line
             elif table and (match := re.match(r"(\d+) (.*)", line)):
                 self._tables[table][int(match[1])] = match[2]
 
-    def operations(self) -> list[Operation]:
-        """List what runs, loops and the dearest branch of each conditional opened up."""
-        return list(self._walk(self.entry, 1.0, ()))
+    def operations(self, weigh: Callable[[Operation], float] = _cycles) -> list[Operation]:
+        """List what runs, loops and one branch of each conditional opened up: the one with the largest sum of `weigh`."""
+        return list(self._walk(self.entry, 1.0, (), weigh))
 
-    def _walk(self, name: str, runs: float, loops: tuple[str, ...]) -> Iterator[Operation]:
+    def _walk(self, name: str, runs: float, loops: tuple[str, ...], weigh: Callable[[Operation], float]) -> Iterator[Operation]:
         for each in self.computations[name]:
             yield Operation(each, runs, loops)
             if each.opcode == "while":
                 body = _attribute("body", each)
-                yield from self._walk(body, runs * self.num_trips(each, name), (*loops, body))
+                yield from self._walk(body, runs * self.num_trips(each, name), (*loops, body), weigh)
             elif each.opcode == "conditional":
                 # Nobody knows which branch runs: the dearest is one that a run can reach.
                 branches = [branch.strip().lstrip("%") for group in BRANCHES.findall(each.rest) for branch in group.split(",")]
-                walks = [list(self._walk(branch, runs, loops)) for branch in branches or CALLED.findall(each.rest)]
-                yield from max(walks, key=lambda walk: (sum(op.cycles * op.runs for op in walk), len(walk)))
-            elif each.opcode == "call":
-                yield from self._walk(CALLED.findall(each.rest)[0], runs, loops)
+                walks = [list(self._walk(branch, runs, loops, weigh)) for branch in branches or CALLED.findall(each.rest)]
+                yield from max(walks, key=lambda walk: sum(weigh(op) * op.runs for op in walk))
+            elif each.opcode in ("call", "async-start"):
+                yield from self._walk(CALLED.findall(each.rest)[0], runs, loops, weigh)
 
     def num_trips(self, loop: Instruction, where: str) -> float:
         """Return how often a loop runs: from its first number, which the one before may have left, to its last.

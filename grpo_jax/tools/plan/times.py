@@ -63,7 +63,7 @@ def stages_of(job: Job, chip: Chip) -> list[Stage]:
     # Where fewer rows are live than there are completions, the loop runs as often as it takes to decode them all: each turn
     # reads the weights again, and that is the price of the smaller caches.
     turns = batch.P * batch.G / (live.P * live.G)
-    weights = per_token(model).weights * job.itemsize
+    weights = per_token(model).weights_read(batch.P * batch.S) * job.itemsize
     prompts = forward_flops(model, Sizes(batch.P, 0, batch.S, 1))  # no completions, so no head
     everything = forward_flops(model, batch)
     sent = {
@@ -217,10 +217,13 @@ def summed_widths(job: Job) -> tuple[collections.Counter[int], collections.Count
     forward: collections.Counter[int] = collections.Counter()
     backward: collections.Counter[int] = collections.Counter()
     for path, leaf in layer_matrices(job.model.param_shapes()).items():
-        spec = param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
-        _, num_out, num_in = leaf.shape
-        if "tensor" in spec[2:]:
-            forward[num_out] += 1
-        if "tensor" in spec[1:2]:
-            backward[num_in] += 1
+        spec = (*param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements), *[None] * leaf.ndim)[: leaf.ndim]
+        *stack, num_out, num_in = leaf.shape
+        copies = 1
+        if len(stack) > 1:  # a token is a row of each of its experts
+            copies = job.model.arch.experts_per_token
+        if spec[-1] == "tensor":
+            forward[num_out] += copies
+        if spec[-2] == "tensor":
+            backward[num_in] += copies
     return forward, backward

@@ -23,8 +23,9 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")  # from the eighth setting on, when the colours begin again
 INKS = {"light": "#1b1f24", "dark": "#e7ebef"}
 PAPERS = {"light": "#ffffff", "dark": "#171c23"}
-NUM_SMOOTHED = 20  # a curve of training is a running mean over a twentieth of its steps
 DPI = 110
+MANY = 3  # settings; the bands of more cannot be told apart in one panel
+ONE_COLUMN, BOTH_COLUMNS = 3.25, 6.75  # inches
 LEGEND_GAP = 0.2  # inches between columns
 PANELS = (
     ("policy/entropy", "entropy (nats)"),
@@ -38,30 +39,51 @@ PANELS = (
 
 def draw(study: Study, theme: str = "light") -> dict[str, bytes]:
     """Draw the pictures: file name -> PNG. A picture of which nothing was recorded is left out."""
-    from matplotlib import style
-
     ink = INKS[theme]
     colours: dict[str, Any] = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink
     )
     colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), PAPERS[theme])
-    layout = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+    drawn = make_figures(study, colours | {"font.size": 9})
+    return {f"{name}.png": saved(figure, "png") for name, figure in drawn.items()}
+
+
+def draw_for_papers(study: Study) -> dict[str, bytes]:
+    """Draw the pictures as vectors for a paper of two columns: file name -> PDF, as wide as one column or as both."""
+    # Type 42: a font that journals accept, and text that can be searched.
+    drawn = make_figures(study, {"font.size": 7, "lines.linewidth": 1.0, "pdf.fonttype": 42})
+    vectors = {}
+    for name, figure in drawn.items():
+        width, height = figure.get_size_inches()
+        wanted = BOTH_COLUMNS if len(figure.axes) > 1 else ONE_COLUMN
+        figure.set_size_inches(wanted, height * max(wanted / width, 0.6))
+        vectors[f"{name}.pdf"] = saved(figure, "pdf")
+    return vectors
+
+
+def make_figures(study: Study, style: dict[str, Any]) -> dict[str, Figure]:
+    """Make the figures by name, those of which something was recorded."""
+    import matplotlib.style
+
+    layout = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
     drawings: dict[str, Callable[[Study], Figure | None]] = {
-        "learning_curves.png": learning_curves,
-        "final.png": final,
-        "cost.png": cost,
-        "training.png": training,
+        "learning_curves": learning_curves,
+        "final": final,
+        "cost": cost,
+        "training": training,
     }
     # From matplotlib's own defaults, not from the user's matplotlibrc: the same runs give the same pictures everywhere.
-    with style.context(["default", colours | layout]):
+    with matplotlib.style.context(["default", layout | style]):
         figures = {name: drawing(study) for name, drawing in drawings.items()}
-        return {name: png(figure) for name, figure in figures.items() if figure is not None}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def png(figure: Figure) -> bytes:
-    """Return the figure as PNG."""
+def saved(figure: Figure, kind: str) -> bytes:
+    """Return the figure as a file of a kind, "png" or "pdf"."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=DPI, format="png")
+    # Without the date, so that the same runs give the same file.
+    metadata = {"CreationDate": None} if kind == "pdf" else None
+    figure.savefig(drawn, dpi=DPI, format=kind, metadata=metadata)
     return drawn.getvalue()
 
 
@@ -91,26 +113,53 @@ def common_curve(setting: Setting, metric: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def learning_curves(study: Study) -> Figure:
-    """Draw the mean over seeds at each evaluation, with its interval where there are not too many to be told apart."""
+    """Draw the mean over seeds at each evaluation with its interval: of more than three settings each beside the baseline."""
+    if len(study.settings) > MANY:
+        return small_multiples(study)
     figure, axes = new_figure(1, 1, size=(9.5, 4.4))
-    ax: Axes = axes[0, 0]
-    lowest, highest = limits(study.metric)
-    opacity = min(0.15, 0.3 / len(study.settings))  # where many overlap, the curves are still to be seen
     for setting in order_settings(study):
-        steps_E, values_EN = common_curve(setting, study.metric)
-        mean_E, low_E, high_E = statistics.mean_interval(values_EN)
-        look = style_of(study, setting)
-        ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
-        # Beyond seven settings colours repeat, and a band has no dashes to tell it from the other one of its colour.
-        if len(study.settings) > len(COLOURS):
-            continue
-        interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
-        ax.fill_between(steps_E, *interval, color=look["color"], alpha=opacity, linewidth=0)
-        for edge_E in interval:
-            ax.plot(steps_E, edge_E, color=look["color"], alpha=0.5, linewidth=0.6)
-    ax.set(xlabel="step", ylabel=study.metric)
+        draw_curve(axes[0, 0], study, setting, style_of(study, setting))
+    axes[0, 0].set(xlabel="step", ylabel=study.metric)
     add_legend(figure)
     return figure
+
+
+def small_multiples(study: Study) -> Figure:
+    """Draw a panel for each setting, with the baseline behind it: five bands over each other tell nothing apart."""
+    others = [each for each in order_settings(study) if each is not study.baseline]
+    num_columns = min(4, len(others))
+    num_rows = -(-len(others) // num_columns)
+    figure, axes = new_figure(num_rows, num_columns, size=(9.5, 0.6 + 2.3 * num_rows))
+    lowest = min(draw_panel(ax, study, setting) for ax, setting in zip(axes.flat, others, strict=False))
+    for ax in axes.flat[len(others) :]:
+        ax.set_axis_off()
+    for ax in axes.flat[: len(others)]:
+        ax.set_ylim(bottom=lowest)
+        ax.set_xlabel("step")
+    for row in axes:
+        row[0].set_ylabel(study.metric)
+    add_legend(figure)
+    return figure
+
+
+def draw_panel(ax: Axes, study: Study, setting: Setting) -> float:
+    """Draw one setting and the baseline; -> the lowest y that is shown."""
+    grey = {"color": "#8c8c8c", "linestyle": "-", "marker": ""}
+    draw_curve(ax, study, study.baseline, grey)
+    draw_curve(ax, study, setting, style_of(study, setting))
+    return ax.get_ylim()[0]
+
+
+def draw_curve(ax: Axes, study: Study, setting: Setting, look: dict[str, Any]) -> None:
+    """Draw a setting's mean over seeds and its interval."""
+    lowest, highest = limits(study.metric)
+    steps_E, values_EN = common_curve(setting, study.metric)
+    mean_E, low_E, high_E = statistics.mean_interval(values_EN)
+    ax.plot(steps_E, mean_E, **look, markersize=4, linewidth=1.5, label=setting.name)
+    interval = np.maximum(low_E, lowest), np.minimum(high_E, highest)
+    ax.fill_between(steps_E, *interval, color=look["color"], alpha=0.15, linewidth=0)
+    for edge_E in interval:
+        ax.plot(steps_E, edge_E, color=look["color"], alpha=0.5, linewidth=0.6)
 
 
 def final(study: Study) -> Figure:
@@ -188,10 +237,15 @@ def training(study: Study) -> Figure | None:
         ax.set_axis_off()
     for ax, (label, curves) in zip(axes.flat, panels, strict=False):
         for setting, steps_E, values_EN in curves:
-            window = max(1, len(steps_E) // NUM_SMOOTHED)
+            window = statistics.smoothing_window(len(steps_E))
             look = style_of(study, setting) | {"marker": ""}
             # The steps are averaged like the values: each mean is drawn in the middle of its window, and none runs ahead.
-            ax.plot(running_mean(steps_E, window), running_mean(values_EN.mean(-1), window), **look, label=setting.name)
+            ax.plot(
+                statistics.running_mean(steps_E, window),
+                statistics.running_mean(values_EN.mean(-1), window),
+                **look,
+                label=setting.name,
+            )
         ax.set_title(label, fontsize=9, loc="left")
         ax.set_xlabel("step")
     add_legend(figure)
@@ -213,11 +267,6 @@ def add_legend(figure: Figure) -> None:
     single.remove()
     legend = above(min(len(named), max(1, int(figure.bbox.width / widest))))
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
-
-
-def running_mean(values_E: np.ndarray, window: int) -> np.ndarray:
-    """Return float64 [E - window + 1], means of `window` neighbours; none reaches over the ends."""
-    return np.convolve(values_E, np.full(window, 1 / window), mode="valid")
 
 
 def order_settings(study: Study) -> list[Setting]:

@@ -36,6 +36,9 @@ def write(study: Study, out: pathlib.Path, command: str) -> None:
     # of each name is enough there.
     for name, drawn in light.items():
         (out / name).write_bytes(drawn)
+    (out / "paper").mkdir(exist_ok=True)
+    for name, drawn in figures.draw_for_papers(study).items():
+        (out / "paper" / name).write_bytes(drawn)
     for name, each in texts.items():
         write_atomically(out / name, each)
     hparams.write(study, out / "tensorboard")

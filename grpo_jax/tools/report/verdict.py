@@ -12,13 +12,19 @@ from grpo_jax.analysis import statistics
 from grpo_jax.analysis.estimates import Estimate
 from grpo_jax.analysis.statistics import Paired
 from grpo_jax.tools.report.analysis import Comparison, Setting, Study
+from grpo_jax.tools.report.runs import differing_fields
 
+EVALUATED = ("eval.num_prompts", "reward.task", "objective.success_threshold")  # beside those of task
 UNBEGUN = ("waiting", "running")  # reasons for leaving out a run that say nothing bad of its setting
 
 
 def verdict(study: Study) -> list[str]:
     """Write the sentences at the top of the report: the best first, then each setting against the baseline."""
     sentences = [describe_best(study), *(describe_comparison(each, study.num_tests) for each in study.comparisons)]
+    others = differing_questions(study)
+    if others:
+        differ = f"Careful: the settings differ in what is evaluated ({', '.join(others)})"
+        sentences.insert(0, f"{differ}, so their numbers are of different questions.")
     broken = [each.name for each in study.left_out if each.reason not in UNBEGUN]
     if broken:
         listed = ", ".join(f"{broken.count(name)} of {name}" for name in dict.fromkeys(broken))
@@ -29,14 +35,21 @@ def verdict(study: Study) -> list[str]:
     return sentences
 
 
+def differing_questions(study: Study) -> list[str]:
+    """List the fields that decide what is evaluated, and are not the same in all settings."""
+    fields = differing_fields([run for setting in study.settings for run in setting.runs])
+    return [field for field in fields if field.startswith("task.") or field in EVALUATED]
+
+
 def describe_best(study: Study) -> str:
     """Name the setting with the highest mean, and say if it is told apart from the second."""
     if study.top_two is None:
         return f"There is one setting only, {study.baseline.name}: nothing to compare it with."
     (first, second), comparison = study.settings[:2], study.top_two
-    if first.mean.value == second.mean.value:
-        shared = f"{first.name} and {second.name} share the highest mean, {format_number(first.mean.value)}"
-        return f"No setting is shown to be the best: {shared}."
+    tied = [each.name for each in study.settings if each.mean.value == first.mean.value]
+    if len(tied) > 1:
+        names = f"{', '.join(tied[:-1])} and {tied[-1]}"
+        return f"No setting is shown to be the best: {names} share the highest mean, {format_number(first.mean.value)}."
     result = comparison.result
     # The first is ahead by its mean over all of its seeds, the test is on common seeds. Where a setting has more seeds than the
     # other these can point different ways, and a small p then speaks against the first.

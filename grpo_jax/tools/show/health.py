@@ -16,6 +16,9 @@ ENOUGH_STEPS = 20  # fewer say nothing about a trend
 LIGHTS = ("bad", "warn", "good", "none")  # the order in which they are shown
 
 
+Text = str | Callable[[Config], str]  # words of a rule, some of which depend on the config
+
+
 @dataclasses.dataclass(frozen=True)
 class Check:
     """Outcome of a rule on a run, as the page shows it. light: one of LIGHTS."""
@@ -41,8 +44,8 @@ class Rule:
     warn: float
     bad: float
     good: str
-    advice: str
-    absent: str
+    advice: Text
+    absent: Text
     applies: Callable[[Config], bool] = lambda config: True
 
 
@@ -63,7 +66,7 @@ def apply_rule(rule: Rule, config: Config, records: Sequence[Record]) -> Check:
     """
     value = rule.measure(config, records)
     if value is None:
-        return Check(rule.title, "-", "none", rule.absent)
+        return Check(rule.title, "-", "none", said(rule.absent, config))
 
     # A threshold of 0 has to work both ways: no error at all is not past 0, but a success of exactly 0 is.
     def is_past(limit: float) -> bool:
@@ -72,9 +75,9 @@ def apply_rule(rule: Rule, config: Config, records: Sequence[Record]) -> Check:
     text = rule.form.format(value)
     # bad first: what is past it is past warn as well.
     if is_past(rule.bad):
-        return Check(rule.title, text, "bad", rule.advice)
+        return Check(rule.title, text, "bad", said(rule.advice, config))
     if is_past(rule.warn):
-        return Check(rule.title, text, "warn", rule.advice)
+        return Check(rule.title, text, "warn", said(rule.advice, config))
     return Check(rule.title, text, "good", rule.good)
 
 
@@ -176,6 +179,28 @@ def count_broken_steps(config: Config, records: Sequence[Record]) -> float | Non
 
 # -------------------------------------------------------------------------------------------------------------- table
 
+
+def advise_on_silent_groups(config: Config) -> str:
+    """Say what to do about groups of equal rewards, by what is done already."""
+    if config.dynamic_sampling.enabled:
+        return (
+            "Most sampled groups have equal rewards and are thrown away: try prompts neither easy nor hard, or larger groups."
+        )
+    return "Most groups have equal rewards: prompts are too easy or too hard; try others, larger groups, dynamic_sampling."
+
+
+def explain_no_activity(config: Config) -> str:
+    """Say why a variant's advantage cannot be compared with GRPO's."""
+    if config.objective.advantage == "group_norm":
+        return "This variant takes GRPO's advantage and differs in clipping, averaging or sampling."
+    return NOT_YET
+
+
+def said(text: Text, config: Config) -> str:
+    """Return a rule's words for a config."""
+    return text if isinstance(text, str) else text(config)
+
+
 PERCENT, NATS, NUMBER, CHANGE, COUNT = "{:.1%}", "{:.2g} nats", "{:.2f}", "{:+.3f}", "{:.0f}"
 NOT_YET = "Not recorded, or not yet."
 FAR = "so the policy moves far within one batch: lower optimizer.learning_rate, or use fewer epochs and minibatches."
@@ -185,7 +210,7 @@ RULES: tuple[Rule, ...] = (
         "The variant is active", variant_activity, PERCENT, "low", 0.5, 0.05,
         good="Most tokens that are learnt from get another advantage than plain GRPO would give them.",
         advice="Few tokens get another advantage than GRPO's, so this run mostly tests GRPO: check objective.entropy_weight.",
-        absent="This variant takes GRPO's advantage and differs in clipping, averaging or sampling; or nothing is recorded.",
+        absent=explain_no_activity,
     ),
     Rule(
         "Credit follows success", credit_follows_success, NUMBER, "low", 0.1, 0.0,
@@ -214,7 +239,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "Groups that say nothing", late_mean("groups/uninformative"), PERCENT, "high", 0.5, 0.8,
         good="Most groups have both better and worse completions to learn from.",
-        advice="Most groups have equal rewards: prompts are too easy or too hard; try others, larger groups, dynamic_sampling.",
+        advice=advise_on_silent_groups,
         absent=NOT_YET,
     ),
     Rule(

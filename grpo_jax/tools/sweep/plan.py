@@ -24,6 +24,7 @@ class Sweep:
     scale: str
     configs: tuple[str, ...]
     sets: dict[str, Mapping[str, Any]]
+    more_sets: dict[str, Mapping[str, Mapping[str, Any]]]
     seeds: tuple[int, ...]
     num_processes: int
     cohort_size: int
@@ -35,16 +36,23 @@ class Sweep:
         for field in ("configs", "sets", "seeds"):
             if not getattr(sweep, field):
                 raise UserError(f"config.{field} is empty: a sweep needs at least one")
+        other = next((file for file in sweep.more_sets if file not in sweep.configs), None)
+        if other is not None:
+            raise UserError(f"config.more_sets: {other!r} is not among config.configs = {sweep.configs}")
         for field in ("num_processes", "cohort_size"):
             if getattr(sweep, field) < 0:
                 raise UserError(f"config.{field} = {getattr(sweep, field)}: must be at least 0")
         return sweep
 
+    def sets_of(self, file: str) -> Mapping[str, Mapping[str, Any]]:
+        """Return the sets of one config: those of all, and its own."""
+        return {**self.sets, **self.more_sets.get(file, {})}
+
 
 def too_few_seeds(sweep: Sweep) -> str | None:
     """Write a warning for a sweep of which no report could show a difference; None: there are seeds enough for one."""
     # A note and no error: a sweep of one seed is a fair way to try a config, as long as nobody compares what it gives.
-    num_settings = len(sweep.configs) * len(sweep.sets)
+    num_settings = sum(len(sweep.sets_of(file)) for file in sweep.configs)
     if num_settings < 2:
         return None
     least = statistics.fewest_seeds(num_settings - 1)  # each against the baseline, at the least
@@ -75,7 +83,7 @@ def expand(sweep: Sweep, everywhere: Mapping[str, Any]) -> list[RunSpec]:
     """
     specs = []
     for file in sweep.configs:
-        for label, settings in sweep.sets.items():
+        for label, settings in sweep.sets_of(file).items():
             variant = pathlib.Path(file).stem
             # A label may hold anything; a folder's name may not.
             name = "-".join(filter(None, (variant, re.sub(r"[^\w.,=+-]", "_", label))))

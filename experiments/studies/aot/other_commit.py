@@ -1,0 +1,51 @@
+"""Compile the programs of another commit, which cannot do it by itself, for a TPU that is not here.
+
+    python experiments/studies/aot/other_commit.py CHECKOUT OUT v5e 2x2 --config=configs/dapo.py:smollm2 --shape=qwen2.5-0.5b
+
+CHECKOUT is a clone at that commit; all that is imported comes from there. Writes OUT.update and OUT.rollout (text) and OUT.json
+(bytes of a device, seconds to compile); `read.py` says the rest. Nothing is run: all that follows is an estimate.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+
+def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None:
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    sys.path[0] = checkout
+
+    import jax
+    from absl import flags
+    from jax.experimental import topologies
+    from jax.sharding import AxisType
+
+    from grpo_jax.parallel.sharding import AXES
+    from grpo_jax.tools import cli
+    from grpo_jax.tools.plan import command, compiled, job
+
+    flags.FLAGS(["other_commit", *given])
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}").devices
+    planned = job.make_job(cli.config_from_flags(), command.SHAPE.value, command.PROMPT_TOKENS.value, len(devices))
+    sizes = tuple(planned.mesh.shape[axis] for axis in AXES)
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    compiled.make_mesh = lambda _: mesh
+    found = {}
+    for name in ("update", "rollout"):
+        began = time.perf_counter()
+        program = getattr(compiled, f"compile_{name}")(planned)
+        memory = program.memory_analysis()
+        pathlib.Path(f"{out}.{name}").write_text(program.as_text(), encoding="utf-8")
+        found[name] = {
+            "compile_secs": time.perf_counter() - began,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+    pathlib.Path(f"{out}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Change one or two settings by chance, to anything at all, and run one step: python -m tests.campaigns.config --num=1000
+
+Good is a step whose numbers are all finite, or one line. A part of the changes is refused before anything is compiled;
+--only_parse does no more than that.
+"""
+
+import argparse
+import math
+import pathlib
+import random
+import subprocess
+import tempfile
+import traceback
+
+from grpo_jax.config import Config, parse_config
+from grpo_jax.errors import UserError
+from grpo_jax.knobs import walk
+from tests import programs, tiny
+from tests.campaigns.common import SMALL, Tally
+
+FLOATS = (0.0, -0.0, 1e-45, 1e-30, 1e-8, 0.5, 1.0, 2.0, -1.0, 1e6, 1e30, 1e39, 1e300, math.inf, -math.inf, math.nan)
+INTEGERS = (0, 1, 2, 3, 7, 64, 1000, -1, -(2**31), 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 10**30)
+TEXTS = ("", "x", "\x00", "\ud800", "../..", "a" * 20_000, "learner", "bfloat16", "[/x]", "\x1b[31m", "all-linear")
+TIME_LIMIT_SECS = 300
+
+
+def values_for(value):
+    """Values of the field's kind, likely and unlikely, and of other kinds."""
+    if isinstance(value, bool):
+        return (True, False)
+    if isinstance(value, int):
+        return INTEGERS
+    if isinstance(value, float):
+        return (*FLOATS, *INTEGERS)
+    if isinstance(value, tuple):
+        return ((), ("x",), ("q_proj",), ("\x00",), (1.0,))
+    if isinstance(value, str):
+        return TEXTS
+    return (None, *FLOATS, *INTEGERS)
+
+
+def draw(chance: random.Random):
+    """-> {field: value} of one or two changes."""
+    fields = list(walk(Config()))
+    chosen = chance.sample(fields, chance.choice((1, 1, 2)))
+    return {name: chance.choice(values_for(value)) for name, value, _ in chosen}
+
+
+def parse(changes) -> Config:
+    """Raises UserError."""
+    values = tiny.config_of("dapo", {**SMALL, "num_steps": 1, "eval_every": 0}).to_dict()
+    for name, value in changes.items():
+        *groups, last = name.split(".")
+        inner = values
+        for group in groups:
+            inner = inner[group]
+        inner[last] = value
+    return parse_config(values)
+
+
+def run_one_step(config: Config, folder: pathlib.Path) -> tuple[str, str]:
+    """Run a config that was accepted, by the command line; -> (one of KINDS, what was said)."""
+    flags = [
+        f"--config.{name}={value!r}" if isinstance(value, tuple) else f"--config.{name}={value}"
+        for name, value, _ in walk(config)
+    ]
+    process = programs.start("experiments.train", "--config=configs/dapo.py:runlocal", f"--workdir={folder}", *flags)
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT_SECS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "silent", f"it did not end within {TIME_LIMIT_SECS} s"
+    if "Traceback" in output:
+        return "traceback", output.strip().splitlines()[-1]
+    if process.returncode:
+        return "clear line" if "error: " in output else "silent", output
+    numbers = [value for record in programs.records(folder) for value in record.values()]
+    return ("harmless" if all(map(math.isfinite, numbers)) else "silent"), f"not finite: {numbers}"
+
+
+def campaign(num: int, seed: int, folder: pathlib.Path, *, only_parse: bool = False) -> Tally:
+    """Do `num` changes."""
+    chance, tally = random.Random(seed), Tally("config")
+    for number in range(num):
+        changes = draw(chance)
+        try:
+            config = parse(changes)
+        except UserError as error:
+            kind, said = ("clear line" if "\n" not in str(error) else "silent"), str(error)
+        except Exception:
+            kind, said = "traceback", traceback.format_exc().strip().splitlines()[-1]
+        else:
+            kind, said = ("harmless", "") if only_parse else run_one_step(config, folder / str(number))
+        tally.add(kind, str(changes)[:300], said)
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only_parse", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = campaign(args.num, args.seed, pathlib.Path(folder), only_parse=args.only_parse)
+    tally.show()
+    raise SystemExit(not tally.is_good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Signals: the first one lets the loop save, a second Ctrl-C ends at once, and what was ignored stays ignored."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from grpo_jax.training.signals import StopSignal
+
+PROGRAM = """
+import os, signal, time
+from grpo_jax.training.signals import StopSignal
+with StopSignal() as stop:
+    stop.doing = "step 7"
+    os.kill(os.getpid(), signal.{first})
+    assert stop.is_set
+    print("noted", flush=True)
+    os.kill(os.getpid(), signal.{second})
+    time.sleep(0.1)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_is_taken_note_of_and_says_what_is_waited_for(capfd, number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        stop.doing = "step 41 is scored"
+        assert not stop.is_set
+        os.kill(os.getpid(), number)
+        assert stop.is_set
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: saves and ends after step 41 is scored; Ctrl-C from now on ends at once" in capfd.readouterr().err
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "printed"),
+    [("SIGINT", "SIGINT", -signal.SIGINT, "noted\n"), ("SIGTERM", "SIGTERM", 0, "noted\nwent on\n")],
+)
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first, second, status, printed):
+    command = [sys.executable, "-c", PROGRAM.format(first=first, second=second)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, printed), done.stderr
