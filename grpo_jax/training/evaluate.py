@@ -20,7 +20,8 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
 from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
-from grpo_jax.types import Params, Rollout
+from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, with_prompt_width
+from grpo_jax.types import Params, Prompts, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
 
@@ -52,6 +53,9 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     # The last batch is filled up with repeats of the last prompt; `answer` drops them before anything is averaged.
     shards = num_row_shards(mesh)
     width = -(-min(config.eval.batch_size, num) // shards) * shards
+    buckets = prompt_buckets(config, prompts.tokens_PS.shape[1])
+    if task.is_traceable:
+        buckets = buckets[-1:]  # few tokens, and the training's programs have this width
     n = config.eval.num_samples
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
     ends = end_tokens(task)
@@ -64,7 +68,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
             # The step is in no key: evaluations along a run draw with the same noise, so that their differences are the
             # policy's.
             rows = np.minimum(np.arange(start, start + width), num - 1)
-            batch = hosts.make_global_batch(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
+            batch = take_rows(prompts, rows, buckets)
+            batch = hosts.make_global_batch(lambda i, n, batch=batch: jax.tree.map(lambda x: x[i : i + n], batch), width, mesh)
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
             batches.append(score(rolled))
         return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
@@ -90,6 +95,18 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+def take_rows(prompts: Prompts, rows: np.ndarray, buckets: tuple[int, ...]) -> Prompts:
+    """Take a batch of prompts, at the width of its bucket.
+
+    Args:
+      prompts: numpy arrays of all. rows: of the batch.
+      buckets: from `prompt_buckets`.
+    Returns: numpy arrays.
+    """
+    batch = jax.tree.map(lambda x: x[rows], prompts)
+    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(longest_prompt(batch.mask_PS.any(0)), buckets)))
 
 
 @functools.lru_cache(maxsize=16)
