@@ -390,7 +390,7 @@ BUGS = [
     (
         "the batch sampled ahead is never taken",
         "grpo_jax/training/iteration.py",
-        '"pending": seen.pending, "next_batch": batch}',
+        '"pending": seen.pending, "next_batch": ahead}',
         '"pending": seen.pending}',
         "tests/test_host_training.py -k scored_while",
     ),
