@@ -228,10 +228,10 @@ BUGS = [
     ),
     (
         "a list of candidates is paid for",
-        "grpo_jax/rewards/scorers/math_answer.py",
-        "if num_given > 1:",
-        "if num_given > 99:",
-        "tests/test_equality.py -k say_18",
+        "grpo_jax/rewards/scorers/answers.py",
+        "for _ in range(9):",
+        "for _ in range(0):",
+        "tests/test_answers.py -k final_answer",
     ),
     (
         "what the prompt opened is forgotten",

@@ -11,7 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed, without_tags
+from grpo_jax.rewards.scorers.normal_form import (
+    as_words,
+    ascii_signs,
+    normalise_answer,
+    text_of_number,
+    undressed,
+    without_tags,
+)
 from grpo_jax.rewards.scorers.quantities import read_quantity
 
 REASONING_TAGS = ("<think>", "</think>")
@@ -105,7 +112,10 @@ def whole_text(completion: str, item: Mapping[str, Any]) -> str:
 def acceptable_answers(item: Mapping[str, Any]) -> tuple[str, ...]:
     """List the row's answers; of several each is right."""
     answer = item["answer"]
-    return (answer,) if isinstance(answer, str) else tuple(map(str, answer if isinstance(answer, list | tuple) else (answer,)))
+    if isinstance(answer, str):
+        return (answer,)
+    answers = answer if isinstance(answer, list | tuple) else (answer,)
+    return tuple(text_of_number(each) if isinstance(each, float) else str(each) for each in answers)
 
 
 def final_answer(text: str, tags: Sequence[str] = REASONING_TAGS) -> str:
