@@ -19,6 +19,31 @@ from grpo_jax.tasks.questions import question_of
 
 # (the data's answer, a completion, what math_verify says)
 ROWS = [
+    # where the answer may stand
+    ("42", "Six times seven, so the answer is \\boxed{42}.", 1),
+    ("42", "6 * 7 = 42", 1),
+    ("42", "It is $42$, not 43... no: \\boxed{43}", 0),
+    ("42", "so\n#### 42", 1),
+    ("42", "", 0),
+    ("42", "no idea", 0),
+    ("1,234", "The total is 1234 dollars", 1),
+    ("\\frac{1}{2}", "\\boxed{0.5}", 1),
+    ("\\frac{1}{2}", "$\\frac{2}{4}$", 1),
+    ("$\\frac{1}{2}$", "\\boxed{\\frac{1}{3}}", 0),
+    ("x^2 + 1", "\\boxed{1 + x^2}", 1),
+    ("(1, 2)", "\\boxed{(1,2)}", 1),
+    ("(1, 2)", "\\boxed{(2,1)}", 0),
+    ("\\boxed{7}", "\\boxed{7}", 1),
+    ("Paris", " Paris\n", 1),
+    ("Paris", "London", 0),
+    ("42", "<think>41?</think><answer>42</answer>", 1),
+    ("42", "<answer>41</answer> 42", 0),
+    ("42", "<answer>42 apples</answer> 7", 1),
+    ("1/2", "<answer>\\frac{2}{4}</answer>", 1),
+    ("x^2+1", "<answer>1 + x^2</answer>", 1),
+    ("1", "<answer>x+1</answer>", 0),
+    ("1/3", "\\boxed{0.333333}", 1),
+    ("1000", "<answer>$1,000</answer>", 1),
     # words are no products of letters
     ("listen", r"\boxed{silent}", 0),
     ("ab", r"\boxed{ba}", 0),
