@@ -173,6 +173,8 @@ def test_the_answer_of_a_long_text_is_found(unit: str) -> None:
     text = unit * (2**16 // len(unit))
     assert isinstance(final_answer(text), str)
     assert isinstance(normalise_answer(text), str)
+    nested = unit * 2**13 + "}" * 2**13
+    assert isinstance(is_equal("1", nested), bool)
     assert isinstance(is_equal("1", text), bool) and isinstance(is_equal(text[: 2**14], text), bool)
 
 
