@@ -253,7 +253,7 @@ def _integer(file: Path, config: Settings, key: str, default: int | None = None)
 
 def _number(file: Path, config: Settings, key: str, default: float | None = None) -> float:
     """Read a finite number above 0."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None:
         value = default
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
