@@ -410,6 +410,13 @@ def test_no_source_trains_on_what_another_holds_out(tmp_path: Path) -> None:
     assert {*train, *held_out} == {f"What is {i} + 1?" for i in range(50)}
 
 
+def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+    a, b = write_lines(tmp_path / "a", sums(range(30))), write_lines(tmp_path / "b", sums(range(3)))
+    members = [{"name": "jsonl", "jsonl": {"path": str(path)}} for path in (a, b)]
+    with pytest.raises(UserError, match=r"no training question of 'source 2' is left: .*lower config\.eval\.num_prompts"):
+        task_of("mixture", mixture=json.dumps(members), eval__num_prompts=6)
+
+
 def test_what_a_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:
     rows = [*sums(range(3)), {"prompt": "caf\u00e9", "answer": 1}]
     path = write_lines(tmp_path / "a.jsonl", rows)

@@ -262,6 +262,12 @@ class RolloutConfig:
     forced_prefix_ids: tuple[int, ...] = knob((), "tokens that every completion begins with; they carry no gradient")
     stop: tuple[str, ...] = knob((), "texts that end a completion; rewards see what is before them")
     stop_ids: tuple[int, ...] = knob((), "tokens that end a completion, beside the model's end tokens")
+    prompt_bucket_tokens: int = knob(
+        64,
+        "a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only",
+        unit="tokens",
+        at_least=0,
+    )
     max_live_sequences: int = knob(
         0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0
     )

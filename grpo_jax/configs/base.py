@@ -155,6 +155,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.forced_prefix_ids = ()  # tokens that every completion begins with; they carry no gradient
     config.rollout.stop = ()  # texts that end a completion; rewards see what is before them
     config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
+    # a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only
+    config.rollout.prompt_bucket_tokens = 64
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()

@@ -200,7 +200,10 @@ def training_order(streams: Sequence[str], weights: Mapping[str, float], seed: i
     for number, name in enumerate(weights):
         rows = [row for row, stream in enumerate(streams) if stream == name]
         if not rows:
-            raise UserError(f"config.task.max_prompt_tokens: no training prompt of {name!r} is that short; raise it")
+            raise UserError(
+                f"no training question of {name!r} is left: raise config.task.max_prompt_tokens, "
+                "or lower config.eval.num_prompts"
+            )
         order = grain.MapDataset.source(rows)
         if shuffle:
             # One seed more for each stream: streams of equal size would else be shuffled alike, side by side.
