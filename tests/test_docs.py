@@ -116,7 +116,8 @@ def test_the_generated_tables_are_current(page):
     lines = variants_table.lines_between((ROOT / page).read_text(), page)
     wanted = variants_table.TABLES[page](ROOT)
     assert lines == [line for line in wanted if line in lines], "run python -m experiments.variants_table --write"
-    titles = [entry.title for name, entry in objectives.ENTRIES.items() if name in AS_PUBLISHED]
+    names = variants_table.README_VARIANTS if page == "README.md" else AS_PUBLISHED
+    titles = [entry.title for name, entry in objectives.ENTRIES.items() if name in names]
     assert all(any(title in line for line in lines) for title in titles) and len(lines) >= 2 + len(titles)
 
 
