@@ -35,7 +35,7 @@ ARCH = dataclasses.replace(
     tiny.LLAMA, dim=16, num_layers=MAX_UNROLLED + 1, vocab_size=28, head_dim=6, ffn_dim=40, qk_norm=True, qkv_bias=True
 )
 EXPERTS = dataclasses.replace(
-    ARCH, num_layers=2, ffn_dim=10, qkv_bias=False, mlp="experts", num_experts=4, experts_per_token=2, is_router_normalised=True
+    ARCH, num_layers=1, ffn_dim=10, qkv_bias=False, mlp="experts", num_experts=4, experts_per_token=2, is_router_normalised=True
 )
 SHALLOW = dataclasses.replace(ARCH, num_layers=2)
 MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}

@@ -201,7 +201,7 @@ def test_the_page_lists_every_family():
     assert [kind for kind in [*FAMILIES, *TEXT_OF] if rows.count(f"`{kind}`") != 1] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "smollm3", "olmo3", "qwen3_moe"])  # every way of reading
 @pytest.mark.slow
 def test_a_setting_that_changes_nothing_here_changes_nothing_there(folder, family):
     refused, without_effect, effective = compare(folder, family, is_numeric=False)

@@ -324,7 +324,7 @@ def _text_part(config: dict[str, Any], part: TextPart) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         shared, of_whole = ({key: config[key] for key in keys if config.get(key) is not None} for keys in (SHARED, OF_WHOLE))
         config = {**shared, **config["text_config"], **of_whole}
-    config = {key: value for key, value in config.items() if key not in part.left_out} | part.settings
+    config = {**{key: value for key, value in config.items() if key not in part.left_out}, **part.settings}
     if config.get("model_type") in CLASSES:
         config["architectures"] = [CLASSES[config["model_type"]]]
     # Time, height and width of an image turn channels of their own. A text's tokens are at one place on all three: the plain

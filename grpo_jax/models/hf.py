@@ -105,7 +105,10 @@ def _check_finite(folder: Path, slots: list[Slot], leaves: list[jax.Array]) -> N
     if found:
         (key, *_), place = found[0]
         slot = slots[key.idx]
-        name = slot.names[place] if slot.is_stacked else f"{slot.names[0]} (at index {place})"
+        name = f"{slot.names[0]} (at index {place})"
+        if slot.is_stacked:
+            per_layer = len(slot.names) // slot.stack[0]  # of experts several
+            name = slot.names[place * per_layer] + " (or of another expert there)" * (per_layer > 1)
         raise UserError(f"{folder}: tensor {name} holds NaN or infinity{_and_more(found)}; fetch or export it again")
 
 

@@ -46,7 +46,8 @@ def rotary_settings(file: Path, config: Settings, has_local_rope: bool) -> tuple
         raise UserError(f"{file}: {key}: this family has two rotary embeddings, under {' and '.join(KINDS)}; here is one")
     if is_nested and given.get("truncate") is not None:
         raise unsupported(file, f"{key}.truncate", given["truncate"], "absent")
-    return key, *(_object(file, f"{key}.{kind}", given.get(kind) or {}) for kind in KINDS)
+    of_all, of_local = (_object(file, f"{key}.{kind}", given.get(kind) or {}) for kind in KINDS)
+    return key, of_all, of_local
 
 
 def _object(file: Path, key: str, value: Any) -> Settings:

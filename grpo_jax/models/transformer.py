@@ -323,7 +323,7 @@ class Decoder(nnx.Module):
             x_PSD, x_BTD = x
             x_PSD, kv, chosen_PSk = block(x_PSD, select_view(prompt_views, is_local))
             x_BTD, _, chosen_BTk = block(x_BTD, select_view(views, is_local), kv)
-            if chosen_PSk is None:
+            if chosen_PSk is None or chosen_BTk is None:
                 return (x_PSD, x_BTD), None
             E = self.arch.num_experts
             load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
