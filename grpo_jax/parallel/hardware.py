@@ -37,7 +37,7 @@ def hardware_of(mesh: Mesh) -> Hardware | None:
 
 def platform_of(mesh: Mesh) -> str:
     """Return "cpu", "gpu" or "tpu"."""
-    platform = mesh.devices.flat[0].platform
+    platform = str(mesh.devices.flat[0].platform)
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
