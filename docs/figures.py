@@ -1,4 +1,7 @@
-"""Draws docs/advantages.png, what each variant makes of the guide's one group: python -m docs.figures"""
+"""Draws what variants make of the guide's one group, advantages.png of the guide and one_group.png of the README:
+
+python -m docs.figures
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import pathlib
 
 from grpo_jax.tools.advantages import EXAMPLE, FIVE, draw
 
-DRAWN = (*FIVE, "gspo")  # the variants that the guide treats at length
+DRAWN = {
+    "advantages.png": (*FIVE, "gspo"),  # the variants that the guide treats at length
+    "one_group.png": ("grpo", "gtpo"),
+}
 
 if __name__ == "__main__":
-    (pathlib.Path(__file__).parent / "advantages.png").write_bytes(draw(EXAMPLE, DRAWN))
+    for name, variants in DRAWN.items():
+        (pathlib.Path(__file__).parent / name).write_bytes(draw(EXAMPLE, variants))

@@ -81,9 +81,9 @@ BUGS = [
     ),
     (
         "importance of the sampler not truncated",
-        "grpo_jax/learner/train_step.py",
-        "jnp.minimum(target.importance_PGT, cap), target",
-        "target.importance_PGT, target",
+        f"{OBJECTIVES}/ratios.py",
+        "return jnp.clip(ratio, low, high)",
+        "return jnp.maximum(ratio, low)",
         "tests/test_train_step.py -k truncated_importance",
     ),
     (
@@ -211,6 +211,41 @@ BUGS = [
         "_weighted_sum(self._task, scores)",
         "_weighted_sum((*self._task, *self._shaping), scores)",
         "tests/test_reward_function.py -k scored_apart",
+    ),
+    (
+        "reasoning that was cut off has an answer",
+        "grpo_jax/rewards/scorers/answers.py",
+        "return None if opening in behind else behind",
+        "return behind",
+        "tests/test_answers.py -k behind_the_reasoning",
+    ),
+    (
+        "words are mathematics",
+        "grpo_jax/rewards/scorers/formulas.py",
+        "return all(_is_variables(word, has_signs) for word in words)",
+        "return True",
+        "tests/test_equality.py -k no_arithmetic",
+    ),
+    (
+        "thousands separators leave tuples too",
+        "grpo_jax/rewards/scorers/normal_form.py",
+        "if depth or not text:",
+        "if not text:",
+        "tests/test_equality.py -k thousands",
+    ),
+    (
+        "a list of candidates is paid for",
+        "grpo_jax/rewards/scorers/answers.py",
+        "for _ in range(9):",
+        "for _ in range(0):",
+        "tests/test_answers.py -k final_answer",
+    ),
+    (
+        "what the prompt opened is forgotten",
+        "grpo_jax/rewards/scorers/answers.py",
+        """return f"{item.get('prompt_opens') or ''}{completion}\"""",
+        """return completion""",
+        "tests/test_parts.py -k prompt_opened",
     ),
     (
         "copies of held-out questions are trained on",
@@ -390,7 +425,7 @@ BUGS = [
     (
         "the batch sampled ahead is never taken",
         "grpo_jax/training/iteration.py",
-        '"pending": seen.pending, "next_batch": batch}',
+        '"pending": seen.pending, "next_batch": ahead}',
         '"pending": seen.pending}',
         "tests/test_host_training.py -k scored_while",
     ),

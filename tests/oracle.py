@@ -11,8 +11,8 @@ import numpy as np
 MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp; a clamped one has no gradient
 
 
-def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=None):
-    """float64[B, T], 0 where masked."""
+def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=None, logp_BT=None, parts_BK=None):
+    """float64[B, T], 0 where masked and where a filter drops."""
     rewards_B = np.asarray(rewards_B, np.float64)
     task_rewards_B = rewards_B if task_rewards_B is None else np.asarray(task_rewards_B, np.float64)
     is_active_BT = np.asarray(mask_BT) > 0
@@ -21,9 +21,67 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
     groups = [[i for i in range(start, start + group_size) if is_active_BT[i].any()] for start in starts]
     plus = {i for rows in groups for i in rows if task_rewards_B[i] >= threshold}
 
+    if obj.row_filter != "all":
+        groups = [_kept_rows(obj, rows, rewards_B, is_active_BT) for rows in groups]
+        kept = [i in {k for rows in groups for k in rows} for i in range(len(rewards_B))]
+        is_active_BT = is_active_BT & np.array(kept)[:, None]
     if obj.advantage in OF_A_GROUP:
-        return _by_group(OF_A_GROUP[obj.advantage], obj, rewards_B, is_active_BT, groups)
-    return OF_A_BATCH[obj.advantage](obj, rewards_B, is_active_BT, entropy_BT, groups, plus)
+        adv_BT = _by_group(OF_A_GROUP[obj.advantage], obj, rewards_B, is_active_BT, groups)
+    elif obj.advantage == "reward_parts":
+        adv_BT = _reward_parts(obj, rewards_B[:, None] if parts_BK is None else parts_BK, is_active_BT, groups)
+    else:
+        adv_BT = OF_A_BATCH[obj.advantage](obj, rewards_B, is_active_BT, entropy_BT, groups, plus)
+    if obj.token_filter == "top_entropy":
+        return _top_entropy(obj, adv_BT, is_active_BT, entropy_BT)
+    if obj.token_filter == "low_covariance":
+        low, high = obj.cov_range
+        cov = {place: x for place, x in _covariances(adv_BT, logp_BT, is_active_BT).items() if low < x < high}
+        for place in _highest(cov, obj.cov_share, is_active_BT):
+            adv_BT[place] = 0.0
+    return adv_BT
+
+
+def penalised(obj, adv_BT, logp_BT, mask_BT):
+    """bool[B, T]: the tokens that KL-Cov penalises."""
+    is_active_BT = np.asarray(mask_BT) > 0
+    chosen_BT = np.zeros(is_active_BT.shape, bool)
+    for place in _highest(_covariances(adv_BT, logp_BT, is_active_BT), obj.cov_share, is_active_BT):
+        chosen_BT[place] = True
+    return chosen_BT
+
+
+def _kept_rows(obj, rows, rewards_B, is_active_BT):
+    """The keep_rows shortest, or most efficient, rows of a group, all that tie with the last of them included."""
+
+    def key(i):
+        length = int(is_active_BT[i].sum())
+        return length if obj.row_filter == "shortest" else -float(np.float32(rewards_B[i]) / np.float32(length))
+
+    if not rows:
+        return rows
+    bound = sorted(map(key, rows))[min(obj.keep_rows, len(rows)) - 1]
+    return [i for i in rows if key(i) <= bound]
+
+
+def _top_entropy(obj, adv_BT, is_active_BT, entropy_BT):
+    values = np.asarray(entropy_BT)[is_active_BT]
+    bound = np.quantile(values, 1 - obj.token_share) if len(values) else 0.0
+    return np.where(is_active_BT & (np.asarray(entropy_BT) >= np.float32(bound)), adv_BT, 0.0)
+
+
+def _covariances(adv_BT, logp_BT, is_active_BT):
+    """Place of each token -> (A - mean A)(logp - mean logp)."""
+    places = list(zip(*np.nonzero(is_active_BT), strict=True))
+    advs = [float(adv_BT[place]) for place in places]
+    logps = [float(logp_BT[place]) for place in places]
+    mean_adv, mean_logp = math.fsum(advs) / max(len(advs), 1), math.fsum(logps) / max(len(logps), 1)
+    return {place: (a - mean_adv) * (x - mean_logp) for place, a, x in zip(places, advs, logps, strict=True)}
+
+
+def _highest(values, share, is_active_BT):
+    """The places of the highest values: as many as are `share` of all tokens, and at least one."""
+    num = max(int(share * is_active_BT.sum()), 1)
+    return sorted(values, key=values.get, reverse=True)[:num]
 
 
 def rewards_with_kl(obj, rewards_B, logp_BT, ref_logp_BT, mask_BT):
@@ -69,11 +127,24 @@ def _leave_one_out(obj, reward, pool):
     return reward - math.fsum(others) / len(others) if others else 0.0
 
 
+def _group_mean_norm(obj, reward, pool):
+    mean = math.fsum(pool) / len(pool)
+    return 0.0 if mean <= 0 or max(pool) == min(pool) else (reward - mean) / mean
+
+
+def _best_of_group(obj, reward, pool):
+    others = list(pool)
+    others.remove(reward)
+    return reward - max(others) if others and reward > max(others) else 0.0
+
+
 # Advantages that the rewards of a completion's own group decide: (obj, its reward, the group's rewards) -> number.
 OF_A_GROUP = {
     "group_norm": _group_norm,
     "group_center": _group_center,
     "leave_one_out": _leave_one_out,
+    "group_mean_norm": _group_mean_norm,
+    "best_of_group": _best_of_group,
 }
 
 
@@ -83,6 +154,81 @@ def _batch_norm(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
 
 def _group_center_batch_norm(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
     return _over_tokens(obj, _by_group(_group_center, obj, rewards_B, is_active_BT, groups), is_active_BT)
+
+
+def _by_row(advantage_of, is_active_BT, groups):
+    """advantage_of(row, rows of its group) on all of the row's tokens."""
+    adv_BT = np.zeros(is_active_BT.shape)
+    for rows in groups:
+        for i in rows:
+            adv_BT[i, is_active_BT[i]] = advantage_of(i, rows)
+    return adv_BT
+
+
+def _is_flat(rewards_B, rows):
+    return len({rewards_B[i] for i in rows}) < 2
+
+
+def _std(values, ddof):
+    mean = math.fsum(values) / max(len(values), 1)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - ddof)) if len(values) > ddof else 0.0
+
+
+def _group_center_batch_std(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    std = _std([rewards_B[i] for rows in groups for i in rows], obj.std_ddof)
+
+    def of(i, rows):
+        centred = _group_center(obj, rewards_B[i], [rewards_B[k] for k in rows])
+        return centred / (std + obj.adv_eps) if std else 0.0
+
+    return _by_row(of, is_active_BT, groups)
+
+
+def _length_weighted_center(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    def of(i, rows):
+        lengths = {k: int(is_active_BT[k].sum()) for k in rows}
+        baseline = sum(lengths[k] * rewards_B[k] for k in rows) / sum(lengths.values())
+        return 0.0 if _is_flat(rewards_B, rows) else rewards_B[i] - baseline
+
+    return _by_row(of, is_active_BT, groups)
+
+
+def _group_center_rescaled(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    all_groups = [rows for rows in groups if rows]
+    differ = sum(not _is_flat(rewards_B, rows) for rows in all_groups)
+
+    def of(i, rows):
+        return _group_center(obj, rewards_B[i], [rewards_B[k] for k in rows]) * len(all_groups) / max(differ, 1)
+
+    return _by_row(of, is_active_BT, groups)
+
+
+def _pass_at_k_analytic(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    k = obj.pass_k
+
+    def of(i, rows):
+        n, m = len(rows), sum(j not in plus for j in rows)
+        if n < k:
+            return 0.0
+        p = 1 - math.comb(m, k) / math.comb(n, k)
+        if p * (1 - p) == 0:
+            return 0.0
+        without = 0 if i in plus else math.comb(m - 1, k - 1) / math.comb(n - 1, k - 1)
+        return (1 - p - without) / math.sqrt(p * (1 - p))
+
+    return _by_row(of, is_active_BT, groups)
+
+
+def _reward_parts(obj, parts_BK, is_active_BT, groups):
+    weights = obj.part_weights or (1.0,) * len(parts_BK[0])
+    total = {
+        i: sum(w * _standardise(parts_BK[i][k], [parts_BK[j][k] for j in rows], obj) for k, w in enumerate(weights))
+        for rows in groups
+        for i in rows
+    }
+    std = _std(list(total.values()), obj.std_ddof)
+    mean = math.fsum(total.values()) / max(len(total), 1)
+    return _by_row(lambda i, rows: (total[i] - mean) / (std + obj.adv_eps) if std else 0.0, is_active_BT, groups)
 
 
 def _over_tokens(obj, x_BT, is_active_BT):
@@ -118,9 +264,15 @@ def _token_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
             minus_t = [j for j in rows if j not in plus and is_active_BT[j, t]]
             d, h = len(plus_t), len(minus_t)
             for i in plus_t:
-                shaped_plus_BT[i, t] = a1 * rewards_B[i] + a2 * d * H_BT[i, t] / sum(H_BT[k, t] for k in plus_t)
+                share = d * H_BT[i, t] / sum(H_BT[k, t] for k in plus_t)
+                if obj.entropy_share == "row_geometric":
+                    share = H_BT[i, t] / math.exp(np.log(H_BT[i, is_active_BT[i]]).mean())
+                shaped_plus_BT[i, t] = a1 * rewards_B[i] + a2 * share
             for j in minus_t:
-                shaped_minus_BT[j, t] = -a1 - a2 * h * (1 / H_BT[j, t]) / sum(1 / H_BT[k, t] for k in minus_t)
+                share = h * (1 / H_BT[j, t]) / sum(1 / H_BT[k, t] for k in minus_t)
+                if obj.entropy_share == "row_geometric":
+                    share = 1 / H_BT[j, t] / math.exp(np.log(1 / H_BT[j, is_active_BT[j]]).mean())
+                shaped_minus_BT[j, t] = -a1 - a2 * share
 
     adv_BT = np.zeros((B, T))
     for rows in groups:
@@ -177,12 +329,16 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
 OF_A_BATCH = {
     "batch_norm": _batch_norm,
     "group_center_batch_norm": _group_center_batch_norm,
+    "group_center_batch_std": _group_center_batch_std,
+    "length_weighted_center": _length_weighted_center,
+    "group_center_rescaled": _group_center_rescaled,
+    "pass_at_k_analytic": _pass_at_k_analytic,
     "token_entropy": _token_entropy,
     "sequence_entropy": _sequence_entropy,
 }
 
 
-def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_length):
+def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_length, entropy=None, is_penalised=None):
     """(loss, d loss / d logp [B, T]); 0 and zeros when no token is active. ref_logp may be None when kl_coef is 0."""
     is_active_BT = np.asarray(mask) > 0
     rows = [i for i in range(len(is_active_BT)) if is_active_BT[i].any()]
@@ -192,20 +348,35 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
         tokens = np.flatnonzero(is_active_BT[i])
         n = len(tokens)
         logp_n, old_n, adv_n = (np.asarray(x[i], np.float64)[tokens] for x in (logp, old_logp, adv))
-        if obj.surrogate in WEIGHT:
+        if obj.surrogate in WEIGHT or obj.surrogate in WEIGHT_OF_A_ROW:
             objective_n, slope_n = _weighted_logp(obj, logp_n, old_n, adv_n)
-        elif obj.ratio == "token":
+        elif obj.ratio not in OF_A_ROW:
             objective_n, slope_n = _token_surrogate(obj, logp_n, old_n, adv_n)
         else:
             objective, slope_n = _sequence_surrogate(obj, logp_n, old_n, adv_n)
             # One value a row, written as n equal shares: the row's mean of them is that value again.
             objective_n, slope_n = np.full(n, objective), n * slope_n
+        log_ratio_n = np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        is_free_n = np.abs(logp_n - old_n) <= MAX_LOG_RATIO
+        if obj.max_off_policy_kl is not None and -log_ratio_n.mean() > obj.max_off_policy_kl:
+            objective_n, slope_n = np.where(adv_n < 0, 0.0, objective_n), np.where(adv_n < 0, 0.0, slope_n)
+        if obj.entropy_coef:
+            objective_n = objective_n + obj.entropy_coef * np.asarray(entropy[i], np.float64)[tokens]
+        if obj.cov_penalty:
+            penalty_n = obj.cov_penalty * is_penalised[i][tokens]
+            objective_n = objective_n - penalty_n * np.abs(log_ratio_n)
+            slope_n = slope_n - penalty_n * np.sign(log_ratio_n) * is_free_n
         if obj.kl_coef != 0:
             kl_n, kl_slope_n = KL[obj.kl_estimator](logp_n, np.asarray(ref_logp[i], np.float64)[tokens])
+            if obj.kl_by_ratio:
+                kl_slope_n = np.exp(log_ratio_n) * (kl_slope_n + kl_n * is_free_n)
+                kl_n = kl_n * np.exp(log_ratio_n)
             objective_n = objective_n - obj.kl_coef * kl_n
             slope_n = slope_n - obj.kl_coef * kl_slope_n
 
-        aggregation = obj.aggregation if obj.ratio == "token" else "sequence_mean"
+        aggregation = obj.aggregation
+        if obj.ratio in OF_A_ROW and aggregation != "sequence_sum":
+            aggregation = "sequence_mean"
         weight = TOKEN_WEIGHT[aggregation](n, N, num_tokens, max_completion_length)
         loss -= weight * objective_n.sum()
         grad_BT[i, tokens] = -weight * slope_n
@@ -232,7 +403,16 @@ def _ppo_clip(obj, w, A):
 OF_A_RATIO = {
     "ppo_clip": _ppo_clip,
     "token_clip": _ppo_clip,
+    "future_kl": _ppo_clip,
+    "soft_gate": lambda obj, w, A: _soft_gate(obj.gate_sharpness[int(A <= 0)], w, A),
+    "importance": lambda obj, w, A: (w * A, A),
 }
+
+
+def _soft_gate(tau, w, A):
+    x = tau * (w - 1)
+    gate = 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+    return 4 / tau * gate * A, 4 * gate * (1 - gate) * A
 
 
 def _clipped_weight(obj, w, A):
@@ -248,6 +428,54 @@ WEIGHT = {
     "clipped_weight": _clipped_weight,
     "reinforce": _reinforce,
 }
+
+
+def _trust_region(is_too_far):
+    """Weights of a row's tokens: the bounded ratio; 0 where `is_too_far`, given new and old probability, says so."""
+
+    def weights(obj, logp_n, old_n, adv_n):
+        weight_n = np.zeros(len(logp_n))
+        for t, A in enumerate(adv_n):
+            w = math.exp(min(max(logp_n[t] - old_n[t], -MAX_LOG_RATIO), MAX_LOG_RATIO))
+            p = math.exp(logp_n[t])
+            weight_n[t] = 0.0 if is_too_far(obj, p, p / w, A) else min(w, obj.max_ratio) * A
+        return weight_n
+
+    return weights
+
+
+def _too_far_by_tv(obj, p, q, A):
+    return p - q > obj.clip_high if A > 0 else q - p > obj.clip_low
+
+
+def _too_far_by_kl(obj, p, q, A):
+    rest_p, rest_q = max(1 - p, 0.0), max(1 - q, 0.0)
+    kl = q * math.log(q / p) + rest_q * math.log((rest_q + 1e-8) / (rest_p + 1e-8))
+    return (kl > obj.clip_high and p > q) if A > 0 else (kl > obj.clip_low and p < q)
+
+
+def _gamma_weight(obj, logp_n, old_n, adv_n):
+    log_w = min(max(np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO).sum(), math.log(1e-8)), MAX_LOG_RATIO)
+    weight_n = np.zeros(len(logp_n))
+    for t, A in enumerate(adv_n):
+        k, lam = obj.gamma_weight[:2] if A >= 0 else obj.gamma_weight[2:]
+        weight_n[t] = math.exp(max(lam + k * log_w - lam * math.exp(log_w), -700.0)) * A
+    return weight_n
+
+
+# Weights that need more than the ratio: (obj, logp, old, A of a row's tokens) -> what each logp is multiplied with.
+WEIGHT_OF_A_ROW = {
+    "trust_region_tv": _trust_region(_too_far_by_tv),
+    "trust_region_kl": _trust_region(_too_far_by_kl),
+    "gamma_weight": _gamma_weight,
+}
+
+
+def _influence(obj, log_ratio_n):
+    """FIPO: exp of the discounted sum of the log-ratios from each token on, clipped."""
+    gamma, (low, high) = 2 ** (-1 / obj.future_half_life), obj.future_clip
+    sums = [sum(gamma ** (k - t) * log_ratio_n[k] for k in range(t, len(log_ratio_n))) for t in range(len(log_ratio_n))]
+    return np.array([min(max(math.exp(min(x, 700.0)), low), high) for x in sums])
 
 
 def _with_dual_clip(obj, w, A):
@@ -277,8 +505,11 @@ OF_A_ROW = {
 
 def _weighted_logp(obj, logp_n, old_n, adv_n):
     """weight A logp of each token, and its derivative in logp: the weight is a number, not a function."""
+    if obj.surrogate in WEIGHT_OF_A_ROW:
+        weight_n = WEIGHT_OF_A_ROW[obj.surrogate](obj, logp_n, old_n, adv_n)
+        return weight_n * logp_n, weight_n
     w_n = np.exp(np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    if obj.ratio != "token":
+    if obj.ratio in OF_A_ROW:
         w_n = np.full(len(w_n), OF_A_ROW[obj.ratio](logp_n - old_n)[0])
     weight_n = np.array([WEIGHT[obj.surrogate](obj, w, A) for w, A in zip(w_n, adv_n, strict=True)])
     return weight_n * logp_n, weight_n
@@ -288,8 +519,13 @@ def _token_surrogate(obj, logp_n, old_n, adv_n):
     objective_n, slope_n = np.zeros(len(logp_n)), np.zeros(len(logp_n))
     for t, log_ratio in enumerate(logp_n - old_n):
         w = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
+        if obj.ratio == "sequence_token":
+            w = _geometric_mean_ratio(logp_n - old_n)[0]
         objective_n[t], dw = _with_dual_clip(obj, w, adv_n[t])
         slope_n[t] = dw * w if abs(log_ratio) <= MAX_LOG_RATIO else 0.0  # dw/dlogp = w
+    if obj.surrogate == "future_kl":
+        influence_n = _influence(obj, np.clip(logp_n - old_n, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        return objective_n * influence_n, slope_n * influence_n
     return objective_n, slope_n
 
 

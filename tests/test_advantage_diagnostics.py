@@ -74,10 +74,11 @@ def test_metrics_of_every_variant_are_float64s(num_devices):
         assert values["advantage/success_correlation"] > 0.3, name
 
 
-def test_metrics_of_a_batch_that_says_nothing_are_zero():
+def test_a_batch_that_says_nothing_is_silent():
     batch = batch_of(1)
     everywhere = batch.replace(task_reward_PG=jnp.ones((P, G)), reward_PG=jnp.ones((P, G)))
     for each, mask_PGT in ((everywhere, batch.rollout.mask_PGT), (batch, jnp.zeros((P, G, T)))):
         for name in ("grpo", "dr_grpo", "grpo_s"):
             values = metrics_lib.to_floats(compiled_metrics()(each, mask_PGT)[name])
+            assert values.pop("advantage/silent") == float(mask_PGT.any())
             assert set(values.values()) == {0.0}

@@ -92,6 +92,20 @@ from grpo_jax.rewards.scorers.quantities import read_quantity
         ("COVID-19", "19"),
         ("Total - 42", "42"),
         ("- 18", "18"),
+        ("She makes 9 * 2 = $<<9*2=18>>18 every day.", "18"),
+        ("-5°C", "-5"),
+        ("0x1F", "0x1F"),
+        ("(3+4)*2", "(3+4)*2"),
+        ("8 = 10 - 2", "10 - 2"),
+        ("5-7=-2", "-2"),
+        ("$1.5 million", "1.5 million"),
+        ("1/3 ≈ 0.333", "0.333"),
+        ("3 - 5 = -2.", "-2"),
+        ("in 1999, 42 people", "42"),
+        ("I have 3,4,5", "3,4,5"),
+        ("The answer is 42.\n\nQ: what is 3+3?\nA: 6", "42"),
+        ("42</s>", "42"),
+        ("2 + 3i", "2 + 3i"),
         ("H2O and CO2", "H2O and CO2"),
         ("Vitamin B12 is 42 mg", "42"),
         # of a list all, so that a guess at each is no answer
@@ -159,6 +173,8 @@ def test_the_answer_of_a_long_text_is_found(unit: str) -> None:
     text = unit * (2**16 // len(unit))
     assert isinstance(final_answer(text), str)
     assert isinstance(normalise_answer(text), str)
+    nested = unit * 2**13 + "}" * 2**13
+    assert isinstance(is_equal("1", nested), bool)
     assert isinstance(is_equal("1", text), bool) and isinstance(is_equal(text[: 2**14], text), bool)
 
 

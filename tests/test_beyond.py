@@ -257,7 +257,7 @@ def test_presets_run_with_what_their_names_promise():
     for name in objectives.PRESETS:
         config = parse_config(preset.get_config(f"{name},runlocal"))
         assert config.objective == objectives.get(name) and config.num_steps == 3
-        assert config.dynamic_sampling.enabled == (name == "dapo_paper")
+        assert config.dynamic_sampling.enabled == (name in ("dapo_paper", "gtpo_paper"))
     with pytest.raises(ValueError, match=r"unknown preset 'trl'.*trl_default"):
         preset.get_config("trl")
 

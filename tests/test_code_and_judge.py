@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_a_machine_that_cannot_take_the_network_away_is_named_before_training(mo
 
 
 @contextlib.contextmanager
-def serving(answers):
+def serving(answers: Any):
     """An endpoint that takes its answers from a list: text of a reply, a status, or bytes -> (its URL, the requests it saw)."""
     seen = []
 
@@ -179,7 +180,7 @@ def serving(answers):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers.get("Authorization"), body))
-            answer = answers(body) if callable(answers) else answers.pop(0)
+            answer: Any = answers(body) if callable(answers) else answers.pop(0)
             status, data = 200, b"busy"
             if isinstance(answer, int):
                 status = answer

@@ -128,7 +128,7 @@ def test_a_layout_of_files_changes_nothing(tmp_path: Path, layout: str) -> None:
         ("a.csv", b"prompt,answer\n", r"a\.csv': the file is empty"),
         ("a.csv", b"prompt,answer,answer\n1,2,3\n", r"a\.csv:1: the column 'answer' stands twice"),
         ("a.csv", "prompt,answer\nä,1\n".encode("latin1"), r"a\.csv: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:15], r"a\.jsonl\.gz: a gzip file that cannot be unpacked"),
         ("a.parquet", b"PAR1 nothing", r"a\.parquet: a Parquet file that cannot be read"),
         (
             "a.jsonl",
@@ -408,6 +408,13 @@ def test_no_source_trains_on_what_another_holds_out(tmp_path: Path) -> None:
     train, held_out = asked(task_of("mixture", mixture=json.dumps(members), eval__num_prompts=12))
     assert 8 <= len(held_out) == len(set(held_out)) <= 12 and not set(train) & set(held_out)
     assert {*train, *held_out} == {f"What is {i} + 1?" for i in range(50)}
+
+
+def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+    a, b = write_lines(tmp_path / "a", sums(range(30))), write_lines(tmp_path / "b", sums(range(3)))
+    members = [{"name": "jsonl", "jsonl": {"path": str(path)}} for path in (a, b)]
+    with pytest.raises(UserError, match=r"no training question of 'source 2' is left: .*lower config\.eval\.num_prompts"):
+        task_of("mixture", mixture=json.dumps(members), eval__num_prompts=6)
 
 
 def test_what_a_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:

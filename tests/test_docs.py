@@ -116,8 +116,17 @@ def test_the_generated_tables_are_current(page):
     lines = variants_table.lines_between((ROOT / page).read_text(), page)
     wanted = variants_table.TABLES[page](ROOT)
     assert lines == [line for line in wanted if line in lines], "run python -m experiments.variants_table --write"
-    titles = [entry.title for name, entry in objectives.ENTRIES.items() if name in AS_PUBLISHED]
+    names = variants_table.README_VARIANTS if page == "README.md" else AS_PUBLISHED
+    titles = [entry.title for name, entry in objectives.ENTRIES.items() if name in names]
     assert all(any(title in line for line in lines) for title in titles) and len(lines) >= 2 + len(titles)
+
+
+@pytest.mark.parametrize("page", variants_table.FAMILY_PAGES)
+def test_the_table_of_the_family_is_current(page):
+    text = (ROOT / page).read_text()
+    lines = variants_table.lines_between(text, page, variants_table.FAMILY_BEGIN, variants_table.FAMILY_END)
+    assert lines == variants_table.family_table(ROOT), "run python -m experiments.variants_table --write"
+    assert len(lines) == 2 + len(objectives.FAMILY) > 20
 
 
 def test_the_tables_are_written_in_place_and_then_are_current(tmp_path, monkeypatch):
@@ -233,7 +242,7 @@ def test_the_commands_train_the_variant_of_their_section():
         (block,) = blocks(section_of(variant, ENGLISH), "bash")
         for command in re.sub(r"\\\n\s*", "", block).splitlines():
             described = objectives.describe(config_of_command(command).objective).split(" + ")[0]
-            assert described in (variant, f"{variant}_paper", f"{variant}_baseline"), command
+            assert described in (variant, f"{variant}_paper", f"{variant}_baseline", f"{variant}_geometric"), command
             seen += 1
     assert seen > 12
     (gspo,) = blocks(section_of("gspo", ENGLISH), "bash")

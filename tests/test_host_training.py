@@ -22,7 +22,8 @@ from grpo_jax.training import data_record, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
 from grpo_jax.training.run import make_run
-from grpo_jax.training.runlog import read_completions, read_config
+from grpo_jax.training.runlog import read_completions
+from grpo_jax.training.settings import read_config
 from tests import programs
 from tests.hf_models import torch_model
 from tests.test_tasks_host import save_hf_tokenizer
@@ -156,7 +157,7 @@ def test_a_run_over_midnight_has_the_same_prompts(tmp_path, monkeypatch, folder,
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["data/held_out"] == 8
     # What is trained with on the next day: bitwise the same prompts, so the same run.
     monkeypatch.setattr(data_record, "today", lambda: days[1])
-    monkeypatch.setattr(trainer, "train_run", lambda run, workdir, **_: (run.config, run.task.fingerprint, first_prompt(run)))
+    monkeypatch.setattr(trainer, "train_run", lambda run, *_, **__: (run.config, run.task.fingerprint, first_prompt(run)))
     resumed, new = (trainer.train(parse_config(config), tmp_path / name) for name in ("run", "new"))
     assert resumed[0] == read_config(tmp_path / "run") and resumed[0].task.template_date == "2026-11-26"
     assert resumed[1] == json.loads((tmp_path / "run" / "data.json").read_text())["fingerprint"] != new[1]
@@ -202,6 +203,7 @@ def test_a_penalty_that_crashes_is_never_the_best_of_its_group(tmp_path, config)
     """A distance, 0 at best, written for TRL; some of its calls fail, and of some texts it has no opinion."""
     config.reward.task = "my_rewards:distance"
     config.objective.success_threshold = -100.0
+    config.log.completions_every, config.log.num_groups = 1, 100
     trainer.train(parse_config(config), tmp_path / "run")
     steps = [record for record in programs.records(tmp_path / "run") if record["step"] > 0]
     assert sum(record["reward/errors"] for record in steps) > 0 and sum(record["reward/abstained"] for record in steps) > 0

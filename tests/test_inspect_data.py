@@ -52,6 +52,7 @@ def test_what_a_person_sees_before_a_run(tmp_path: Path) -> None:
     assert [piece for piece, special in zip(first.pieces, first.is_special, strict=True) if special] == [
         *("<|im_start|>", "<|im_end|>", "<|im_start|>", "<think>")
     ]
+    assert view.stops[0] == "<eos>" and "<|im_end|>" in view.stops
     assert (first.where, first.answer, first.opens) == (f"{tmp_path}/a.jsonl:1", "0", "<think>\n")
     assert view.counts == {
         "data/train": 6.0,

@@ -178,6 +178,30 @@ def test_entropy_carries_no_gradient():
         assert (grad != 0).any()
 
 
+@pytest.mark.parametrize("chunks", [Chunks(10), Chunks(10, 7)], ids=["positions", "vocabulary"])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_the_gradient_of_an_entropy_that_is_asked_for_is_the_dense_one(cap, chunks):
+    """Beside that of the log-probability, in chunks that do not divide the positions, or the vocabulary."""
+    hidden_ND, head_VD, targets_N, _, weight_N = problem()
+    sampling = Sampling(temperature=0.7)
+
+    def chunked(hidden_ND, head_VD):
+        logp_N, entropy_N = token_logprobs(
+            hidden_ND, head_VD, targets_N, None, sampling, chunks, cap, has_entropy_gradient=True
+        )
+        return (weight_N * entropy_N).sum() + (logp_N * jnp.arange(len(logp_N))).sum() / 10
+
+    def whole(hidden_ND, head_VD):
+        log_p_NV = jax.nn.log_softmax(head_logits(hidden_ND, head_VD, cap) / sampling.temperature)
+        logp_N = jnp.take_along_axis(log_p_NV, targets_N[:, None], -1)[:, 0]
+        entropy_N = -(jnp.exp(log_p_NV) * log_p_NV).sum(-1)
+        return (weight_N * entropy_N).sum() + (logp_N * jnp.arange(len(logp_N))).sum() / 10
+
+    got, expected = (jax.jit(jax.value_and_grad(of, (0, 1)))(hidden_ND, head_VD) for of in (chunked, whole))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
 def test_the_target_that_fell_out_of_the_support_has_a_finite_log_prob_and_a_gradient():
     """The policy moved since the sample: the ratio must stay finite, and must still push."""
     sampling = Sampling(top_k=3)

@@ -20,6 +20,7 @@ from grpo_jax.learner.hyperparams import hyperparams_of, static_key, with_hyperp
 from grpo_jax.objectives.params import Params
 from grpo_jax.tools import cli
 from grpo_jax.tools.sweep.plan import apply_changes
+from grpo_jax.training.build import sources_of
 from tests.test_config import raw_config
 from tests.test_objectives import BUDGET, B, G, P, T, assert_close, f32, loss_and_grad, make_batch
 
@@ -243,6 +244,8 @@ def test_the_source_is_recorded_by_its_hash(folder):
     digest = hashlib.sha256((folder / "my_choices.py").read_bytes()).hexdigest()
     assert objectives.sources(obj) == {"my_choices:mad": digest, "my_choices:smooth_clip": digest}
     assert objectives.sources(objectives.get("gtpo")) == {}
+    config = parse_config(with_own_clip({"objective.params.width": 0.2}))
+    assert sources_of(config) == {"my_choices:smooth_clip": digest}, "a run compares it with what it began with"
     cell, hashes = {}, set()
     for factor in (1, 2):
         exec(f"def mine(obj, groups):\n    return {factor} * groups.reward_PG[..., None]", cell)  # a cell has no file

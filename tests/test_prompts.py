@@ -424,9 +424,9 @@ def test_prompts_that_are_templated_already_are_not_templated_again(
         task_of(tokenizer, data)
     as_text = task_of(tokenizer, data, use_chat_template=False)
     as_text.close()
-    assert not caplog.messages
+    assert not [message for message in caplog.messages if "markup" in message]
     rows = [{"prompt": f"{i}?", "answer": str(i)} for i in range(5)] + [{"prompt": templated(9), "answer": "9"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task_of(tokenizer, data).close()
-    (message,) = caplog.messages
+    (message,) = [message for message in caplog.messages if "markup" in message]
     assert f"1 of 6 prompts hold a chat's markup already, {data}:6" in message

@@ -72,7 +72,11 @@ def test_of_a_damaged_config_the_checkpoints_copy_is_read(tmp_path, capsys):
         (folder / "config").mkdir()
         (folder / "config" / "metadata").write_text(content)
     assert read_settings(tmp_path) == config
-    assert "taken from the checkpoint of step 3" in capsys.readouterr().err
+    assert "config.json: cannot be read as JSON" in (said := capsys.readouterr().err) and "copy is taken" in said
+    # One that is JSON still, but of another run than its checkpoint, is damaged too.
+    (tmp_path / "config.json").write_text(json.dumps({**config, "seed": 8}))
+    check_same_config(tmp_path, tiny.config_of().to_dict())
+    assert "config.seed was 8, now 0, but its newest checkpoint was made with this config" in capsys.readouterr().err
 
 
 def test_a_config_of_nonsense_is_one_line_that_names_the_file(tmp_path):

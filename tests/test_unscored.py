@@ -29,7 +29,7 @@ def batch_of():
     batch = tiny.random_batch(P, G, T, seed=1)
     instead_PG = rng.choice([1e6, -1e6], (P, G)).astype(np.float32)
     rewards = {name: jnp.where(IS_SCORED_PG, getattr(batch, name), instead_PG) for name in ("reward_PG", "task_reward_PG")}
-    return batch.replace(is_scored_PG=jnp.asarray(IS_SCORED_PG), **rewards)
+    return dataclasses.replace(batch, is_scored_PG=jnp.asarray(IS_SCORED_PG), **rewards)
 
 
 def rows(x):
@@ -78,7 +78,7 @@ def test_a_score_that_is_missing_or_not_finite_becomes_a_flag():
     for given, more in ((None, 0), (is_scored_PG, 1)):
         reward = Reward(task_PG, shaping_PG, {}, given)
         made = shaping.make_batch(batch.rollout, reward, 0, max_completion_tokens=T, cache_tokens=0)
-        assert np.asarray(~made.is_scored_PG).sum() == 3 + more
+        assert made.is_scored_PG is not None and (~made.is_scored_PG).sum() == 3 + more
         for values in (made.task_reward_PG, made.reward_PG):
             assert np.isfinite(values).all() and not np.asarray(values)[~np.asarray(made.is_scored_PG)].any()
         metrics = metrics_lib.to_floats(sample_metrics(made, 0.5))

@@ -173,6 +173,12 @@ class BigramDecoder:
         hidden_BTD = self.embed_VD[tokens_BT]
         return last_PD, jnp.tanh(hidden_BTD + jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)[:, None])
 
+    def forward_with_load(self, *arrays):
+        return *self.forward_with_prefix(*arrays), None
+
+    def no_load(self, tokens_BT):
+        del tokens_BT  # it has no experts
+
     def encode_prompts(self, tokens_PS, mask_PS):
         sum_PD = (self.embed_VD[tokens_PS] * mask_PS[..., None]).sum(1)
         prefix_PD = sum_PD / jnp.maximum(mask_PS.sum(1, keepdims=True), 1)

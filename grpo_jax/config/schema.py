@@ -20,6 +20,7 @@ OLD_LOGP = ("auto", "sampler", "learner")
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
+SAMPLER_LEVELS = ("token", "sequence", "sequence_geometric")
 GRPO = Objective()
 
 
@@ -261,6 +262,12 @@ class RolloutConfig:
     forced_prefix_ids: tuple[int, ...] = knob((), "tokens that every completion begins with; they carry no gradient")
     stop: tuple[str, ...] = knob((), "texts that end a completion; rewards see what is before them")
     stop_ids: tuple[int, ...] = knob((), "tokens that end a completion, beside the model's end tokens")
+    prompt_bucket_tokens: int = knob(
+        64,
+        "a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only",
+        unit="tokens",
+        at_least=0,
+    )
     max_live_sequences: int = knob(
         0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0
     )
@@ -276,7 +283,7 @@ class DynamicSamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OverlongConfig:
-    """DAPO eq. 13. `filter`: truncated rows leave the loss."""
+    """DAPO eq. 13, or GROP (GTPO's appendix). `filter`: truncated rows leave the loss."""
 
     cache_share: float = knob(
         0.0,
@@ -285,6 +292,12 @@ class OverlongConfig:
         at_most=1,
     )
     cache_tokens: int = knob(0, "L_cache itself, in place of the share; 0: by the share", unit="tokens", at_least=0)
+    easy_share: float = knob(
+        0.0,
+        "GROP in place of it: a group is easy from this share of right answers on, 0.5 or more; 0: none",
+        at_least=0,
+        at_most=1,
+    )
     filter: bool = knob(False, "completions truncated by the budget leave the loss")
 
 
@@ -312,6 +325,11 @@ class LearnerConfig:
     importance_cap: float = knob(
         0.0, 'tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"', at_least=0, at_most=1e6
     )
+    importance_floor: float = knob(0.0, "the same weight is at least this", at_least=0, at_most=1)
+    importance_level: str = knob(
+        "token", "the weight is of a token, of a whole row, or the mean of a row's logs", choices=SAMPLER_LEVELS
+    )
+    importance_outside: str = knob("truncate", "beyond the bounds the weight is the bound, or 0", choices=("truncate", "mask"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _as_text(field: dataclasses.Field, value: Any) -> Any:
     # A Config is hashed, so that programs can be shared: a dict could not be in it.
     declared = field.metadata.get("knob")
     if declared is not None and declared.is_json and isinstance(value, Mapping | list | tuple):
-        return json.dumps(value)
+        return json.dumps(value) if value else ""
     return value
 
 

@@ -53,11 +53,7 @@ def validate(config: Config) -> None:
             f"config.objective.aggregation = {name_of(objective.aggregation)!r}: a {name_of(objective.ratio)!r} ratio has one "
             "value a row, use 'sequence_mean', or 'sequence_sum' for rows that count by their length"
         )
-    if config.overlong.cache_tokens > rollout.max_completion_tokens:
-        raise UserError(
-            f"config.overlong.cache_tokens = {config.overlong.cache_tokens}: must be at most "
-            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
-        )
+    _require_overlong(config)
     if not config.model.path:
         if config.task.name != "arithmetic":
             raise UserError(
@@ -105,6 +101,23 @@ def _check_tokens(config: Config) -> None:
             raise UserError(f"config.rollout.forced_prefix_ids: {both[0]} is in config.rollout.{name} too; take it out of one")
 
 
+def _require_overlong(config: Config) -> None:
+    """Check the punishments of length, of which there is one at most."""
+    rollout = config.rollout
+    if 0 < config.overlong.easy_share < 0.5:
+        raise UserError(f"config.overlong.easy_share = {config.overlong.easy_share}: at least 0.5, or 0 for no GROP")
+    if config.overlong.easy_share and (config.overlong.cache_share or config.overlong.cache_tokens):
+        raise UserError(
+            f"config.overlong.easy_share = {config.overlong.easy_share}: GROP takes the place of DAPO's punishment, set "
+            "config.overlong.cache_share and cache_tokens to 0"
+        )
+    if config.overlong.cache_tokens > rollout.max_completion_tokens:
+        raise UserError(
+            f"config.overlong.cache_tokens = {config.overlong.cache_tokens}: must be at most "
+            f"config.rollout.max_completion_tokens = {rollout.max_completion_tokens}"
+        )
+
+
 def _require_objective(config: Config) -> None:
     """Check that the objective's names are in the tables of their axes."""
     # The tables are where the functions are, and know best what they hold; here the message gets the config's prefix.
@@ -112,6 +125,15 @@ def _require_objective(config: Config) -> None:
         objectives.check_choices(config.objective)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
+    obj, G = config.objective, config.rollout.group_size
+    if obj.keep_rows >= G > 1:
+        raise UserError(f"config.objective.keep_rows = {obj.keep_rows}: must be below config.rollout.group_size = {G}, or 0")
+    if obj.advantage == "pass_at_k_analytic" and obj.pass_k > G:
+        raise UserError(f"config.objective.pass_k = {obj.pass_k}: must be at most config.rollout.group_size = {G}")
+    if obj.advantage == "reward_parts" and len(obj.part_weights) not in (0, 2):
+        raise UserError(
+            f"config.objective.part_weights = {obj.part_weights!r}: two numbers, for the task's reward and for what is added"
+        )
 
 
 def _require_checkpoints(config: Config) -> None:
@@ -135,6 +157,12 @@ def _require_importance(config: Config) -> None:
     cap, old_logp = config.learner.importance_cap, config.learner.old_logp
     if 0 < cap < 1:
         raise UserError(f"config.learner.importance_cap = {cap}: at least 1, the weight where the two agree, or 0 for none")
+    learner = config.learner
+    if not cap and (learner.importance_floor, learner.importance_level, learner.importance_outside) != (0, "token", "truncate"):
+        raise UserError(
+            "config.learner.importance_cap = 0: with it importance_floor, importance_level and importance_outside do nothing; "
+            "set a cap, or leave them at 0, 'token' and 'truncate'"
+        )
     if cap and (old_logp == "sampler" or config.async_steps):
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "

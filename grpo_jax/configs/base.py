@@ -155,6 +155,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.forced_prefix_ids = ()  # tokens that every completion begins with; they carry no gradient
     config.rollout.stop = ()  # texts that end a completion; rewards see what is before them
     config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
+    # a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only
+    config.rollout.prompt_bucket_tokens = 64
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()
@@ -165,6 +167,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # L_cache as a share of the budget, in whose last tokens the reward falls from 0 to -1; 0: none
     config.overlong.cache_share = 0.0
     config.overlong.cache_tokens = 0  # L_cache itself, in place of the share; 0: by the share [tokens]
+    # GROP in place of it: a group is easy from this share of right answers on, 0.5 or more; 0: none
+    config.overlong.easy_share = 0.0
     config.overlong.filter = False  # completions truncated by the budget leave the loss
 
     config.learner = ConfigDict()
@@ -178,6 +182,10 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
+    config.learner.importance_floor = 0.0  # the same weight is at least this
+    # token | sequence | sequence_geometric; the weight is of a token, of a whole row, or the mean of a row's logs
+    config.learner.importance_level = "token"
+    config.learner.importance_outside = "truncate"  # truncate | mask; beyond the bounds the weight is the bound, or 0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.0006  # of AdamW, at its peak

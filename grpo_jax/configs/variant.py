@@ -7,15 +7,16 @@
 """
 
 from grpo_jax import objectives
-from grpo_jax.configs import base, dapo
+from grpo_jax.configs import base, dapo, gtpo_paper
+
+# Names that stand for more than an objective: for dynamic sampling and a punishment of length beside it.
+WITH_MORE = {"dapo": dapo, "dapo_paper": dapo, "gtpo_paper": gtpo_paper}
 
 
 def get_config(argument: str = "grpo"):
     name, _, scale = argument.partition(",")
     if name not in objectives.VARIANTS:
         raise ValueError(f"unknown variant {name!r} after the colon; known: {', '.join(objectives.VARIANTS)}")
-    # DAPO's dynamic sampling and overlong punishment are not in its loss, so its name stands for more than an objective.
-    start = dapo if name in ("dapo", "dapo_paper") else base
-    config = start.get_config(scale or "tiny")
+    config = WITH_MORE.get(name, base).get_config(scale or "tiny")
     config.objective = base.objective_of(name)
     return config

@@ -38,16 +38,21 @@ def batch_advantages(
     batch: Batch,
     mask_PGT: Float[Arrays, "P G T"],
     entropy_PGT: Float[Arrays, "P G T"],
+    logp_PGT: Float[Arrays, "P G T"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "P G T"]:
     """Compute `objectives.advantages` of a batch of whole groups.
 
+    The parts of the reward, where an advantage asks for them, are the task's reward and all that was added to it.
+
     Args:
       obj: the objective. batch: its rewards are read. mask_PGT: the trained tokens.
-      entropy_PGT: float32 nats. axis_name: mesh axes that batch statistics go over, inside `shard_map`.
+      entropy_PGT, logp_PGT: float32 nats, of the policy at the start of the update; logp_PGT: None where no filter reads it.
+      axis_name: mesh axes that batch statistics go over, inside `shard_map`.
     Returns: float32, 0 where masked.
     """
     P, G, T = mask_PGT.shape
+    parts = jnp.stack([batch.task_reward_PG, batch.reward_PG - batch.task_reward_PG], -1)
     adv_BT = objectives.advantages(
         obj,
         batch.reward_PG.reshape(-1),
@@ -55,6 +60,8 @@ def batch_advantages(
         entropy_PGT.reshape(-1, T),
         group_size=G,
         task_rewards_B=batch.task_reward_PG.reshape(-1),
+        reward_parts_BK=parts.reshape(P * G, -1),
+        logp_BT=None if logp_PGT is None else logp_PGT.reshape(-1, T),
         axis_name=axis_name,
     )
     return adv_BT.reshape(P, G, T)
@@ -99,7 +106,8 @@ def advantages_with_grpo(
     Returns: (float32 advantage of each token, plain GRPO's of each row).
     """
     mask_PGT, entropy_PGT = trained_mask(batch, filter_truncated), batch.rollout.entropy_PGT
-    ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT) for each in (obj, GRPO))
+    logp_PGT = batch.rollout.sampler_logp_PGT
+    ours_PGT, grpo_PGT = (batch_advantages(each, batch, mask_PGT, entropy_PGT, logp_PGT) for each in (obj, GRPO))
     # GRPO's is the same for all tokens of a row, and every row that is not dropped has a first one.
     return ours_PGT, grpo_PGT[..., 0]
 
@@ -111,16 +119,18 @@ def advantage_metrics(
 
     advantage/differs_from_grpo: share of tokens whose advantage is not plain GRPO's; 0 says that the variant's estimator
     changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)
-    of its completion; 0 where one of them is the same everywhere.
+    of its completion; 0 where one of them is the same everywhere. advantage/silent: share of tokens whose advantage is exactly
+    0: groups of equal rewards, and what a filter of rows or tokens drops.
 
     Args:
       obj: the objective. batch: full. mask_PGT: the trained tokens. adv_PGT: the update's own advantages.
-    Returns: the two metrics by name.
+    Returns: the metrics by name.
     """
     grpo_PGT = batch_advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
     is_different_PGT = jnp.abs(adv_PGT - grpo_PGT) > SAME * jnp.maximum(jnp.abs(adv_PGT), jnp.abs(grpo_PGT))
     is_success_PG1 = (batch.task_reward_PG >= obj.success_threshold)[..., None]
     return {
         "advantage/differs_from_grpo": Mean.of(is_different_PGT, mask_PGT),
+        "advantage/silent": Mean.of(adv_PGT == 0, mask_PGT),
         "advantage/success_correlation": Correlation.of(adv_PGT, is_success_PG1 & (mask_PGT > 0), mask_PGT),
     }

@@ -1,7 +1,7 @@
 """Hidden states -> log-probability of given tokens and entropy of the distribution, in chunks: never [B, T, V] in float32.
 
 The gradient is written by hand: d logp / d logits = onehot - p, recomputed chunk by chunk, so that neither direction keeps
-more than one [C, V] block of logits.
+more than one [C, V] block of logits. With an entropy bonus d H / d logits = -p (log p + H) is added.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def token_logprobs(
     chunks: Chunks,
     cap: float | None,
     past: Past | None = None,
+    has_entropy_gradient: bool = False,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
@@ -123,8 +124,8 @@ def token_logprobs(
       hidden_FD: the state that predicts each target. head_VD: output matrix. targets_F: int32.
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: the distribution, its temperature above 0. chunks: logits at a time; peak memory is chunks.tokens * V.
-      cap: of the logits, as in `head_logits`. past: from `past_of`.
-    Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head; none through entropy_F.
+      cap: of the logits, as in `head_logits`. past: from `past_of`. has_entropy_gradient: the entropy is a part of a loss.
+    Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head, through entropy_F if asked.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
     num = len(targets_F)
@@ -136,10 +137,10 @@ def token_logprobs(
 
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
-    logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues]
-        sampling, cap, chunks.vocab, hidden, head_VD, fixed, past and past[3:]
-    )
-    return logp.reshape(-1)[:num], jax.lax.stop_gradient(entropy.reshape(-1)[:num])
+    static = sampling, cap, chunks.vocab, has_entropy_gradient
+    logp, entropy = _chunked(*static, hidden, head_VD, fixed, past and past[3:])  # pyright: ignore[reportGeneralTypeIssues]
+    logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
+    return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
 
 
 class _Distribution(NamedTuple):
@@ -174,12 +175,12 @@ def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fix
     return _Distribution(logits_CV, keep_CV, factor_CV, tempered_CV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(sampling: Sampling, cap: float | None, vocab_tokens: int, hidden, head_VD, fixed, rows):
-    return _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _chunked(sampling: Sampling, cap: float | None, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows):
+    return _forward(sampling, cap, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows)[0]
 
 
-def _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows):
+def _forward(sampling, cap, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
     del vocab_tokens
 
@@ -191,18 +192,20 @@ def _forward(sampling, cap, vocab_tokens, hidden, head_VD, fixed, rows):
         return None, (logp_C, sums.entropy_C, sums.log_z_C)
 
     _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
-    return (logp, entropy), (hidden, head_VD, fixed, rows, log_z)
+    return (logp, entropy), (hidden, head_VD, fixed, rows, log_z, entropy if has_entropy_gradient else None)
 
 
-def _backward(sampling, cap, vocab_tokens, residuals, cotangents):
+def _backward(sampling, cap, vocab_tokens, has_entropy_gradient, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
+    d_logp, d_entropy = cotangents
+    if not has_entropy_gradient:
+        d_entropy = None
     if vocab_tokens:
-        return _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents)
-    hidden, head_VD, fixed, rows, log_z = residuals
-    d_logp, _ = cotangents  # entropy carries no gradient
+        return _backward_by_vocab(sampling, cap, vocab_tokens, residuals, d_logp, d_entropy)
+    hidden, head_VD, fixed, rows, log_z, entropy = residuals
 
     def chunk(d_head_VD, xs):
-        hidden_CD, fixed_C, log_z_C, d_logp_C = xs
+        hidden_CD, fixed_C, log_z_C, d_logp_C, entropy_C, d_entropy_C = xs
         of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
         p_CV = jnp.exp(of.logits_CV - log_z_C[:, None])
         if of.keep_CV is not None:
@@ -212,6 +215,9 @@ def _backward(sampling, cap, vocab_tokens, residuals, cotangents):
             # Their probability is 1 whatever the policy: 1 - p is 0 but for rounding.
             d_logp_C = jnp.where(fixed_C[2][0] < len(sampling.forced_prefix_ids), 0.0, d_logp_C)
         d_logits_CV = (is_target_CV - p_CV) * (d_logp_C[:, None] / sampling.temperature)
+        if has_entropy_gradient:
+            surprise_CV = of.logits_CV - log_z_C[:, None] + entropy_C[:, None]
+            d_logits_CV -= p_CV * surprise_CV * (d_entropy_C[:, None] / sampling.temperature)
         if of.factor_CV is not None:
             d_logits_CV *= of.factor_CV
         if cap is not None:  # the slope of tanh
@@ -224,25 +230,30 @@ def _backward(sampling, cap, vocab_tokens, residuals, cotangents):
         return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
 
     zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0])
-    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp))
+    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp, entropy, d_entropy))
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
 
 
-def _backward_by_vocab(sampling, cap, vocab_tokens, residuals, cotangents):
+def _backward_by_vocab(sampling, cap, vocab_tokens, residuals, d_logp, d_entropy):
     """Go through parts of the vocabulary, all positions at once; what is left over is a part of its own.
 
     The log-partition is known, so each part's share of p is; a cut distribution has no such parts.
     """
-    hidden, head_VD, (targets, _, _), _, log_z = residuals
+    hidden, head_VD, (targets, _, _), _, log_z, entropy = residuals
     shape, (V, D) = hidden.shape, head_VD.shape
     hidden_FD, targets_F = hidden.reshape(-1, D), targets.reshape(-1)
-    scale_F1 = (cotangents[0].reshape(-1) / sampling.temperature)[:, None]
+    scale_F1 = (d_logp.reshape(-1) / sampling.temperature)[:, None]
     log_z_F1 = log_z.reshape(-1)[:, None]
 
     def part(d_hidden_FD, head_UD, first):
         logits_FU = head_logits(hidden_FD, head_UD, cap) / sampling.temperature
         is_target_FU = first + jnp.arange(len(head_UD))[None] == targets_F[:, None]
-        d_logits_FU = (is_target_FU - jnp.exp(logits_FU - log_z_F1)) * scale_F1
+        below_FU = logits_FU - log_z_F1
+        p_FU = jnp.exp(below_FU)
+        d_logits_FU = (is_target_FU - p_FU) * scale_F1
+        if d_entropy is not None:
+            surprise_FU = below_FU + entropy.reshape(-1)[:, None]
+            d_logits_FU -= p_FU * surprise_FU * (d_entropy.reshape(-1) / sampling.temperature)[:, None]
         if cap is not None:  # the slope of tanh
             d_logits_FU *= 1 - jnp.square(logits_FU * (sampling.temperature / cap))
         d_logits_FU = d_logits_FU.astype(head_VD.dtype)
@@ -268,7 +279,12 @@ _chunked.defvjp(_forward, _backward)
 
 
 def policy_logprobs(
-    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+    model: ModelDef,
+    params: Params,
+    rollout: Rollout,
+    sampling: Sampling,
+    chunk_tokens: int,
+    has_entropy_gradient: bool = False,
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"]]:
     """Compute the log-probability of each completion token under the policy, and the entropy of its distribution.
 
@@ -278,13 +294,20 @@ def policy_logprobs(
       params: all weights of the policy. rollout: G completions of each of P prompts.
       sampling: the settings that the rollout was sampled with, so that both speak of one distribution.
       chunk_tokens: positions whose logits exist at a time; 0: as many as suit the hardware (`Chunks.of`).
-    Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT only.
+      has_entropy_gradient: as in `token_logprobs`.
+    Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT, and
+      through entropy_PGT if asked.
     """
-    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens)[:2]
+    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens, has_entropy_gradient)[:2]
 
 
 def logprobs_and_load(
-    model: ModelDef, params: Params, rollout: Rollout, sampling: Sampling, chunk_tokens: int
+    model: ModelDef,
+    params: Params,
+    rollout: Rollout,
+    sampling: Sampling,
+    chunk_tokens: int,
+    has_entropy_gradient: bool = False,
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Float[jax.Array, "L E"] | None]:
     """Compute what `policy_logprobs` does, and the number of tokens that each expert took.
 
@@ -320,5 +343,6 @@ def logprobs_and_load(
         Chunks.of(model, chunk_tokens, P * G * T, sampling),
         decoder.logit_cap,
         past_of(rollout, sampling),
+        has_entropy_gradient,
     )
     return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE

@@ -57,7 +57,9 @@ class Target:
 
     advantage_PGT: float32. old_logp_PGT, ref_logp_PGT: float32 nats; ref_logp_PGT is None without a KL.
     is_fresh_PG: sampled by the very policy that the update starts from (not taken from dynamic sampling's buffer).
-    importance_PGT: probability by the learner over that by the sampler, not yet truncated; None with importance_cap 0.
+    importance_PGT: probability by the learner over that by the sampler, at importance_level, not yet bounded; None with
+      importance_cap 0.
+    penalised_PGT: tokens whose |log w| the loss penalises; None without cov_penalty.
     """
 
     rollout: Rollout
@@ -66,6 +68,7 @@ class Target:
     old_logp_PGT: Float[Leaf, "P G T"]
     ref_logp_PGT: Float[Leaf, "P G T"] | None
     importance_PGT: Float[Leaf, "P G T"] | None
+    penalised_PGT: Bool[Leaf, "P G T"] | None = None
 
 
 def make_train_step(
@@ -188,11 +191,15 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
         ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, config)
     # A KL in the reward is part of what the advantage is made of; success and O+/O- still look at the task's reward alone.
     paid_batch = subtract_kl(obj, batch, old_logp_PGT, ref_logp_PGT, mask_PGT)
-    adv_PGT = batch_advantages(obj, paid_batch, mask_PGT, entropy_PGT, axis_name)
+    adv_PGT = batch_advantages(obj, paid_batch, mask_PGT, entropy_PGT, old_logp_PGT, axis_name)
+    by_row = (x.reshape(P * G, -1) for x in (adv_PGT, old_logp_PGT, mask_PGT))
+    penalised_BT = objectives.penalised_tokens(obj, *by_row, axis_name=axis_name)
+    penalised_PGT = penalised_BT if penalised_BT is None else penalised_BT.reshape(mask_PGT.shape)
     importance_PGT = None
     if config.learner.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
-        importance_PGT = jnp.exp(objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, mask_PGT))
-    return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT, importance_PGT)
+        log_ratio_PGT = objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, mask_PGT)
+        importance_PGT = objectives.sampler_ratio(log_ratio_PGT, mask_PGT, config.learner.importance_level)
+    return Target(rollout, is_fresh_PG, adv_PGT, old_logp_PGT, ref_logp_PGT, importance_PGT, penalised_PGT)
 
 
 def reference_policy(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
@@ -353,14 +360,19 @@ def microbatch_loss(
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]
     logp_PGT, entropy_PGT, load_LE = logprobs_and_load(
-        model, params, rollout, sampling_of(config.rollout), config.learner.logprob_chunk_tokens
+        model,
+        params,
+        rollout,
+        sampling_of(config.rollout),
+        config.learner.logprob_chunk_tokens,
+        obj.has_entropy_bonus,
     )
 
     def rows(x: Any) -> Any:
         return None if x is None else x.reshape(-1, T)
 
     mask_BT = rows(rollout.mask_PGT)
-    adv_PGT, importance_metrics = weight_by_importance(target, config.learner.importance_cap)
+    adv_PGT, importance_metrics = weight_by_importance(target, config.learner)
     loss_BT, aux = objectives.token_loss(
         obj,
         rows(logp_PGT),
@@ -368,6 +380,8 @@ def microbatch_loss(
         rows(target.ref_logp_PGT),
         rows(adv_PGT),
         mask_BT,
+        entropy_BT=rows(entropy_PGT),
+        penalised_BT=rows(target.penalised_PGT),
     )
     # The gap between sampler and learner is their numerics only where both had the same weights: on fresh groups.
     gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
@@ -375,7 +389,7 @@ def microbatch_loss(
     metrics: dict[str, Metric] = {
         **objectives.loss_metrics(aux, mask_BT),
         **importance_metrics,
-        "policy/learner_entropy": Mean.of(entropy_PGT, rollout.mask_PGT),
+        "policy/learner_entropy": Mean.of(jax.lax.stop_gradient(entropy_PGT), rollout.mask_PGT),
         "policy/sampler_logp_gap": Max(jnp.where(is_fresh_PGT, gap_PGT, 0.0).max()),
     }
     if load_LE is not None:
@@ -383,19 +397,20 @@ def microbatch_loss(
     return (loss_BT * rows(weight_PGT)).sum(), metrics
 
 
-def weight_by_importance(target: Target, cap: float) -> tuple[Float[jax.Array, "P G T"], dict[str, Metric]]:
-    """Truncate importance weights: each token's policy loss weighs min(learner's / sampler's probability, cap).
+def weight_by_importance(target: Target, config: LearnerConfig) -> tuple[Float[jax.Array, "P G T"], dict[str, Metric]]:
+    """Weigh each token's policy loss by `objectives.sampler_weights`: learner's over sampler's probability, bounded.
 
     For a sampler of other numerics than the learner's (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"). The weight goes onto the advantage, in a positive factor of which every surrogate is linear.
-    -> (advantage_PGT, metrics), as they are with cap 0.
+    -> (advantage_PGT, metrics), as they are with importance_cap 0.
     """
     if target.importance_PGT is None:
         return target.advantage_PGT, {}
-    weight_PGT, mask_PGT = jnp.minimum(target.importance_PGT, cap), target.rollout.mask_PGT
+    low, high, mask_PGT = config.importance_floor, config.importance_cap, target.rollout.mask_PGT
+    weight_PGT = objectives.sampler_weights(target.importance_PGT, config.importance_outside, low, high)
     metrics: dict[str, Metric] = {
         "policy/importance_weight": Mean.of(weight_PGT, mask_PGT),
-        "policy/importance_capped": Mean.of(target.importance_PGT > cap, mask_PGT),
+        "policy/importance_capped": Mean.of((target.importance_PGT > high) | (target.importance_PGT < low), mask_PGT),
     }
     return target.advantage_PGT * weight_PGT, metrics
 

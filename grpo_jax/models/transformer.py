@@ -471,8 +471,9 @@ class ModelDef:
 
     def _cast_matrix(self, path: Any, x: Array) -> Array:
         """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""
-        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic of the
-        # digits that it has. And XLA casts once what no microbatch changes.
+        # Cast inside the loop over layers, a matrix's gradient would leave it in float32: twice the memory and traffic, for
+        # digits that its product's type does not have (XLA may leave that rounding out). And what no microbatch changes is
+        # cast once.
         if x.ndim < 3 or not logical_axes(path_names(path)):
             return x
         return x.astype(self.dtype)

@@ -8,35 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Real, Shaped
+from jaxtyping import Bool, Float, Real, Shaped
 
-from grpo_jax.masking import is_constant, masked_mean, masked_sum, standardise
+from grpo_jax.masking import is_constant, masked_mean, masked_std, masked_sum, standardise
+from grpo_jax.objectives.filters import ROW_FILTERS, TOKEN_FILTERS, high_covariance
 from grpo_jax.objectives.functions import Function, find
+from grpo_jax.objectives.groups import Groups, Tokens
 from grpo_jax.objectives.ratios import Arrays, log_ratio
 from grpo_jax.objectives.variants import Objective
 from grpo_jax.types import AxisName
 
 Advantage = Float[jax.Array, "P G T"] | Float[jax.Array, "P G 1"]
-
-
-class Groups(NamedTuple):
-    """The inputs in group layout.
-
-    reward_PG, mask_PGT: float32. entropy_PGT: float32, nats, bounded, 1 where masked; None if it was not given.
-    is_success_PG: True in O+.
-    has_tokens_PG: False on dropped rows, which no statistic counts. axis_name: mesh axis of batch statistics, or None.
-    """
-
-    reward_PG: jax.Array
-    is_success_PG: jax.Array
-    mask_PGT: jax.Array
-    entropy_PGT: jax.Array | None
-    has_tokens_PG: jax.Array
-    axis_name: AxisName | None
 
 
 def advantages(
@@ -47,6 +32,8 @@ def advantages(
     *,
     group_size: int,
     task_rewards_B: Real[Arrays, " B"] | None = None,
+    reward_parts_BK: Real[Arrays, "B K"] | None = None,
+    logp_BT: Float[Arrays, "B T"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "B T"]:
     """Compare each completion with the others of its group: how much better its tokens were than expected.
@@ -55,15 +42,20 @@ def advantages(
       rewards_B: float32, the reward to maximise (shaping included). mask_BT: 1 on completion tokens, EOS included.
       entropy_BT: nats, of the sampling policy; may be None where the estimator does not read it.
       group_size: G; rows of a group are contiguous. task_rewards_B: decides O+ / O- (default: rewards_B).
+      reward_parts_BK: what the rewards are made of, for "reward_parts"; None: the rewards are one part.
+      logp_BT: nats, of the policy at the start of the update; may be None where no filter of tokens reads it.
       axis_name: mesh axis to take batch statistics over, inside `shard_map` (groups are never split over devices).
-    Returns: float32[B, T], exactly 0 on masked tokens and dropped rows; gradients are stopped.
-    Raises: ValueError if B is not a multiple of G or a needed entropy is missing.
+    Returns: float32[B, T], exactly 0 on masked tokens, dropped rows and what the filters drop; gradients are stopped.
+    Raises: ValueError if B is not a multiple of G or a needed entropy or log-probability is missing.
     """
     B, T = mask_BT.shape
     if group_size < 1 or B % group_size:
         raise ValueError(f"{B} rows do not divide into groups of group_size = {group_size}")
     if obj.needs_entropy and entropy_BT is None:
-        raise ValueError(f"advantage {obj.advantage!r} needs the sampling policy's entropy_BT, got None")
+        name = "token_filter 'top_entropy'" if obj.token_filter == "top_entropy" else f"advantage {obj.advantage!r}"
+        raise ValueError(f"{name} needs the sampling policy's entropy_BT, got None")
+    if obj.token_filter == "low_covariance" and logp_BT is None:
+        raise ValueError(f"token_filter {obj.token_filter!r} needs logp_BT of the start of the update, got None")
     # O+ is decided before shaping: a right answer that was punished for its length stays a success.
     if task_rewards_B is None:
         task_rewards_B = rewards_B
@@ -76,9 +68,52 @@ def advantages(
         entropy_PGT=_bound_entropy(obj, entropy_BT, mask_PGT),
         has_tokens_PG=mask_PGT.any(-1),
         axis_name=axis_name,
+        parts_PGK=_parts(reward_parts_BK, by_group),
     )
+    if obj.row_filter != "all":
+        kept_PG = find("row_filter", obj.row_filter, ROW_FILTERS)(obj, groups)
+        mask_PGT = mask_PGT * kept_PG[..., None]
+        groups = groups._replace(mask_PGT=mask_PGT, has_tokens_PG=groups.has_tokens_PG & kept_PG)
     adv_PGT = find("advantage", obj.advantage, ADVANTAGES)(obj, groups)
-    return jax.lax.stop_gradient(jnp.where(mask_PGT > 0, adv_PGT, 0.0).reshape(B, T))
+    adv_BT = jnp.where(mask_PGT > 0, adv_PGT, 0.0).reshape(B, T)
+    if obj.token_filter != "all":
+        tokens = Tokens(adv_BT, mask_PGT.reshape(B, T), _finite(entropy_BT, mask_BT), _finite(logp_BT, mask_BT), axis_name)
+        adv_BT = jnp.where(find("token_filter", obj.token_filter, TOKEN_FILTERS)(obj, tokens), adv_BT, 0.0)
+    return jax.lax.stop_gradient(adv_BT)
+
+
+def penalised_tokens(
+    obj: Objective,
+    adv_BT: Float[Arrays, "B T"],
+    logp_BT: Float[Arrays, "B T"],
+    mask_BT: Shaped[Arrays, "B T"],
+    *,
+    axis_name: AxisName | None = None,
+) -> Bool[jax.Array, "B T"] | None:
+    """Mark the tokens whose |log w| the loss penalises, by `cov_penalty` (KL-Cov, arXiv 2505.22617).
+
+    Args:
+      adv_BT: of `advantages`. logp_BT: nats, of the policy at the start of the update. mask_BT: 1 on completion tokens.
+      axis_name: mesh axis of the batch, inside `shard_map`.
+    Returns: bool[B, T] for `token_loss`; None where cov_penalty = 0.
+    """
+    if not obj.cov_penalty:
+        return None
+    kept_BT = jnp.asarray(mask_BT, jnp.float32)
+    finite_BT = jnp.where(kept_BT > 0, jnp.asarray(adv_BT, jnp.float32), 0.0)
+    return high_covariance(obj, Tokens(finite_BT, kept_BT, None, _finite(logp_BT, mask_BT), axis_name))
+
+
+def _parts(reward_parts_BK, by_group: tuple[int, int]):
+    """Parts of the rewards in group layout; None stays None."""
+    if reward_parts_BK is None:
+        return None
+    return jnp.asarray(reward_parts_BK, jnp.float32).reshape(*by_group, -1)
+
+
+def _finite(x_BT, mask_BT):
+    """An array with 0 where masked, float32; None stays None."""
+    return x_BT if x_BT is None else jnp.where(mask_BT > 0, jnp.asarray(x_BT, jnp.float32), 0.0)
 
 
 def rewards_with_kl(
@@ -165,10 +200,109 @@ def _standardise_over_batch(obj: Objective, groups: Groups, x_PG):
     return standardise(x_PGT, groups.mask_PGT, None, groups.axis_name, ddof=obj.std_ddof, eps=obj.adv_eps)
 
 
+def group_center_batch_std(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = (r_i - mean_g) / (std of the batch's rewards + eps): one scale for all prompts (Lite PPO, arXiv 2508.08221)."""
+    std = masked_std(groups.reward_PG, groups.has_tokens_PG, axis_name=groups.axis_name, ddof=obj.std_ddof)
+    # Without a spread in the whole batch every centred reward is 0, and so is the advantage.
+    return group_center(obj, groups) / jnp.where(std > 0, std + obj.adv_eps, 1.0)
+
+
+def group_mean_norm(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = (r_i - mean_g) / mean_g: with it the gradient is that of log p(right) (MaxRL, arXiv 2602.02710).
+
+    For rewards of 0 and more; a group without any reward, whose mean is 0, gets 0.
+    """
+    mean_P11 = masked_mean(groups.reward_PG, groups.has_tokens_PG, 1, keepdims=True)[..., None]
+    return jnp.where(mean_P11 > 0, group_center(obj, groups) / jnp.where(mean_P11 > 0, mean_P11, 1.0), 0.0)
+
+
+def length_weighted_center(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = r_i - sum |o| r / sum |o| (OPO, arXiv 2505.23585).
+
+    It is the baseline of least variance if the squared norm of a row's gradient is proportional to the row's length.
+    """
+    del obj
+    rewards_PG, rows = groups.reward_PG, groups.has_tokens_PG
+    lengths_PG = groups.mask_PGT.sum(-1)
+    total_P1 = masked_sum(lengths_PG, rows, 1, keepdims=True)
+    mean_P1 = masked_sum(lengths_PG * jnp.where(rows, rewards_PG, 0.0), rows, 1, keepdims=True) / jnp.maximum(total_P1, 1.0)
+    return jnp.where(is_constant(rewards_PG, rows, 1), 0.0, rewards_PG - mean_P1)[..., None]
+
+
+def group_center_rescaled(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = (r_i - mean_g) times groups / groups whose rewards differ, of the batch (GPG, arXiv 2504.02546).
+
+    Differs from verl's: that divides by the number of rewards that are not 0, instead of groups.
+    """
+    rows = groups.has_tokens_PG
+    counts = jnp.stack([rows.any(1).sum(), (~is_constant(groups.reward_PG, rows, 1)).sum()]).astype(jnp.float32)
+    if groups.axis_name:
+        counts = jax.lax.psum(counts, groups.axis_name)
+    return group_center(obj, groups) * counts[0] / jnp.maximum(counts[1], 1.0)
+
+
+def best_of_group(obj: Objective, groups: Groups) -> Advantage:
+    """The best row gets r_1 - r_2, the others 0: the gradient of the group's maximum (arXiv 2503.19595; verl's "grpo_passk").
+
+    Where two rows share the best reward nobody gets anything. Differs from verl's default: not divided by the group's std.
+    """
+    del obj
+    rows = groups.has_tokens_PG
+    rewards_PG = jnp.where(rows, groups.reward_PG, -jnp.inf)
+    best_P1 = rewards_PG.max(1, keepdims=True)
+    is_best_PG = rows & (rewards_PG == best_P1)
+    second_P1 = jnp.where(is_best_PG, -jnp.inf, rewards_PG).max(1, keepdims=True)
+    is_alone_P1 = (is_best_PG.sum(1, keepdims=True) == 1) & jnp.isfinite(second_P1)
+    return jnp.where(is_best_PG & is_alone_P1, best_P1 - jnp.where(is_alone_P1, second_P1, 0.0), 0.0)[..., None]
+
+
+def pass_at_k_analytic(obj: Objective, groups: Groups) -> Advantage:
+    """Advantage of rows by the pass@k of subsets of the group that hold them (arXiv 2508.10751, its analytical form).
+
+    With n rows, m of them wrong, C(m, k) / C(n, k) the share of subsets of `pass_k` without a right one, p = 1 minus it and
+    s = sqrt(p (1 - p)): right rows get (1 - p) / s, wrong ones (1 - p - C(m - 1, k - 1) / C(n - 1, k - 1)) / s; 0 where s = 0.
+    """
+    rows = groups.has_tokens_PG
+    total_P1 = rows.sum(1, keepdims=True).astype(jnp.float32)
+    wrong_P1 = (rows & ~groups.is_success_PG).sum(1, keepdims=True).astype(jnp.float32)
+
+    def share(wrong, total, k: int):  # of subsets of k rows in which all are wrong
+        product = jnp.ones_like(total)
+        for j in range(k):
+            product *= jnp.maximum(wrong - j, 0.0) / jnp.maximum(total - j, 1.0)
+        return product
+
+    failed_P1 = share(wrong_P1, total_P1, obj.pass_k)
+    scale_P1 = jnp.sqrt(failed_P1 * (1.0 - failed_P1))
+    failed_with_it_P1 = share(wrong_P1 - 1, total_P1 - 1, obj.pass_k - 1)
+    adv_PG = jnp.where(groups.is_success_PG, failed_P1, failed_P1 - failed_with_it_P1)
+    return jnp.where(scale_P1 > 0, adv_PG / jnp.where(scale_P1 > 0, scale_P1, 1.0), 0.0)[..., None]
+
+
+def reward_parts(obj: Objective, groups: Groups) -> Advantage:
+    """Each part of the reward normalised in its group, weighted, added, divided by the batch's std (GDPO, arXiv 2601.05242).
+
+    So a part counts by its weight, not by its spread. Without parts the whole reward is the only one.
+    """
+    parts_PGK = groups.reward_PG[..., None]
+    if groups.parts_PGK is not None:
+        parts_PGK = groups.parts_PGK
+    weights = obj.part_weights or (1.0,) * parts_PGK.shape[-1]
+    if len(weights) != parts_PGK.shape[-1]:
+        raise ValueError(f"objective.part_weights = {obj.part_weights}: the reward has {parts_PGK.shape[-1]} parts")
+    rows = groups.has_tokens_PG
+    normed_PGK = standardise(parts_PGK, rows[..., None], 1, ddof=obj.std_ddof, eps=obj.adv_eps)
+    total_PG = (normed_PGK * jnp.asarray(weights)[None, None]).sum(-1)
+    std = masked_std(total_PG, rows, axis_name=groups.axis_name, ddof=obj.std_ddof)
+    # The batch's mean, which the paper also takes off, is 0: each group's is. Left alone, a silent group stays exactly 0.
+    return (total_PG / jnp.where(std > 0, std + obj.adv_eps, 1.0))[..., None]
+
+
 def token_entropy(obj: Objective, groups: Groups) -> Advantage:
     """GTPO (arXiv 2508.04349, eqs. 2-4): among successes an uncertain token earns more, among failures it loses less.
 
-    At position t, over the active rows: r+ = a1 r + a2 d_t H / sum_O+ H and r- = -a1 - a2 h_t (1/H) / sum_O- (1/H).
+    At position t, over the active rows: r+ = a1 r + a2 d_t H / sum_O+ H and r- = -a1 - a2 h_t (1/H) / sum_O- (1/H). With
+    entropy_share = "row_geometric" (sec. 2.4.1) r+ = a1 r + a2 H / (geometric mean of the row's H), r- by the inverses.
     """
     assert groups.entropy_PGT is not None, "`advantages` checks it"
     success_PGT = groups.is_success_PG[..., None] * groups.mask_PGT
@@ -176,6 +310,10 @@ def token_entropy(obj: Objective, groups: Groups) -> Advantage:
     # The sums run over the rows of one position, not over a row: tokens compete with those that others wrote at the same t.
     share_up_PGT = _relative(groups.entropy_PGT, success_PGT, axis=1)
     share_down_PGT = _relative(1.0 / groups.entropy_PGT, failure_PGT, axis=1)
+    if obj.entropy_share == "row_geometric":
+        log_mean_PG1 = masked_mean(jnp.log(groups.entropy_PGT), groups.mask_PGT, -1, keepdims=True)
+        share_up_PGT = groups.entropy_PGT / jnp.exp(log_mean_PG1)
+        share_down_PGT = 1.0 / share_up_PGT
     up_PGT = obj.base_weight * groups.reward_PG[..., None] + obj.entropy_weight * share_up_PGT
     down_PGT = -obj.base_weight - obj.entropy_weight * share_down_PGT
     return _normalise_sides(obj, groups, up_PGT, down_PGT, success_PGT, failure_PGT, group_axes=(1, 2))
@@ -240,6 +378,13 @@ ADVANTAGES: Mapping[str, Function] = MappingProxyType(
         "leave_one_out": leave_one_out,
         "batch_norm": batch_norm,
         "group_center_batch_norm": group_center_batch_norm,
+        "group_center_batch_std": group_center_batch_std,
+        "group_mean_norm": group_mean_norm,
+        "length_weighted_center": length_weighted_center,
+        "group_center_rescaled": group_center_rescaled,
+        "best_of_group": best_of_group,
+        "pass_at_k_analytic": pass_at_k_analytic,
+        "reward_parts": reward_parts,
         "token_entropy": token_entropy,
         "sequence_entropy": sequence_entropy,
     }

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.objectives.advantages import ADVANTAGES, Groups
+from grpo_jax.objectives.advantages import ADVANTAGES
 from grpo_jax.objectives.aggregation import AGGREGATIONS
+from grpo_jax.objectives.filters import ROW_FILTERS, TOKEN_FILTERS
 from grpo_jax.objectives.functions import Function, find, name_of, signature, source_hash
+from grpo_jax.objectives.groups import Groups, Tokens
 from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS
 from grpo_jax.objectives.surrogates import CLIPPED_RATIO, SURROGATES, SurrogateInputs
 from grpo_jax.objectives.variants import VARIANTS, Objective
@@ -24,8 +26,11 @@ TABLES: Mapping[str, Mapping[str, Function]] = MappingProxyType(
         "surrogate": SURROGATES,
         "kl_estimator": KL_ESTIMATORS,
         "aggregation": AGGREGATIONS,
+        "row_filter": ROW_FILTERS,
+        "token_filter": TOKEN_FILTERS,
     }
 )
+FILTERS = ("row_filter", "token_filter")  # "all" is none of them
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType({field: tuple(table) for field, table in TABLES.items()})
 
 
@@ -49,7 +54,10 @@ def check_choices(obj: Objective) -> None:
     """Raise ValueError if a choice is no name of its axis and no fitting function, or if two choices exclude each other."""
     for field, table in TABLES.items():
         choice = getattr(obj, field)
-        function = find(field, choice, table)
+        if choice == "all" and field in FILTERS:
+            continue
+        others = ("all",) * (field in FILTERS)
+        function = find(field, choice, table, others)
         if choice not in CHOICES[field]:
             _try(obj, field, function)
     # A surrogate whose weight carries no gradient has nothing that the second bound could stop: taking it would look active.
@@ -65,7 +73,7 @@ def sources(obj: Objective) -> dict[str, str]:
 
     The package's own functions are not in it: they are identified by its version.
     """
-    own = [(field, getattr(obj, field)) for field in TABLES if getattr(obj, field) not in CHOICES[field]]
+    own = [(field, getattr(obj, field)) for field in TABLES if getattr(obj, field) not in (*CHOICES[field], "all")]
     return {name_of(choice): source_hash(field, choice) for field, choice in own}
 
 
@@ -76,9 +84,14 @@ def _try(obj: Objective, field: str, function: Function) -> None:
     of_groups = jax.ShapeDtypeStruct((P, G, T), jnp.float32)
     one = jax.ShapeDtypeStruct((P, G), jnp.float32)
 
+    def groups(reward_PG: jax.Array, x_PGT: jax.Array) -> Groups:
+        return Groups(reward_PG, reward_PG > 0, x_PGT, x_PGT, reward_PG > 0, None)
+
     def advantage(reward_PG: jax.Array, x_PGT: jax.Array) -> jax.Array:
-        groups = Groups(reward_PG, reward_PG > 0, x_PGT, x_PGT, reward_PG > 0, None)
-        return jnp.broadcast_to(function(obj, groups), (P, G, T))
+        return jnp.broadcast_to(function(obj, groups(reward_PG, x_PGT)), (P, G, T))
+
+    def row_filter(reward_PG: jax.Array, x_PGT: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(function(obj, groups(reward_PG, x_PGT)), (P, G))
 
     def surrogate(x_BT: jax.Array) -> list[jax.Array]:
         value_BT, low_BT, high_BT = function(obj, SurrogateInputs(x_BT, x_BT, x_BT, x_BT, x_BT))
@@ -94,6 +107,10 @@ def _try(obj: Objective, field: str, function: Function) -> None:
         "surrogate": lambda: jax.eval_shape(surrogate, of_rows),
         "kl_estimator": lambda: jax.eval_shape(lambda x: jnp.broadcast_to(function(obj, x, x, x), x.shape), of_rows),
         "aggregation": lambda: jax.eval_shape(aggregation, of_rows),
+        "row_filter": lambda: jax.eval_shape(row_filter, one, of_groups),
+        "token_filter": lambda: jax.eval_shape(
+            lambda x: jnp.broadcast_to(function(obj, Tokens(x, x, x, x, None)), x.shape), of_rows
+        ),
     }
     try:
         trials[field]()

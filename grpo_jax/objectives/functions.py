@@ -25,15 +25,17 @@ SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "surrogate": ("obj", "terms"),
     "kl_estimator": ("obj", "logp_BT", "ref_logp_BT", "mask_BT"),
     "aggregation": ("obj", "mask_BT", "max_completion_length"),
+    "row_filter": ("obj", "groups"),
+    "token_filter": ("obj", "tokens"),
 }
 
 
-def find(field: str, choice: Choice, table: Mapping[str, Function]) -> Function:
+def find(field: str, choice: Choice, table: Mapping[str, Function], others: tuple[str, ...] = ()) -> Function:
     """Return the function that a field of an objective means.
 
     Args:
       field: name of the axis, a key of SIGNATURES. choice: a key of the table, "module:function", or a function.
-      table: the functions that the axis knows by name.
+      table: the functions that the axis knows by name. others: names that mean none of them, for the message.
     Raises: ValueError naming the field, what is missing, and the signature that the function must have.
     """
     if not isinstance(choice, str):
@@ -42,7 +44,7 @@ def find(field: str, choice: Choice, table: Mapping[str, Function]) -> Function:
         return table[choice]
     if ":" in choice:
         return _load(field, choice)
-    raise ValueError(f"objective.{field} = {choice!r}: unknown; known: {', '.join(table)}, and module:function")
+    raise ValueError(f"objective.{field} = {choice!r}: unknown; known: {', '.join((*others, *table))}, and module:function")
 
 
 def name_of(choice: Choice) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from grpo_jax.masking import masked_mean
 from grpo_jax.objectives.functions import Function, find
@@ -65,6 +65,17 @@ def sequence_ratio_geometric(
     return jnp.broadcast_to(jnp.exp(masked_mean(log_ratio_BT, mask_BT, -1, keepdims=True)), mask_BT.shape)
 
 
+def sequence_token_ratio(
+    obj: Objective, log_ratio_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
+) -> Float[jax.Array, "B T"]:
+    """sg(s_i) w / sg(w) with the geometric s_i: a row's value, each token's own gradient (GSPO-token, 2507.18071, eq. 14).
+
+    So a row may have several advantages; with one, value and gradient are `sequence_ratio_geometric`'s.
+    """
+    of_row_BT = jax.lax.stop_gradient(sequence_ratio_geometric(obj, log_ratio_BT, mask_BT))
+    return of_row_BT * jnp.exp(log_ratio_BT - jax.lax.stop_gradient(log_ratio_BT))
+
+
 def kl_k1(
     obj: Objective, logp_BT: Float[Arrays, "B T"], ref_logp_BT: Float[Arrays, "B T"], mask_BT: Shaped[Arrays, "B T"]
 ) -> Float[jax.Array, "B T"]:
@@ -108,11 +119,60 @@ def kl_k3(
     return jnp.expm1(log_BT) - log_BT
 
 
+def off_policy_rows(
+    log_ratio_BT: Float[jax.Array, "B T"],
+    adv_BT: Float[jax.Array, "B T"],
+    mask_BT: Shaped[Arrays, "B T"],
+    bound: float,
+) -> Bool[jax.Array, "B T"]:
+    """Mark tokens with A < 0 in rows whose mean log(old / new) is above the bound (OPSM of DeepSeek-V3.2, arXiv 2512.02556).
+
+    Args:
+      log_ratio_BT: nats, new over old. adv_BT: advantages. mask_BT: 1 on completion tokens. bound: nats a token.
+    Returns: bool[B, T], without gradient.
+    """
+    kl_B1 = masked_mean(-log_ratio_BT, mask_BT, -1, keepdims=True)
+    return (adv_BT < 0) & (jax.lax.stop_gradient(kl_B1) > bound)
+
+
+def sampler_ratio(log_ratio: Float[Arrays, "*B T"], mask: Shaped[Arrays, "*B T"], level: str) -> Float[jax.Array, "*B T"]:
+    """Compute how much likelier the learner finds what the sampler drew: a token, a whole row, or the mean of a row's logs.
+
+    Args:
+      log_ratio: nats, learner over sampler, 0 where masked. mask: 1 on completion tokens.
+      level: "token", "sequence" (the product of the row's tokens) or "sequence_geometric"; a row's value is repeated.
+    Returns: float32[..., T].
+    """
+    if level == "token":
+        return jnp.exp(log_ratio)
+    total = log_ratio.sum(-1, keepdims=True)
+    if level == "sequence_geometric":
+        total = masked_mean(log_ratio, mask, -1, keepdims=True)
+    return jnp.broadcast_to(jnp.exp(jnp.clip(total, -MAX_LOG_RATIO, MAX_LOG_RATIO)), log_ratio.shape)
+
+
+def sampler_weights(ratio: Float[Arrays, "*B T"], outside: str, low: float, high: float) -> Float[jax.Array, "*B T"]:
+    """Bound the ratio of `sampler_ratio` to a weight of the policy loss.
+
+    Truncated by tokens it is TIS (Yao et al. 2025); masked by tokens IcePop (Ring-1T, arXiv 2510.18855) and token MIS; masked
+    by rows sequence and geometric MIS (Liu et al. 2025, "When speed kills stability").
+
+    Args:
+      ratio: of `sampler_ratio`. outside: "truncate", the bound counts beyond it, or "mask", nothing does.
+      low, high: the bounds, which belong to the inside.
+    Returns: float32[..., T], in [low, high] or 0.
+    """
+    if outside == "truncate":
+        return jnp.clip(ratio, low, high)
+    return jnp.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
 RATIOS: Mapping[str, Function] = MappingProxyType(
     {
         "token": token_ratio,
         "sequence": sequence_ratio,
         "sequence_geometric": sequence_ratio_geometric,
+        "sequence_token": sequence_token_ratio,
     }
 )
 # These have one value a row, so rows are averaged whatever `aggregation` says, and a row needs one advantage.

@@ -56,6 +56,32 @@ class Objective:
     stat_scope: str = knob("batch", "the shaped rewards are normalised over it", choices=("batch", "group"))
     sequence_mean_kind: str = knob("arithmetic", "mean entropy of a completion in GRPO-S", choices=("arithmetic", "geometric"))
     include_other_side: bool = knob(True, "the other side's zeros count in the shaped rewards' statistics; False: a misreading")
+    entropy_share: str = knob(
+        "position",
+        "GTPO's entropy over the group's at the position, or over the row's geometric mean",
+        choices=("position", "row_geometric"),
+    )
+    row_filter: Choice = knob("all", "completions that are compared: all, or of each group keep_rows (filters.py)")
+    keep_rows: int = knob(0, "k of row_filter; 0 with all", at_least=0)
+    token_filter: Choice = knob("all", "tokens that keep their advantage (filters.py)")
+    token_share: float = knob(0.2, 'of "top_entropy": share of the tokens that keep it', above=0, at_most=1)
+    cov_share: float = knob(2e-4, 'of "low_covariance" and cov_penalty: share of tokens they choose', above=0, at_most=1)
+    cov_range: tuple[float, ...] = knob((1.0, 5.0), 'of "low_covariance": chosen tokens lie between')
+    cov_penalty: float = knob(
+        0.0, "weight of |log w| on the tokens of highest covariance of advantage and logp (KL-Cov); 0: none", at_least=0
+    )
+    part_weights: tuple[float, ...] = knob((), 'of "reward_parts": weight of each part; empty: 1 each')
+    pass_k: int = knob(2, 'k of "pass_at_k_analytic"', at_least=1)
+    gate_sharpness: tuple[float, ...] = knob((1.0, 1.05), 'of "soft_gate": tau for A > 0 and for the others')
+    max_ratio: float = knob(20.0, 'of "trust_region_tv" and "_kl": largest weight of a token', above=0)
+    gamma_weight: tuple[float, ...] = knob((2.0, 3.0, 3.0, 2.0), 'of "gamma_weight": k and lambda for A >= 0, then for A < 0')
+    future_half_life: float = knob(32.0, 'of "future_kl": a later token counts half at this distance', unit="tokens", above=0)
+    future_clip: tuple[float, ...] = knob((1.0, 1.2), 'of "future_kl": bounds of the influence weight')
+    max_off_policy_kl: float | None = knob(
+        None, "rows with A < 0 whose mean log(old / new) is above it leave the policy loss; None: none do"
+    )
+    kl_by_ratio: bool = knob(False, "the KL penalty is weighted by the token's ratio: unbiased off policy")
+    entropy_coef: float = knob(0.0, "weight of the policy's entropy, added to the objective of each token; 0: none", at_least=0)
     params: Mapping[str, Any] = knob(NO_PARAMS, "numbers by name, for functions of your own: objective.params.width")
 
     def __post_init__(self) -> None:
@@ -74,6 +100,29 @@ class Objective:
             if len(clip) != 2 or not 0 <= clip[0] <= clip[1] <= LARGE:
                 raise ValueError(f"objective.entropy_clip = {self.entropy_clip!r}: must be None or (low, high), 0 <= low")
             object.__setattr__(self, "entropy_clip", clip)  # a list would not be hashable
+        self._check_tuples()
+        if self.max_off_policy_kl is not None and not (self.max_off_policy_kl >= 0 and math.isfinite(self.max_off_policy_kl)):
+            raise ValueError(f"objective.max_off_policy_kl = {self.max_off_policy_kl!r}: must be None or a number >= 0")
+        if self.row_filter == "all" and self.keep_rows:
+            raise ValueError(
+                f"objective.keep_rows = {self.keep_rows}: nothing reads it with row_filter = 'all', set one of them"
+            )
+        if self.row_filter in ("shortest", "efficient") and not self.keep_rows:
+            raise ValueError(f"objective.keep_rows = 0: row_filter = {self.row_filter!r} needs how many rows it keeps")
+
+    def _check_tuples(self) -> None:
+        """Check the fields of several numbers. Raises ValueError."""
+        shapes = {"cov_range": "low, high", "gate_sharpness": "tau, tau", "gamma_weight": "k, lambda, k, lambda"}
+        for field, names in {**shapes, "future_clip": "low, high"}.items():
+            value = tuple(getattr(self, field))
+            if len(value) != len(names.split(",")) or not all(math.isfinite(each) for each in value):
+                raise ValueError(f"objective.{field} = {value!r}: must be ({names}), finite numbers")
+            if field == "gate_sharpness" and not min(value) > 0:
+                raise ValueError(f"objective.{field} = {value!r}: both must be above 0")
+            if "low" in names and value[0] > value[1]:
+                raise ValueError(f"objective.{field} = {value!r}: must be (low, high), low first")
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "part_weights", tuple(self.part_weights))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a config has them: functions by name, params as a dict."""
@@ -98,8 +147,18 @@ class Objective:
 
     @property
     def needs_entropy(self) -> bool:
-        """The advantage reads the sampling policy's entropy."""
-        return self.advantage in ("token_entropy", "sequence_entropy")
+        """The advantage, or the filter of tokens, reads the sampling policy's entropy."""
+        return self.advantage in ("token_entropy", "sequence_entropy") or self.token_filter == "top_entropy"
+
+    @property
+    def needs_logp(self) -> bool:
+        """The filter of tokens, or the choice of those to penalise, reads the log-probabilities of the start of the update."""
+        return self.token_filter == "low_covariance" or self.cov_penalty > 0
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """The policy's entropy is part of the loss."""
+        return _is_on(self.entropy_coef)
 
 
 def _is_on(coefficient: Any) -> bool:
@@ -194,6 +253,155 @@ ENTRIES: Mapping[str, Variant] = MappingProxyType(
     }
 )
 
+_REINFORCE: dict[str, Any] = {"surrogate": "reinforce", "kl_coef": 0.0}
+_GSPO = ENTRIES["gspo"].objective
+_GTPO, _GRPO_S = ENTRIES["gtpo"].objective, ENTRIES["grpo_s"].objective
+_TOKEN_MEAN: dict[str, Any] = {"aggregation": "token_mean", "kl_coef": 0.0}
+
+# What else the field has, most of it one choice on one axis: docs/variants.md, "The wider family". Where a paper leaves an axis
+# open it is DAPO's mean over tokens without KL.
+FAMILY: Mapping[str, Variant] = MappingProxyType(
+    {
+        # Tan et al., sec. 2.4.1: the normaliser is the row's own geometric mean.
+        "gtpo_geometric": Variant(
+            "GTPO, row-geometric",
+            "2508.04349",
+            "GTPO; a token's entropy over the geometric mean of its row",
+            dataclasses.replace(_GTPO, entropy_share="row_geometric"),
+        ),
+        # Its Algorithm 1 and sec. 2.4.1; eq. 8, the default, has the arithmetic mean.
+        "grpo_s_geometric": Variant(
+            "GRPO-S, Algorithm 1",
+            "2508.04349",
+            "GRPO-S; w = exp(mean of log w over the row)",
+            dataclasses.replace(_GRPO_S, ratio="sequence_geometric"),
+        ),
+        # Qi et al., binary divergences; 0.2 is prime-rl's bound, 0.05 the paper's for the KL.
+        "dppo_tv": Variant(
+            "DPPO-TV",
+            "2602.04879",
+            "GRPO's A; a token trains while its probability moved by at most 0.2",
+            Objective(surrogate="trust_region_tv", **_TOKEN_MEAN),
+        ),
+        "dppo_kl": Variant(
+            "DPPO-KL",
+            "2602.04879",
+            "the same by the KL of the token against all others",
+            Objective(surrogate="trust_region_kl", clip_low=0.05, clip_high=0.05, **_TOKEN_MEAN),
+        ),
+        "sapo": Variant(
+            "SAPO",
+            "2511.20347",
+            "GRPO's A; (4 / tau) sigmoid(tau (w - 1)) A, tau 1 or 1.05 by sign",
+            Objective(surrogate="soft_gate", kl_coef=0.0),
+        ),
+        # Its OPSM and its KL; the paper prints no bound: 0.1 nats a token is ours.
+        "deepseek_v32": Variant(
+            "GRPO of DeepSeek-V3.2",
+            "2512.02556",
+            "GRPO; bad rows that became rare are left out, the KL is weighted by w",
+            Objective(max_off_policy_kl=0.1, kl_by_ratio=True),
+        ),
+        "clip_cov": Variant(
+            "Clip-Cov",
+            "2505.22617",
+            "GRPO's A; 0 on the tokens with the highest covariance of A and logp",
+            Objective(token_filter="low_covariance", **_TOKEN_MEAN),
+        ),
+        "kl_cov": Variant(
+            "KL-Cov",
+            "2505.22617",
+            "GRPO's A, w A without clip; |log w| is penalised on these tokens",
+            Objective(surrogate="importance", cov_penalty=1.0, **_TOKEN_MEAN),
+        ),
+        "forking_tokens": Variant(
+            "80/20",
+            "2506.01939",
+            "DAPO's loss; only the fifth of tokens with the highest entropy has A",
+            dataclasses.replace(_DAPO, token_filter="top_entropy"),
+        ),
+        # He et al. adapt the weight to a target; here it is fixed.
+        "entropy_bonus": Variant(
+            "GRPO with entropy bonus",
+            "2505.22312",
+            "GRPO without KL, plus 0.001 H",
+            Objective(entropy_coef=1e-3, kl_coef=0.0),
+        ),
+        "opo": Variant(
+            "OPO",
+            "2505.23585",
+            "A = r - sum |o| r / sum |o|; A logp, no ratio",
+            Objective(advantage="length_weighted_center", aggregation="sequence_sum", **_REINFORCE),
+        ),
+        "gpg": Variant(
+            "GPG",
+            "2504.02546",
+            "A = (r - mean) groups / groups that differ; A logp, no ratio",
+            Objective(advantage="group_center_rescaled", aggregation="token_mean", **_REINFORCE),
+        ),
+        "maxrl": Variant(
+            "MaxRL",
+            "2602.02710",
+            "A = (r - mean) / mean of the group",
+            Objective(advantage="group_mean_norm", aggregation="constant", kl_coef=0.0),
+        ),
+        "pass_at_k": Variant(
+            "max@k",
+            "2503.19595",
+            "A = best - second for the best of a group, 0 for the others",
+            Objective(advantage="best_of_group", **_TOKEN_MEAN),
+        ),
+        "pass_at_k_analytic": Variant(
+            "Pass@k training",
+            "2508.10751",
+            "A by the pass@k of the subsets that hold the row",
+            Objective(advantage="pass_at_k_analytic", **_TOKEN_MEAN),
+        ),
+        "lite_ppo": Variant(
+            "Lite PPO",
+            "2508.08221",
+            "A = (r - mean of the group) / std of the batch's rewards",
+            Objective(advantage="group_center_batch_std", **_TOKEN_MEAN),
+        ),
+        "gdpo": Variant(
+            "GDPO",
+            "2601.05242",
+            "each part of the reward normalised in its group, then the batch's std",
+            Objective(advantage="reward_parts", **_TOKEN_MEAN),
+        ),
+        "gspo_token": Variant(
+            "GSPO-token",
+            "2507.18071",
+            "GSPO; a row may have several A (set advantage to token_entropy)",
+            dataclasses.replace(_GSPO, ratio="sequence_token"),
+        ),
+        "luspo": Variant(
+            "LUSPO",
+            "2602.05261",
+            "GSPO times the row's length",
+            dataclasses.replace(_GSPO, aggregation="sequence_sum"),
+        ),
+        "vespo": Variant(
+            "VESPO",
+            "2602.10693",
+            "GRPO's A; sg(W^k exp(lambda (1 - W))) A logp, W the row's product of w",
+            Objective(surrogate="gamma_weight", **_TOKEN_MEAN),
+        ),
+        "fipo": Variant(
+            "FIPO",
+            "2603.19835",
+            "DAPO's loss times clip(exp(discounted sum of later log w))",
+            dataclasses.replace(_DAPO, surrogate="future_kl"),
+        ),
+        "gfpo": Variant(
+            "GFPO",
+            "2508.09726",
+            "DAPO's loss; the 4 shortest of a group are compared, A = 0 for the others",
+            dataclasses.replace(_DAPO, row_filter="shortest", keep_rows=4),
+        ),
+    }
+)
+
 # The same algorithms with the constants of a paper or a framework's source: docs/variants.md, "Where constants come from".
 PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
     {
@@ -209,6 +417,13 @@ PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
             "DAPO, its paper's", "2503.14476", "nothing is added to the std", dataclasses.replace(_DAPO, adv_eps=0.0)
         ),
         "dr_grpo_paper": Variant("Dr. GRPO, its paper's", "2503.20783", "no KL", dataclasses.replace(_DR_GRPO, kl_coef=0.0)),
+        # "Entropy clipped at 0.2, 0.28" taken as it stands; batch, budget and sampling are those of configs/gtpo_paper.py.
+        "gtpo_paper": Variant(
+            "GTPO, its paper's",
+            "2508.04349",
+            "entropies clipped to 0.2 and 0.28 nats, nothing is added to the std",
+            dataclasses.replace(_GTPO, entropy_clip=(0.2, 0.28), adv_eps=0.0),
+        ),
         "trl_default": Variant(
             "GRPO, TRL's",
             "TRL 1.16.0, GRPOConfig",
@@ -231,7 +446,9 @@ PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
 )
 
 PRESETS: Mapping[str, Objective] = MappingProxyType({name: entry.objective for name, entry in PRESET_ENTRIES.items()})
-VARIANTS: Mapping[str, Objective] = MappingProxyType({**{name: entry.objective for name, entry in ENTRIES.items()}, **PRESETS})
+VARIANTS: Mapping[str, Objective] = MappingProxyType(
+    {**{name: entry.objective for name, entry in (*ENTRIES.items(), *FAMILY.items())}, **PRESETS}
+)
 
 
 def describe(obj: Objective) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key, Real
 
 from grpo_jax.config import OverlongConfig
+from grpo_jax.masking import masked_mean
 from grpo_jax.types import Arrays, Batch, Reward, Rollout
 
 
@@ -30,6 +31,45 @@ def soft_overlong(
         return jnp.zeros_like(lengths, dtype=jnp.float32)
     beyond = (lengths - (max_completion_tokens - cache_tokens)) / cache_tokens
     return jnp.where(is_truncated, -1.0, -jnp.clip(beyond, 0.0, 1.0))
+
+
+def group_overlong(
+    lengths_PG: Real[Arrays, "P G"],
+    is_right_PG: Bool[Arrays, "P G"],
+    counts_PG: Bool[Arrays, "P G"],
+    *,
+    easy_share: float,
+) -> Float[jax.Array, "P G"]:
+    """Compute the group relative overlong punishment, which is added to the reward (GROP, arXiv 2508.04349, appendix).
+
+    In an easy group, n / G >= easy_share, right answers get -1/2 (|o| - L) / L between L and 2 L and -1/2 beyond, L being
+    max((shortest + longest) / 2, mean) of the right ones; in a hard one, n / G <= 1 - easy_share, nobody gets anything; in
+    between, with L of all answers, the right ones if they are the majority, else the wrong ones.
+
+    Args:
+      lengths_PG: tokens. is_right_PG: successes of the task. counts_PG: False on rows that are out of the group.
+      easy_share: from 0.5 to 1.
+    Returns: float32 in [-0.5, 0].
+    """
+    right_PG, wrong_PG = counts_PG & is_right_PG, counts_PG & ~is_right_PG
+    num_right_P1, num_P1 = right_PG.sum(-1, keepdims=True), counts_PG.sum(-1, keepdims=True)
+    share_P1 = num_right_P1 / jnp.maximum(num_P1, 1)
+    is_easy_P1 = share_P1 >= easy_share
+    is_hard_P1 = ~is_easy_P1 & (share_P1 <= 1.0 - easy_share)
+    bound_P1 = jnp.where(is_easy_P1, _middle(lengths_PG, right_PG), _middle(lengths_PG, counts_PG))
+    punishes_right_P1 = is_easy_P1 | (2 * num_right_P1 > num_P1)
+    punished_PG = jnp.where(punishes_right_P1, right_PG, wrong_PG) & ~is_hard_P1
+    return jnp.where(punished_PG, -0.5 * jnp.clip((lengths_PG - bound_P1) / bound_P1, 0.0, 1.0), 0.0)
+
+
+def _middle(lengths_PG, members_PG):
+    """Compute max((shortest + longest) / 2, mean) of the members' lengths, at least 1."""
+    shortest_P1 = jnp.where(members_PG, lengths_PG, jnp.inf).min(-1, keepdims=True)
+    longest_P1 = jnp.where(members_PG, lengths_PG, -jnp.inf).max(-1, keepdims=True)
+    mean_P1 = masked_mean(jnp.asarray(lengths_PG, jnp.float32), members_PG, -1, keepdims=True)
+    # Of no members the first is inf - inf: NaN, which the comparison below turns into 1.
+    middle_P1 = jnp.maximum((shortest_P1 + longest_P1) / 2, mean_P1)
+    return jnp.where(middle_P1 >= 1.0, middle_P1, 1.0)
 
 
 def num_cache_tokens(overlong: OverlongConfig, max_completion_tokens: int) -> int:
@@ -62,13 +102,21 @@ def shuffle_rewards(reward: Reward, key: Key[jax.Array, ""]) -> Reward:
 
 
 def make_batch(
-    rollout: Rollout, reward: Reward, step: int | Int[Arrays, ""], *, max_completion_tokens: int, cache_tokens: int
+    rollout: Rollout,
+    reward: Reward,
+    step: int | Int[Arrays, ""],
+    *,
+    max_completion_tokens: int,
+    cache_tokens: int,
+    easy_share: float = 0.0,
+    success_threshold: float = 0.5,
 ) -> Batch:
     """Join a rollout and its reward, with the shaped reward beside the task's.
 
     Args:
       rollout: of P prompts. reward: [P, G]. step: the update whose policy sampled it.
-      max_completion_tokens, cache_tokens: those of `soft_overlong`.
+      max_completion_tokens, cache_tokens: those of `soft_overlong`. easy_share: that of `group_overlong`; 0: none.
+      success_threshold: a task reward from here on is right, for `group_overlong`.
     Returns: a Batch of float32 rewards; a row without a score, or with one that is not finite, has 0 and is not `is_scored_PG`.
     """
     lengths_PG = rollout.mask_PGT.sum(-1)
@@ -76,6 +124,12 @@ def make_batch(
         lengths_PG, rollout.is_truncated_PG, max_completion_tokens=max_completion_tokens, cache_tokens=cache_tokens
     )
     task_reward_PG = jnp.asarray(reward.task_PG, jnp.float32)
+    if easy_share:
+        counts_PG = (lengths_PG > 0) & jnp.isfinite(task_reward_PG)
+        if reward.is_scored_PG is not None:
+            counts_PG &= reward.is_scored_PG
+        is_right_PG = task_reward_PG >= success_threshold
+        punishment_PG = punishment_PG + group_overlong(lengths_PG, is_right_PG, counts_PG, easy_share=easy_share)
     reward_PG = task_reward_PG + reward.shaping_PG + punishment_PG
     # A task of a user's own may give NaN; here it becomes a row without a score, and no later stage can meet it.
     is_scored_PG = jnp.isfinite(reward_PG)

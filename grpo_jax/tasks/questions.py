@@ -205,7 +205,7 @@ def _text(value: Any, where: str) -> str:
     except TypeError:
         raise UserError(f"{where} must be text or a number, or a list of them, got {_short(value)}") from None
     except ValueError as error:
-        if not math.isfinite(value):
+        if not isinstance(value, str) and not math.isfinite(value):
             raise MissingAnswerError(f"{where} is {value}") from None
         raise UserError(f"{where} must be text or a number: {error}") from None
     if not text:

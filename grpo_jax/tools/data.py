@@ -89,10 +89,10 @@ class PartView:
 
 @dataclasses.dataclass(frozen=True)
 class DataView:
-    """All that the page shows. counts: as in a run's records. lengths: of all prompts, tokens.
+    """All that the page shows. counts: as in a run's records. lengths: of all prompts, tokens. limit: of a prompt.
 
-    budget: of a completion, tokens. num_scored: questions whose reference was tried. num_over_budget: of these, those whose
-    reference is longer than the budget.
+    budget: of a completion, tokens. stops: the tokens and texts that end one. num_scored: questions whose reference was tried.
+    num_over_budget: of these, those whose reference is longer than the budget.
     """
 
     title: str
@@ -103,6 +103,7 @@ class DataView:
     budget: int
     prompts: tuple[PromptView, ...]
     parts: tuple[PartView, ...]
+    stops: tuple[str, ...]
     num_scored: int
     num_over_budget: int
 
@@ -118,7 +119,13 @@ class DataView:
         return said
 
     def __rich__(self) -> RenderableType:
-        shown: list[RenderableType] = [Text(self.title, style="bold"), Text(self.summary), _counts_table(self.counts)]
+        ends = f"a completion ends with {', '.join(map(repr, self.stops))}, or after {self.budget} tokens"
+        shown: list[RenderableType] = [
+            Text(self.title, style="bold"),
+            Text(self.summary),
+            Text(ends),
+            _counts_table(self.counts),
+        ]
         shown += [_prompt_panel(prompt, number) for number, prompt in enumerate(self.prompts, 1)]
         shown += [_histogram(self.lengths, self.limit), _parts_table(self.parts, self.num_scored)]
         shown += [Text(f"! {complaint}", style="bold red") for complaint in self.complaints]
@@ -153,6 +160,7 @@ def inspect_data(config: Any, num_prompts: int = 3, num_scored: int = 64) -> Dat
             budget=config.rollout.max_completion_tokens,
             prompts=tuple(views_of(task, num_prompts)),
             parts=tuple(parts),
+            stops=(*(token_text(task, i) for i in task.stop_ids), *config.rollout.stop),
             num_scored=num_tried,
             num_over_budget=num_over_budget,
         )
@@ -165,6 +173,12 @@ def lengths_of(task: Task, config: Config) -> Int[np.ndarray, " N"]:
     if isinstance(task, HostTask):
         return task.prompt_lengths
     return np.asarray(task.train_prompts(0, config.eval.num_prompts).mask_PS).sum(-1)
+
+
+def token_text(task: Task, i: int) -> str:
+    """Return the text of a token; for built-in characters its number."""
+    token = getattr(task.tokenizer, "token", None)
+    return token(i) if token else f"token {i}"
 
 
 def views_of(task: Task, num: int) -> Iterator[PromptView]:
@@ -347,9 +361,11 @@ def _parts_table(parts: Sequence[PartView], num: int) -> Table:
         table.add_column(name)
     for part in parts:
         reference, empty = ("none" if score is None else f"{score:.3g}" for score in (part.reference, part.empty))
-        mark = Text("ok", style="green") if part.compares else Text("compares with no answer", style="dim")
-        if part.verdict:
-            mark = Text(part.verdict, style="bold red")
+        mark = Text("compares with no answer", style="dim")
+        if part.compares:
+            mark = Text(part.verdict, style="bold red") if part.verdict else Text("ok", style="green")
+        elif part.name == TASK:
+            mark = Text("all of it, by weight", style="dim")
         table.add_row(part.name, reference, empty, mark)
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax

@@ -22,6 +22,7 @@ from grpo_jax.tools.sweep import plan
 from grpo_jax.tools.sweep.run import run_sweep
 from grpo_jax.training import trainer
 from grpo_jax.training.brought import Brought, Rewards
+from grpo_jax.training.data_record import pin_template_date
 from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions, read_metrics
 from grpo_jax.training.settings import Start
@@ -156,7 +157,7 @@ def train(
     raw = cli.load_config(name, "variant")
     changes = {**brought_changes(brought, model, data, eval_data, reward, shaping), **(settings or {})}
     raw.seed = changes.pop("seed", raw.seed)
-    config = plan.apply_changes(raw.to_dict(), changes, "settings")
+    config = pin_template_date(plan.apply_changes(raw.to_dict(), changes, "settings"), [folder])
     brought.write()
     summary = trainer.train(config, folder, Start(allowed_changes=allow_changes), callbacks=callbacks)
     return Trained(folder, config, summary or {"steps": config.num_steps})

@@ -1,4 +1,4 @@
-"""The tables of variants in README.md and docs/variants.md, made from the entries of grpo_jax/objectives/variants.py."""
+"""The tables of variants in README.md and the guide, made from the entries of grpo_jax/objectives/variants.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Sequence
 
 from grpo_jax.errors import UserError
-from grpo_jax.objectives import ENTRIES, Objective, Variant
+from grpo_jax.objectives import ENTRIES, FAMILY, Objective, Variant
+from grpo_jax.objectives.functions import Choice, name_of
 
 BEGIN, END = "<!-- variants:begin -->", "<!-- variants:end -->"
 README_VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
+FAMILY_BEGIN, FAMILY_END = "<!-- family:begin -->", "<!-- family:end -->"
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 
@@ -40,6 +42,18 @@ def overview_table(root: pathlib.Path) -> list[str]:
     return markdown(rows)
 
 
+def family_table(root: pathlib.Path) -> list[str]:
+    """Lines of the guide's table of the wider family: each with paper, formula and what it sets beside GRPO's fields."""
+    del root
+    grpo = Objective(kl_coef=0.0).to_dict()
+    rows = [["name", "variant", "in one line", "set beside GRPO's"]]
+    for name, entry in FAMILY.items():
+        changes = [f"{field} = {value}" for field, value in entry.objective.to_dict().items() if value != grpo[field]]
+        rows.append([code(name), f"{entry.title} ({paper(entry)})", plain(entry.formula), ", ".join(map(code, changes))])
+    return markdown(rows)
+
+
+FAMILY_PAGES = ("docs/variants.md", "docs/variants.zh.md")
 TABLES: dict[str, Callable[[pathlib.Path], list[str]]] = {"README.md": readme_table, "docs/variants.md": overview_table}
 
 
@@ -67,9 +81,9 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_|<])", r"\\\1", text)
 
 
-def code(text: str) -> str:
+def code(choice: Choice) -> str:
     """A name as code."""
-    return f"`{text}`"
+    return f"`{name_of(choice)}`"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -78,11 +92,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def lines_between(text: str, page: str) -> list[str]:
-    """The lines between the page's markers. Raises UserError if they are missing."""
-    found = re.search(rf"^{BEGIN}\n(.*?)^{END}$", text, re.M | re.S)
+def lines_between(text: str, page: str, begin: str = BEGIN, end: str = END) -> list[str]:
+    """The lines between the page's markers.
+
+    Args:
+      text: of the page. page: its name, for the message. begin, end: the lines before and after the table.
+    Raises: UserError if they are missing.
+    """
+    found = re.search(rf"^{begin}\n(.*?)^{end}$", text, re.M | re.S)
     if not found:
-        raise UserError(f"{page}: no lines {BEGIN} and {END} to put the table between")
+        raise UserError(f"{page}: no lines {begin} and {end} to put the table between")
     return found[1].splitlines()
 
 
@@ -93,11 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path(), help="the clone (default: working directory)")
     args = parser.parse_args(argv)
     num_stale = 0
-    for page, table in TABLES.items():
+    tables = [(page, table, BEGIN, END) for page, table in TABLES.items()]
+    tables += [(page, family_table, FAMILY_BEGIN, FAMILY_END) for page in FAMILY_PAGES]
+    for page, table, begin, end in tables:
         file, lines = args.root / page, table(args.root)
         text = file.read_text()
-        old = "\n".join([BEGIN, *lines_between(text, page), END])
-        new = "\n".join([BEGIN, *lines, END])
+        old = "\n".join([begin, *lines_between(text, page, begin, end), end])
+        new = "\n".join([begin, *lines, end])
         if old == new:
             print(f"{page}: up to date")
         elif args.write:

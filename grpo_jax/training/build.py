@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import PyTree
 
+from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
@@ -51,11 +52,12 @@ def make_task(config: Config) -> Task:
 
 
 def sources_of(config: Config) -> dict[str, str]:
-    """Mark the files outside of its folder that a run is made of: field of the config, or part of it -> fingerprint."""
+    """Mark the files outside of its folder that a run is made of: field of the config or own function -> fingerprint."""
+    own = objectives.sources(config.objective)
     if not config.model.path:
-        return {}
+        return own
     folder = resolve(config.model.path)
-    return {"model.path": fingerprint(folder, WEIGHTS), "model.path.tokenizer": fingerprint(folder, TOKENIZER)}
+    return own | {"model.path": fingerprint(folder, WEIGHTS), "model.path.tokenizer": fingerprint(folder, TOKENIZER)}
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:

@@ -197,7 +197,7 @@ def restore_params(workdir: pathlib.Path, step: int, like: Params) -> Params:
     Returns: the weights, like `like`.
     Raises: UserError if they were saved from another structure, DamagedCheckpointError if they are not what was written.
     """
-    options = ocp.CheckpointManagerOptions(create=False)
+    options = ocp.CheckpointManagerOptions(read_only=True)  # its run may be at work there
     with ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options) as manager:
         return _restore(manager, step, {"params": like})["params"]
 

@@ -20,7 +20,8 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
 from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
-from grpo_jax.types import Params, Reward, Rollout
+from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, with_prompt_width
+from grpo_jax.types import Params, Prompts, Reward, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
 
@@ -58,6 +59,9 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     # The last batch is filled up with repeats of the last prompt; `answer` drops them before anything is averaged.
     shards = num_row_shards(mesh)
     width = -(-min(config.eval.batch_size, num) // shards) * shards
+    buckets = prompt_buckets(config, prompts.tokens_PS.shape[1])
+    if task.is_traceable:
+        buckets = buckets[-1:]  # few tokens, and the training's programs have this width
     n = config.eval.num_samples
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
     ends = end_tokens(task)
@@ -70,7 +74,8 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
             # The step is in no key: evaluations along a run draw with the same noise, so that their differences are the
             # policy's.
             rows = np.minimum(np.arange(start, start + width), num - 1)
-            batch = hosts.make_global_batch(lambda i, n: jax.tree.map(lambda x: x[rows[i : i + n]], prompts), width, mesh)  # noqa: B023
+            batch = take_rows(prompts, rows, buckets)
+            batch = hosts.make_global_batch(lambda i, n, batch=batch: jax.tree.map(lambda x: x[i : i + n], batch), width, mesh)
             rolled = rollout(params, batch, key_for(config.seed, "evaluate", start))
             batches.append(score(rolled))
         return Answers(*(np.concatenate(each)[:num] for each in zip(*batches, strict=True)))
@@ -85,19 +90,28 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     def evaluate(params: Params) -> dict[str, Estimate]:
         # Once for all batches: the rollout would gather sharded weights in each of its calls.
         params = sampler_weights(params)
-        best = answer(greedily, params)
-        values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
-        if not best.is_scored_PG.all():
-            values["unscored"] = ~best.is_scored_PG[:, 0]
+        values = values_of_greedy(answer(greedily, params))
         if n:
-            drawn = answer(sampled, params)
-            num_right_P = drawn.is_right_PG.sum(-1)
-            values[f"mean@{n}"] = drawn.is_right_PG.mean(-1)
-            values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
-            values[f"maj@{n}"] = drawn.majority_P
+            values |= values_of_samples(answer(sampled, params))
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+def values_of_greedy(best: Answers) -> dict[str, np.ndarray]:
+    """Return the values of each prompt, [P], from its greedy answer."""
+    values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
+    if not best.is_scored_PG.all():
+        values["unscored"] = ~best.is_scored_PG[:, 0]
+    return values
+
+
+def values_of_samples(drawn: Answers) -> dict[str, np.ndarray]:
+    """Return the values of each prompt, [P], from its samples."""
+    n, num_right_P = drawn.is_right_PG.shape[1], drawn.is_right_PG.sum(-1)
+    values = {f"mean@{n}": drawn.is_right_PG.mean(-1)}
+    values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
+    return {**values, f"maj@{n}": drawn.majority_P}
 
 
 def judge(reward: Reward, success_threshold: float) -> tuple[Bool[np.ndarray, "P G"], Bool[np.ndarray, "P G"]]:
@@ -107,6 +121,18 @@ def judge(reward: Reward, success_threshold: float) -> tuple[Bool[np.ndarray, "P
     if reward.has_task_score_PG is not None:
         is_scored_PG &= np.asarray(reward.has_task_score_PG)
     return is_scored_PG, is_scored_PG & (np.asarray(reward.task_PG) >= success_threshold)
+
+
+def take_rows(prompts: Prompts, rows: np.ndarray, buckets: tuple[int, ...]) -> Prompts:
+    """Take a batch of prompts, at the width of its bucket.
+
+    Args:
+      prompts: numpy arrays of all. rows: of the batch.
+      buckets: from `prompt_buckets`.
+    Returns: numpy arrays.
+    """
+    batch = jax.tree.map(lambda x: x[rows], prompts)
+    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(longest_prompt(batch.mask_PS.any(0)), buckets)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,6 +17,7 @@ from grpo_jax.metrics import Mean, Metric
 from grpo_jax.rewards.shaping import is_informative
 from grpo_jax.training import dynamic_sampling
 from grpo_jax.training.samplers import DeviceSampler, StartedRound
+from grpo_jax.training.widths import resize_batch, with_prompt_width
 from grpo_jax.types import Arrays, Batch, GroupBuffer, TrainState
 
 Collected = tuple[TrainState, Batch, dict[str, Metric]]
@@ -40,7 +41,7 @@ class Collect:
 
     def __init__(self, config: Config, sampler: DeviceSampler):
         self.config, self.sampler = config, sampler
-        self._push, self._pop = jax.jit(dynamic_sampling.push), jax.jit(dynamic_sampling.pop, static_argnums=1)
+        self._push, self._pop = jax.jit(push), jax.jit(dynamic_sampling.pop, static_argnums=1)
 
     def __call__(self, state: TrainState) -> Collected:
         return self.finish(state, self.start(state))
@@ -79,6 +80,7 @@ class Collect:
         done = self.sampler.while_loop(is_short, add_round, SamplingCarry(buffer, jnp.int32(1), metrics))
         # With all rounds spent there may be fewer than P groups; shapes are static, so the missing ones come out masked.
         batch, buffer = self._pop(done.buffer, P)
+        batch = self.sampler.narrow(batch)
         one = jnp.float32(1)
         metrics = {
             **done.metrics,
@@ -88,6 +90,16 @@ class Collect:
         }
         drawn = state.num_prompts_drawn + done.rounds * P
         return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), batch, metrics
+
+
+def push(buffer: GroupBuffer, batch: Batch, keep_P: Bool[Arrays, " P"]) -> GroupBuffer:
+    """`dynamic_sampling.push` for a batch whose prompts may be narrower than the buffer's."""
+    return dynamic_sampling.push(buffer, with_prompt_width(batch, width_of(buffer.batch)), keep_P)
+
+
+def width_of(batch: Batch) -> int:
+    """Return the width of a batch's prompts."""
+    return batch.rollout.prompts.tokens_PS.shape[1]
 
 
 def make_iterations(collect: Callable[[TrainState], Collected], train_step: TrainStep, num_steps: int) -> Iteration:
@@ -132,13 +144,18 @@ def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[Train
     def async_step(state: TrainState) -> Collected:
         # The update donates the state, and its buffers may be overwritten while further rounds still sample with them.
         seen = snapshot(state)
+        assert state.next_batch is not None
+        # Before the rollout is on the queue: the width of the batch is read from the device.
+        width = width_of(state.next_batch)
+        state = dataclasses.replace(state, next_batch=collect.sampler.narrow(state.next_batch))
         # Dispatch is asynchronous: the rollout and the update are on the device's queue, one behind the other, before the
         # host waits for the completions and scores them. So the update runs while the rewards are computed.
         started = collect.start(seen)
         state, updated = update(state)
         seen, batch, sampled = collect.finish(seen, started)
         del updated["policy/sampler_logp_gap"]  # the learner has moved on since: there is nothing to compare
-        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "next_batch": batch}
+        ahead = resize_batch(batch, width)
+        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "next_batch": ahead}
         return dataclasses.replace(state, **moved_on), batch, metrics_lib.merge(sampled, updated)
 
     return async_step
@@ -150,7 +167,8 @@ def prefetch_first_batch(collect: Callable[[TrainState], Collected], state: Trai
     # old, as all later ones are.
     before = dataclasses.replace(state, step=state.step - 1)
     after, batch, sampled = collect(before)
-    return dataclasses.replace(after, step=state.step, next_batch=batch), sampled
+    assert state.next_batch is not None
+    return dataclasses.replace(after, step=state.step, next_batch=resize_batch(batch, width_of(state.next_batch))), sampled
 
 
 def copy_sampling_state(state: TrainState) -> TrainState:

@@ -109,6 +109,9 @@ def completion_fault(record: Mapping[str, Any]) -> str:
         return ""
     for name, kinds in COMPLETION_FIELDS.items():
         value = record.get(name)
+        # A completion without a score says so, and its rewards are null.
+        if name in record and value is None and record.get("is_scored") is False:
+            continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             return f"{name!r} is missing or of another kind"
     is_whole = len(lists) == len(TOKEN_FIELDS) and all(isinstance(each, list) for each in lists)

@@ -32,6 +32,7 @@ from grpo_jax.rollout.stops import StopStrings, stop_strings
 from grpo_jax.tasks import Task, Tokenizer, TraceableTask
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import token_texts
+from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, resize_batch, resize_on_device
 from grpo_jax.types import Arrays, Batch, Params, Prompts, Reward, Rollout, TrainState
 
 # (weights as `make_sampler_weights` gives them, prompts, key of the round) -> completions.
@@ -129,6 +130,10 @@ class DeviceSampler:
         assert state.hyperparams is not None
         return self.task.train_prompts(state.num_prompts_drawn + number * P, P, state.hyperparams.seed)
 
+    def narrow(self, batch: Batch) -> Batch:
+        """Return the batch: its prompts have one width always, for they are part of a compiled program."""
+        return batch
+
     def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
         """Score every completion by the task's reward. step: int32, whose policy sampled."""
         del step
@@ -152,6 +157,8 @@ class DeviceSampler:
             step,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
             cache_tokens=shaping.num_cache_tokens(self.config.overlong, self.config.rollout.max_completion_tokens),
+            easy_share=self.config.overlong.easy_share,
+            success_threshold=self.config.objective.success_threshold,
         )
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
@@ -167,6 +174,7 @@ class HostSampler(DeviceSampler):
         self.run_rollout = jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
         self.sampler_weights = jax.jit(self.sampler_weights)
         self.make_batch = jax.jit(self.make_batch)
+        self._used_slots = jax.jit(lambda mask_PS: mask_PS.any(0), out_shardings=NamedSharding(mesh, REPLICATED))
 
     @staticmethod
     def while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
@@ -181,7 +189,28 @@ class HostSampler(DeviceSampler):
         """Return the training prompts of a round; each process reads those of its own devices."""
         P = self.config.rollout.num_prompts
         start = int(state.num_prompts_drawn + number * P)
-        return hosts.make_global_batch(lambda first, num: self.task.train_prompts(start + first, num), P, self.mesh)
+        longest = [0]
+
+        def read(first: int, num: int) -> Prompts:
+            prompts = self.task.train_prompts(start + first, num)
+            longest.append(longest_prompt(np.asarray(prompts.mask_PS).any(0)))
+            return prompts
+
+        prompts = hosts.make_global_batch(read, P, self.mesh)
+        buckets = prompt_buckets(self.config, prompts.tokens_PS.shape[1])
+        if len(buckets) == 1:
+            return prompts
+        # The width decides which program runs, so all processes must take the same one.
+        of_all = hosts.process_allgather(np.asarray(max(longest)))
+        return resize_on_device(prompts, bucket_of(int(of_all.max()), buckets))
+
+    def narrow(self, batch: Batch) -> Batch:
+        """Cut the prompts of a batch, which waited at the task's width, to their bucket."""
+        mask_PS = batch.rollout.prompts.mask_PS
+        buckets = prompt_buckets(self.config, mask_PS.shape[1])
+        if len(buckets) == 1:
+            return batch
+        return resize_batch(batch, bucket_of(longest_prompt(np.asarray(self._used_slots(mask_PS))), buckets))
 
     def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
         """Score every completion: each process its own rows, and all processes get the rewards of all."""

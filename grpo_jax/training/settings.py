@@ -95,9 +95,13 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any], start: Star
     path = workdir / "config.json"
     if not path.exists():
         return
-    # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
-    changes = list(_differences(complete(read_settings(workdir)), json.loads(json.dumps(config)), ""))
-    refused = [each for each in changes if not each.is_harmless and not start.allows(each.name)]
+    changes = _changes(read_settings(workdir), config)
+    refused = _refused(changes, start)
+    # A flipped bit makes another config of it, too. The run is that of its newest checkpoint, which has a copy.
+    copy = _copy_in_checkpoint(workdir)
+    if refused and copy is not None and not _refused(_changes(copy, config), start):
+        hosts.say(f"{path}: {refused[0]}, but its newest checkpoint was made with this config; going on with it")
+        return
     if refused:
         names = ",".join(each.name for each in refused)
         raise UserError(
@@ -106,6 +110,23 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any], start: Star
         )
     for each in changes:
         hosts.say(f"{path}: going on with another setting, {each}")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
+    return list(_differences(complete(old), json.loads(json.dumps(new)), ""))
+
+
+def _refused(changes: list[Change], start: Start) -> list[Change]:
+    return [each for each in changes if not each.is_harmless and not start.allows(each.name)]
+
+
+def _copy_in_checkpoint(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Read the settings that a run's newest checkpoint was made with; None if there is none that can be read."""
+    for step in reversed(saved_steps(workdir)):
+        with contextlib.suppress(UserError):
+            return read_json(workdir / "checkpoints" / str(step) / "config" / "metadata")
+    return None
 
 
 def check_sources(workdir: pathlib.Path, sources: dict[str, str], start: Start, *, reads_again: Sequence[str]) -> None:
@@ -151,12 +172,11 @@ def read_settings(workdir: pathlib.Path) -> dict[str, Any]:
     try:
         return read_json(path, "delete the folder, or start its run again with another --workdir")
     except UserError as error:
-        for step in reversed(saved_steps(workdir)):
-            with contextlib.suppress(UserError):
-                settings = read_json(workdir / "checkpoints" / str(step) / "config" / "metadata")
-                hosts.say(f"{error.args[0].split(';')[0]}; taken from the checkpoint of step {step}")
-                return settings
-        raise
+        copy = _copy_in_checkpoint(workdir)
+        if copy is None:
+            raise
+        hosts.say(f"{error.args[0].split(';')[0]}; its newest checkpoint's copy is taken")
+        return copy
 
 
 def read_config(workdir: pathlib.Path) -> Config:

@@ -10,13 +10,14 @@ import signal
 class StopSignal:
     """While it is entered, SIGTERM, SIGHUP and the first SIGINT (Ctrl-C) ask the loop to save and end; the second ends at once.
 
-    doing: what the loop is at, for those who wait after a signal.
+    doing: what the loop is at, for those who wait after a signal. speaks: says so; of several hosts the first does.
     """
 
     # Python runs a handler between any two statements. There the state may be donated to a call that has not returned, or a
     # record half written, so nothing could be saved from inside of it: it only takes note.
     is_set = False
     doing = "the step under way"
+    speaks = True
 
     def __enter__(self) -> StopSignal:
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -37,5 +38,6 @@ class StopSignal:
         self.is_set = True
         said = f"{signal.Signals(number).name}: saves and ends after {self.doing}; Ctrl-C from now on ends at once\n"
         # Not `print`, which may be in the middle of something.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{said}".encode())
+        if self.speaks:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{said}".encode())

@@ -137,6 +137,7 @@ def train_members(
             # One of them fell back on an older checkpoint: the next start puts runs of one step together.
             raise RunError(f"runs at different steps cannot go on together, {resumed}; start the sweep again")
         stop = stack.enter_context(StopSignal())
+        stop.speaks = hosts.is_first()
         Loop(fns, members, stop, profiler).run(list(states), resumed[0])
     # Here logs and checkpoints are closed, which waits for saves under way: the summary reads records, and checkpoints may go.
     # Of several in one program, those that cannot go on stop no other, and each says why.

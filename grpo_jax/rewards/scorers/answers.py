@@ -11,7 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grpo_jax.rewards.scorers.normal_form import as_words, ascii_signs, normalise_answer, undressed, without_tags
+from grpo_jax.rewards.scorers.normal_form import (
+    as_words,
+    ascii_signs,
+    normalise_answer,
+    text_of_number,
+    undressed,
+    without_tags,
+)
 from grpo_jax.rewards.scorers.quantities import read_quantity
 
 REASONING_TAGS = ("<think>", "</think>")
@@ -37,13 +44,13 @@ _SHORT_WORDS = frozenset(("yes", "no", "true", "false", "none"))
 
 # A number with what belongs to it, a date, a time, a ratio: digits and the marks between them. Not within a word (H2O, B12).
 _DIGITS = (
-    r"(?:\d+(?:\.\d+)? ?(?:x|\*|\\times|\\cdot) ?10\^(?:\{-?\d{1,4}\}|-?\d{1,4})|"
+    r"(?:0[xX][0-9A-Fa-f]+|\d+(?:\.\d+)? ?(?:x|\*|\\times|\\cdot) ?10\^(?:\{-?\d{1,4}\}|-?\d{1,4})|"
     r"\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)(?:[.,]\d+)?|"
     r"\d+(?:(?:[.,:/'-]|\\,)\d+)*(?:[eE][-+]?\d+(?![A-Za-z0-9]))?|\.\d+)"
 )
 # What an unmarked answer is found by: its last number, or a command of LaTeX that is a value or makes one.
 _ANCHOR = re.compile(
-    rf"(?<![A-Za-z0-9])(?<![A-Za-z0-9)\]}}]_)(?<![0-9][.,:/'])(?<![A-Za-z]\.){_DIGITS}|"
+    rf"(?<![A-Za-z0-9])(?<![A-Za-z0-9)\]}}]_)(?<![0-9][.,:/'])(?<![^A-Za-z][A-Za-z]\.){_DIGITS}|"
     r"\\(?:pi|infty|emptyset|varnothing|[dt]?frac|sqrt)(?![a-zA-Z])"
 )
 _PIECES = re.compile(
@@ -63,6 +70,7 @@ _JOINED = re.compile(r"[\s$*`]*(?:,\s*)?(?<![A-Za-z])(or|and|或者?|和)[\s$*`]
 _MIXED = re.compile(r"\d{1,3} \d{1,3}/\d{1,3}")
 _IN_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,20} \$?\d+\$?\.?\s*$")  # "... is 42."
 _SCALED = re.compile(r"\s?(?:percent|per cent|hundred|thousand|[mbtr]+illion|[百千万萬亿億]+)(?![a-z])", re.IGNORECASE)
+_DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?$")
 _DAYTIME = re.compile(r"\s?[ap]\.?m\b\.?", re.IGNORECASE)
 _WORD_OF = {"and": "and", "和": "and"}
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{[^{}]*\}")
@@ -105,7 +113,10 @@ def whole_text(completion: str, item: Mapping[str, Any]) -> str:
 def acceptable_answers(item: Mapping[str, Any]) -> tuple[str, ...]:
     """List the row's answers; of several each is right."""
     answer = item["answer"]
-    return (answer,) if isinstance(answer, str) else tuple(map(str, answer if isinstance(answer, list | tuple) else (answer,)))
+    if isinstance(answer, str):
+        return (answer,)
+    answers = answer if isinstance(answer, list | tuple) else (answer,)
+    return tuple(text_of_number(each) if isinstance(each, float) else str(each) for each in answers)
 
 
 def final_answer(text: str, tags: Sequence[str] = REASONING_TAGS) -> str:
@@ -131,6 +142,8 @@ def find_answer(text: str) -> Answer:
 
 def is_all_of(gold: str, text: str) -> bool:
     """Tell that a text is the data's answer and nothing else, whatever number may stand in it."""
+    if gold.isdigit():  # a number that the text says has been found; most answers
+        return False
     return len(text) <= 2 * len(gold) + DRESSING and as_words(text) == as_words(gold) != ""
 
 
@@ -254,7 +267,7 @@ def last_expression(text: str) -> str | None:
             break
         expression = f"{before[other[0] :]} {_WORD_OF.get(joined[1], 'or')} {expression}"
         start = low + other[0]
-    return expression
+    return _DEGREES.sub("", expression)  # a unit, as all that stands behind numbers in prose
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

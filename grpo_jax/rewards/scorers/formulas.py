@@ -36,6 +36,7 @@ _UNIT_BEHIND = re.compile(
     r"(.*[\w)}\]])\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:and|or|if|for)\b)([^{}]*)\}(?:\^\{?[23]\}?)?"
     r"|\s((?:sq(?:uare)?\s|cu(?:bic)?\s)?(?:[cmk]?m|kg|m[lg]|ft|in|units?|inches|feet|meters|miles|degrees|dollars)(?:\^\{?[23]\}?)?))"
 )
+_SET = re.compile(r"[(\[{]|\\(?:cup|cap|mathbb|emptyset)")
 _PLAIN_NAMES = (
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"(?<!\\)\bsqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -98,6 +99,16 @@ def right_side(text: str) -> str:
     if not value.strip() or not is_name or _LETTERS.search(_COMMANDS.sub("", steps)):
         return text
     return value.strip()
+
+
+def is_relation(text: str) -> bool:
+    """Tell inequalities and memberships from values; an equation is none."""
+    return _RELATION.search(text) is not None
+
+
+def may_be_set(text: str) -> bool:
+    """Tell what can be an interval, a set or a union of them."""
+    return _SET.search(text) is not None
 
 
 def split_unit(text: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from grpo_jax.rewards.scorers.answers import (
     judged_text,
     last_expression,
 )
-from grpo_jax.rewards.scorers.formulas import as_latex, is_code, is_formula, right_side, split_unit
+from grpo_jax.rewards.scorers.formulas import as_latex, is_code, is_formula, is_relation, may_be_set, right_side, split_unit
 from grpo_jax.rewards.scorers.normal_form import as_words, undressed, unworded, worded_parts
 from grpo_jax.rewards.scorers.quantities import read_quantity, same_quantity, split_list
 
@@ -38,6 +38,7 @@ _HEDGED = re.compile(r"\b(?:not|never|least|most|more than|less than|over|under|
 _SENTENCE = re.compile(r"[\w\s.,:;'\u2019-]*")
 MAX_LIST = 50
 _DIGIT = re.compile(r"\d")
+_LABELLED = re.compile(r"\(?([A-Z])[).:]\s*((?!(?:and|or)\b|[,;(])\S.*)", re.DOTALL)
 _METRES = re.compile(r"(.*\d)[mgshlLNJWVKCFA]")
 # Units are read here, and not by math-verify: it takes the letters of 2ab for one.
 _LATEX = (
@@ -77,6 +78,9 @@ def is_equal(gold: str, given: str) -> bool:
     if is_code(gold):
         return False
     gold, given = undressed(gold), undressed(given)
+    labels = [_LABELLED.fullmatch(unworded(each)) for each in (gold, given)]
+    if any(labels) and _is_same_label(labels, gold, given):
+        return True
     bases = [_BASE.fullmatch(each) for each in (gold, given)]
     if any(bases):
         return _same_in_base(bases, gold, given)
@@ -89,6 +93,16 @@ def is_equal(gold: str, given: str) -> bool:
     if number is not None:
         return _is_number(gold, given, sum(is_formula(each) or _DIGIT.search(each) is not None for each in givens))
     return _is_same_formula(gold, given, len(golds), len(givens))
+
+
+def _is_same_label(labels: Sequence[re.Match[str] | None], gold: str, given: str) -> bool:
+    """Compare "(B) 12" with "B" (and, where the data's answer is the labelled one, with "12")."""
+    gold_label, given_label = labels
+    if gold_label is None:
+        return given_label is not None and given_label[1].casefold() == as_words(gold)
+    if given_label is None:
+        return as_words(given) == gold_label[1].casefold() or is_equal(gold_label[2], given)
+    return gold_label[1] == given_label[1] and is_equal(gold_label[2], given_label[2])
 
 
 def _same_in_base(bases: Sequence[re.Match[str] | None], gold: str, given: str) -> bool:
@@ -160,6 +174,10 @@ def _is_same_formula(gold: str, given: str, num_gold: int, num_given: int) -> bo
 
 
 def _verify(gold: str, given: str) -> bool:
+    """Ask math-verify about two formulas."""
+    # It would solve an inequality for a value, which can take minutes; only a set may be equal to one.
+    if is_relation(gold) != is_relation(given) and not (may_be_set(gold) or may_be_set(given)):
+        return False
     # math-verify's own time limits are off (0): they rest on SIGALRM, which a regular expression stuck in C never sees. The
     # pool that calls this kills the process instead. It would warn of that at every call.
     _log.setLevel(logging.ERROR)

@@ -42,7 +42,7 @@ _SCIENTIFIC = re.compile(
 )
 _FONT = re.compile(r"\\(?:bf|it|rm|em|tt)(?![a-zA-Z])")
 _EXCLAMATION = re.compile(r"(?<=[^\W\d_]{2})[!?]+$")
-_TAGS = re.compile(r"</?(?:b|i|u|s|p|em|br|strong|code|span)\s?/?>|<\|[a-z_]{1,20}\|>")
+_TAGS = re.compile(r"</?(?:b|i|u|s|p|em|br|strong|code|span)\s?/?>|<\|[a-z_]{1,20}\|>|<<[^<>\n]{0,80}>>")
 _CURRENCY = re.compile(r"\\(?:textdollar|texteuro|euro|pounds|\$)(?![a-zA-Z])|\$")
 _WORDS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|mbox|operatorname|underline|f(?:rame)?box|emph|boldsymbol)\s*\{([^{}]*)\}"
@@ -205,7 +205,7 @@ def as_words(text: str) -> str:
     ('b', 'new york', 'evelyn')
     """
     text = undressed(text)
-    while "\\" in text:
+    for _ in range(3):  # one inside the other; no more, as each goes over all of the text
         text, num = _WORDS.subn(r"\1", text)
         if not num:
             break

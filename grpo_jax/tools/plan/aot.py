@@ -197,11 +197,11 @@ def wanted_bytes(message: str) -> float:
 
 
 def kernels_of(operations: list[Operation], chip: Chip) -> tuple[Kernel, ...]:
-    """List the hand-written kernels, and with XLA:GPU its libraries' too, by name."""
+    """List the hand-written kernels by name; of XLA:GPU its libraries' and those that it writes in Triton, by kind."""
     found: dict[str, Kernel] = {}
     for each in operations:
         name = each.instruction.name.split(".")[0]
-        target = re.search(r'custom_call_target="(__cu[^"]*|__triton[^"]*)"', each.instruction.rest)
+        target = re.search(r'(?:custom_call_target=|"kind":)"(__cu[^"]*|__triton[^"]*)"', each.instruction.rest)
         if not each.is_kernel and not target:
             continue
         if target:

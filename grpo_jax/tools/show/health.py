@@ -289,14 +289,21 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "Scoring errors", overall_mean("reward/errors"), PERCENT, "high", 0.0, 0.05,
         good="The scorer handled every completion.",
-        advice="The scorer raised on some completions, which then count as wrong: make it accept any text.",
+        advice="The scorer raised on some completions, which were then left out: make it accept any text.",
         absent="This task is scored inside the program.",
     ),
     Rule(
         "Scoring timeouts", overall_mean("reward/timeouts"), PERCENT, "high", 0.0, 0.05,
         good="The scorer was always in time.",
-        advice="Some completions ran out of scoring time and count as wrong: raise reward.scoring.time_limit_secs.",
+        advice="Some completions ran out of scoring time and were left out: raise reward.scoring.time_limit_secs.",
         absent="This task is scored inside the program.",
+    ),
+    Rule(
+        "Completions without a score", overall_mean("reward/unscored"), PERCENT, "high", 0.1, 0.5,
+        good="Nearly all that was sampled is trained on.",
+        advice="Many completions were left out, since a part failed, came late or had no opinion: look at reward/errors, "
+        "reward/timeouts and reward/abstained, and at reward_errors in the run's folder.",
+        absent="Records of this version have no such number.",
     ),
     Rule(
         "Steps with broken numbers", count_broken_steps, COUNT, "high", 0.0, 0.0,

@@ -109,7 +109,7 @@ def attempt(job: Job) -> list[str]:
             return do(job)
         except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
-            return [printable(str(error))] * len(job.runs)
+            return [printable(f"{type(error).__name__}: {error}")] * len(job.runs)
         except Exception as error:
             traceback.print_exc()
             return [printable(f"{type(error).__name__}: {error}")] * len(job.runs)

@@ -1,0 +1,61 @@
+"""What accelerators' programs do otherwise gives the same numbers: compiled here, for the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.learner.logprobs import policy_logprobs
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.parallel.hardware import Hardware, hardware_of
+from grpo_jax.rollout.sampling import Sampling
+from tests import tiny
+
+DEEP = Architecture(tiny.VOCAB, 16, MAX_UNROLLED + 1, 2, 1, 8, 24, qkv_bias=True)
+GPU = Hardware("gpu")
+
+
+def test_cpus_have_no_hardware_of_their_own():
+    assert hardware_of(tiny.mesh_of(2)) is None
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7])
+@pytest.mark.slow
+def test_log_probabilities_do_not_depend_on_the_last_token_being_read(max_tokens):
+    batch = tiny.random_batch(num_prompts=2, group_size=2, max_tokens=max_tokens)
+    params = tiny.random_params(DEEP)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logprobs(model):
+        return policy_logprobs(model, params, batch.rollout, Sampling(), 0)
+
+    mask_PGT = batch.rollout.mask_PGT > 0
+    for here, there in zip(logprobs(ModelDef(DEEP)), logprobs(ModelDef(DEEP, hardware=GPU)), strict=True):
+        np.testing.assert_allclose(np.where(mask_PGT, here, 0), np.where(mask_PGT, there, 0), atol=1e-5)
+    assert mask_PGT.any()
+
+
+@pytest.mark.slow
+def test_gradients_leave_the_layers_in_the_dtype_of_their_products():
+    """Matrices are cast before the loop over layers or in it: gradients differ by one rounding, and have the weights' type.
+
+    XLA may leave the rounding out where it sees the cast back to float32 behind it, as in the loop.
+    """
+    params = tiny.random_params(DEEP)
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(1, tiny.VOCAB, (4, 9)))
+
+    def run(**changes):
+        model = ModelDef(DEEP, dtype="bfloat16", remat="dots", **changes)
+
+        def summed(params):
+            return (model.bind(params)(tokens_BT, tokens_BT > 0).astype(jnp.float32) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(summed))(params)
+
+    (value, grads), (expected, expected_grads) = run(hardware=GPU), run()
+    assert value == expected
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert tiny.largest_difference(grads, expected_grads) < 2**-8
