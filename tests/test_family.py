@@ -310,9 +310,9 @@ OFF = {"kl_coef": 0.0}
     ("left", "right"),
     [
         (("dppo_tv", {"clip_low": 1.0, "clip_high": 1.0}), ("cispo", {"clip_low": 1.0, "clip_high": 19.0})),
-        (("dppo_kl", {"clip_low": 1e9, "clip_high": 1e9}), ("cispo", {"clip_low": 1.0, "clip_high": 19.0})),
+        (("dppo_kl", {"clip_low": 1e6, "clip_high": 1e6}), ("cispo", {"clip_low": 1.0, "clip_high": 19.0})),
         (("fipo", {"future_clip": (1.0, 1.0)}), ("dapo", {})),
-        (("kl_cov", {"cov_penalty": 0.0}), ("dapo", {"clip_low": 1.0, "clip_high": 1e9})),
+        (("kl_cov", {"cov_penalty": 0.0}), ("dapo", {"clip_low": 1.0, "clip_high": 1e6})),
         (("gspo_token", {}), ("gspo", {})),
         (("deepseek_v32", {"max_off_policy_kl": 20.0, "kl_by_ratio": False}), ("grpo", {})),
         (("entropy_bonus", {"entropy_coef": 0.0}), ("grpo", OFF)),
