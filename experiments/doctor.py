@@ -1,6 +1,6 @@
-"""python -m experiments.doctor: see grpo_jax/tools/doctor.py."""
+"""python -m experiments.doctor: the same as grpo-jax doctor, see grpo_jax/tools/doctor.py."""
 
-from grpo_jax.tools.doctor import main
+from grpo_jax.tools.doctor import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from grpo_jax.tools.doctor import examine
+from grpo_jax.tools.examination import examine, is_config
 from grpo_jax.training.checksums import write_checksums
 from grpo_jax.training.settings import init_workdir
 from tests import tiny
@@ -75,3 +75,9 @@ def test_a_config_or_a_model_that_cannot_be_is_named(tmp_path):
     found = wrong(tmp_path)
     for part in ("config.json", "weights"):
         assert "model_type" in found[f"{tmp_path}: {part}"]
+
+
+def test_a_shipped_config_is_known_by_its_name():
+    assert [is_config(what) for what in ("dapo:tiny", "gspo", "my/own.py", "Qwen/Qwen2.5-0.5B", "runs/dapo")] == [True] * 3 + [
+        False
+    ] * 2

