@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # What is to be had from the package itself, name -> module. Imported when it is asked for: most programs need little of it.
 _LAZY = {
     **dict.fromkeys(("train", "sweep", "report", "show", "draw_advantages"), "grpo_jax.tools.python"),
-    "inspect_data": "grpo_jax.tools.data",
+    "inspect_data": "grpo_jax.tools.inspection",
 }
 
 

@@ -1,7 +1,6 @@
 """Programs by the TPU's own compiler, on a machine without one: `make test-aot` installs it; elsewhere these are skipped."""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -23,8 +22,6 @@ G, S, T, VOCAB = 8, 384, 128, 4096
 # Layers enough for a loop; a prompt's length is no other size.
 ARCH = Architecture(VOCAB, 128, 5, 4, 2, 64, 256, qk_norm=True)
 LOCAL = dataclasses.replace(ARCH, sliding_window=200, local_layers=(0, 2, 4), local_rope=Rope(1e6), score_cap=30.0)
-# libtpu -> seconds that its compiler has estimated for `dapo` on four devices. An estimate a tenth above it is to be explained.
-RECORDED = {"0.0.42.1": None}
 CASES = {
     "dapo": ("dapo", (4, 1, 1), {}, ARCH),
     "grpo, KL": ("grpo", (4, 1, 1), {"objective.kl_coef": 0.1}, ARCH),
@@ -68,8 +65,10 @@ def test_the_update_compiles_with_its_kernels(devices, variant, sizes, changes, 
     assert arrays
     logits = [shape for dtype, shape in arrays if dtype == "f32" and math.prod(shape) >= rows * T * VOCAB]
     assert not logits, "float32 logits of all rows"
-    # Keys of a prompt for each of its completions; the prompt's slots are no other size.
-    copies = [shape for _, shape in arrays if S in shape and math.prod(shape) >= rows * ARCH.num_kv_heads * S * ARCH.head_dim]
+    # Keys of a prompt for each of its completions; its slots are no other size. What is kept of all layers is one array.
+    of_one_layer = [shape[shape[:1] == (ARCH.num_layers,) :] for _, shape in arrays]
+    least = rows * ARCH.num_kv_heads * S * ARCH.head_dim
+    copies = [shape for shape in of_one_layer if S in shape and math.prod(shape) >= least]
     assert not copies, "a prompt is repeated for its completions"
 
 
@@ -83,10 +82,6 @@ def test_the_rollout_compiles_and_a_report_has_its_fields(devices):
     assert found["fits"] and found["remat"] == "narrow" and found["free_bytes"] > 0.9 * V5E.hbm_bytes
     assert 0 < found["update_peak_share"] < 1 and 0 < found["token_memory_share"] < 1
     assert found["argument_bytes"] > 0 and found["temporary_bytes"] > 0 and found["kernels"]
-    recorded = RECORDED.get(importlib.metadata.version("libtpu"))
-    if recorded is None:
-        pytest.skip("no estimate is recorded for this libtpu")
-    assert found["update_secs"] < 1.1 * recorded
 
 
 def test_no_such_slice_is_one_line(devices):

@@ -234,7 +234,8 @@ def test_the_examples_of_the_page_are_called_as_it_says():
     """One function of each form, and settings; each gets what its section promises."""
     space = {}
     for code in re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S):
-        exec(code, space)
+        if not code.startswith(">>>"):
+            exec(code, space)
     assert ask(space["brevity"])[0] == [pytest.approx(1 / 3)]
     assert ask(space["rank"], ("aaa", "b"))[0] == [0.5, 1.0]
     assert ask(space["right"], ("so 42", "41"))[0] == [1.0, 0.0]

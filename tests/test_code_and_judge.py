@@ -180,7 +180,7 @@ def serving(answers: Any):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, self.headers.get("Authorization"), body))
-            answer = answers(body) if callable(answers) else answers.pop(0)
+            answer: Any = answers(body) if callable(answers) else answers.pop(0)
             status, data = 200, b"busy"
             if isinstance(answer, int):
                 status = answer

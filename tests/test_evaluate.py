@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_jax.analysis.estimates import Estimate
+from grpo_jax.analysis.estimates import Estimate, estimate
 from grpo_jax.config import parse_config
 from grpo_jax.configs import base
 from grpo_jax.models.families import read_architecture
@@ -73,9 +74,9 @@ def test_always_right_and_never_right(folder, tmp_path, answer, expected):
     finally:
         run.task.close()
     assert estimates.pop("length_mean") == Estimate(2.0, 2.0, 2.0)
-    assert estimates == dict.fromkeys(
-        ["success", "mean@3", "pass@2", "pass@3", "maj@3"], Estimate(expected, expected, expected)
-    )
+    share = estimate(np.full(len(run.task.eval_prompts().tokens_PS), expected))
+    assert share.value == expected
+    assert estimates == dict.fromkeys(["success", "mean@3", "pass@2", "pass@3", "maj@3"], share)
 
 
 def test_the_program_evaluates_a_folder_under_an_adapter_and_writes_json(folder, tmp_path):

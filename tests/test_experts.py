@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, PartitionSpec
+from safetensors.numpy import load_file
 
 from grpo_jax.learner.optimizer import is_decayed
 from grpo_jax.metrics import ShareEntropy, ShareMax
 from grpo_jax.models.attention import KVCache
 from grpo_jax.models.experts import Experts, Router, count_choices
+from grpo_jax.models.export import save_weights
+from grpo_jax.models.folders import SINGLE
+from grpo_jax.models.hf import load_params
 from grpo_jax.models.lora import LoRA, merge_adapters, split_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.sharding import AXES, shardings_of, with_shardings
 from grpo_jax.types import join_params
 from tests import tiny
 
@@ -39,9 +45,9 @@ def one_by_one(weights, x_MD, arch):
         chosen = np.argsort(-p_E)[: arch.experts_per_token]
         total = p_E[chosen].sum() if arch.is_router_normalised else 1.0
         for e in chosen:
-            gate_F, up_F = (weights[name]["weight"][e] @ x_D for name in ("expert_gate", "expert_up"))
+            gate_F, up_F = (x_D @ weights[name]["weight"][e] for name in ("expert_gate", "expert_up"))
             hidden_F = gate_F / (1 + np.exp(-gate_F)) * up_F
-            out_MD[m] += p_E[e] / total * (weights["expert_down"]["weight"][e] @ hidden_F)
+            out_MD[m] += p_E[e] / total * (hidden_F @ weights["expert_down"]["weight"][e])
     return out_MD
 
 
@@ -74,8 +80,8 @@ def test_the_gradient_is_that_of_all_experts_under_a_mask():
         least_M1 = jnp.sort(p_ME, -1)[:, -ARCH.experts_per_token, None]
         p_ME = jnp.where(p_ME >= least_M1, p_ME, 0.0)
         p_ME = p_ME / p_ME.sum(-1, keepdims=True)
-        gate_MEF, up_MEF = (jnp.einsum("md,efd->mef", x_MD, weights[name]["weight"]) for name in ("expert_gate", "expert_up"))
-        out_MED = jnp.einsum("mef,edf->med", jax.nn.silu(gate_MEF) * up_MEF, weights["expert_down"]["weight"])
+        gate_MEF, up_MEF = (jnp.einsum("md,edf->mef", x_MD, weights[name]["weight"]) for name in ("expert_gate", "expert_up"))
+        out_MED = jnp.einsum("mef,efd->med", jax.nn.silu(gate_MEF) * up_MEF, weights["expert_down"]["weight"])
         return jnp.sin(jnp.einsum("me,med->md", p_ME, out_MED)).sum()
 
     ours, theirs = (jax.jit(jax.grad(loss, (0, 1)))(weights, x_MD) for loss in (sorted_loss, masked_loss))
@@ -117,6 +123,20 @@ def test_sampler_and_learner_choose_the_same_experts(monkeypatch):
     for layer in range(ARCH.num_layers):
         taken = [learned_LBTk[layer].ravel(), of_prompts[layer][np.asarray(prompts.mask_PS) > 0].ravel()]
         np.testing.assert_array_equal(load_LE[layer], np.bincount(np.concatenate(taken), minlength=ARCH.num_experts))
+
+
+def test_experts_are_loaded_in_shards_and_saved_as_they_were(tmp_path):
+    """Each stored tensor is turned round on its way, and so is its sharding."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), AXES)
+    params, shapes = tiny.random_params(ARCH), MODEL.param_shapes()
+    save_weights(tmp_path, params, ARCH, "float32", 10**9)
+    stored = load_file(tmp_path / SINGLE)
+    up_LEIO = params["layers"]["mlp"]["expert_up"]["weight"]
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.experts.3.up_proj.weight"], up_LEIO[1, 3].T)
+    loaded = load_params(tmp_path, ARCH, "float32", shardings_of(with_shardings(shapes, mesh, 0)))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    for name, spec in (("expert_up", ("fsdp", "tensor")), ("expert_down", ("tensor", "fsdp"))):
+        assert loaded["layers"]["mlp"][name]["weight"].sharding.spec == PartitionSpec(None, None, *spec)
 
 
 def test_loads_are_counted_over_tokens_and_merged_as_counts():

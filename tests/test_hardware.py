@@ -9,7 +9,9 @@ import pytest
 
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.linear import project
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.parallel import hardware
 from grpo_jax.parallel.hardware import Hardware, hardware_of
 from grpo_jax.rollout.sampling import Sampling
 from tests import tiny
@@ -20,6 +22,21 @@ GPU = Hardware("gpu")
 
 def test_cpus_have_no_hardware_of_their_own():
     assert hardware_of(tiny.mesh_of(2)) is None
+
+
+def test_a_product_has_the_form_of_the_platform_that_is_compiled_for(monkeypatch):
+    """A CPU's few rows have the weight on the left, behind a barrier; no other platform's do, whatever this process runs on."""
+    x, weight = jnp.ones((4, 8)), jnp.ones((16, 8))
+
+    def text():
+        return jax.jit(lambda x: project(x, weight)).lower(x).as_text()
+
+    assert "optimization_barrier" in text()
+    mesh = tiny.mesh_of(1)
+    monkeypatch.setattr(hardware, "platform_of", lambda _: "tpu")
+    with hardware.compiling_for(mesh):
+        assert "optimization_barrier" not in text()
+    assert "optimization_barrier" in text()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7])

@@ -15,7 +15,7 @@ from rich.console import Console
 import grpo_jax
 from grpo_jax.errors import RunError
 from grpo_jax.tools import data as tool
-from grpo_jax.tools.data import TASK, DataView, PartView, closing, inspect_data
+from grpo_jax.tools.inspection import TASK, DataView, PartView, closing, inspect_data
 from tests import tiny
 from tests.test_prompts import CHATML, THINKING, save_tokenizer
 
@@ -139,6 +139,6 @@ def test_the_command_prints_the_page(monkeypatch: pytest.MonkeyPatch, capsys: py
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(sys.argv[:1])
     monkeypatch.setattr(tool.cli, "config_from_flags", lambda: "the config")
-    monkeypatch.setattr(tool, "inspect_data", lambda *given: f"the page of {given}")
+    monkeypatch.setattr("grpo_jax.tools.inspection.inspect_data", lambda *given: f"the page of {given}")
     tool.main()
     assert capsys.readouterr().out == "the page of ('the config', 3, 64)\n"

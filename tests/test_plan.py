@@ -149,7 +149,8 @@ def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
             self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
 
         def __call__(self, x):
-            return super().__call__(x) * jax.nn.sigmoid(self.second(x))
+            y, chosen = super().__call__(x)
+            return y * jax.nn.sigmoid(self.second(x)), chosen
 
     def planned(arch):
         changed = job_of(EIGHT, arch=arch)
@@ -165,7 +166,7 @@ def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
         return [*(parts[name] for name in names), prompts.memory * chips.find_chip("h100").hbm_bytes_per_s, whole.num_bytes]
 
     before = planned(ARCH)
-    monkeypatch.setattr(transformer, "MLP", TwoGates)
+    monkeypatch.setitem(transformer.MLPS, "dense", TwoGates)
     after = planned(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
     layer, all_layers = ARCH.dim**2 * 4, ARCH.dim**2 * 4 * ARCH.num_layers
     more = [all_layers, all_layers, all_layers, 2 * layer, all_layers, 2 * all_layers * 3 / 4]

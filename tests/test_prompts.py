@@ -388,6 +388,7 @@ def test_a_run_keeps_the_day_of_its_first_start(tmp_path: Path, monkeypatch: pyt
         return pin_template_date(config, [tmp_path / run for run in runs]).task.template_date
 
     monkeypatch.setattr("grpo_jax.training.data_record.today", lambda: datetime.date(2026, 11, 26))
+    assert pinned(str(tmp_path / "none"), "a") == "", "the run says so, where it loads the model"
     assert pinned(plain, "a") == "" and pinned(dated, "a", **{"task.use_chat_template": False}) == ""
     assert pinned(dated, "a", **{"task.template_date": "2024-07-26"}) == "2024-07-26"
     assert pinned(dated, "a") == "2026-11-26"

@@ -19,14 +19,13 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
 
-# x [M, I] with W [E, O, I], as Hugging Face stores each expert's: the rows of a run with one expert's matrix, over I.
-GROUPED = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
-
 
 class ExpertLinear(nnx.Module):
-    """y = x W_e^T for runs of rows that share an expert e, W stored [E, out, in]; with adapters as `Linear` has them."""
+    """y = x W_e for runs of rows that share an expert e; with adapters as `Linear` has them.
+
+    W is [E, in, out], where Hugging Face stores each expert's [out, in]: TPUs' grouped products read it so, and would copy the
+    other order at every call. Adapters, which are small, are in the order of all others.
+    """
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class ExpertLinear(nnx.Module):
         Args:
           scale: as in `Linear`. lora: rank and scale of each expert's adapter, or None.
         """
-        draw = jax.random.normal(rngs.params(), (num_experts, num_out, num_in))
+        draw = jax.random.normal(rngs.params(), (num_experts, num_in, num_out))
         self.weight = nnx.Param(draw * (scale * num_in**-0.5))
         self.lora = lora
         if lora is not None:
@@ -59,20 +58,20 @@ class ExpertLinear(nnx.Module):
         y = grouped_product(x_MI, self.weight[...], sizes_E)
         if self.lora is None:
             return y
-        low = grouped_product(x_MI, self.lora_a[...], sizes_E)
-        return y + self.lora.scale * grouped_product(low, self.lora_b[...], sizes_E)
+        low = grouped_product(x_MI, self.lora_a[...].swapaxes(1, 2), sizes_E)
+        return y + self.lora.scale * grouped_product(low, self.lora_b[...].swapaxes(1, 2), sizes_E)
 
 
 def grouped_product(
-    x_MI: Float[Array, "M I"], weight_EOI: Float[Array, "E O I"], sizes_E: Int[Array, " E"]
+    x_MI: Float[Array, "M I"], weight_EIO: Float[Array, "E I O"], sizes_E: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
     """Multiply each run of rows with its expert's matrix.
 
     Args:
-      x_MI: rows, sorted by expert. weight_EOI: the matrices. sizes_E: the lengths of the runs, M in all.
+      x_MI: rows, sorted by expert. weight_EIO: the matrices. sizes_E: the lengths of the runs, M in all.
     Returns: in the dtype of x_MI.
     """
-    return jax.lax.ragged_dot_general(x_MI, weight_EOI.astype(x_MI.dtype), sizes_E, GROUPED)
+    return jax.lax.ragged_dot(x_MI, weight_EIO.astype(x_MI.dtype), sizes_E)
 
 
 class Router(nnx.Module):

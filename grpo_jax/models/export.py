@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -54,11 +55,11 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
 
     Args: as `export_folder` has them. folder: exists.
     """
-    parts: dict[str, list[tuple[int, jax.Array, tuple[int, ...]]]] = {}  # name -> (first row, leaf, place in it) of each part
+    parts: dict[str, list[_Part]] = {}  # of each stored tensor
     num_bytes = {}
     for slot, leaf in zip(param_slots(architecture)[0], jax.tree.leaves(params), strict=True):
         for name, place in zip(slot.names, np.ndindex(slot.stack), strict=True):
-            parts.setdefault(name, []).append((slot.first_row, leaf, place))
+            parts.setdefault(name, []).append(_Part(slot.first_row, leaf, place, slot.is_transposed))
             num_bytes[name] = int(np.prod(slot.stored_shape)) * jnp.dtype(dtype).itemsize
     shards = _split_by_size(num_bytes, max_shard_bytes)
     files = [SINGLE]
@@ -75,24 +76,38 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _gather_tensor(parts: list[tuple[int, jax.Array, tuple[int, ...]]], dtype: str) -> np.ndarray:
-    """Return one stored tensor on the host, from (first row, leaf, place in it) of its parts."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Part of a stored tensor. first_row: in it. leaf: that it comes from. place: its numbers on the leaf's stacked axes."""
+
+    first_row: int
+    leaf: jax.Array
+    place: tuple[int, ...]
+    is_transposed: bool
+
+
+def _gather_tensor(parts: list[_Part], dtype: str) -> np.ndarray:
+    """Return one stored tensor on the host."""
     # Part by part, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers is
     # ever in the host's memory.
-    rows = [
-        hosts.gather_to_host(_extract_part(leaf, place, dtype)) for _, leaf, place in sorted(parts, key=lambda part: part[0])
-    ]
+    parts = sorted(parts, key=lambda part: part.first_row)
+    rows = [hosts.gather_to_host(_extract_part(part.leaf, part.place, dtype, part.is_transposed)) for part in parts]
     if len(rows) == 1:
         return rows[0]
     return np.concatenate(rows)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _extract_part(leaf: jax.Array, place: tuple[int, ...], dtype: str) -> jax.Array:
-    """Return one tensor of a leaf; place: its numbers along the stacked axes, () if the leaf is not stacked."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _extract_part(leaf: jax.Array, place: tuple[int, ...], dtype: str, is_transposed: bool) -> jax.Array:
+    """Return one tensor of a leaf, as it is stored.
+
+    Args: as `_Part` has them. dtype: of the result.
+    """
     # The numbers are arguments of the program: as constants they would compile one for each layer.
     for number in place:
         leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    if is_transposed:
+        leaf = leaf.T
     return leaf.astype(dtype)
 
 

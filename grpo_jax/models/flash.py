@@ -107,7 +107,7 @@ def attend_causally(
         lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), (rows.own_BT, rows.prompt_PS)
     )
     static = Static(rows.window, rows.is_left_padded, slots, cap, rows.hardware)
-    out_PMTH = _attention(static, (q_PMTH, own, prompt), (*masks, rows.is_local))
+    out_PMTH: Any = _attention(static, (q_PMTH, own, prompt), (*masks, rows.is_local))
     out_PKGRTH = out_PMTH[:, :, :T, :H].reshape(P, K, B // P, N // K, T, H)
     return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 

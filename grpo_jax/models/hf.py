@@ -139,23 +139,26 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 
 def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """Load a leaf onto its devices; a stacked one is filled tensor by tensor."""
-    of_one = _unstacked_sharding(sharding, len(slot.stack))
-    parts = (tensors[name].read(of_one, slot.shape, slot.first_row) for name in slot.names)
+    of_one = _stored_sharding(sharding, slot)
+    parts = (tensors[name].read(of_one, slot.stored_part, slot.first_row) for name in slot.names)
     if not slot.is_stacked:
         return _cast(next(parts), dtype, sharding)
     stacked = jnp.zeros((*slot.stack, *slot.shape), dtype, device=sharding)
     for place, part in zip(np.ndindex(slot.stack), parts, strict=True):
-        stacked = _write(stacked, part, place, sharding)
+        stacked = _write(stacked, part, place, sharding, slot.is_transposed)
         # JAX does not wait for a device: without this, tensors still under way would pile up on the host.
         jax.block_until_ready(stacked)
     return stacked
 
 
-def _unstacked_sharding(sharding: Sharding, num_axes: int) -> Sharding:
+def _stored_sharding(sharding: Sharding, slot: Slot) -> Sharding:
     """Return the sharding of one tensor, from that of all of them stacked; the axes they are stacked on are not sharded."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[num_axes:]))
+    axes = sharding.spec[len(slot.stack) :]
+    if slot.is_transposed:
+        axes = (*axes, *[None] * (len(slot.shape) - len(axes)))[::-1]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -164,8 +167,10 @@ def _cast(tensor: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
 
 
 # Donated: written in place, or each layer would make a second copy of all of them.
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...], sharding: Sharding) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...], sharding: Sharding, is_transposed: bool) -> jax.Array:
+    if is_transposed:
+        tensor = tensor.T
     return jax.lax.with_sharding_constraint(stacked.at[place].set(tensor.astype(stacked.dtype)), sharding)
 
 

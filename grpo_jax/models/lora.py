@@ -89,6 +89,8 @@ def merge_adapters(base: Params, adapters: Params, lora: LoRA) -> Params:
         W = jnp.asarray(W, jnp.float32)
         if path[-1] != "weight" or a is None:
             return W
-        return W + lora.scale * jnp.einsum("...or,...ri->...oi", b, a)
+        if W.ndim == 4:  # experts', [L, E, in, out]
+            return W + lora.scale * jnp.einsum("leor,leri->leio", b, a)
+        return W + lora.scale * jnp.einsum("lor,lri->loi", b, a)
 
     return unflatten_dict({path: merge(path, W) for path, W in flat.items()})

@@ -71,7 +71,7 @@ class Slot:
 
     names: one a layer if the leaf is stacked, and of experts one a layer and expert. shape: of each part, without `stack`.
     stack: the leaf's leading axes, () if it is one tensor. first_row: of the part in the stored tensor.
-    stored_shape: of the stored tensor, which may hold other leaves too.
+    stored_shape: of the stored tensor, which may hold other leaves too. is_transposed: a part is stored the other way round.
     """
 
     names: list[str]
@@ -79,6 +79,7 @@ class Slot:
     stack: tuple[int, ...]
     first_row: int
     stored_shape: tuple[int, ...]
+    is_transposed: bool
 
     @property
     def is_stacked(self) -> bool:
@@ -88,7 +89,14 @@ class Slot:
     @property
     def is_joined(self) -> bool:
         """True if the stored tensors hold more than this leaf."""
-        return self.shape != self.stored_shape
+        return self.stored_part != self.stored_shape
+
+    @property
+    def stored_part(self) -> tuple[int, ...]:
+        """The shape of each part as it is stored."""
+        if self.is_transposed:
+            return self.shape[::-1]
+        return self.shape
 
 
 def names_of(architecture: Architecture) -> dict[str, str]:
@@ -127,10 +135,12 @@ def _slot(ours: str, names: dict[str, str], leaf_shapes: dict[str, tuple[int, ..
     pattern = names[ours]
     num_axes = pattern.count("{}")
     stack, shape = leaf_shapes[ours][:num_axes], leaf_shapes[ours][num_axes:]
+    names_of_parts = [pattern.format(*numbers) for numbers in itertools.product(*(range(size) for size in stack))]
+    if num_axes > 1:  # experts'
+        return Slot(names_of_parts, shape, stack, 0, shape[::-1], is_transposed=True)
     rows, first_row = 0, 0
     for other in [name for name in names if names[name] == pattern and name in leaf_shapes]:
         if other == ours:
             first_row = rows
         rows += leaf_shapes[other][num_axes]
-    each = itertools.product(*(range(size) for size in stack))
-    return Slot([pattern.format(*numbers) for numbers in each], shape, stack, first_row, (rows, *shape[1:]))
+    return Slot(names_of_parts, shape, stack, first_row, (rows, *shape[1:]), is_transposed=False)

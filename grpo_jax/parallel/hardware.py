@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
+
+_absent: list[str] = []  # platforms that are compiled for in this process, the innermost last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,28 @@ class Hardware:
 def hardware_of(mesh: Mesh) -> Hardware | None:
     """Return the accelerators of a mesh; None on CPUs, whose programs are those without any choice."""
     # Of the mesh and not of this process: a program can be compiled for devices that are not here.
-    platform = mesh.devices.flat[0].platform
+    platform = platform_of(mesh)
     if platform == "cpu":
         return None
-    return Hardware({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), mesh)
+    return Hardware(platform, mesh)
+
+
+def platform_of(mesh: Mesh) -> str:
+    """Return "cpu", "gpu" or "tpu"."""
+    platform = str(mesh.devices.flat[0].platform)
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
+def target_platform() -> str:
+    """Return the platform that this process compiles for: its own, or inside `compiling_for` that one."""
+    return _absent[-1] if _absent else jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(mesh: Mesh) -> Iterator[None]:
+    """Trace programs for a mesh whose devices may be absent; what knows no mesh asks `target_platform`."""
+    _absent.append(platform_of(mesh))
+    try:
+        yield
+    finally:
+        _absent.pop()

@@ -27,7 +27,8 @@ REPLICATED = PartitionSpec()
 # Logical axis of a parameter -> the mesh axis that it is sharded along. Matrices have one of each kind, so that both mesh axes
 # divide their memory; heads and FFN channels go to `tensor`, because attention and the MLP compute on each independently.
 LOGICAL_AXIS_RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
-# The logical axes of a layer's matrices [out, in], of experts' [E, out, in]. Their biases and adapters follow.
+# The logical axes of a layer's matrices, (out, in) and of experts (E, out, in). Their biases and adapters follow. Experts' own
+# weights are [E, in, out].
 PARAM_LOGICAL_AXES = {
     "q": ("heads", "width"),
     "k": ("kv_heads", "width"),
@@ -144,7 +145,10 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
     of = {"weight": (num_out, num_in), "bias": (num_out,), "lora_a": (None, num_in), "lora_b": (num_out,)}
     if name not in of:
         return ()
-    return (None, *experts, *of[name])
+    axes = of[name]
+    if experts and name == "weight":
+        axes = axes[::-1]
+    return (None, *experts, *axes)
 
 
 def param_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, min_elements: int) -> PartitionSpec:

@@ -42,6 +42,7 @@ class HostTask:
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
         task = config.task
         self.tokenizer = tokenizer
+        self._reasoning_tags = config.reward.reasoning_tags
         self.stop_ids = all_stop_ids(config, tokenizer)
         self.stop_strings = config.rollout.stop
         selection = select(task, tokenizer, sources)
@@ -124,7 +125,10 @@ class HostTask:
 
     def final_answers(self, tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]) -> list[list[str]]:
         """Return the answer that each completion ends on, normalised: equal texts are votes for the same answer."""
-        return [[final_answer(text) for text in row] for row in self._texts(tokens_PGT, mask_PGT)]
+        # A template that opens the reasoning does so for every prompt; which prompt a completion is of, nobody says here.
+        opens = "".join(self.prompt_opens) if len(self.prompt_opens) == 1 else ""
+        texts = self._texts(tokens_PGT, mask_PGT)
+        return [[final_answer(opens + text, self._reasoning_tags) for text in row] for row in texts]
 
     def close(self) -> None:
         """End the scoring processes."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import Config
+from grpo_jax.errors import UserError
 from grpo_jax.files import write_atomically
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import Task, data_metrics, fingerprint, summary
@@ -58,7 +59,10 @@ def pin_template_date(config: Config, workdirs: Sequence[pathlib.Path]) -> Confi
     task = config.task
     if task.template_date or task.name == "arithmetic" or not (config.model.path and task.use_chat_template):
         return config
-    if not template_writes_date(config.model.path, task.chat_template):
+    try:
+        if not template_writes_date(config.model.path, task.chat_template):
+            return config
+    except UserError:  # no such model: the run says so where it loads it, and stops no other of a sweep
         return config
     recorded = [_read(workdir / "config.json").get("task", {}).get("template_date", "") for workdir in workdirs]
     day = next((each for each in recorded if each), "")

@@ -90,19 +90,28 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     def evaluate(params: Params) -> dict[str, Estimate]:
         # Once for all batches: the rollout would gather sharded weights in each of its calls.
         params = sampler_weights(params)
-        best = answer(greedily, params)
-        values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
-        if not best.is_scored_PG.all():
-            values["unscored"] = ~best.is_scored_PG[:, 0]
+        values = values_of_greedy(answer(greedily, params))
         if n:
-            drawn = answer(sampled, params)
-            num_right_P = drawn.is_right_PG.sum(-1)
-            values[f"mean@{n}"] = drawn.is_right_PG.mean(-1)
-            values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
-            values[f"maj@{n}"] = drawn.majority_P
+            values |= values_of_samples(answer(sampled, params))
         return {name: estimate(each, config.seed) for name, each in values.items()}
 
     return evaluate
+
+
+def values_of_greedy(best: Answers) -> dict[str, np.ndarray]:
+    """Return the values of each prompt, [P], from its greedy answer."""
+    values = {"success": best.is_right_PG[:, 0], "length_mean": best.lengths_PG[:, 0]}
+    if not best.is_scored_PG.all():
+        values["unscored"] = ~best.is_scored_PG[:, 0]
+    return values
+
+
+def values_of_samples(drawn: Answers) -> dict[str, np.ndarray]:
+    """Return the values of each prompt, [P], from its samples."""
+    n, num_right_P = drawn.is_right_PG.shape[1], drawn.is_right_PG.sum(-1)
+    values = {f"mean@{n}": drawn.is_right_PG.mean(-1)}
+    values |= {f"pass@{k}": pass_at_k(num_right_P, n, k) for k in ks(n)}
+    return {**values, f"maj@{n}": drawn.majority_P}
 
 
 def judge(reward: Reward, success_threshold: float) -> tuple[Bool[np.ndarray, "P G"], Bool[np.ndarray, "P G"]]:

@@ -193,7 +193,7 @@ class HostSampler(DeviceSampler):
 
         def read(first: int, num: int) -> Prompts:
             prompts = self.task.train_prompts(start + first, num)
-            longest.append(longest_prompt(np.asarray(prompts.mask_PS).any(0)))
+            longest.append(longest_prompt(np.asarray(prompts.mask_PS.any(0))))
             return prompts
 
         prompts = hosts.make_global_batch(read, P, self.mesh)

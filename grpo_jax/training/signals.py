@@ -10,7 +10,7 @@ import signal
 class StopSignal:
     """While it is entered, SIGTERM, SIGHUP and the first SIGINT (Ctrl-C) ask the loop to save and end; the second ends at once.
 
-    doing: what the loop is at, for those who wait after a signal. speaks: says so on the console; of several hosts the first does.
+    doing: what the loop is at, for those who wait after a signal. speaks: says so; of several hosts the first does.
     """
 
     # Python runs a handler between any two statements. There the state may be donated to a call that has not returned, or a

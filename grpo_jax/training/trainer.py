@@ -372,7 +372,7 @@ class Loop:
                 break
             self.stop.doing = self.describe_wait(step)
             with self.profiler(step):
-                state, batch, pending = self.advance(state, step, step - done)
+                state, batch, pending = self.advance(state, step, num_steps=step - done)
             done = step
             each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
             for member, member_state, member_batch, member_pending in each:

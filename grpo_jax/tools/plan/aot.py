@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 
 from grpo_jax.errors import UserError
 from grpo_jax.learner.logprobs import Chunks
-from grpo_jax.parallel.hardware import hardware_of
+from grpo_jax.parallel.hardware import compiling_for, hardware_of
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.tools.plan import collectives, compiled
@@ -162,7 +162,8 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
     compilers = {"update": compiled.compile_update, "rollout": compiled.compile_rollout}
     began = time.perf_counter()
     try:
-        program = compilers[name](job, mesh)
+        with compiling_for(mesh):
+            program = compilers[name](job, mesh)
     except jax.errors.JaxRuntimeError as error:
         message = str(error).split("\n")[0]
         return Compiled(name, time.perf_counter() - began, error=message, temporary_bytes=wanted_bytes(message))

@@ -219,11 +219,13 @@ def summed_widths(job: Job) -> tuple[collections.Counter[int], collections.Count
     for path, leaf in layer_matrices(job.model.param_shapes()).items():
         spec = (*param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements), *[None] * leaf.ndim)[: leaf.ndim]
         *stack, num_out, num_in = leaf.shape
-        copies = 1
+        of_out, of_in, copies = *spec[-2:], 1
         if len(stack) > 1:  # a token is a row of each of its experts
             copies = job.model.arch.experts_per_token
-        if spec[-1] == "tensor":
+            if path[-1] == "weight":  # [E, in, out]
+                num_out, num_in, of_out, of_in = num_in, num_out, of_in, of_out
+        if of_in == "tensor":
             forward[num_out] += copies
-        if spec[-2] == "tensor":
+        if of_out == "tensor":
             backward[num_in] += copies
     return forward, backward

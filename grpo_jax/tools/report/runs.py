@@ -88,7 +88,7 @@ def load(folders: Sequence[pathlib.Path], metric: str) -> tuple[list[Run], list[
 def list_sweep(workdir: pathlib.Path) -> list[ListedRun]:
     """List the runs of sweep.json; their folders are relative to its own."""
     path, advice = workdir / "sweep.json", "start the sweep again, it writes the file anew and keeps finished runs"
-    runs = read_json(path, advice).get("runs")
+    runs: Any = read_json(path, advice).get("runs")
     try:
         return [ListedRun(each["name"], each["seed"], workdir / each["folder"], each["status"]) for each in runs]
     except (KeyError, TypeError):
