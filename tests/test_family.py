@@ -221,7 +221,7 @@ def test_any_cut_into_microbatches_gives_the_whole_batch(name):
     weight_BT, denom = objectives.weights(obj, mask_BT, max_completion_length=BUDGET)
     arrays = [f32(x) for x in (batch.logp_BT, batch.old_BT, batch.ref_BT, adv_BT, batch.mask_BT)]
     total = 0.0
-    for rows in np.array_split(np.arange(B), 16):
+    for rows in (np.arange(B)[first::4] for first in range(4)):  # no piece holds a whole group
         extra = {
             "entropy_BT": f32(batch.entropy_BT)[rows],
             "penalised_BT": None if penalised_BT is None else penalised_BT[rows],
