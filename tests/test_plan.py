@@ -13,8 +13,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models import transformer
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
-from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, times
-from grpo_jax.tools.plan import command as command
+from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, tables, times
 from tests import programs, tiny
 
 # Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.
@@ -252,7 +251,7 @@ def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     assert all(math.prod(each) == 8 for each in sizes)
     assert {t for _, _, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
     chip = dataclasses.replace(chips.find_chip("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
-    ranked = command.rank_meshes(planned, chip)
+    ranked = tables.rank_meshes(planned, chip)
     fits = [peak <= chip.hbm_bytes for peak, _, _ in ranked]
     secs = [times.iteration_secs(stages) for _, stages, _ in ranked]
     assert fits == sorted(fits, reverse=True) and 0 < sum(fits) < len(fits) == len(sizes)

@@ -44,7 +44,7 @@ def test_evaluating_a_folder_that_is_no_run(tmp_path):
     assert "must be the folder of a training run" in output
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("plan",)])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_the_flags_and_does_not_wait_for_jax(command):
     show_imports = [sys.executable, "-X", "importtime", "-m", "grpo_jax", command, "--help"]
     done = subprocess.run(show_imports, cwd=programs.ROOT, capture_output=True, text=True, check=False)
