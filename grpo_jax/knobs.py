@@ -48,7 +48,7 @@ class Knob:
             return "must fit into 32 bits"
         if self.is_json and value:
             try:
-                json.loads(value)
+                json.loads(str(value))
             except ValueError as error:
                 return f"not JSON ({error})"
         if self.choices and value not in self.choices:

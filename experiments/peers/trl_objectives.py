@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from trl.trainer import grpo_trainer
-from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer import grpo_trainer  # pyright: ignore[reportMissingImports]
+from trl.trainer.grpo_trainer import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 B, T, G = 16, 7, 4
 BUDGET = 11
@@ -138,7 +138,7 @@ def loss_and_gradient(case, batch):
     }
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    return {"loss": loss.item(), "gradient": logp.grad.tolist()}
+    return {"loss": loss.item(), "gradient": np.asarray(logp.grad).tolist()}
 
 
 def advantages(settings, batch):

@@ -325,7 +325,8 @@ def _split_free_fields(argv: list[str]) -> tuple[dict[str, dict[str, Any]], list
         if text is None or isinstance(value, dict) == bool(name) or (group == "objective" and not is_number):
             field = f"--config.{group}.params"
             raise UserError(f"{arg}: write {field}.NAME=0.3 or {field}='{{\"NAME\": 0.3}}'")
-        free.setdefault(group, {}).update({name: value} if name else value)
+        named: Any = {name: value} if name else value
+        free.setdefault(group, {}).update(named)
     return free, rest
 
 

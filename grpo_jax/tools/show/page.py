@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from grpo_jax import objectives
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.objectives.functions import name_of
 from grpo_jax.tools.show.health import Record, health
 from grpo_jax.training.runlog import points, read_completions, read_metrics
 from grpo_jax.training.settings import read_config
@@ -110,9 +111,9 @@ def list_facts(config: Config, records: Sequence[Record]) -> list[tuple[str, str
         ("Budget", f"{rollout.max_completion_tokens} tokens a completion"),
         ("Learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
         ("Seed", str(config.seed)),
-        ("Advantage", f"{obj.advantage}, ratio by {obj.ratio}"),
+        ("Advantage", f"{name_of(obj.advantage)}, ratio by {name_of(obj.ratio)}"),
         ("Clip", f"{obj.clip_low:g} below, {obj.clip_high:g} above"),
-        ("Averaged by", obj.aggregation),
+        ("Averaged by", name_of(obj.aggregation)),
         ("KL", f"{obj.kl_coef:g}"),
     ]
 
