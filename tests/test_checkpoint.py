@@ -137,7 +137,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, 
         said = capsys.readouterr().err
         if is_needed:
             assert step == 3, path
-            assert f"checkpoints/5: damaged ({path.name if path.parent.name == '5' else ''}" in said
+            # The list of sums with another bit in it may be taken for damage of any file that it names.
+            named = path.name if path.parent.name == "5" and damage is not DAMAGES["one bit"] else ""
+            assert f"checkpoints/5: damaged ({named}" in said
             assert "5: renamed to aside-0-5" in said
             assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["3", "aside-0-5"]
         else:

@@ -57,11 +57,11 @@ def test_a_number_that_is_none_is_named(tmp_path, key, value):
         ({"vocab_size": HUGE}, "vocab_size = .*no model has more"),
         ({"hidden_size": -8}, "hidden_size = -8: expected a positive integer"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = .*expected true or false"),
-        ({"rope_scaling": "linear"}, "rope_scaling = .*expected an object"),
-        ({"rope_scaling": [1]}, "rope_scaling = .*expected an object"),
-        ({"rope_parameters": {"full_attention": 3}}, "full_attention = 3: expected an object"),
-        ({"rope_parameters": {"full_attention": {}, "sliding_attention": "x"}}, "sliding_attention = .*expected an object"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": NAN}}, "factor = NaN: expected a number above 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected an object, got str"),
+        ({"rope_scaling": [1]}, "rope_scaling: expected an object, got list"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters: this family has one rotary embedding for all layers"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": "x"}}, "rope_parameters: this family has one"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": NAN}}, "factor = NaN: expected a finite number above 0"),
         ({"rope_scaling": {"rope_type": []}}, "rope_type = .* is not supported"),
         ({"layer_types": 3}, "layer_types = 3: expected a list"),
         ({"layer_types": "full_attention"}, "layer_types = .*expected a list"),
@@ -111,7 +111,7 @@ def some_adapters(model):
 def adapter(tmp_path):
     """A folder of adapters, and the model they are of."""
     model = ModelDef(tiny.LLAMA, lora=LoRA(2, 4.0, ("q_proj",), use_rslora=True))
-    save_adapters(tmp_path, some_adapters(model), model.lora, "base")
+    save_adapters(tmp_path, some_adapters(model), model, "base")
     return tmp_path, model
 
 
@@ -145,6 +145,6 @@ def test_all_linear_is_every_matrix():
 def test_an_adapter_with_nan_is_named(adapter):
     folder, model = adapter
     broken = jax.tree.map(lambda x: x * np.nan, some_adapters(model))
-    save_adapters(folder, broken, model.lora, "base")
+    save_adapters(folder, broken, model, "base")
     with pytest.raises(UserError, match=r"tensor base_model\.model\..* holds NaN or infinity"):
         load_adapters(folder, model)

@@ -222,7 +222,7 @@ def test_every_metric_field_and_file_exists(text):
 
 def config_of_command(command):
     """The Config that a training command of the page asks for."""
-    name, scale = re.search(r"--config=configs/(\w+)\.py:(\w+)", command).groups()
+    name, scale = re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:(\w+)", command).groups()
     raw = importlib.import_module(f"grpo_jax.configs.{name}").get_config(scale)
     changes = re.findall(r'--config\.([\w.]+)=("[^"]*"|\S+)', command)
     raw.update_from_flattened_dict({field: literal(value.strip('"')) for field, value in changes})

@@ -11,6 +11,7 @@ from grpo_jax.training.signals import StopSignal
 
 PROGRAM = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 from grpo_jax.training.signals import StopSignal
 with StopSignal() as stop:
     stop.doing = "step 7"
@@ -21,6 +22,16 @@ with StopSignal() as stop:
     time.sleep(0.1)
 print("went on")
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_ignored():
+    """A shell has what it starts in the background ignore SIGINT, and nohup SIGHUP."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

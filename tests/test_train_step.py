@@ -255,11 +255,15 @@ def test_a_reference_is_held_if_and_only_if_it_is_paid_for(name):
 def test_a_forward_pass_runs_only_for_what_is_asked(kl_coef, old_logp, passes, monkeypatch):
     scored = []
 
-    def counted(model, params, *args):
-        scored.append(params)
-        return policy_logprobs(model, params, *args)
+    def counting(function):
+        def counted(model, params, *args):
+            scored.append(params)
+            return function(model, params, *args)
 
-    monkeypatch.setattr(train_step, "policy_logprobs", counted)
+        return counted
+
+    for name in ("policy_logprobs", "logprobs_and_load"):
+        monkeypatch.setattr(train_step, name, counting(getattr(train_step, name)))
     spec = with_fields(SPEC, {"objective.kl_coef": kl_coef, "learner.old_logp": old_logp})
     jax.eval_shape(make_train_step(BIGRAM, lambda _: SGD, spec, tiny.mesh_of(1)), start(spec), batch_of())
     assert len(scored) == passes

@@ -124,10 +124,12 @@ def plan_call(
         is_column = not has_item and (parameter.name in columns if columns is not None else is_needed)
         if parameter.name in settings and (is_column and columns is not None):
             raise TypeError(f"parameter `{parameter.name}` is a column of the data and also a setting; rename the setting")
-        if parameter.name in context:
-            given.append(parameter.name)
-        elif parameter.name in settings:
+        # What shows the form is always given; of the rest a setting of that name is what was meant.
+        is_set = parameter.name in settings and parameter.name not in (form.told_by, "item")
+        if is_set:
             bound[parameter.name] = settings[parameter.name]
+        elif parameter.name in context:
+            given.append(parameter.name)
         elif is_column:
             from_row.append(parameter.name)
         elif is_needed:

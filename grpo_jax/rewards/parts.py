@@ -55,6 +55,9 @@ def score(part: str, completion: str, item: Mapping[str, Any], **settings: Any) 
         raise UserError(f"no part {part!r} to score a text by; there are {', '.join(FUNCTIONS)}; {more}")
     function = load(FUNCTIONS.get(part, part))
     calling = plan_call(part, inspect.signature(function), None, settings)
+    unknown = sorted(set(settings) - set(calling.settings))
+    if unknown:
+        raise TypeError(f"{part} has no setting {unknown[0]!r}")
     (value,) = call(function, calling, Request(item, [completion], item.get("prompt")), asyncio.run)
     if isinstance(value, Exception):
         raise value

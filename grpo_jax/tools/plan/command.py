@@ -13,20 +13,9 @@ from __future__ import annotations
 from absl import flags
 
 from grpo_jax.tools import cli
+from grpo_jax.tools.plan import flags as plan_flags
 
-CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, tpu7x, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
-DEVICES = flags.DEFINE_integer("devices", 1, "how many of them", lower_bound=1)
-SHAPE = flags.DEFINE_string(
-    "shape", "", "smollm2, qwen2.5-0.5b, qwen2.5-7b, llama3-70b or qwen3-30b-a3b, instead of config.model"
-)
-PROMPT_TOKENS = flags.DEFINE_integer(
-    "prompt_tokens", 0, "width of the prompts; 0: config.task.max_prompt_tokens", lower_bound=0
-)
-SWEEP = flags.DEFINE_bool("sweep", False, "rank all meshes of that many devices")
-COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for simulated devices")
-TOPOLOGY = flags.DEFINE_string("topology", "", "--compile for a slice of --chip that is not here: 4x4, 2x2x1; h100: 1x1x8")
-HLO = flags.DEFINE_string("hlo", "", "with --topology: write the compiled text to <hlo>.update and <hlo>.rollout")
-JSON = flags.DEFINE_bool("json", False, "with --topology: print one JSON object and nothing else")
+flags.adopt_module_key_flags(plan_flags)
 
 
 def main() -> None:

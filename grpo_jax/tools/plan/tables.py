@@ -16,7 +16,7 @@ from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools import cli
 from grpo_jax.tools.plan import aot, collectives, compiled, memory, times
 from grpo_jax.tools.plan.chips import Chip, find_chip
-from grpo_jax.tools.plan.command import CHIP, COMPILE, DEVICES, HLO, JSON, PROMPT_TOKENS, SHAPE, SWEEP, TOPOLOGY
+from grpo_jax.tools.plan.flags import CHIP, COMPILE, DEVICES, HLO, JSON, PROMPT_TOKENS, SHAPE, SWEEP, TOPOLOGY
 from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
 
 
