@@ -146,7 +146,7 @@ def test_the_variants_from_end_to_end(tmp_path, monkeypatch):
     assert steps == {f"{name}-seed0": 2 for name in (*FIVE, "grpo-gtpo_constant")}
     (page,) = shown(notebook, "verdict", "text/html")
     assert all(f"{name} against grpo is open" in page for name in FIVE[1:])
-    assert page.count("<tr>") == 1 + len(FIVE) and page.count("<img ") == 3
+    assert page.count("<tr>") == 1 + len(FIVE) and page.count("<img ") == 4
     assert "gtpo_constant against grpo" in shown(notebook, "crossed-report", "text/html")[0]
 
 
@@ -155,7 +155,9 @@ def test_a_language_model_from_end_to_end(tmp_path, monkeypatch):
     model = tmp_path / "model"
     save_hf_tokenizer(model, {}, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE)
     torch_model("qwen2 tied", vocab_size=259, num_hidden_layers=1).save_pretrained(model)
-    notebook = executed("llm_lora", tmp_path, monkeypatch, {"MODEL": str(model), "SCALE": "runlocal", "MAX_TOKENS": 32})
+    notebook = executed(
+        "llm_lora", tmp_path, monkeypatch, {"MODEL": str(model), "SCALE": "runlocal", "MAX_TOKENS": 32, "SHAPING": "length"}
+    )
     (answers,) = shown(notebook, "answers-after", "text/html")
     assert answers.count("<tr>") == 1 + 8 and answers.count("State the final answer") == 8
     assert "step 3/3" in printed(notebook, "train")

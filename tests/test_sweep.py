@@ -227,7 +227,7 @@ def test_a_failing_run_stops_no_other(tmp_path):
     runs = {run["folder"]: run["status"] for run in json.loads((workdir / "sweep.json").read_text())["runs"]}
     assert runs == {"runs/grpo-broken-seed3": "failed", "runs/grpo-seed3": "finished"}
     (line,) = [line for line in output.splitlines() if line.startswith("failed: runs/grpo-broken-seed3")]
-    assert "config.model.path = " in line and "/no/such/folder" in line and "runs/grpo-broken-seed3/output.txt" in line
+    assert "model.path = " in line and "/no/such/folder" in line and "runs/grpo-broken-seed3/output.txt" in line
     assert "1 failed, 1 finished" in output
     (record,) = programs.records(workdir / "runs" / "grpo-seed3")
     assert record["step"] == 0 and "eval/success" in record
