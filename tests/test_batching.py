@@ -68,8 +68,10 @@ def test_padding_beyond_the_width_is_never_computed():
     params = tiny.bigram_params()
     params["embed"] = params["embed"].at[PAD].set(jnp.nan)
     for bucket_tokens, is_finite in ((0, False), (2, True)):
-        after, _ = update(spec_of("dapo", bucket_tokens=bucket_tokens, num_microbatches=2), batch, params)
-        assert np.isfinite(after["head"]).all() == is_finite
+        after, metrics = update(spec_of("dapo", bucket_tokens=bucket_tokens, num_microbatches=2), batch, params)
+        # What is not finite is left out of the weights, and said.
+        assert metrics["update/skipped"] == (not is_finite)
+        assert np.isfinite(after["head"]).all() and (after["head"] == params["head"]).all() == (not is_finite)
 
 
 def test_groups_are_ordered_by_their_longest_completion():

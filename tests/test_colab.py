@@ -155,9 +155,8 @@ def test_a_language_model_from_end_to_end(tmp_path, monkeypatch):
     model = tmp_path / "model"
     save_hf_tokenizer(model, {}, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE)
     torch_model("qwen2 tied", vocab_size=259, num_hidden_layers=1).save_pretrained(model)
-    notebook = executed(
-        "llm_lora", tmp_path, monkeypatch, {"MODEL": str(model), "SCALE": "runlocal", "MAX_TOKENS": 32, "SHAPING": "length"}
-    )
+    settings = {"MODEL": str(model), "SCALE": "runlocal", "MAX_TOKENS": 32, "SHAPING": "length"}
+    notebook = executed("llm_lora", tmp_path, monkeypatch, settings)
     (answers,) = shown(notebook, "answers-after", "text/html")
     assert answers.count("<tr>") == 1 + 8 and answers.count("State the final answer") == 8
     assert "step 3/3" in printed(notebook, "train")

@@ -90,7 +90,11 @@ def test_the_program_evaluates_a_folder_under_an_adapter_and_writes_json(folder,
     out = tmp_path / "results.json"
     status, output = programs.run("experiments.evaluate", "--config=configs/grpo.py:runlocal", f"--out={out}", *flags)
     assert status == 0, output
-    assert "maj@3" in output and "1.000 to 1.000" in output
+    assert "maj@3" in output and "0.722 to 1.000" in output
     results = json.loads(out.read_text())
     assert results["step"] == 0 and results["num_prompts"] == 10 and results["num_samples"] == 3
-    assert results["estimates"]["pass@2"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert results["estimates"]["pass@2"] == {
+        "value": 1.0,
+        "low": pytest.approx(0.7225, abs=1e-4),
+        "high": 1.0,
+    }  # Wilson, 10 of 10

@@ -24,6 +24,7 @@ from grpo_jax.models.lora import LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import make_mesh, param_spec, shardings_of, with_shardings
 from grpo_jax.rollout.rollout import EndTokens
+from grpo_jax.rollout.sampling import Sampling, draw
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
 from grpo_jax.training.samplers import make_rollout, make_sampler_weights
@@ -180,9 +181,21 @@ def test_weights_are_gathered_before_the_decode_loop_and_caches_are_cut_by_heads
     for name in MATRICES:
         assert ",".join(map(str, (L, *half_of(name)))) in gathered, name
     inside = [math.prod(map(int, dims.split(","))) for _, dims, kind, _ in COLLECTIVE.findall(loops) if kind == "all-gather"]
-    assert max(inside, default=0) < min(map(math.prod, MATRICES.values())) // 2  # some numbers a row, no weights
     B, K, U, H = 8, 1, 5, ARCH.head_dim  # of one device: a quarter of the rows, one of two heads
+    # The sums that a token is drawn by, no weights; in so short a vocabulary each token is a sum of its own.
+    assert max(inside, default=0) <= B * ARCH.vocab_size
     assert f"f32[{B},{K},{U},{H}]" in loops and f"f32[{B},{2 * K},{U},{H}]" not in loops
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9)], ids=["all", "top_p"])  # top_k ranks the whole row
+def test_a_draw_gathers_sums_and_no_logits_where_the_vocabulary_is_sharded(sampling):
+    rows, vocab = 8, 4096
+    mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 2})
+    logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "tensor")))
+    keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    text = jax.jit(lambda logits, keys: draw(logits, keys, sampling)).lower(logits, keys).compile().as_text()
+    gathered = [math.prod(map(int, dims.split(","))) for _, dims, kind, _ in COLLECTIVE.findall(text) if kind == "all-gather"]
+    assert gathered and max(gathered) <= rows // 4 * vocab // 64
 
 
 def test_weights_travel_to_the_rollout_in_the_compute_dtype():

@@ -55,7 +55,7 @@ def test_help_lists_the_flags_and_does_not_wait_for_jax(command):
     expected = {
         "train": ["config", "workdir", "allow_config_change", "coordinator", "distributed"],
         "evaluate": ["config", "workdir", "out", "step", "strict"],
-        "export": ["config", "workdir", "adapter", "dtype", "max_shard_gb", "out", "step", "strict"],
+        "export": ["config", "workdir", "adapter", "dtype", "max_shard_gb", "out", "push_to_hub", "step", "strict"],
         "sweep": ["config", "workdir", "launcher", "set", "submitit"],
         "report": ["baseline", "metric", "out", "readme"],
         "show": ["workdir", "out"],

@@ -250,7 +250,7 @@ def test_the_report_of_a_sweep(sweep, capsys):
         "2026-11-22",
         "jax 0.10.2",
         "6 (0, 1, 2, 3, 4, 5) of every",
-        f"`python -m experiments.report {sweep}`",
+        f"`grpo-jax report {sweep}`",
     ):
         assert fact in text
     assert "| objective.kl_coef | 0.0 | 0.04 | 0.0 |" in text and "| seed | 0" not in text

@@ -25,6 +25,7 @@ from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
 from grpo_jax.rewards.scorers.code import check_sandbox
 from grpo_jax.types import Reward
 
+BROUGHT = "brought"  # module of functions given in Python: brought_<mark of the workdir>, see training/brought.py
 PACKAGES = {"math_verify": "math_verify", "reasoning_gym": "reasoning_gym"}  # part -> what it imports, of the extra `tasks`
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class RewardFunction:
             "reward/errors": _mean(scored.is_error_PG),
             "reward/timeouts": _mean(scored.is_timeout_PG),
             "reward/abstained": _mean(scored.is_abstained_PG),
-            **{f"reward/part/{name}": _mean(scores[name], outcomes[name] == SCORED) for name in self._names},
+            **{f"reward/part/{_label(name)}": _mean(scores[name], outcomes[name] == SCORED) for name in self._names},
         }
         is_failed_PG, is_task_failed_PG, has_opinion_PG = (np.zeros(shape, bool) for _ in range(3))
         for name in self._names:
@@ -195,6 +196,12 @@ def _check_sandbox(config: CodeConfig) -> None:
         check_sandbox(**dataclasses.asdict(config))
     except (RuntimeError, OSError) as error:
         raise UserError(f"config.reward: the part 'code': {error}") from None
+
+
+def _label(name: str) -> str:
+    """Return what a part is called in the records: the same for a function brought to any workdir, so that runs compare."""
+    module, colon, function = name.partition(":")
+    return f"{BROUGHT}:{function}" if colon and module.startswith(f"{BROUGHT}_") else name
 
 
 def _mean(values_PG: np.ndarray, counted_PG: np.ndarray | None = None) -> Mean:

@@ -47,9 +47,12 @@ def pick_token(
     block_B = _first_above(sums_BN, uniform_B2[:, 0])
     if not num_blocks:
         return block_B
-    # Only this block is looked at one by one: no [B, V] of cumulated sums is ever made.
-    start_B = BLOCK * jnp.minimum(block_B, num_blocks - 1)
-    inside_BI = jax.vmap(lambda row_V, start: jax.lax.dynamic_slice(row_V, (start,), (BLOCK,)))(logits_BV, start_B)
+    # Only this block is looked at one by one: no [B, V] of cumulated sums is ever made. And it is taken by its number: a slice
+    # that begins at a traced token would be gathered whole from the devices that `tensor` spreads the vocabulary over.
+    number_B = jnp.minimum(block_B, num_blocks - 1)
+    start_B = BLOCK * number_B
+    blocks_BNI = logits_BV[:, : num_blocks * BLOCK].reshape(len(logits_BV), num_blocks, BLOCK)
+    inside_BI = jnp.take_along_axis(blocks_BNI, number_B[:, None, None], axis=1)[:, 0]
     place_B = _first_above(jnp.exp(inside_BI - top_B1), uniform_B2[:, 1])
     return jnp.where(block_B < num_blocks, start_B + place_B, block_B + num_blocks * (BLOCK - 1))
 

@@ -21,7 +21,7 @@ from grpo_jax.tools.show import command as show_command
 from grpo_jax.tools.sweep import plan
 from grpo_jax.tools.sweep.run import run_sweep
 from grpo_jax.training import trainer
-from grpo_jax.training.brought import Brought, Rewards
+from grpo_jax.training.brought import Brought, Rewards, whole_path
 from grpo_jax.training.data_record import pin_template_date
 from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions, read_metrics
@@ -260,7 +260,7 @@ def brought_changes(
     """Return the fields of the config that `train`'s arguments of the same names stand for."""
     changes: dict[str, Any] = {}
     if model is not None:
-        changes["model.path"] = os.fspath(model)
+        changes["model.path"] = whole_path(model)
     if eval_data is not None and data is None:
         raise UserError("eval_data: held-out questions of which data? give data too")
     if data is not None:

@@ -18,8 +18,10 @@ from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, read_json, write_atomically
+from grpo_jax.rewards.reward_function import BROUGHT
 
 FOLDER, MARKS = "brought", "brought.json"
+MODULES = f"{BROUGHT}_*.py"
 MODULE = '''"""Functions that a run was given in Python; written by grpo_jax, which keeps them beside this file."""
 
 import pathlib
@@ -43,8 +45,8 @@ class Brought:
         self._files: dict[pathlib.Path, str] = {}
         self._marks: dict[str, str] = {}
         # One name for each workdir, since a process may train in several; kept if the workdir is moved.
-        kept = sorted(self._folder.glob("brought_*.py"))
-        name = f"brought_{hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]}"
+        kept = sorted(self._folder.glob(MODULES))
+        name = f"{BROUGHT}_{hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]}"
         self._module = kept[0].stem if kept else name
 
     def path_of(self, data: Any, name: str) -> str:
@@ -56,7 +58,7 @@ class Brought:
         Raises: UserError naming the row that is no mapping or does not fit into JSON.
         """
         if isinstance(data, str | os.PathLike):
-            return os.fspath(data)
+            return whole_path(data)
         lines = [_line(row, f"{name}[{number}]") for number, row in enumerate(_rows(data, name))]
         text = "".join(f"{line}\n" for line in lines)
         file = self._folder / f"{name}.jsonl"
@@ -133,9 +135,14 @@ class Brought:
 def find_functions(workdir: pathlib.Path) -> None:
     """Make the functions that were brought to a run importable, in this process and in those it starts."""
     folder = str((workdir / FOLDER).resolve())
-    if folder not in sys.path and any((workdir / FOLDER).glob("brought_*.py")):
+    if folder not in sys.path and any((workdir / FOLDER).glob(MODULES)):
         sys.path.append(folder)
     importlib.invalidate_caches()
+
+
+def whole_path(path: str | os.PathLike[str]) -> str:
+    """Return where a file or folder is, whatever folder the run is gone on with from; another name, as of a hub, as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else os.fspath(path)
 
 
 def _rows(data: Any, name: str) -> Iterable[Any]:

@@ -31,9 +31,8 @@ def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None
 
     flags.FLAGS(["other_commit", *given])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}").devices
-    planned = job.make_job(
-        cli.config_from_flags(), flags.FLAGS["shape"].value, flags.FLAGS["prompt_tokens"].value, len(devices)
-    )
+    asked = flags.FLAGS
+    planned = job.make_job(cli.config_from_flags(), asked.shape, asked.prompt_tokens, len(devices))
     sizes = tuple(planned.mesh.shape[axis] for axis in AXES)
     mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     compiled.make_mesh = lambda _: mesh
