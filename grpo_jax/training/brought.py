@@ -40,7 +40,7 @@ class Brought:
     """
 
     def __init__(self, workdir: pathlib.Path) -> None:
-        self._folder = workdir / FOLDER
+        self._folder = workdir.absolute() / FOLDER
         self._functions: dict[str, Callable[..., Any]] = {}
         self._files: dict[pathlib.Path, str] = {}
         self._marks: dict[str, str] = {}
