@@ -70,16 +70,19 @@ def source_hash(field: str, choice: Choice) -> str:
         file = pathlib.Path()
     if file.is_file():
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    return hashlib.sha256(_text_of(function).encode()).hexdigest()
+    return hashlib.sha256(source_of(function).encode()).hexdigest()
 
 
-def _text_of(function: Any) -> str:
+def source_of(function: Any) -> str:
     """Return the source of a function without a file, or what its compiled code does where the source is gone too."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
         code = getattr(function, "__code__", None)
-        return repr((code.co_code, code.co_consts, code.co_names)) if code else repr(function)
+        if code:
+            return repr((code.co_code, code.co_consts, code.co_names))
+        # An object's own repr has its address in it, which is another one in each process.
+        return repr(function if inspect.isroutine(function) or inspect.isclass(function) else type(function))
 
 
 @functools.cache

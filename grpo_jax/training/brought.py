@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, read_json, write_atomically
+from grpo_jax.objectives.functions import source_of
 from grpo_jax.rewards.reward_function import BROUGHT
 
 FOLDER, MARKS = "brought", "brought.json"
@@ -63,7 +63,7 @@ class Brought:
         text = "".join(f"{line}\n" for line in lines)
         file = self._folder / f"{name}.jsonl"
         self._files[file] = text
-        self._marks[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._marks[name] = _mark(text)
         return str(file)
 
     def expression_of(self, rewards: Rewards | None, name: str) -> str:
@@ -101,7 +101,7 @@ class Brought:
         if self._functions.get(own, function) is not function:
             raise UserError(f"{name}: two functions are called {own!r}; rename one")
         self._functions[own] = function
-        self._marks[own] = _mark(function)
+        self._marks[own] = _mark(source_of(function))
         return f"{self._module}:{own}"
 
     def write(self) -> None:
@@ -126,7 +126,7 @@ class Brought:
             write_atomically(file, text)
         if self._functions:
             pickled = cloudpickle.dumps(self._functions)
-            (self._folder / f"{self._module}.pkl").write_bytes(pickled)
+            write_atomically(self._folder / f"{self._module}.pkl", pickled)
             write_atomically(self._folder / f"{self._module}.py", MODULE)
         write_atomically(marks, json.dumps({**before, **self._marks}, indent=2) + "\n")
         find_functions(self._folder.parent)
@@ -171,11 +171,5 @@ def _importable_name(function: Any) -> str:
     return f"{module}:{name}" if is_file and getattr(here, name, None) is function else ""
 
 
-def _mark(function: Any) -> str:
-    """Hash a function's source; where there is none, its code."""
-    try:
-        text = inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = repr((code.co_code, code.co_consts, code.co_names)).encode() if code else repr(type(function)).encode()
-    return hashlib.sha256(text).hexdigest()[:16]
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
