@@ -49,7 +49,8 @@ def test_a_dead_owner_loses_it_at_once_also_if_his_pid_came_again(tmp_path, caps
 def test_a_damaged_lock_is_the_silent_one_of_nobody(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     with held(tmp_path):
-        pass
+        assert (tmp_path / NAME).read_bytes() != content  # it is ours now
+    assert not (tmp_path / NAME).exists()
 
 
 def test_an_owner_elsewhere_keeps_it_while_he_touches_it(tmp_path):
