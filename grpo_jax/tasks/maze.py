@@ -1,7 +1,8 @@
 """Mazes: a square of cells named by letters, row by row; some are walls. `cgk:am` gives the walls, start and goal.
 
 A completion names the cells of a path, one after another: each is next to the one before it (the first to the start) and no
-wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher walks through walls.
+wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher keeps off the walls,
+but wanders and ends anywhere.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class MazeTask(TableTask):
         return f"{''.join(CELLS[each] for each in sorted(walls))}:{CELLS[start]}{CELLS[goal]}"
 
     def teach(self, problem: Maze, rng: random.Random, label_noise: float) -> str:
-        """Write a path that mostly comes nearer; with probability `label_noise` it is one that walls do not stop."""
+        """Write a path that mostly comes nearer; with probability `label_noise` one that wanders, and ends anywhere."""
         walls, start, goal = problem
+        to_go, path = distances(self._next, goal, walls), [start]
         if rng.random() < label_noise:
-            walls = frozenset()
-        to_go = distances(self._next, goal, walls)
-        path = [start]
+            for _ in range(rng.randint(self.config.min_distance, self.config.longest_answer // 2)):
+                path.append(rng.choice([cell for cell in self._next[path[-1]] if cell in to_go]))
+            return "".join(CELLS[cell] for cell in path[1:])
         while path[-1] != goal:
             ahead = [cell for cell in self._next[path[-1]] if cell in to_go]
             # Near the end of what he may show he takes the shortest way.
