@@ -1,6 +1,7 @@
 """A process that trains one run after another in the folders of its arguments: python -m tests.signals_program folder run...
 
-Its rewards come from the host. While there is a file `hang` in the folder they do not come.
+Its rewards come from the host; settings.json in the folder says of what model and data. While there is a file `hang` in the
+folder they do not come.
 """
 
 import json
@@ -32,10 +33,9 @@ def main(folder, *names):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ[FOLDER], folder = folder, pathlib.Path(folder)
-    (folder / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(20)))
-    changes = {"task.name": "jsonl", "task.jsonl.path": str(folder / "sums.jsonl"), "task.use_chat_template": False}
+    changes = json.loads((folder / "settings.json").read_text())
     changes |= {"reward.task": "tests.signals_program:hangs", "reward.scoring.time_limit_secs": 600.0, "eval_every": 0}
-    changes |= {"num_steps": NUM_STEPS, "checkpoint.every": 0, "eval.num_prompts": 4, "eval.num_samples": 0}
+    changes |= {"num_steps": NUM_STEPS, "checkpoint.every": 0, "eval.num_samples": 0}
     run = make_run(tiny.config_of("grpo", changes))
     for name in names:
         trainer.train_run(run, folder / name)

@@ -74,7 +74,7 @@ def test_waiting_batches_of_an_older_version_are_read_and_all_of_their_rows_have
     restored = _restored(tmp_path, like)
     expected = state_of().replace(pending=GroupBuffer(scored, jnp.int32(2)), next_batch=scored)
     jax.tree.map(np.testing.assert_array_equal, saved_fields(restored), saved_fields(expected))
-    with pytest.raises(UserError, match=r"next_batch\.rollout\.support_PGT is missing.*version of grpo_jax"):
+    with pytest.raises(UserError, match=r"ahead\.rollout\.support_PGT is missing.*version of grpo_jax"):
         wanted = scored.replace(rollout=scored.rollout.replace(support_PGT=jnp.zeros((8, 4, 5), jnp.int32)))
         _restored(tmp_path, like.replace(next_batch=wanted))
 

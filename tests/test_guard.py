@@ -209,7 +209,7 @@ def with_marker(state, batch):
 @pytest.fixture(scope="module")
 def marked_run():
     changes = SMALL_RUN | {"num_steps": 5, "dynamic_sampling.enabled": False, "optimizer.max_skipped_steps": 3}
-    return make_run(tiny.config_of("grpo", changes | {"objective.surrogate": surrogate_with_a_marker}))
+    return make_run(tiny.config_of("grpo", changes | {"objective.surrogate": "tests.test_guard:surrogate_with_a_marker"}))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Signals: the first one lets the loop save, a second Ctrl-C ends at once, and what was ignored stays ignored."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.signals import StopSignal
 from tests import programs, signals_program
+from tests.campaigns.common import write_host_data
 from tests.test_resume import wait_for_step
 
 PROGRAM = """
@@ -74,6 +76,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first, secon
 @pytest.mark.slow
 def test_a_real_run_saves_and_ends_at_the_first_signal_and_at_once_at_the_second_ctrl_c(tmp_path):
     """SIGINT, SIGHUP, then SIGTERM and SIGINT while a reward hangs."""
+    (tmp_path / "settings.json").write_text(json.dumps(write_host_data(tmp_path)))
     process = programs.start("tests.signals_program", str(tmp_path), "interrupted", "left", "hung")
     lines = iter(process.stdout.readline, "")
     for name, number in (("interrupted", signal.SIGINT), ("left", signal.SIGHUP)):

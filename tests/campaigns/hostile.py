@@ -29,6 +29,11 @@ def good(completion: str) -> float:
     return float(zlib.crc32(completion.encode()) >> 8 & 1)
 
 
+def right(completion, item):
+    """A reward that does nothing but its work."""
+    return good(completion)
+
+
 def is_hostile(completion: str) -> bool:
     return zlib.crc32(completion.encode()) % 4 == 0
 
@@ -163,7 +168,7 @@ def sets_an_alarm(completion, item):
     signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
-@hostile(RIGHT)
+@hostile(EITHER)  # their stacks may reach the limit of memory
 def leaves_threads(completion, item):
     for _ in range(20):
         threading.Thread(target=time.sleep, args=(1000,)).start()

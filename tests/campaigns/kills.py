@@ -17,7 +17,7 @@ import time
 
 from grpo_jax.training.checkpoint import saved_steps
 from tests import programs
-from tests.campaigns.common import Tally
+from tests.campaigns.common import Tally, write_host_data
 
 SETTINGS = {
     "num_steps": 12,
@@ -31,8 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "kl": ("configs/grpo.py:runlocal", {"objective.kl_coef": 0.1, "checkpoint.keep_best": "eval/success"}),
     "host": (
         "configs/dapo.py:runlocal",
-        {"async_steps": 1, "task.name": "jsonl", "task.use_chat_template": False, "reward.task": "exact"}
-        | {"reward.shaping": "0.1*length", "eval.num_prompts": 8, "warm_start.num_steps": 0},
+        {"async_steps": 1, "reward.task": "tests.campaigns.hostile:right", "reward.shaping": "0.1*length"},
     ),
     "lora": ("configs/grpo.py:runlocal", {"lora.rank": 2, "objective.kl_coef": 0.1}),
     "sweep": ("configs/sweeps/variants.py:runlocal", {}),
@@ -49,11 +48,7 @@ class Program:
         self.is_sweep, self.more, self.cache = kind == "sweep", more, folder / "compiled"
         self.settings = SETTINGS | changes
         if kind == "host":
-            # Answers of one digit, and rows enough that a random model hits some.
-            rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
-            path = folder / "sums.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            self.settings["task.jsonl.path"] = str(path)
+            self.settings |= write_host_data(folder)
 
     def start(self, workdir: pathlib.Path):
         """Start it, or go on with it."""

@@ -8,7 +8,6 @@ and no open descriptor behind. --only_scores leaves the training out, and scores
 import argparse
 import contextlib
 import io
-import json
 import os
 import pathlib
 import random
@@ -27,7 +26,7 @@ from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
 from tests import tiny
 from tests.campaigns import hostile
-from tests.campaigns.common import SMALL, Tally
+from tests.campaigns.common import SMALL, Tally, write_host_data
 from tests.campaigns.hostile import EITHER, EXPECTED, NONE, RIGHT, good, is_hostile
 
 MARK = "GRPO_JAX_CAMPAIGN"  # in the environment of all that a case starts
@@ -70,11 +69,8 @@ def score_texts(name: str, chance: random.Random) -> str:
 
 def make_small_run(folder: pathlib.Path):
     """The run that all cases train, compiled once: a small fresh model, whose completions are noise."""
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(9) for b in range(9)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"task.name": "jsonl", "task.jsonl.path": str(folder / "sums.jsonl"), "task.use_chat_template": False}
-    changes |= {"reward.task": "tests.campaigns.hostile:returns_text", "num_steps": 2, "log.num_groups": 4}
-    return make_run(tiny.config_of("grpo", SMALL | changes))
+    changes = {"reward.task": "tests.campaigns.hostile:returns_text", "num_steps": 2, "log.num_groups": 4}
+    return make_run(tiny.config_of("grpo", SMALL | write_host_data(folder) | changes))
 
 
 def train(run, name: str, chance: random.Random, workdir: pathlib.Path) -> str:
@@ -113,6 +109,20 @@ def left_behind(case: str, temporary: pathlib.Path, before: set[str]) -> str:
     return f"left behind: processes {processes}, files {there[:5]}"
 
 
+@contextlib.contextmanager
+def unheard():
+    """Send what this process and those that it starts write on stderr to nowhere: rewards write anything there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def campaign(num: int, seed: int, folder: pathlib.Path, *, only_scores: bool = False) -> Tally:
     """Do `num` cases, every act once before any comes again."""
     chance, tally = random.Random(seed), Tally("rewards, scores" if only_scores else "rewards")
@@ -128,7 +138,7 @@ def campaign(num: int, seed: int, folder: pathlib.Path, *, only_scores: bool = F
         os.environ[MARK] = case
         files._said.clear()
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
+            with unheard():
                 fault = score_texts(name, chance) if run is None else train(run, name, chance, folder / str(number))
             kind, said = ("silent" if fault else "harmless"), fault
         except UserError as error:
