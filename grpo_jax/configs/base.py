@@ -52,7 +52,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym | mixture; source of questions
+    # arithmetic | jsonl | dataset | reasoning_gym | mixture | module:function; source of questions
+    config.task.name = "arithmetic"
+    config.task.params = {}  # settings for a module:function, by parameter: config.task.params.level = 2
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
     config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of arithmetic
     config.task.system_prompt = ""  # goes before every question; this and the rest of these: of all tasks but arithmetic
@@ -68,6 +70,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
     # text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none
     config.task.columns.answer = "answer"
+    config.task.columns.reward = ""  # chooses what a row is scored by, see reward.by_column; empty: reward.task for all rows
     config.task.arithmetic = ConfigDict()
     config.task.arithmetic.min_operand = 0  # smallest operand
     config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
@@ -92,6 +95,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
+    # JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; empty: the
+    # column itself holds the parts
+    config.reward.by_column = ""
     config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
     config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
     config.reward.regex = ConfigDict()

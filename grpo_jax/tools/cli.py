@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
-FREE_FIELD = re.compile(r"--config\.(reward|objective)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
+FREE_FIELD = re.compile(r"--config\.(reward|objective|task)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(

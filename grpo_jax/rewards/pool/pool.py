@@ -30,6 +30,9 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
+
 from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.jobs import ERROR, TIMEOUT, Context, Facts, JobBatch, ScoreResult
@@ -83,15 +86,20 @@ class ScoringPool:
             self._await_ready()
 
     def score(
-        self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], context: Context | None = None
+        self,
+        items: Sequence[Mapping[str, Any]],
+        completions_PG: Sequence[Sequence[str]],
+        context: Context | None = None,
+        asked: Mapping[str, Bool[np.ndarray, " P"]] | None = None,
     ) -> ScoreResult:
-        """Score all completions of each item by every scorer.
+        """Score all completions of each item by every scorer, or by those that are asked about it.
 
         One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout. Neither
         has a score, and nor have the others of the group where the scorer takes them together.
 
         Args:
           items: P rows of data. completions_PG: G texts of each. context: what scorers may ask for beside these.
+          asked: scorer -> rows that it is asked about; None: all scorers about all rows.
         Returns: the scores, and what became of those that have none.
         Raises: UserError if a scorer cannot be imported or called, or the pool is closed.
         """
@@ -103,7 +111,7 @@ class ScoringPool:
                 batch.add_scores_of(list(self._scorers))
                 return batch.result
             self._await_ready()
-            batch.add_jobs(self.facts)
+            batch.add_jobs(self.facts, asked)
             try:
                 self._run(batch)
             finally:
