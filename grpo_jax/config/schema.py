@@ -220,6 +220,7 @@ class ScoringConfig:
         5.0, "for one completion; one without a score by then is left out and counted", unit="seconds", above=0, at_most=1e6
     )
     memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
+    file_limit_mb: int = knob(8192, "of each file that a reward writes; 0: none", unit="MiB", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,6 +155,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # for one completion; one without a score by then is left out and counted [seconds]
     config.reward.scoring.time_limit_secs = 5.0
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
+    config.reward.scoring.file_limit_mb = 8192  # of each file that a reward writes; 0: none [MiB]
 
     config.warm_start = ConfigDict()
     config.warm_start.num_steps = 1200  # supervised steps before reinforcement; 0: none; -1: as suits the task

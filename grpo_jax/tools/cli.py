@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text, printable
+from grpo_jax.screen import keep_standard_streams
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
@@ -56,6 +57,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
+    keep_standard_streams()
     quiet_other_libraries()
     if parser:
         args = parser.parse_args()
