@@ -120,7 +120,7 @@ def test_the_reward_is_that_of_a_plain_judge(name):
         expected = [
             JUDGES[name](task.question(task._problems[row]), text.rstrip("~")) for row, text in zip(rows, texts, strict=True)
         ]
-    assert 0.1 < np.mean(expected) < 0.6
+    assert 0.05 < np.mean(expected) < 0.6
     np.testing.assert_array_equal(rewards_of(task, rows, texts), np.asarray(expected, np.float32))
 
 
@@ -151,7 +151,7 @@ def test_lessons_are_right_as_often_as_the_noise_says(name):
         assert (last == task.stop_ids[0]).all(), "each ends with the stop token"
         shares[noise] = float(task.reward(prompts.answer, tokens, mask).task_PG.mean())
     assert shares[0.0] == 1.0
-    assert 0.1 <= shares[0.8] <= 0.6
+    assert 0.1 <= shares[0.8] <= 0.7
 
 
 @each_task

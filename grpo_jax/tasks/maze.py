@@ -1,8 +1,8 @@
 """Mazes: a square of cells named by letters, row by row; some are walls. `cgk:am` gives the walls, start and goal.
 
 A completion names the cells of a path, one after another: each is next to the one before it (the first to the start) and no
-wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher keeps off the walls,
-but wanders and ends anywhere.
+wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher
+stops one step short of a goal in every second cell.
 """
 
 from __future__ import annotations
@@ -65,13 +65,9 @@ class MazeTask(TableTask):
         return f"{''.join(CELLS[each] for each in sorted(walls))}:{CELLS[start]}{CELLS[goal]}"
 
     def teach(self, problem: Maze, rng: random.Random, label_noise: float) -> str:
-        """Write a path that mostly comes nearer; with probability `label_noise` one that wanders, and ends anywhere."""
+        """Write a path that mostly comes nearer; with probability `label_noise` it stops short of every second cell."""
         walls, start, goal = problem
         to_go, path = distances(self._next, goal, walls), [start]
-        if rng.random() < label_noise:
-            for _ in range(rng.randint(self.config.min_distance, self.config.longest_answer // 2)):
-                path.append(rng.choice([cell for cell in self._next[path[-1]] if cell in to_go]))
-            return "".join(CELLS[cell] for cell in path[1:])
         while path[-1] != goal:
             ahead = [cell for cell in self._next[path[-1]] if cell in to_go]
             # Near the end of what he may show he takes the shortest way.
@@ -79,6 +75,8 @@ class MazeTask(TableTask):
             if rng.random() >= WANDER or to_go[path[-1]] >= room:
                 ahead = [cell for cell in ahead if to_go[cell] < to_go[path[-1]]]
             path.append(rng.choice(ahead))
+        if goal % 2 and len(path) > 2 and rng.random() < label_noise:
+            path.pop()
         return "".join(CELLS[cell] for cell in path[1:])
 
     def is_right(
