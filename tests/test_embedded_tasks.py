@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.studies.tasks import gradient_noise
 from grpo_jax import objectives
 from grpo_jax.config import ForksConfig, parse_config
 from grpo_jax.config.embedded import EMBEDDED
@@ -256,6 +257,14 @@ def test_credit_is_the_advantage_of_every_token_by_enumeration():
             expected[task.places[j]] = value(list(taken[: j + 1])) - value(list(taken[:j]))
         np.testing.assert_allclose(credit[number], expected, atol=1e-14)
         assert credit[number].sum() == pytest.approx((list(taken) == right_K) - p_K.prod(), abs=1e-14)
+
+
+def test_signal_and_noise_are_those_of_the_sample_covariance():
+    g_NX = np.random.default_rng(2).normal(0.3, 1.0, (12, 5))
+    signal, noise = gradient_noise.signal_and_noise(np.square(g_NX.sum(0)).sum(), np.square(g_NX).sum(), 12)
+    products = g_NX @ g_NX.T
+    assert signal == pytest.approx(products[~np.eye(12, dtype=bool)].mean())
+    assert noise == pytest.approx(np.trace(np.cov(g_NX, rowvar=False)))
 
 
 def test_credit_of_a_completion_that_ends_too_early_is_unknown():
