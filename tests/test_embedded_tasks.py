@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.studies.tasks import credit as credit_study
 from experiments.studies.tasks import gradient_noise
 from grpo_jax import objectives
 from grpo_jax.config import ForksConfig, parse_config
@@ -257,6 +258,17 @@ def test_credit_is_the_advantage_of_every_token_by_enumeration():
             expected[task.places[j]] = value(list(taken[: j + 1])) - value(list(taken[:j]))
         np.testing.assert_allclose(credit[number], expected, atol=1e-14)
         assert credit[number].sum() == pytest.approx((list(taken) == right_K) - p_K.prod(), abs=1e-14)
+
+
+def test_entropy_tells_forks_from_filler_only_beside_the_rest_of_a_row():
+    """Rows of a group have the same entropy at a position of filler: normalised by it, GTPO's credit knows nothing of it."""
+    found = {}
+    for entropy in (0.0, 1.0):
+        draw = credit_study.sample(ForksConfig(filler_entropy=entropy), 0.8, 64, 8, seed=0)
+        for name in ("grpo", "gtpo", "gtpo_geometric"):
+            found[name, entropy] = credit_study.correlation(name, *draw)
+    assert found["gtpo", 0.0] == pytest.approx(found["gtpo", 1.0], abs=0.02)
+    assert found["gtpo_geometric", 0.0] > 0.6 > 0.3 > found["grpo", 1.0] > found["gtpo_geometric", 1.0]
 
 
 def test_signal_and_noise_are_those_of_the_sample_covariance():
