@@ -16,7 +16,10 @@ from grpo_jax.config import ForksConfig
 from grpo_jax.tasks.forks import BRANCHES, FILLERS, ForksTask, filler_shares
 from grpo_jax.tools import cli
 
-OBJECTIVES = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s", "gtpo_geometric", "grpo_s_geometric")
+FIVE = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
+OBJECTIVES = {name: objectives.get(name) for name in (*FIVE, "gtpo_geometric", "grpo_s_geometric")}
+for name in ("gtpo", "gtpo_geometric"):
+    OBJECTIVES[f"{name}, stat_scope group"] = objectives.get(name, stat_scope="group")
 ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0)
 EASY = 0.999  # probability of the right branch where the teacher is careful
 
@@ -58,7 +61,7 @@ def correlation(name, rewards, credit, entropies):
     """Pearson's correlation of an objective's advantages with credit, over all tokens."""
     P, G, T = credit.shape
     adv_BT = objectives.advantages(
-        objectives.get(name),
+        OBJECTIVES[name],
         rewards.reshape(-1).astype(np.float32),
         np.ones((P * G, T), np.float32),
         entropies.reshape(-1, T).astype(np.float32),
