@@ -1,6 +1,6 @@
 """How well the advantages of each variant follow true credit on task "forks", for a policy that is the teacher himself.
 
-    python -m experiments.studies.tasks.credit
+    python -m experiments.studies.tasks.credit --out experiments/studies/tasks/credit.csv
 
 No model and no training: completions are drawn from the teacher's own distribution, whose probabilities and entropies are
 known exactly, and Pearson's correlation of the advantages with Q - V is taken over all of their tokens. Rows of the table are
@@ -8,6 +8,7 @@ objectives, columns the entropy of the filler; a hard fork has 0.5 nats, an easy
 """
 
 import argparse
+import pathlib
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def correlation(name, rewards, credit, entropies):
 
 
 def main(args):
-    """Print a table in Markdown."""
+    """Print a table in Markdown, and write the numbers as CSV."""
     found = {name: [] for name in OBJECTIVES}
     for entropy in ENTROPIES:
         draws = [sample(ForksConfig(filler_entropy=entropy), 0.8, args.prompts, 8, seed) for seed in range(args.seeds)]
@@ -82,10 +83,18 @@ def main(args):
     print(f"| objective | {' | '.join(f'{entropy:g} nats' for entropy in ENTROPIES)} |\n|---{'|---:' * len(ENTROPIES)}|")
     for name, values in found.items():
         print(f"| {name} | {' | '.join(f'{mean:.3f} ({std:.3f})' for mean, std in values)} |")
+    if args.out:
+        lines = ["objective,filler_entropy,mean,std"]
+        for name, values in found.items():
+            lines += [
+                f'"{name}",{entropy:g},{mean:.4f},{std:.4f}' for entropy, (mean, std) in zip(ENTROPIES, values, strict=True)
+            ]
+        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=256, help="in each draw")
     parser.add_argument("--seeds", type=int, default=5, help="draws, at least 2")
+    parser.add_argument("--out", type=pathlib.Path, help="CSV of the numbers")
     cli.run(main, parser)
