@@ -29,7 +29,7 @@ def readme_table(root: pathlib.Path) -> list[str]:
         entry = ENTRIES[name]
         obj = entry.objective
         cells = [f"{entry.title} ({paper(entry)})", plain(entry.formula), code(obj.ratio), clip(obj), code(obj.aggregation)]
-        rows.append([*cells, f"{obj.kl_coef:g}", measured[name], code(name)])
+        rows.append([*cells, f"{obj.kl_coef:g}", measured.get(name, "-"), code(name)])
     return markdown(rows)
 
 
