@@ -82,7 +82,13 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     is_router_frozen = size.router == "frozen"
     if is_router_frozen and not arch.num_experts:
         raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
-    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora, is_router_frozen=is_router_frozen)
+    if size.numerics == "exact" and arch.num_experts:
+        raise UserError(
+            "config.model.numerics = 'exact': an expert's product is of all tokens that chose it, and its numbers hang on "
+            "how many these are; set it to 'fast'"
+        )
+    static = {"dtype": size.dtype, "remat": size.remat, "numerics": size.numerics}
+    return ModelDef(arch, **static, lora=lora, is_router_frozen=is_router_frozen)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTree[Sharding]) -> Params:
