@@ -62,7 +62,7 @@ def gap_of(model, params, config, num_devices=1):
 
     found = jax.jit(metrics)(state, batch)
     assert rollout.mask_PGT.sum() > 2 * P * G, "completions of some tokens"
-    return float(found["policy/sampler_logp_gap"].value)
+    return float(found["policy/sampler_logp_gap"].value())
 
 
 def build_optimizer():

@@ -139,7 +139,9 @@ def _attend(tiles: Tiles, scale: float, cap: float | None, arrays: Any, view: At
             mask_BQS = jnp.broadcast_to(mask_PGQS, (P, B // P, *mask_PGQS.shape[2:])).reshape(B, *mask_PGQS.shape[2:])
             sums = blocks(prefix, mask_BQS, sums)
         sums = blocks(own, mask_BQU, sums)
-        return (sums.out_BKMH / sums.total_BKM[..., None]).astype(q_BKMH.dtype)
+        # Queries of padding may have seen no block at all: finite, as 0 times NaN would be NaN in the rows that mask them.
+        total_BKM = jnp.maximum(sums.total_BKM, jnp.finfo(jnp.float32).tiny)
+        return (sums.out_BKMH / total_BKM[..., None]).astype(q_BKMH.dtype)
 
     out_nBKMH = jax.lax.map(tile, (q_nBKMH, split(mask_BTU, 1), mask_PGTS))
     out_nBKQRH = out_nBKMH.reshape(num_tiles, B, K, Q, N // K, H)
