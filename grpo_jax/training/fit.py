@@ -42,7 +42,8 @@ class Choice:
 class Share:
     """One device's part of the work. groups, group_size: of a minibatch. prompt_tokens, tokens: slots of each row.
 
-    state_bytes: what lies there all the time. trained: numbers that get gradients. tensor, fsdp: devices along these axes.
+    state_bytes: what lies there all the time. trained: numbers that get gradients. tensor_size, fsdp_size: devices along these
+    axes.
     """
 
     groups: int
@@ -51,8 +52,8 @@ class Share:
     tokens: int
     state_bytes: float
     trained: float
-    tensor: int
-    fsdp: int
+    tensor_size: int
+    fsdp_size: int
 
     def tokens_of(self, num_microbatches: int) -> int:
         """Count the tokens of a microbatch, prompts once a piece of their group (`batching.split_microbatches`)."""
@@ -90,8 +91,8 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         tokens=rollout.max_completion_tokens,
         state_bytes=_local_bytes(state),
         trained=_local_numbers(state.params),
-        tensor=mesh.shape["tensor"],
-        fsdp=mesh.shape["fsdp"],
+        tensor_size=mesh.shape["tensor"],
+        fsdp_size=mesh.shape["fsdp"],
     )
     choice = choose(config, model, share, memory)
     hosts.say(
@@ -142,7 +143,7 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
       config: the head's chunk and the distribution count. model: its shape and precision. share: of a device.
       num_microbatches: of an optimizer step. remat: a key of `fsdp.REMAT`.
     """
-    arch, tensor, item = model.arch, share.tensor, jax.numpy.dtype(model.dtype).itemsize
+    arch, tensor, item = model.arch, share.tensor_size, jax.numpy.dtype(model.dtype).itemsize
     D, L, V = arch.dim, arch.num_layers, arch.vocab_size
     heads = arch.num_heads * arch.head_dim / tensor
     pairs = 2 * arch.num_kv_heads * arch.head_dim / tensor
@@ -159,7 +160,7 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     gradients = F32 * share.trained * (1 + (num_microbatches > 1))
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(model.param_shapes())) / tensor
     copies = item * weights
-    if share.fsdp > 1:  # a layer at a time, and embedding and head with their float32 gradients
+    if share.fsdp_size > 1:  # a layer at a time, and embedding and head with their float32 gradients
         table = (1 + (not arch.tie_embeddings)) * V * D / tensor
         copies = (item + F32) * (table + (weights - table) / L)
     return share.state_bytes + gradients + copies + item * tokens * (L * kept + layer) + logits + head
