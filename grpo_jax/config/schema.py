@@ -78,6 +78,7 @@ class ColumnsConfig:
     answer: str = knob(
         "answer", "text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none"
     )
+    reward: str = knob("", "chooses what a row is scored by, see reward.by_column; empty: reward.task for all rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,8 @@ class ReasoningGymConfig:
 class TaskConfig:
     """The source of questions, and how they are put to the model."""
 
-    name: str = knob("arithmetic", "source of questions", choices=TASKS)
+    name: str = knob("arithmetic", "source of questions", choices=TASKS, or_import=True)
+    params: Settings = knob(Settings(), "settings for a module:function, by parameter: config.task.params.level = 2")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", unit="tokens", at_least=1)
     shuffle: bool = knob(True, "a new order in each epoch; False: the order of the data, for curricula; not of arithmetic")
     system_prompt: str = knob("", "goes before every question; this and the rest of these: of all tasks but arithmetic")
@@ -214,6 +216,7 @@ class ScoringConfig:
         5.0, "for one completion; one without a score by then is left out and counted", unit="seconds", above=0, at_most=1e6
     )
     memory_limit_mb: int = knob(4096, "of each process, beyond what its imports take; 0: none", unit="MiB", at_least=0)
+    file_limit_mb: int = knob(8192, "of each file that a reward writes; 0: none", unit="MiB", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +225,12 @@ class RewardConfig:
 
     task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
+    by_column: str = knob(
+        "",
+        'JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; '
+        "empty: the column itself holds the parts",
+        is_json=True,
+    )
     reasoning_tags: tuple[str, ...] = knob(("<think>", "</think>"), "answers are looked for behind the closing one; (): none")
     params: Settings = knob(Settings(), "settings for your own functions, by parameter: config.reward.params.scale = 2.0")
     regex: RegexConfig = RegexConfig()

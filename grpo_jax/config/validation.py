@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from grpo_jax import objectives
@@ -35,9 +36,8 @@ def validate(config: Config) -> None:
     _require_prompts(config)
     _require_reward(config)
     _require_generators(config.task, "config.task.reasoning_gym")
-    if config.task.name == "mixture":
-        for number, member in enumerate(mixture.members(config.task.mixture, config.task)):
-            _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
+    for number, member in enumerate(_members(config.task)):
+        _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
     rollout, learner, objective = config.rollout, config.learner, config.objective
     if rollout.group_size < 2:
         raise UserError(
@@ -225,12 +225,11 @@ def _require_reward(config: Config) -> None:
     """Check that the reward's expressions can be read, and fit the task."""
     # Before a model is loaded, and not when the first completion is scored.
     task, reward = config.task, config.reward
-    for name in ("task", "shaping"):
-        field, expression = f"config.reward.{name}", getattr(reward, name)
+    for field, expression, sources in _expressions(config):
         parts = [part.name for part in reward_expression.parse(expression, field)]
         if parts and task.name == "arithmetic":
             raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
-        if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
+        if "reasoning_gym" in parts and set(sources) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         _check_code_and_judge(parts, config)
         if "regex" in parts and not reward.regex.pattern:
@@ -244,18 +243,40 @@ def _require_reward(config: Config) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
-    if task.name == "mixture" and "reasoning_gym" in _source_names(task) and not reward.task:
+    unsaid = [each for each in _members(task) if each.task.name == "reasoning_gym" and not each.reward]
+    if unsaid and not reward.task:
         raise UserError(
-            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it; "
-            "task 'reasoning_gym' mixes generators by itself"
+            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it, or "
+            "give the source a reward of its own; task 'reasoning_gym' mixes generators by itself"
         )
+
+
+def _expressions(config: Config) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (field, the expression there, names of the tasks it is for) for all of the reward. Raises UserError."""
+    reward, sources = config.reward, _source_names(config.task)
+    yield "config.reward.task", reward.task, sources
+    yield "config.reward.shaping", reward.shaping, sources
+    by_value = json.loads(reward.by_column or "{}")
+    field = "config.reward.by_column"
+    if not isinstance(by_value, dict) or not all(isinstance(each, str) and each.strip() for each in by_value.values()):
+        raise UserError(f'{field} = {reward.by_column!r}: must be {{"value of the column": "parts of a reward"}}')
+    columns = [each.task.columns.reward for each in _members(config.task)] or [config.task.columns.reward]
+    if by_value and not any(columns):
+        raise UserError(f"{field} is set, and config.task.columns.reward is empty: name the column that has these values")
+    for value, expression in by_value.items():
+        yield f"{field}[{value!r}]", expression, sources
+    for number, member in enumerate(_members(config.task)):
+        yield f"config.task.mixture[{number}].reward", member.reward, [member.task.name]
+
+
+def _members(task: TaskConfig) -> list[mixture.Member]:
+    """List the sources of a mixture; none of another task."""
+    return mixture.members(task.mixture, task) if task.name == "mixture" else []
 
 
 def _source_names(task: TaskConfig) -> list[str]:
     """List the sources of questions; of a mixture, those in it."""
-    if task.name == "mixture":
-        return [member.task.name for member in mixture.members(task.mixture, task)]
-    return [task.name]
+    return [member.task.name for member in _members(task)] or [task.name]
 
 
 def _require_prompts(config: Config) -> None:
@@ -285,6 +306,12 @@ def _require_prompts(config: Config) -> None:
         datetime.date.fromisoformat(task.template_date or "2026-11-26")
     except ValueError:
         raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
+    functions = [name for name in (task.name, *_source_names(task)) if ":" in name]
+    if task.params and not functions:
+        raise UserError(
+            f"config.task.params.{next(iter(task.params))}: settings are for a task of your own, config.task.name = "
+            f"'module:function', not {task.name!r}"
+        )
     if task.mixture and task.name != "mixture":
         raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
 

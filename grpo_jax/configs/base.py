@@ -53,7 +53,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    config.task.name = "arithmetic"  # arithmetic | jsonl | dataset | reasoning_gym | mixture; source of questions
+    # arithmetic | jsonl | dataset | reasoning_gym | mixture | module:function; source of questions
+    config.task.name = "arithmetic"
+    config.task.params = {}  # settings for a module:function, by parameter: config.task.params.level = 2
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
     config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of arithmetic
     config.task.system_prompt = ""  # goes before every question; this and the rest of these: of all tasks but arithmetic
@@ -69,6 +71,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.columns.prompt = "prompt"  # text, or chat messages [{"role": ..., "content": ...}, ...]
     # text, a number or a list of right ones; of a worked one, what follows #### or is boxed counts; empty: none
     config.task.columns.answer = "answer"
+    config.task.columns.reward = ""  # chooses what a row is scored by, see reward.by_column; empty: reward.task for all rows
     config.task.arithmetic = ConfigDict()
     config.task.arithmetic.min_operand = 0  # smallest operand
     config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
@@ -93,6 +96,9 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
+    # JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; empty: the
+    # column itself holds the parts
+    config.reward.by_column = ""
     config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
     config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
     config.reward.regex = ConfigDict()
@@ -134,6 +140,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # for one completion; one without a score by then is left out and counted [seconds]
     config.reward.scoring.time_limit_secs = 5.0
     config.reward.scoring.memory_limit_mb = 4096  # of each process, beyond what its imports take; 0: none [MiB]
+    config.reward.scoring.file_limit_mb = 8192  # of each file that a reward writes; 0: none [MiB]
 
     config.warm_start = ConfigDict()
     config.warm_start.num_steps = 1200  # supervised steps before reinforcement; 0: none

@@ -22,7 +22,7 @@ from grpo_jax.config import Config, parse_config
 from grpo_jax.errors import RunError
 from grpo_jax.tasks import Task, data_metrics, summary
 from grpo_jax.tasks.host import HostTask
-from grpo_jax.tasks.sources import comparing_parts
+from grpo_jax.tasks.row_rewards import RowRewards
 from grpo_jax.training.build import make_task
 from grpo_jax.training.completions import text_pieces
 
@@ -212,9 +212,9 @@ def score_references(task: Task, config: Config, num: int) -> tuple[int, int, li
     # A part may fail on all empty completions, int("") does: in a run that would be one outcome among others.
     with contextlib.suppress(RunError):
         empty = tried.scores(nothing)
-    comparing = comparing_parts(config.reward, config.task.name)
-    if config.task.name == "arithmetic":
-        comparing = {TASK}
+    comparing = {TASK}
+    if isinstance(task, HostTask):
+        comparing = set().union(*map(RowRewards(config.reward, config.task.name).comparing_parts, task.expressions))
     parts = []
     for name in right or empty:
         compares = name in comparing

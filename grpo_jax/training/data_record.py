@@ -64,8 +64,9 @@ def pin_template_date(config: Config, workdirs: Sequence[pathlib.Path]) -> Confi
             return config
     except UserError:  # no such model: the run says so where it loads it, and stops no other of a sweep
         return config
-    recorded = [_read(workdir / "config.json").get("task", {}).get("template_date", "") for workdir in workdirs]
-    day = next((each for each in recorded if each), "")
+    recorded = [_read(workdir / "config.json").get("task") for workdir in workdirs]
+    days = [each.get("template_date") for each in recorded if isinstance(each, dict)]
+    day = next((each for each in days if each and isinstance(each, str)), "")
     if not day and any((workdir / "config.json").exists() for workdir in workdirs[:1]):
         return config  # begun by a version that did not fix it: nobody knows the day
     if not day:
