@@ -112,7 +112,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward = ConfigDict()
     config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (embedded: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
-    # JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; empty: the column itself holds the parts
+    # JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; empty: the
+    # column itself holds the parts
     config.reward.by_column = ""
     config.reward.reasoning_tags = ("<think>", "</think>")  # answers are looked for behind the closing one; (): none
     config.reward.params = {}  # settings for your own functions, by parameter: config.reward.params.scale = 2.0
