@@ -78,7 +78,7 @@ class ForksConfig:
 
 
 # Task -> (steps, supervised steps before them) in which the decoder of :tiny learns it.
-STEPS = {"arithmetic": (800, 1200), "chain": (100, 500), "countdown": (100, 500), "maze": (150, 500), "forks": (100, 300)}
+STEPS = {"arithmetic": (800, 1200), "chain": (100, 1200), "countdown": (200, 1200), "maze": (150, 500), "forks": (100, 300)}
 
 
 def budget_of(task: Any) -> int:
