@@ -81,7 +81,9 @@ def main(args):
     state = run.init(weights, None, run.hyperparams)
     print(f"{args.workdir}, step {args.step}, {args.batches} batches of {config.rollout.num_prompts} groups, KL left out\n")
     print("| objective | signal | noise | signal / noise |\n| --- | ---: | ---: | ---: |")
-    for name, (signal, noise) in measure(run, state, args.objectives, args.batches).items():
+    found = measure(run, state, args.objectives, args.batches)
+    for name in args.objectives:
+        signal, noise = found[name]
         print(f"| {name} | {signal:.3g} | {noise:.3g} | {signal / noise:.3g} |")
 
 
