@@ -37,6 +37,14 @@ PARAM_LOGICAL_AXES = {
     "gate": ("ffn", "width"),
     "up": ("ffn", "width"),
     "down": ("width", "ffn"),
+    # A gated delta net's. `qkv` is stored as one matrix and cut into equal parts, whose ends are no heads' ends: the compiler
+    # moves what a device needs of another one's part.
+    "qkv": ("heads", "width"),
+    "output_gate": ("heads", "width"),
+    "strength": ("heads", "width"),
+    "rate": ("heads", "width"),
+    "conv": ("heads", "taps"),
+    "out": ("width", "heads"),
     # Every device has all experts, and of each a shard: rows need not travel to where an expert is.
     "router": ("experts", "width"),
     "expert_gate": ("experts", "ffn", "width"),

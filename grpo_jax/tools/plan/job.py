@@ -73,8 +73,13 @@ class Job:
         vocab_size = arch.vocab_size
         if vocab_size % t == 0:  # otherwise embedding and head are replicated
             vocab_size //= t
+        delta = arch.delta
+        if delta is not None:
+            key_heads, value_heads = delta.num_key_heads // t, delta.num_value_heads // t
+            delta = dataclasses.replace(delta, num_key_heads=key_heads, num_value_heads=value_heads)
         local = dataclasses.replace(
             arch,
+            delta=delta,
             num_heads=arch.num_heads // t,
             num_kv_heads=arch.num_kv_heads // t,
             ffn_dim=arch.ffn_dim // t,
