@@ -185,7 +185,7 @@ def sampled(max_live_sequences):
 def test_rows_that_are_refilled_begin_with_their_own_prompts_state():
     refilled, side_by_side = sampled(2)[0], sampled(0)[0]
     np.testing.assert_array_equal(refilled.tokens_PGT, side_by_side.tokens_PGT)
-    np.testing.assert_allclose(refilled.sampler_logp_PGT, side_by_side.sampler_logp_PGT, atol=1e-5)
+    np.testing.assert_allclose(refilled.sampler_logp_PGT, side_by_side.sampler_logp_PGT, atol=5e-5)
     assert 0 < side_by_side.mask_PGT.mean() < 1 and len(np.unique(side_by_side.tokens_PGT)) > 5
 
 

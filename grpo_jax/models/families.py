@@ -95,9 +95,19 @@ QWEN35 = {
     "linear_conv_kernel_dim": 4,
 }
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all"),
+    "llama": Family(
+        models="Llama 2 and 3, SmolLM2, DeepSeek-R1-Distill-Llama, TinyLlama, Falcon3, Yi",
+        beside="RoPE slowed down: `linear`, `llama3`, `yarn`",
+    ),
+    "mistral": Family(
+        models="Mistral 7B, Nemo, Mistral-Small-2501",
+        beside="sliding window in every layer, or none",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        windows="all",
+    ),
     "qwen2": Family(
+        models="Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen",
+        beside="query, key and value bias; sliding window by layer",
         facts={"qkv_bias": True},
         defaults={"num_key_value_heads": 32, **QWEN},
         windows="from",
@@ -105,19 +115,31 @@ FAMILIES = {
         has_layer_types=True,
     ),
     "qwen3": Family(
+        models="Qwen3, DeepSeek-R1-0528-Qwen3-8B (YaRN)",
+        beside="query and key norm",
         facts={"qk_norm": True},
         defaults={"num_key_value_heads": 32, "head_dim": 128, **QWEN},
         windows="from",
         period="max_window_layers",
         has_layer_types=True,
     ),
-    "ministral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all", has_layer_types=True),
+    "ministral": Family(
+        models="Ministral-8B-2410",
+        beside="sliding window by layer",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        windows="all",
+        has_layer_types=True,
+    ),
     "ministral3": Family(
+        models="Ministral 3, Devstral 2",
+        beside="YaRN; queries grow with their position",
         defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3_ROPE},
         windows="all",
         has_query_growth=True,
     ),
     "qwen3_moe": Family(
+        models="Qwen3-30B-A3B, Qwen3-235B-A22B",
+        beside="Qwen3's attention; a mixture of experts",
         facts={"qk_norm": True, "mlp": "experts"},
         defaults={
             **SWITCH,
@@ -135,12 +157,16 @@ FAMILIES = {
         windows="all",
     ),
     "gemma": Family(
+        models="Gemma 1",
+        beside="norms by 1 + weight, scaled embeddings, GeGLU",
         facts=GEMMA_FACTS,
         defaults={"num_key_value_heads": 16, **GEMMA},
         activations=("gelu_pytorch_tanh", "gelu"),  # the older name meant the same
         is_embedding_scaled=True,
     ),
     "gemma2": Family(
+        models="Gemma 2",
+        beside="norms before and after; capped attention scores and logits; every other layer local",
         facts={**GEMMA_FACTS, "post_norms": True},
         defaults={
             **GEMMA,
@@ -158,6 +184,8 @@ FAMILIES = {
         is_embedding_scaled=True,
     ),
     "gemma3_text": Family(
+        models="Gemma 3",
+        beside="query and key norm; local layers with a RoPE of their own",
         facts={**GEMMA_FACTS, "qk_norm": True, "post_norms": True},
         defaults=GEMMA3,
         reads={**SCALAR, **LOGIT_CAP},
@@ -169,12 +197,16 @@ FAMILIES = {
         has_local_rope=True,
     ),
     "phi3": Family(
+        models="Phi-4, Phi-3-mini-4k",
+        beside="q, k, v stored as one tensor, gate and up as another",
         facts={"layout": ("joined_qkv", "joined_gate_up")},
         defaults={"rms_norm_eps": 1e-5},
         windows="all",
         rope_types=("default",),
     ),
     "smollm3": Family(
+        models="SmolLM3",
+        beside="every fourth layer has no RoPE",
         defaults={
             **SWITCH,
             "num_key_value_heads": 4,
@@ -187,10 +219,14 @@ FAMILIES = {
         has_layer_types=True,
     ),
     "seed_oss": Family(
+        models="Seed-OSS",
+        beside="query, key, value (and output) bias as config.json says",
         defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
         reads={**QKV_BIAS, **O_BIAS},
     ),
     "cwm": Family(
+        models="Code World Model",
+        beside="sliding window by layer",
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -203,8 +239,15 @@ FAMILIES = {
         period=4,
         has_layer_types=True,
     ),
-    "olmo2": Family(facts=OLMO_FACTS, defaults={"rms_norm_eps": 1e-5}),
+    "olmo2": Family(
+        models="OLMo 2",
+        beside="norms after attention and MLP alone; one query norm over all heads",
+        facts=OLMO_FACTS,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
     "olmo3": Family(
+        models="OLMo 3",
+        beside="the same, local layers, YaRN on the global ones",
         facts=OLMO_FACTS,
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0, "sliding_window": 4096},
         windows="all but every last",
@@ -214,8 +257,15 @@ FAMILIES = {
         # transformers leaves the local layers' at this value, whatever `rope_theta` says.
         required={"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
     ),
-    "granite": Family(defaults=dict.fromkeys(MULTIPLIERS, 1.0), reads=MULTIPLIERS),
+    "granite": Family(
+        models="Granite 3",
+        beside="embeddings, scores, residuals and logits multiplied",
+        defaults=dict.fromkeys(MULTIPLIERS, 1.0),
+        reads=MULTIPLIERS,
+    ),
     "glm": Family(
+        models="GLM-4-9B",
+        beside="interleaved RoPE on half the channels; gate and up stored as one",
         facts={"layout": ("joined_gate_up",)},
         defaults={**GLM, **GLM_ROPE},
         reads=QKV_BIAS,
@@ -223,6 +273,8 @@ FAMILIES = {
         is_rope_interleaved=True,
     ),
     "glm4": Family(
+        models="GLM-4-0414",
+        beside="the same, and norms before and after",
         facts={"layout": ("joined_gate_up", "glm4_norms"), "post_norms": True},
         defaults={**GLM, **GLM_ROPE},
         reads=QKV_BIAS,
@@ -230,6 +282,8 @@ FAMILIES = {
         is_rope_interleaved=True,
     ),
     "qwen3_5_text": Family(
+        models="Qwen3.5, 3.6, 3.8 dense, as exported",
+        beside="gated delta nets, and attention with an output gate and RoPE on a quarter of the channels",
         facts={"qk_norm": True, "norm_plus_one": True, "has_output_gate": True},
         defaults=QWEN35,
         # transformers reads none of them.
@@ -242,12 +296,30 @@ FAMILIES = {
 
 QWEN2_TEXT = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 TEXT_OF = {
-    "gemma3": TextPart({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}),
-    "qwen2_5_vl": TextPart(QWEN2_TEXT),
-    "qwen3_vl": TextPart({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
-    "qwen3_5": TextPart({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]}),
-    "mistral3": TextPart(),
-    "mimo": TextPart(QWEN2_TEXT, left_out=("auto_map", "num_nextn_predict_layers")),
+    "gemma3": TextPart(
+        settings={"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]},
+        models="Gemma 3 with images",
+        becomes="`gemma3_text`",
+    ),
+    "qwen2_5_vl": TextPart(settings=QWEN2_TEXT, models="Qwen2.5-VL", becomes="`qwen2`"),
+    "qwen3_vl": TextPart(
+        settings={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, models="Qwen3-VL", becomes="`qwen3`"
+    ),
+    "qwen3_5": TextPart(
+        settings={"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
+        models="Qwen3.5, 3.6, 3.8 dense (0.8B to 27B)",
+        becomes="`qwen3_5_text`; images and the layers that predict further tokens (`mtp.`) are left out",
+    ),
+    "mistral3": TextPart(
+        models="Mistral-Small-3.1 and 3.2; Ministral 3 with images",
+        becomes="`mistral` or `ministral3`, as its text says",
+    ),
+    "mimo": TextPart(
+        settings=QWEN2_TEXT,
+        left_out=("auto_map", "num_nextn_predict_layers"),
+        models="MiMo-7B",
+        becomes="`qwen2`; layers that predict further tokens (`model.mtp_layers.`) are left out",
+    ),
 }
 # What the families of `mistral3`'s text are called as models of their own.
 CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}

@@ -18,6 +18,8 @@ Reads = Mapping[str, tuple[str, Callable[[Path, Settings, str], Any]]]
 class Family:
     """The facts that a `model_type` implies without saying so in config.json, and what else it reads there."""
 
+    models: str  # that have it, and `beside`: its parts beside Llama's; for docs/models.md
+    beside: str
     facts: Settings = dataclasses.field(default_factory=dict)  # fields of Architecture that all its models share
     defaults: Settings = dataclasses.field(default_factory=dict)  # of settings that its config.json may leave out
     aliases: Settings = dataclasses.field(default_factory=dict)  # other names of settings -> their own
@@ -52,8 +54,11 @@ LOCAL_LAYERS: dict[str, Callable[[int, int], bool]] = {
 class TextPart:
     """The change that makes a config.json of a known family of that of a model which does more than continue a text.
 
-    settings: that replace its own. left_out: settings that are no text's.
+    models, becomes: those that have it, and the family of their text; for docs/models.md. settings: that replace its own.
+    left_out: settings that are no text's.
     """
 
+    models: str
+    becomes: str
     settings: Settings = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ("vision_config", "auto_map")

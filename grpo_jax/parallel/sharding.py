@@ -51,6 +51,7 @@ PARAM_LOGICAL_AXES = {
     "expert_up": ("experts", "ffn", "width"),
     "expert_down": ("experts", "width", "ffn"),
 }
+HEAD_NUMBERS = ("log_rate", "rate_bias")  # of a gated delta net: vectors with a number for each value head
 
 
 def make_mesh(wanted: Mapping[str, int]) -> Mesh:
@@ -147,6 +148,8 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
     *_, module, name = ("", *names)
     if name in ("embed", "head"):
         return ("vocab", "width")
+    if name in HEAD_NUMBERS:
+        return (None, "heads")
     if module not in PARAM_LOGICAL_AXES:
         return ()
     *experts, num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers

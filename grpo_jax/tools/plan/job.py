@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from grpo_jax.config import Config, ModelConfig
 from grpo_jax.errors import UserError
-from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.architecture import Architecture, Delta, Rope
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards
 from grpo_jax.tasks.arithmetic import ALPHABET
@@ -36,6 +36,14 @@ SHAPES = {
         num_experts=128,
         experts_per_token=8,
         is_router_normalised=True,
+    ),
+    "qwen3.5-4b": Architecture(
+        *(248_320, 2560, 32, 16, 4, 256, 9216, Rope(1e7, share=0.25)),
+        qk_norm=True,
+        norm_plus_one=True,
+        has_output_gate=True,
+        mixers=("gated_delta", "gated_delta", "gated_delta", "attention"),
+        delta=Delta(num_key_heads=16, num_value_heads=32, key_dim=128, value_dim=128, conv_width=4),
     ),
 }
 
