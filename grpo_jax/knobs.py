@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from grpo_jax.imports import is_import
+
 TINY, HUGE = 2.0**-126, 2.0**127  # of float32, those that are not rounded to 0 or infinity
 
 
@@ -23,8 +25,8 @@ class Knob:
     """Metadata of one field.
 
     about: what it sets, in a few words. unit: of its number. at_least, above, at_most, below: bounds, None for none.
-    choices: the only values it may have; empty: any. is_json: JSON in a string, empty for nothing; Python's own dict or list
-    may be given for it.
+    choices: the only values it may have; empty: any. or_import: "module:function" beside them.
+    is_json: JSON in a string, empty for nothing; Python's own dict or list may be given for it.
     """
 
     about: str
@@ -34,6 +36,7 @@ class Knob:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    or_import: bool = False
     is_json: bool = False
 
     def complaint(self, value: Any) -> str:
@@ -51,8 +54,8 @@ class Knob:
                 json.loads(str(value))
             except ValueError as error:
                 return f"not JSON ({error})"
-        if self.choices and value not in self.choices:
-            return f"unknown; known: {', '.join(map(str, self.choices))}"
+        if self.choices and value not in self.choices and not (self.or_import and is_import(value)):
+            return f"unknown; known: {', '.join(map(str, self.choices))}" + ", and module:function" * self.or_import
         if self.at_least is not None and not value >= self.at_least:
             return f"must be at least {self.at_least}"
         if self.above is not None and not value > self.above:
@@ -67,7 +70,7 @@ class Knob:
     def range(self) -> str:
         """The allowed values in short: ">= 0, < 1", "a | b"; empty if any will do."""
         if self.choices:
-            return " | ".join(map(str, self.choices))
+            return " | ".join(map(str, (*self.choices, *("module:function",) * self.or_import)))
         bounds = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
 

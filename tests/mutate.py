@@ -208,8 +208,8 @@ BUGS = [
     (
         "shaping counts as success",
         "grpo_jax/rewards/reward_function.py",
-        "_weighted_sum(self._task, scores)",
-        "_weighted_sum((*self._task, *self._shaping), scores)",
+        "            shaping_PG += np.float32(part.weight) * scores[part.name]",
+        "            task_PG += np.float32(part.weight) * scores[part.name]",
         "tests/test_reward_function.py -k scored_apart",
     ),
     (

@@ -19,16 +19,22 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 
 
+def environment(num_devices=1, cache=None):
+    """What a program is told about its devices and where compiled programs are kept, as environment variables."""
+    flags = f"--xla_force_host_platform_device_count={num_devices} {COMPILED_QUICKLY}"
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    if cache is not None:
+        env |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    return env
+
+
 def start(module, *args, num_devices=1, cache=None):
     """The process; it leads a group of its own, so that it can be killed with all it has started."""
-    flags = f"--xla_force_host_platform_device_count={num_devices} {COMPILED_QUICKLY}"
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
-    if cache is not None:
-        env.update(
-            JAX_COMPILATION_CACHE_DIR=str(cache),
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-        )
+    env = dict(os.environ, **environment(num_devices, cache))
     command = [sys.executable, "-m", module, *args]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, process_group=0, **pipes)

@@ -1,8 +1,10 @@
-"""A few cases of each campaign (tests/campaigns); kills are in tests/test_resume.py."""
+"""A few cases of each campaign (tests/campaigns); kills are in tests/test_resume.py too, and hosts in tests/test_hosts.py."""
+
+import argparse
 
 import pytest
 
-from tests.campaigns import config, disk, files
+from tests.campaigns import config, disk, files, kills, processes, rewards
 from tests.campaigns.common import SmallRun
 
 
@@ -32,3 +34,29 @@ def test_settings_are_taken_or_refused_in_one_line(tmp_path):
     tally = config.campaign(300, 1, tmp_path, only_parse=True)
     assert not bad(tally)
     assert tally.count("clear line") > 50 and tally.count("harmless") > 50
+
+
+@pytest.mark.slow
+def test_hostile_rewards(tmp_path):
+    tally = rewards.campaign(4, 5, tmp_path, only_scores=True)
+    assert tally.count("harmless") == 4, tally.cases
+
+
+@pytest.mark.nightly
+def test_hostile_rewards_in_runs(tmp_path):
+    tally = rewards.campaign(len(rewards.EXPECTED), 1, tmp_path)
+    assert tally.count("harmless") == len(rewards.EXPECTED), tally.cases
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", kills.KINDS)
+def test_kills(kind, tmp_path):
+    tally, _ = kills.campaign(kind, 3, 1, [], tmp_path)
+    assert tally.count("harmless") == len(tally.cases) > 3, tally.cases
+
+
+@pytest.mark.nightly
+def test_disturbed_hosts(tmp_path):
+    args = argparse.Namespace(config="configs/dapo.py:runlocal", hosts=2, seed=1, num=2)
+    tally = processes.campaign(args, [], tmp_path)
+    assert len(tally.cases) == 2 and not bad(tally)

@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, and that those of older versions are read."""
 
+import json
 import shutil
 
 import jax
@@ -19,6 +20,8 @@ from grpo_jax.training.checkpoint import (
     saved_fields,
     saved_steps,
 )
+from grpo_jax.training.checksums import find_damage
+from grpo_jax.types import GroupBuffer
 from tests import tiny
 
 ADAM = optax.adam(1e-3)
@@ -59,6 +62,29 @@ def test_a_state_comes_back_bitwise_also_from_an_older_version(tmp_path, is_olde
     assert restored.ref_params is None and restored.hyperparams is None
     params = restore_params(tmp_path, 3, like.params)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
+def test_waiting_batches_of_an_older_version_are_read_and_all_of_their_rows_have_scores(tmp_path):
+    """It had no is_scored_PG, and `next_batch` was `ahead`."""
+    batch = tiny.random_batch()
+    scored = batch.replace(is_scored_PG=jnp.ones_like(batch.reward_PG, bool))
+    older_save(tmp_path, state_of(), pending=GroupBuffer(batch, jnp.int32(2)), ahead=batch)
+    like = state_of().replace(pending=GroupBuffer(scored, jnp.int32(0)), next_batch=scored)
+    like = jax.tree.map(jnp.zeros_like, like)
+    restored = _restored(tmp_path, like)
+    expected = state_of().replace(pending=GroupBuffer(scored, jnp.int32(2)), next_batch=scored)
+    jax.tree.map(np.testing.assert_array_equal, saved_fields(restored), saved_fields(expected))
+    with pytest.raises(UserError, match=r"ahead\.rollout\.support_PGT is missing.*version of grpo_jax"):
+        wanted = scored.replace(rollout=scored.rollout.replace(support_PGT=jnp.zeros((8, 4, 5), jnp.int32)))
+        _restored(tmp_path, like.replace(next_batch=wanted))
+
+
+def _restored(folder, like):
+    checkpointer = Checkpointer(folder, CheckpointConfig())
+    try:
+        return checkpointer.restore(3, like)
+    finally:
+        checkpointer.close()
 
 
 def test_another_model_is_refused_by_name(tmp_path):
@@ -137,14 +163,28 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, two, 
         said = capsys.readouterr().err
         if is_needed:
             assert step == 3, path
-            # The list of sums with another bit in it may be taken for damage of any file that it names.
-            named = path.name if path.parent.name == "5" and damage is not DAMAGES["one bit"] else ""
+            named = path.relative_to(folder / "checkpoints" / "5")
             assert f"checkpoints/5: damaged ({named}" in said
             assert "5: renamed to aside-0-5" in said
             assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["3", "aside-0-5"]
         else:
             assert step == 5, path
         assert is_of_step(params, step)
+
+
+def test_no_bit_of_the_table_of_sums_blames_a_file(tmp_path, two):
+    """Every bit of it in turn: it is named, or its meaning is the same (a blank that became a tab)."""
+    step = tmp_path / "5"
+    shutil.copytree(two / "checkpoints" / "5", step)
+    whole = (step / "checksums.json").read_bytes()
+    found = set()
+    for bit in range(8 * len(whole)):
+        (step / "checksums.json").write_bytes(whole)
+        flip(step / "checksums.json", bit)
+        found.add(find_damage(step))
+    assert found <= {"", "checksums.json is damaged"}
+    (step / "checksums.json").write_text(json.dumps({"crc32": json.loads(whole)["crc32"]}))
+    assert find_damage(step) == "", "an older version's table has no sum of its own"
 
 
 def test_a_wish_for_a_step_or_for_no_other_is_obeyed(tmp_path, two):

@@ -23,8 +23,9 @@ from grpo_jax.tasks.dataset import causes
 from grpo_jax.tasks.files import is_files
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.questions import MissingAnswerError, question_of
+from grpo_jax.tasks.row_rewards import RowRewards
 from grpo_jax.tasks.selection import choose_shots
-from grpo_jax.tasks.sources import compares_answers, load_data
+from grpo_jax.tasks.sources import load_data
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.training.data_record import note_data
 from tests import tiny
@@ -282,7 +283,9 @@ def test_prompts_alone_for_rewards_that_compare_with_nothing(tmp_path: Path) -> 
 
 def test_which_rewards_compare_with_an_answer() -> None:
     def compares(name: str = "jsonl", **reward: str) -> bool:
-        return compares_answers(config_of(name, **{f"reward__{key}": value for key, value in reward.items()}).reward, name)
+        config = config_of(name, **{f"reward__{key}": value for key, value in reward.items()})
+        rewards = RowRewards(config.reward, name)
+        return rewards.needs_answer(rewards.of({}, ""))
 
     assert compares() and compares(task="0.5*exact - length") and compares(task="length", shaping="math_verify")
     assert not compares(task="length") and not compares(task="my:own + format") and not compares("reasoning_gym")

@@ -15,10 +15,11 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
+from grpo_jax.objectives.surrogates import ppo_clip
 from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
-from grpo_jax.training.guard import GRADIENT, place_of
+from grpo_jax.training.guard import GRADIENT, find_fault, place_of
 from grpo_jax.training.run import make_run
 from tests import programs, tiny
 
@@ -168,3 +169,78 @@ def test_a_run_stops_before_it_saves_what_it_cannot_train(tmp_path, capsys):
     # One skipped step does not end it, and the checkpoint behind it is whole.
     assert saved_steps(tmp_path)[-1] == 3
     assert not find_not_finite(run.restore_policy(tmp_path, 3))
+
+
+@jax.custom_vjp
+def with_gradient_of_nan(x, is_bad):
+    return x
+
+
+with_gradient_of_nan.defvjp(lambda x, is_bad: (x, is_bad), lambda is_bad, g: (jnp.where(is_bad, jnp.nan, g), None))
+
+
+def surrogate_with_a_marker(obj, terms):
+    """PPO's; a token that the sampler seems to have thought impossible makes the gradient NaN, and it alone."""
+    surrogate = ppo_clip(obj, terms)
+    is_bad = jnp.any(terms.log_ratio_BT > 10)
+    return surrogate._replace(value_BT=with_gradient_of_nan(surrogate.value_BT, is_bad))
+
+
+def with_weight(state, batch):
+    """One number among the weights."""
+    params = dict(state.params, embed=state.params["embed"].at[3, 2].set(jnp.nan))
+    return state.replace(params=params), batch
+
+
+def with_reward(state, batch):
+    return state, batch.replace(reward_PG=batch.reward_PG.at[1, 1].set(jnp.nan))
+
+
+def with_data(state, batch):
+    rollout = batch.rollout
+    return state, tiny.with_rollout(batch, sampler_logp_PGT=rollout.sampler_logp_PGT.at[0, 0, 0].set(jnp.nan))
+
+
+def with_marker(state, batch):
+    rollout = batch.rollout
+    return state, tiny.with_rollout(batch, sampler_logp_PGT=rollout.sampler_logp_PGT.at[0, 0, 0].set(-30.0))
+
+
+@pytest.fixture(scope="module")
+def marked_run():
+    changes = SMALL_RUN | {"num_steps": 5, "dynamic_sampling.enabled": False, "optimizer.max_skipped_steps": 3}
+    return make_run(tiny.config_of("grpo", changes | {"objective.surrogate": "tests.test_guard:surrogate_with_a_marker"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inject", [with_weight, with_marker, with_reward, with_data])
+def test_nan_is_said_at_its_step_and_the_newest_checkpoint_is_finite(tmp_path, capsys, marked_run, inject):
+    """Among weights, in a gradient, a reward or the data of step 3. Of weights nothing is saved any more."""
+
+    def collect(state):
+        is_step_3 = int(state.step) == 2
+        state, batch, metrics = marked_run.collect(state)
+        return *(inject(state, batch) if is_step_3 else (state, batch)), metrics
+
+    run = dataclasses.replace(marked_run, collect=collect)
+    if inject is with_weight:
+        with pytest.raises(RunError, match=r"step 3: params\.embed holds NaN or infinity"):
+            trainer.train_run(run, tmp_path)
+    else:
+        trainer.train_run(run, tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out, not finite" in line]
+    assert len(said) == 1 and "step 3: 100% of its updates" in said[0]
+    assert ("loss/total" in said[0]) == (inject is not with_marker)
+    newest = saved_steps(tmp_path)[-1]
+    assert newest == (2 if inject is with_weight else 5)
+    assert not find_not_finite(run.restore_policy(tmp_path, newest))
+
+
+def test_a_weight_that_no_token_asks_for_is_found_before_it_is_saved():
+    state = tiny.state_of(tiny.bigram_params(), ADAM)
+    assert find_fault(state) == ("", False)
+    broken = state.replace(params=dict(state.params, embed=state.params["embed"].at[1, 1].set(jnp.inf)))
+    assert find_fault(broken) == ("params.embed holds NaN or infinity", True)
+    waiting = tiny.random_batch()
+    waiting = waiting.replace(reward_PG=waiting.reward_PG * jnp.nan)
+    assert find_fault(state.replace(next_batch=waiting)) == ("next_batch.reward_PG holds NaN or infinity", False)

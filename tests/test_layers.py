@@ -12,7 +12,7 @@ from tests import mutate
 PACKAGE = pathlib.Path(__file__).parent.parent / "grpo_jax"
 
 # From the bottom up. A module imports from its own room and from rooms that stand above it in this list.
-GROUND = ("errors", "types", "metrics", "masking", "rng", "caches", "knobs", "files")
+GROUND = ("errors", "types", "metrics", "masking", "rng", "caches", "knobs", "files", "imports", "screen")
 FLOORS = (
     GROUND,
     ("parallel", "objectives", "analysis"),

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-FREE = ("reward.params.", "objective.params.")  # fields of any name
+FREE = ("reward.params.", "objective.params.", "task.params.")  # fields of any name
 
 
 def commands_of(text):

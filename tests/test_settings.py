@@ -47,6 +47,17 @@ def test_only_settings_that_change_the_training_must_be_named(tmp_path, capsys):
     assert read_config(tmp_path) == old
 
 
+def test_a_field_that_an_older_version_did_not_have_is_no_other_setting(tmp_path, recwarn, capsys):
+    """Also where its default is a tuple, which JSON has as a list. What is renamed since is not the user's to rename."""
+    config = tiny.config_of("grpo")
+    values = json.loads(json.dumps(config.to_dict()))
+    del values["rollout"]["bad_ids"], values["objective"]["cov_range"], values["reward"]["reasoning_tags"]
+    values["rollout"]["live_rows"] = values["rollout"].pop("max_live_sequences")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    check_same_config(tmp_path, config.to_dict())
+    assert not recwarn.list and not capsys.readouterr().err
+
+
 def test_every_harmless_name_is_one_of_a_field_or_group():
     names = set()
 

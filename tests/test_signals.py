@@ -1,13 +1,20 @@
 """Signals: the first one lets the loop save, a second Ctrl-C ends at once, and what was ignored stays ignored."""
 
+import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.signals import StopSignal
+from tests import programs, signals_program
+from tests.campaigns.common import write_host_data
+from tests.test_resume import wait_for_step
 
 PROGRAM = """
 import os, signal, time
@@ -64,3 +71,31 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first, secon
     command = [sys.executable, "-c", PROGRAM.format(first=first, second=second)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, printed), done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_run_saves_and_ends_at_the_first_signal_and_at_once_at_the_second_ctrl_c(tmp_path):
+    """SIGINT, SIGHUP, then SIGTERM and SIGINT while a reward hangs."""
+    (tmp_path / "settings.json").write_text(json.dumps(write_host_data(tmp_path)))
+    process = programs.start("tests.signals_program", str(tmp_path), "interrupted", "left", "hung")
+    lines = iter(process.stdout.readline, "")
+    for name, number in (("interrupted", signal.SIGINT), ("left", signal.SIGHUP)):
+        wait_for_step(process, tmp_path / name, 2)
+        process.send_signal(number)
+        said = list(itertools.takewhile(lambda line, end=f"{name}: saved": not line.startswith(end), lines))
+        last = programs.records(tmp_path / name)[-1]["step"]
+        assert saved_steps(tmp_path / name) == [last] and 2 <= last < signals_program.NUM_STEPS
+        assert programs.summary(tmp_path / name)["steps"] == last
+        assert any(f"{number.name}: saves and ends after step" in line for line in said)
+    wait_for_step(process, tmp_path / "hung", 2)
+    (tmp_path / "hang").touch()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    said = next(line for line in lines if line.startswith("SIGTERM"))
+    assert "is sampled, scored and trained on (config.reward.scoring.time_limit_secs = 600 for an answer)" in said
+    time.sleep(0.5)
+    assert process.poll() is None, "it did not wait"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == -signal.SIGINT
+    process.stdout.close()
+    assert saved_steps(tmp_path / "hung") == []

@@ -205,6 +205,13 @@ def test_a_warm_start_is_made_once_for_all_settings_of_a_seed(tmp_path):
     for _ in range(2):
         assert tiny.largest_difference(worker.keep_in_file(make, tmp_path / "weights" / "x")(), made[0]) == 0
     assert len(made) == 1
+    # What is damaged is made again, and says so.
+    for damage in (lambda content: b"", lambda content: content[:-1], lambda content: content[:-2] + b"x" + content[-1:]):
+        path = tmp_path / "weights" / "x"
+        path.write_bytes(damage(path.read_bytes()))
+        assert tiny.largest_difference(worker.keep_in_file(make, path)(), made[0]) == 0
+        assert worker.is_whole(path.read_bytes())
+    assert len(made) == 4
 
 
 SHORT = ["--set=num_steps=0", "--set=warm_start.num_steps=0", "--set=eval.num_samples=0", "--config.num_processes=1"]

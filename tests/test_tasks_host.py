@@ -16,12 +16,14 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from grpo_jax.config import ColumnsConfig
+from grpo_jax.config import ColumnsConfig, RewardConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.scorers.gym import reasoning_gym_score
 from grpo_jax.tasks import Task
+from grpo_jax.tasks.files import read_rows
 from grpo_jax.tasks.host import HostTask
-from grpo_jax.tasks.jsonl import read_questions
+from grpo_jax.tasks.questions import Question, questions_of
+from grpo_jax.tasks.row_rewards import RowRewards
 from grpo_jax.tasks.sources import SOURCES
 from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
 from grpo_jax.training.build import make_task
@@ -41,7 +43,12 @@ def task_of(tokenizer: Any = CHARS, *, name: str = "jsonl", num_eval: int = 0, s
     base = {"seed": seed, "model.path": "unused", "task.name": name, "task.max_prompt_tokens": 4096}
     scoring = {"task.use_chat_template": False, "reward.scoring.num_workers": 1, "reward.scoring.time_limit_secs": 30.0}
     config = tiny.config_of("grpo", {**base, **scoring, **dotted})
-    return HostTask(config, tokenizer, SOURCES[name](config.task, num_eval))
+    return HostTask(config, tokenizer, SOURCES[name](config.task, num_eval, RowRewards(config.reward, name)))
+
+
+def questions_in(path: Path | str, columns: ColumnsConfig = COLUMNS) -> list[Question]:
+    """The questions of a data file, all of whose rows have an answer."""
+    return questions_of(read_rows(str(path), "config.task.jsonl.path"), columns, RowRewards(RewardConfig(), "jsonl"))[0]
 
 
 def write_lines(path: Path, records: list[Any]) -> str:
@@ -262,7 +269,7 @@ def test_malformed_lines_are_named(tmp_path: Path, content: bytes, line: int, re
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        read_questions(str(path), "", COLUMNS)
+        questions_in(path)
     assert str(caught.value).startswith(f"{path}:{line}: ") and "\n" not in str(caught.value)
 
 
@@ -270,7 +277,7 @@ def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text("\n  \n")
     for path in (tmp_path / "blank.jsonl", tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"task\.jsonl\.path") as caught:
-            read_questions(str(path), "config.task.jsonl.path", COLUMNS)
+            questions_in(path)
         assert str(path) in str(caught.value)
 
 
@@ -283,7 +290,7 @@ def test_answers_are_read_as_they_are_written(tmp_path: Path) -> None:
         '{"prompt": "c", "answer": "so \\\\boxed{\\\\frac{1}{2}}. Done 3"}',
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    a, b, c = read_questions(str(path), "", COLUMNS)
+    a, b, c = questions_in(path)
     assert (a.item["answer"], a.solution, a.text) == ("42", "6 * 7 #### or\n#### 42", "a")
     assert b.messages == ({"role": "user", "content": " b\u2028"},)
     assert b.item == {"prompt": " b\u2028", "answer": "7", "id": 1} and b.solution == "7"
@@ -293,7 +300,7 @@ def test_answers_are_read_as_they_are_written(tmp_path: Path) -> None:
 def test_columns_are_named_and_the_others_travel_along(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1 + 1?"}]
     rows = [{"question": chat, "solution": "It is\n#### 2", "level": 3, "answer": "shadowed"}]
-    (question,) = read_questions(write_lines(tmp_path / "a", rows), "", ColumnsConfig(prompt="question", answer="solution"))
+    (question,) = questions_in(write_lines(tmp_path / "a", rows), ColumnsConfig(prompt="question", answer="solution"))
     assert question.text == "Be kind. 1 + 1?" and question.item == {**rows[0], "answer": "2"}
 
 

@@ -43,7 +43,9 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the settings of an older version's config.json to today's names, with newer fields at their defaults."""
     # Only for files that a run wrote itself: it had no such field, and did what the default does. In a person's config a
     # missing field is a mistake, and `strict.build` says so.
-    return _filled(upgrade(values), Config().to_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # nobody can write it otherwise
+        return _filled(upgrade(values), Config().to_dict())
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

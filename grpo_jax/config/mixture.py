@@ -6,19 +6,26 @@ import dataclasses
 import json
 from typing import Any, NamedTuple
 
+from grpo_jax.config import reward_expression
 from grpo_jax.config.schema import TaskConfig
 from grpo_jax.config.strict import build
 from grpo_jax.errors import UserError
+from grpo_jax.imports import is_import
 
 SOURCES = ("jsonl", "dataset", "reasoning_gym")
-OWN = ("weight", "name", "columns", *SOURCES)  # what a source may set; all else is the mixture's
+OWN = ("weight", "name", "columns", "params", "reward", *SOURCES)  # what a source may set; all else is the mixture's
 
 
 class Member(NamedTuple):
-    """One source of a mixture. weight: its share of the training prompts, beside the others' weights."""
+    """One source of a mixture.
+
+    weight: its share of the training prompts, beside the others' weights. reward: the expression that its questions are
+    scored by; empty: config.reward.task.
+    """
 
     weight: float
     task: TaskConfig
+    reward: str = ""
 
 
 def members(text: str, task: TaskConfig) -> list[Member]:
@@ -47,12 +54,17 @@ def _member(task: TaskConfig, entry: dict[str, Any], where: str) -> Member:
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise UserError(f"{where}.weight = {weight!r}: a number above 0")
-    if entry.get("name") not in SOURCES:
-        raise UserError(f"{where}.name = {entry.get('name')!r}: one of {', '.join(SOURCES)}")
+    name, reward = entry.get("name"), entry.get("reward", "")
+    if name not in SOURCES and not is_import(name):
+        raise UserError(f"{where}.name = {name!r}: one of {', '.join(SOURCES)}, or module:function")
+    if not isinstance(reward, str):
+        raise UserError(f"{where}.reward = {reward!r}: expected the parts of a reward, as in config.reward.task")
+    reward_expression.parse(reward, f"{where}.reward")
     values = dataclasses.asdict(task)
     for name, value in entry.items():
         if isinstance(value, dict):
             value = {**values[name], **value}
         values[name] = value
-    values.pop("weight", None)
-    return Member(float(weight), build(TaskConfig, values, where))
+    for apart in ("weight", "reward"):
+        values.pop(apart, None)
+    return Member(float(weight), build(TaskConfig, values, where), reward)

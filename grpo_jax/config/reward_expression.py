@@ -17,6 +17,11 @@ _TERM = re.compile(
 )
 
 
+def of_task(name: str) -> str:
+    """Return the reward of a task where config.reward.task is empty; "" if the task has one that is no expression."""
+    return OF_TASK.get(name, "math_verify" if ":" in name else "")
+
+
 class Part(NamedTuple):
     """One term. name: of NAMES, or "module:function"."""
 

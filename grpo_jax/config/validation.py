@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
+from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.config.schema import TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text
@@ -32,13 +34,13 @@ def validate(config: Config) -> None:
     # Ranges come first: the checks of combinations divide by these numbers.
     _check_knobs(config)
     _check_operands(config)
+    _check_embedded(config)
     _require_objective(config)
     _require_prompts(config)
     _require_reward(config)
     _require_generators(config.task, "config.task.reasoning_gym")
-    if config.task.name == "mixture":
-        for number, member in enumerate(mixture.members(config.task.mixture, config.task)):
-            _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
+    for number, member in enumerate(_members(config.task)):
+        _require_generators(member.task, f"config.task.mixture[{number}].reasoning_gym")
     rollout, learner, objective = config.rollout, config.learner, config.objective
     if rollout.group_size < 2:
         raise UserError(
@@ -56,7 +58,7 @@ def validate(config: Config) -> None:
         )
     _require_overlong(config)
     if not config.model.path:
-        if config.task.name != "arithmetic":
+        if config.task.name not in EMBEDDED:
             raise UserError(
                 f"config.model.path is empty: task {config.task.name!r} needs a model, give a Hugging Face folder or hub id"
             )
@@ -73,7 +75,7 @@ def validate(config: Config) -> None:
     _check_async(config)
     _require_mesh(config)
     _require_trackers(config)
-    if config.warm_start.num_steps and config.task.name != "arithmetic":
+    if config.warm_start.num_steps and config.task.name not in EMBEDDED:
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
@@ -85,11 +87,11 @@ def _check_tokens(config: Config) -> None:
     rollout, forced = config.rollout, config.rollout.forced_prefix_ids
     if "" in rollout.stop:
         raise UserError(f"config.rollout.stop = {rollout.stop!r}: an empty text stands everywhere, leave it out")
-    if config.task.name == "arithmetic" and (rollout.stop or rollout.stop_ids):
+    if config.task.name in EMBEDDED and (rollout.stop or rollout.stop_ids):
         name = "stop" if rollout.stop else "stop_ids"
         raise UserError(
-            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task 'arithmetic' end with the end token (a "
-            "language model's with a newline too), leave it empty"
+            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task {config.task.name!r} end with the end token "
+            "(a language model's with a newline too), leave it empty"
         )
     if len(forced) >= rollout.max_completion_tokens:
         raise UserError(
@@ -227,12 +229,11 @@ def _require_reward(config: Config) -> None:
     """Check that the reward's expressions can be read, and fit the task."""
     # Before a model is loaded, and not when the first completion is scored.
     task, reward = config.task, config.reward
-    for name in ("task", "shaping"):
-        field, expression = f"config.reward.{name}", getattr(reward, name)
+    for field, expression, sources in _expressions(config):
         parts = [part.name for part in reward_expression.parse(expression, field)]
-        if parts and task.name == "arithmetic":
-            raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
-        if "reasoning_gym" in parts and set(_source_names(task)) != {"reasoning_gym"}:
+        if parts and task.name in EMBEDDED:
+            raise UserError(f"{field} = {expression!r}: task {task.name!r} has a reward of its own, leave it empty")
+        if "reasoning_gym" in parts and set(sources) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         _check_code_and_judge(parts, config)
         if "regex" in parts and not reward.regex.pattern:
@@ -246,30 +247,52 @@ def _require_reward(config: Config) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"config.reward.{name}.pattern = {pattern!r}: not a regular expression, {error}") from None
-    if task.name == "mixture" and "reasoning_gym" in _source_names(task) and not reward.task:
+    unsaid = [each for each in _members(task) if each.task.name == "reasoning_gym" and not each.reward]
+    if unsaid and not reward.task:
         raise UserError(
-            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it; "
-            "task 'reasoning_gym' mixes generators by itself"
+            "config.reward.task is empty: in a mixture with 'reasoning_gym' say which reward suits all of it, or "
+            "give the source a reward of its own; task 'reasoning_gym' mixes generators by itself"
         )
+
+
+def _expressions(config: Config) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (field, the expression there, names of the tasks it is for) for all of the reward. Raises UserError."""
+    reward, sources = config.reward, _source_names(config.task)
+    yield "config.reward.task", reward.task, sources
+    yield "config.reward.shaping", reward.shaping, sources
+    by_value = json.loads(reward.by_column or "{}")
+    field = "config.reward.by_column"
+    if not isinstance(by_value, dict) or not all(isinstance(each, str) and each.strip() for each in by_value.values()):
+        raise UserError(f'{field} = {reward.by_column!r}: must be {{"value of the column": "parts of a reward"}}')
+    columns = [each.task.columns.reward for each in _members(config.task)] or [config.task.columns.reward]
+    if by_value and not any(columns):
+        raise UserError(f"{field} is set, and config.task.columns.reward is empty: name the column that has these values")
+    for value, expression in by_value.items():
+        yield f"{field}[{value!r}]", expression, sources
+    for number, member in enumerate(_members(config.task)):
+        yield f"config.task.mixture[{number}].reward", member.reward, [member.task.name]
+
+
+def _members(task: TaskConfig) -> list[mixture.Member]:
+    """List the sources of a mixture; none of another task."""
+    return mixture.members(task.mixture, task) if task.name == "mixture" else []
 
 
 def _source_names(task: TaskConfig) -> list[str]:
     """List the sources of questions; of a mixture, those in it."""
-    if task.name == "mixture":
-        return [member.task.name for member in mixture.members(task.mixture, task)]
-    return [task.name]
+    return [member.task.name for member in _members(task)] or [task.name]
 
 
 def _require_prompts(config: Config) -> None:
     """Check what is around a question."""
     task, chat = config.task, ("chat_template", "chat_template_kwargs", "template_date")
-    if task.name == "arithmetic":
+    if task.name in EMBEDDED:
         # All that its prompts, a line of text, do not have: a setting that did nothing would be believed.
         for name in ("system_prompt", "prompt_template", "num_shots", "assistant_prefill", "mixture", *chat):
             if getattr(task, name):
-                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots")
+                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots" and task.name == "arithmetic")
                 raise UserError(
-                    f"config.task.{name} = {getattr(task, name)!r}: task 'arithmetic' has none{where}; leave it at its default"
+                    f"config.task.{name} = {getattr(task, name)!r}: task {task.name!r} has none{where}; leave it at its default"
                 )
     for name in chat:
         value = getattr(task, name)
@@ -287,6 +310,12 @@ def _require_prompts(config: Config) -> None:
         datetime.date.fromisoformat(task.template_date or "2026-11-26")
     except ValueError:
         raise UserError(f"config.task.template_date = {task.template_date!r}: a day, as 2026-11-26") from None
+    functions = [name for name in (task.name, *_source_names(task)) if ":" in name]
+    if task.params and not functions:
+        raise UserError(
+            f"config.task.params.{next(iter(task.params))}: settings are for a task of your own, config.task.name = "
+            f"'module:function', not {task.name!r}"
+        )
     if task.mixture and task.name != "mixture":
         raise UserError(f"config.task.mixture is set: set config.task.name = 'mixture' too, not {task.name!r}")
 
@@ -357,6 +386,27 @@ def _check_operands(config: Config) -> None:
     unknown = set(config.task.arithmetic.operators) - {"+", "-"}
     if unknown or not config.task.arithmetic.operators:
         raise UserError(f"config.task.arithmetic.operators = {config.task.arithmetic.operators!r}: one or both of '+' and '-'")
+
+
+def _check_embedded(config: Config) -> None:
+    """Check that the embedded tasks of long answers have problems to give, and the decoder that they are made for."""
+    task = config.task
+    if task.name in EMBEDDED[1:] and config.model.path:
+        raise UserError(
+            f"config.model.path = {config.model.path!r}: task {task.name!r} is written in signs of its own, for the built-in "
+            "decoder; leave it empty, or take task 'arithmetic'"
+        )
+    countdown, maze = task.countdown, task.maze
+    if countdown.num_numbers * countdown.max_number > 99:
+        raise UserError(
+            f"config.task.countdown.max_number = {countdown.max_number}: {countdown.num_numbers} of them may add up to more "
+            "than two digits hold; at most 99 together"
+        )
+    if maze.num_walls > maze.side**2 // 2 or maze.min_distance > 2 * (maze.side - 1):
+        raise UserError(
+            f"config.task.maze.num_walls = {maze.num_walls}, min_distance = {maze.min_distance}: at most half of the cells of "
+            f"side = {maze.side} are walls, and start and goal at most {2 * (maze.side - 1)} steps apart"
+        )
 
 
 def _field(config: Config, dotted: str) -> Any:

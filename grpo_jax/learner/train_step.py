@@ -146,13 +146,17 @@ def apply_gradients(
     if is_offloaded:
         opt_state = to_memory_space(opt_state, jax.memory.Space.Device)
     norm = optax.tree.norm(grads)
-    updates, new_opt_state = optimizer.update(grads, opt_state, params)
-    new = optax.apply_updates(params, updates), new_opt_state
     # Judged on the device, where the host need not wait for it, and by the gradient: the new weights would have to exist beside
     # the old ones until then. With a finite gradient, and settings in the ranges of `OptimizerConfig`, AdamW's update is finite
-    # too. And a select, for NaN times 0 is NaN.
+    # too.
     is_finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    params, opt_state = jax.tree.map(lambda x, old: jnp.where(is_finite, x, old), new, (params, opt_state))
+
+    def update(params: Params, opt_state: PyTree) -> tuple[Params, PyTree]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    # A branch and no select, which would need the old moments beside the new ones: two copies of the weights' size.
+    params, opt_state = jax.lax.cond(is_finite, update, lambda *kept: kept, params, opt_state)
     if is_offloaded:
         opt_state = to_memory_space(opt_state, jax.memory.Space.Host)
     one = jnp.float32(1)

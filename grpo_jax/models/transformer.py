@@ -183,7 +183,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
 
         def stack(kind: str) -> Block:
-            return nnx.vmap(lambda r: Block(arch, kind, lora=lora, rngs=r))(rngs.split(arch.num_layers // arch.period))
+            make = nnx.vmap(lambda rngs: Block(arch, kind, lora=lora, rngs=rngs))
+            return nnx.split_rngs(splits=arch.num_layers // arch.period)(make)(rngs)
 
         layers = arch.join_places([stack(kind) for kind in arch.mixers])
         self.layers = nnx.Dict(layers) if isinstance(layers, dict) else layers
@@ -430,7 +431,7 @@ class ModelDef:
         # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
         shapes, layers = self.param_shapes(), params["layers"]
         places = zip(*map(self.arch.split_places, (layers, shapes.pop("layers"))), strict=True)
-        abstract = self._abstract(tuple(make_layer_gather(*place, self.dtype) for place in places))
+        abstract = self._abstract(tuple(make_layer_gather(own, full, self.dtype) for own, full in places))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
         if self.hardware is not None and not any(abstract.gathers):
             layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)

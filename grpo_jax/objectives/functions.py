@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
-import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from grpo_jax.imports import import_name
 
 Function = Callable[..., Any]
 Choice = str | Function
@@ -87,25 +86,11 @@ def source_of(function: Any) -> str:
 
 @functools.cache
 def _load(field: str, choice: str) -> Function:
-    """Import "module:function". Its module may lie in the working directory, wherever the program was started from."""
-    module_name, _, name = choice.partition(":")
-    needs = f"it must be a function {signature(field)}"
-    # A console script has its own folder on the path, and not the one that it is called in.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    """Import "module:function". Raises ValueError with the signature that it must have."""
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"objective.{field} = {choice!r}: no module {error.name!r} here or installed; {needs}") from None
-    except Exception as error:
-        raise ValueError(
-            f"objective.{field} = {choice!r}: importing module {module_name!r} failed, {type(error).__name__}: {error}; {needs}"
-        ) from error
-    function: Any = module
-    for part in name.split("."):
-        function = getattr(function, part, None)
-    if function is None:
-        raise ValueError(f"objective.{field} = {choice!r}: module {module_name!r} has no {name!r}; {needs}")
+        function = import_name(choice)
+    except ImportError as error:
+        raise ValueError(f"objective.{field} = {choice!r}: {error}; it must be a function {signature(field)}") from error
     return _checked(field, function, choice)
 
 

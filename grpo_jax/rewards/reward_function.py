@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.metrics import Mean
 from grpo_jax.rewards.parts import settings_of
-from grpo_jax.rewards.pool.jobs import ERROR, SCORED, TIMEOUT, Context, ScoreResult
+from grpo_jax.rewards.pool.jobs import ERROR, NOT_ASKED, SCORED, TIMEOUT, Context, ScoreResult
 from grpo_jax.rewards.pool.pool import Scorer, ScoringPool
 from grpo_jax.rewards.pool.protocol import one_line, printable
 from grpo_jax.rewards.scorers import FUNCTIONS, GROUP_FUNCTIONS
@@ -42,7 +43,12 @@ class RewardFunction:
     """
 
     def __init__(
-        self, config: RewardConfig, task_name: str, max_completion_tokens: int, columns: Collection[str] | None = None
+        self,
+        config: RewardConfig,
+        task_name: str,
+        max_completion_tokens: int,
+        columns: Collection[str] | None = None,
+        expressions: Collection[str] = (),
     ) -> None:
         """Load what is to be scored by.
 
@@ -50,18 +56,21 @@ class RewardFunction:
           config: config.reward. task_name: the task whose own reward an empty config.reward.task means.
           max_completion_tokens: the budget that `length` is a share of.
           columns: names of the data's columns; None: not known, so that any parameter may be one.
+          expressions: those that rows are scored by; empty: config.reward.task for all of them.
         Raises: UserError if a part's library is missing, or a user's function cannot be imported or called.
         """
         self.errors_folder: Path | None = None
         self.lines: list[str] = []
         self._is_first_batch = True
         self._kept: set[str] = set()  # parts whose traceback is on disk
-        self._task = reward_expression.parse(config.task or reward_expression.OF_TASK[task_name], "config.reward.task")
+        self._default = config.task or reward_expression.of_task(task_name)
+        used = dict.fromkeys(expressions or (self._default,))
+        self._tasks = {text: reward_expression.parse(text, "config.reward.task") for text in used}
         self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
         self._max_completion_tokens = max_completion_tokens
         settings = settings_of(config)
         # A part that both expressions name is scored once.
-        self._names = tuple(dict.fromkeys(part.name for part in (*self._task, *self._shaping)))
+        self._names = tuple(dict.fromkeys(part.name for part in (*itertools.chain(*self._tasks.values()), *self._shaping)))
         scorers = {}
         for name in self._names:
             if name == "code":
@@ -92,23 +101,32 @@ class RewardFunction:
         completions_PG: Sequence[Sequence[str]],
         lengths_PG: Int[np.ndarray, "P G"],
         context: Context | None = None,
+        expressions_P: Sequence[str] | None = None,
     ) -> Reward:
         """Score the completions of each item.
 
         Args:
           items: P rows of data. completions_PG: G texts of each.
           lengths_PG: tokens, stop token included. context: what functions may ask for beside the item.
+          expressions_P: what each item is scored by, of those that were given at first; None: config.reward.task.
         Returns: a Reward of float32 arrays [P, G]; what has no score counts 0 in their sums.
         Raises: RunError if all completions of the first batch fail in the same part.
         """
-        scored = self._pool.score(items, completions_PG, context)
+        task_P = [self._tasks[text] for text in expressions_P or [self._default] * len(items)]
+        weights = {name: np.asarray([_weight(name, parts) for parts in task_P], np.float32) for name in self._names}
+        # Which rows a part is asked about: all, where there is one expression for all of them, or where shaping names it.
+        in_task = {name: np.asarray([name in dict(parts) for parts in task_P], bool) for name in self._names}
+        is_asked = {name: each_P | (name in dict(self._shaping)) for name, each_P in in_task.items()}
+        scored = self._pool.score(items, completions_PG, context, is_asked)
         self._report(scored)
         shape = np.shape(lengths_PG)  # (0, G) on a host that has no rows of its own
         scores = {name: each.reshape(shape) for name, each in scored.scores.items()}
         outcomes = {name: each.reshape(shape) for name, each in scored.outcomes.items()}
-        # Counted here and not in a worker: the number of tokens is known, while a text tells it only to its tokenizer.
-        scores["length"] = 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens
-        outcomes["length"] = np.full(shape, SCORED, np.int8)
+        if "length" in self._names:
+            # Counted here and not in a worker: the number of tokens is known, while a text tells it only to its tokenizer.
+            is_asked_PG = np.broadcast_to(is_asked["length"][:, None], shape)
+            scores["length"] = np.where(is_asked_PG, 1 - np.asarray(lengths_PG, np.float32) / self._max_completion_tokens, 0)
+            outcomes["length"] = np.where(is_asked_PG, SCORED, NOT_ASKED)
         # Sums and counts, no means: on several hosts each has scored its own rows only.
         metrics = {
             "reward/errors": _mean(scored.is_error_PG),
@@ -116,15 +134,20 @@ class RewardFunction:
             "reward/abstained": _mean(scored.is_abstained_PG),
             **{f"reward/part/{_label(name)}": _mean(scores[name], outcomes[name] == SCORED) for name in self._names},
         }
+        task_PG, shaping_PG = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         is_failed_PG, is_task_failed_PG, has_opinion_PG = (np.zeros(shape, bool) for _ in range(3))
+        # In float32, the dtype that the update computes with.
         for name in self._names:
-            is_failed_PG |= np.isin(outcomes[name], (ERROR, TIMEOUT))
-        for part in self._task:
-            is_task_failed_PG |= np.isin(outcomes[part.name], (ERROR, TIMEOUT))
-            has_opinion_PG |= outcomes[part.name] == SCORED
+            in_task_P1, has_failed_PG = in_task[name][:, None], np.isin(outcomes[name], (ERROR, TIMEOUT))
+            task_PG += weights[name][:, None] * scores[name]
+            is_failed_PG |= has_failed_PG
+            is_task_failed_PG |= has_failed_PG & in_task_P1
+            has_opinion_PG |= (outcomes[name] == SCORED) & in_task_P1
+        for part in self._shaping:
+            shaping_PG += np.float32(part.weight) * scores[part.name]
         return Reward(
-            _weighted_sum(self._task, scores),
-            _weighted_sum(self._shaping, scores),
+            task_PG,
+            shaping_PG,
             metrics,
             is_scored_PG=has_opinion_PG & ~is_failed_PG,
             has_task_score_PG=has_opinion_PG & ~is_task_failed_PG,
@@ -150,18 +173,20 @@ class RewardFunction:
         if not self._is_first_batch or not all(scored.shape):
             return
         self._is_first_batch = False
-        num = scored.shape[0] * scored.shape[1]
         for name, outcomes_PG in scored.outcomes.items():
-            every = f"reward {name}: all {num} completions of the first batch"
-            if (outcomes_PG == TIMEOUT).all():
+            asked = outcomes_PG[outcomes_PG != NOT_ASKED]
+            if not len(asked):
+                continue
+            every = f"reward {name}: all {len(asked)} completions of the first batch"
+            if (asked == TIMEOUT).all():
                 raise RunError(f"{every} came late; raise config.reward.scoring.time_limit_secs, or make it faster")
-            if np.isin(outcomes_PG, (ERROR, TIMEOUT)).all():
+            if np.isin(asked, (ERROR, TIMEOUT)).all():
                 line = one_line(scored.failures[name].partition("\n")[0])
                 if self.errors_folder is not None:
                     line += f"; traceback in {self._traceback_file(name)}"
                 raise RunError(f"{every} failed: {line}")
-            if not (outcomes_PG == SCORED).any():
-                _log.warning("reward %s: none of the %d completions of the first batch has a score", name, num)
+            if not (asked == SCORED).any():
+                _log.warning("reward %s: none of the %d completions of the first batch has a score", name, len(asked))
 
     def _keep_traceback(self, name: str, failure: str) -> None:
         """Write a part's first error of this process to its file."""
@@ -182,12 +207,9 @@ class RewardFunction:
         return self.errors_folder / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}.txt"
 
 
-def _weighted_sum(parts: Sequence[Part], scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Add parts up in float32, the dtype that the update computes with."""
-    total_PG = np.zeros_like(scores["length"])
-    for part in parts:
-        total_PG += np.float32(part.weight) * scores[part.name]
-    return total_PG
+def _weight(name: str, parts: Sequence[Part]) -> float:
+    """Return the weight of a part in an expression; 0 if it is none of it."""
+    return dict(parts).get(name, 0.0)
 
 
 def _check_sandbox(config: CodeConfig) -> None:

@@ -12,15 +12,16 @@ from grpo_jax.errors import UserError
 from grpo_jax.tasks.files import Row, is_files
 from grpo_jax.tasks.jsonl import load_files
 from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Source, questions_of
+from grpo_jax.tasks.row_rewards import RowRewards
 
 FIELD = "config.task.dataset"
 
 
-def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> list[Source]:
+def load(config: TaskConfig, num_eval: int, rewards: RowRewards) -> list[Source]:
     """Load the questions of `task.dataset.split`, and those of `eval_split` or `eval_path` if there is one.
 
     Args:
-      config: config.task. num_eval: questions to hold out. needs_answer: as in `question_of`.
+      config: config.task. num_eval: questions to hold out. rewards: what each row is scored by.
     Returns: one source.
     Raises: UserError naming the field for what cannot be loaded, and the row for what is not a question.
     """
@@ -29,14 +30,14 @@ def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> lis
         raise UserError(f"{FIELD}.path is empty: name a folder, a dataset of the hub, or data files")
     if is_files(data.path):
         _check_no_splits(config)
-        return [load_files(config, data.path, data.eval_path, num_eval, FIELD, needs_answer)]
+        return [load_files(config, data.path, data.eval_path, num_eval, FIELD, rewards)]
     if importlib.util.find_spec("datasets") is None:
         raise UserError("config.task.name = 'dataset' needs the datasets library: pip install 'grpo_jax[tasks]'")
-    train, dropped = questions_of(_rows(config, data.path, data.split), config.columns, needs_answer=needs_answer)
+    train, dropped = questions_of(_rows(config, data.path, data.split), config.columns, rewards)
     evaluation, dropped_held_out = None, {}
     if data.eval_split or data.eval_path:
         rows = _rows(config, data.eval_path or data.path, data.eval_split or data.split)
-        evaluation, dropped_held_out = questions_of(rows, config.columns, needs_answer=needs_answer)
+        evaluation, dropped_held_out = questions_of(rows, config.columns, rewards)
     where = f"{data.path} ({data.split})"
     return [Source(train, evaluation, num_eval, {"": 1.0}, where, {TRAINING: dropped, HELD_OUT: dropped_held_out})]
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from grpo_jax.config import Config
+from grpo_jax.config.reward_expression import of_task
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.pool import Context
 from grpo_jax.rewards.reward_function import RewardFunction
@@ -62,12 +63,20 @@ class HostTask:
         # As the data has them, a chat or a text: rewards that ask for the prompt are told which of the two it was.
         self._prompts_of_rows = [each.question.prompt for each in selected]
         columns = {name for item in self._items for name in item}
-        self._reward_function = RewardFunction(config.reward, task.name, config.rollout.max_completion_tokens, columns)
+        default = config.reward.task or of_task(task.name)
+        self._expressions = [each.question.reward or default for each in selected]
+        budget = config.rollout.max_completion_tokens
+        self._reward_function = RewardFunction(config.reward, task.name, budget, columns, set(self._expressions))
 
     @property
     def prompt_lengths(self) -> Int[np.ndarray, " N"]:
         """The tokens of all prompts, those to train on first."""
         return np.asarray([len(ids) for ids in self._ids])
+
+    @property
+    def expressions(self) -> frozenset[str]:
+        """The rewards that rows are scored by; one, config.reward.task, if no column or source has its own."""
+        return frozenset(self._expressions)
 
     def row(self, number: int) -> tuple[Mapping[str, Any], str]:
         """Return (what a prompt is scored by, the place of its row). number: `Prompts.answer` of the prompt."""
@@ -88,8 +97,11 @@ class HostTask:
     def fingerprint(self) -> str:
         """A hash of all that is asked, in its order, and of what it is scored by."""
         digest = hashlib.sha256(str(self.num_train).encode())
-        for ids, item in zip(self._ids, self._items, strict=True):
+        is_mixed = len(self.expressions) > 1
+        for ids, item, expression in zip(self._ids, self._items, self._expressions, strict=True):
             digest.update(ids.tobytes())
+            if is_mixed:
+                digest.update(expression.encode())
             # Of a value that is no JSON the type alone: what Python writes for it may differ between two processes.
             digest.update(json.dumps(item, default=lambda value: type(value).__name__).encode())
         return digest.hexdigest()[:16]
@@ -117,7 +129,8 @@ class HostTask:
             ids_PG = [[t_T[m_T].tolist() for t_T, m_T in zip(t_GT, m_GT, strict=True)] for t_GT, m_GT in pairs]
         context = Context([self._prompts_of_rows[row] for row in rows], ids_PG, self.step)
         items = [self._items[row] for row in rows]
-        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), is_real_PGT.sum(-1), context)
+        expressions = [self._expressions[row] for row in rows]
+        return self._reward_function(items, self._texts(tokens_PGT, mask_PGT), is_real_PGT.sum(-1), context, expressions)
 
     def keep_errors_in(self, folder: pathlib.Path) -> None:
         """Have the first traceback of each part of the reward written into a folder."""

@@ -15,6 +15,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.rewards.scorers.answers import marked_answer
 from grpo_jax.rewards.scorers.normal_form import text_of_number
 from grpo_jax.tasks.chat import Message
+from grpo_jax.tasks.columns import ABSENT, column_names, find_column
+from grpo_jax.tasks.row_rewards import RowRewards
 
 TRAINING, HELD_OUT = "training", "held-out"  # the sides of the data
 
@@ -26,7 +28,7 @@ class Question:
     messages: the prompt as a chat; a plain prompt is one message of the user. solution: its worked answer, as an example
     shows it; empty if the row has none. item: the row of data, under "answer" its final answer, or a tuple of them where
     each of several is right. stream: which part of a mixture it belongs to. where: file and line, or what the row is called.
-    is_chat: the row has messages, and not one text.
+    is_chat: the row has messages, and not one text. reward: the expression that it is scored by; empty: config.reward.task.
     """
 
     messages: tuple[Message, ...]
@@ -35,6 +37,7 @@ class Question:
     stream: str = ""
     where: str = ""
     is_chat: bool = False
+    reward: str = ""
 
     @property
     def prompt(self) -> str | list[dict[str, str]]:
@@ -103,27 +106,26 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
 
 
 def questions_of(
-    rows: Iterable[tuple[Mapping[str, Any], str]], columns: ColumnsConfig, *, needs_answer: bool = True
+    rows: Iterable[tuple[Mapping[str, Any], str]], columns: ColumnsConfig, rewards: RowRewards
 ) -> tuple[list[Question], dict[str, int]]:
     """Make questions of rows.
 
     Args:
-      rows: of data, each with its place. columns, needs_answer: as in `question_of`.
+      rows: of data, each with its place. columns: as in `question_of`. rewards: what each row is scored by.
     Returns: (the questions; reason -> how many rows were left out for it).
     Raises: UserError naming a row that is no question, or the first row if none of them has an answer.
     """
     questions, missing = [], []
     for row, where in rows:
+        expression = rewards.of(row, where)
         try:
-            questions.append(question_of(row, columns, where, needs_answer=needs_answer))
+            question = question_of(row, columns, where, needs_answer=rewards.needs_answer(expression))
+            questions.append(dataclasses.replace(question, reward=expression))
         except MissingAnswerError as error:
             missing.append(error)
     if missing and not questions:
         raise UserError(f"{missing[0]}; no row has an answer (config.task.columns.answer = {columns.answer!r})")
     return questions, {"no_answer": len(missing)}
-
-
-ABSENT = object()
 
 
 def _is_answer(value: Any) -> bool:
@@ -134,32 +136,12 @@ def _is_answer(value: Any) -> bool:
         return False
 
 
-def find_column(row: Mapping[str, Any], name: str) -> Any:
-    """Find a column by its name, or by the path to it, as `reward_model.ground_truth`; ABSENT if there is none."""
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value
-
-
 def _column(row: Mapping[str, Any], role: str, name: str, where: str) -> Any:
     value = find_column(row, name)
     if value is ABSENT:
-        known = ", ".join(_names(row)) or "none"
+        known = ", ".join(column_names(row)) or "none"
         raise UserError(f"{where}: no column `{name}` (config.task.columns.{role}); it has {known}")
     return value
-
-
-def _names(row: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """List the columns that a row has, with those inside of others."""
-    for name in sorted(row, key=str):
-        yield f"{before}{name}"
-        if isinstance(row[name], Mapping):
-            yield from _names(row[name], f"{before}{name}.")
 
 
 def _require_chat(messages: tuple[Any, ...], where: str) -> None:

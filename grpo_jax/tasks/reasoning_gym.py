@@ -13,9 +13,10 @@ import numpy as np
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.questions import Question, Source, choose_distinct, exclude
+from grpo_jax.tasks.row_rewards import RowRewards
 
 
-def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> list[Source]:
+def load(config: TaskConfig, num_eval: int, rewards: RowRewards | None = None) -> list[Source]:
     """Generate `num_train` training and `num_eval` held-out questions, shared among the generators by their weights.
 
     The two come from seeds of their own, the same in every run; a training question that is also held out is left out.
@@ -23,11 +24,11 @@ def load(config: TaskConfig, num_eval: int, *, needs_answer: bool = True) -> lis
     sets: they give the same questions in another process, as in a resumed run, only under the same PYTHONHASHSEED.
 
     Args:
-      config: config.task. num_eval: questions to hold out. needs_answer: not used, generators know their answers.
+      config: config.task. num_eval: questions to hold out. rewards: not used, generators know their answers.
     Returns: one source, of a stream for each generator.
     Raises: UserError for an unknown generator, for settings it does not take, and if nothing is left to train on.
     """
-    del needs_answer
+    del rewards
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("config.task.name = 'reasoning_gym' needs reasoning-gym: pip install 'grpo_jax[tasks]'")
     gym = config.reasoning_gym

@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text, printable
+from grpo_jax.screen import keep_standard_streams
 
 if TYPE_CHECKING:
     from grpo_jax.config import Config
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
 EXIT_BAD_INPUT = 2
-FREE_FIELD = re.compile(r"--config\.(reward|objective)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
+FREE_FIELD = re.compile(r"--config\.(reward|objective|task)\.params(?:\.(\w+))?(?:=(.*))?$", re.S)  # fields of any name
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES when a process starts: a compiled call faults its memory in anew
 SHIPPED = pathlib.Path(__file__).parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(
@@ -56,6 +57,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
 
     parser: for a command without a config; `main` gets what it parsed. None: absl's flags, those above and the command's.
     """
+    keep_standard_streams()
     quiet_other_libraries()
     if parser:
         args = parser.parse_args()

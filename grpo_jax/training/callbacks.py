@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pathlib
 import sys
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.imports import import_name, is_import
 
 
 class StopTraining(Exception):  # noqa: N818, it is a wish and no error
@@ -87,12 +87,13 @@ def load_callback(name: str, field: str) -> Any:
 
     Raises: UserError if it cannot be imported or made.
     """
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if not is_import(name):
         raise UserError(f"{field} = {name!r}: expected module:Class")
     try:
-        made = getattr(importlib.import_module(module), attribute)()
-    except Exception as error:  # whatever a user's module raises while it is imported
+        made = import_name(name)()
+    except ImportError as error:
+        raise UserError(f"{field} = {name!r}: {error}") from error
+    except Exception as error:
         raise UserError(f"{field} = {name!r}: cannot be made: {type(error).__name__}: {error}") from error
     require_callback(made, field)
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -209,13 +209,15 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: dict[str, Any]) ->
     damage = _damage_as_first_sees_it(folder)
     if damage:
         raise DamagedCheckpointError(f"{folder}: damaged ({damage})")
-    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-    # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later version
-    # adds or leaves out is no reason to refuse what is there.
-    args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
-        _check_fits(folder, like)
-        restored = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        stored = _stored_shapes(folder)
+        written = as_written(like, stored)
+        _check_fits(folder, written, stored)
+        # Partial: one who only wants the weights need not read Adam's moments, twice their bytes, and a field that a later
+        # version adds or leaves out is no reason to refuse what is there.
+        restore_args = ocp.checkpoint_utils.construct_restore_args(written)
+        args = ocp.args.PyTreeRestore(item=written, restore_args=restore_args, partial_restore=True)
+        restored = as_today(manager.restore(step, args=ocp.args.Composite(state=args))["state"], like)
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever they meet in files that nobody vouches for
@@ -241,19 +243,60 @@ def _damage_as_first_sees_it(folder: pathlib.Path) -> str | None:
     return damage or "the first process says so"
 
 
-def _check_fits(folder: Any, like: dict[str, Any]) -> None:
+def _stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Read the shapes of a checkpoint's arrays, by their names."""
+    metadata: Any = ocp.PyTreeCheckpointer().metadata(folder / "state")
+    return {path_names(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
+
+
+def _check_fits(folder: pathlib.Path, like: dict[str, Any], stored: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
     """Raise UserError naming the first array that the checkpoint lacks, or has in another shape."""
     # Orbax would say so too, but in the middle of reading: what it has begun stays behind and complains when Python ends.
-    metadata: Any = ocp.PyTreeCheckpointer().metadata(folder / "state")
-    stored = {path_names(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
     for path, x in jax.tree_util.tree_leaves_with_path(like):
         found = stored.get(path_names(path), "missing")
         if found != x.shape:
             name = ".".join(path_names(path))
             raise UserError(
-                f"{folder}: does not fit this config ({name} is {found}, the config asks for shape {x.shape}); "
-                "use another --workdir"
+                f"{folder}: does not fit this config ({name} is {found}, the config asks for shape {x.shape}); use another "
+                "--workdir, or the settings and the version of grpo_jax that it was written with"
             )
+
+
+# A checkpoint of an older version lacks what there was no need of then, and has another name for what was renamed.
+RENAMED = {"next_batch": "ahead"}
+SCORED = "is_scored_PG"  # all rows of a batch had a score
+
+
+def as_written(like: Mapping[str, Any], stored: Collection[tuple[str, ...]]) -> dict[str, Any]:
+    """Return fields of a state as the version that wrote them had them.
+
+    Args:
+      like: the fields today. stored: names of the arrays in the checkpoint.
+    Returns: the fields under their names then, None for what was not there.
+    """
+    fields = {name for name, *_ in stored}
+    older = {name: RENAMED[name] for name in like if name in RENAMED and name not in fields and RENAMED[name] in fields}
+    written = {older.get(name, name): field for name, field in like.items()}
+
+    def keep(path: tuple[Any, ...], x: Any) -> Any:
+        names = path_names(path)
+        return None if names[-1] == SCORED and names not in stored else x
+
+    return jax.tree_util.tree_map_with_path(keep, written)
+
+
+def as_today(restored: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `as_written`. restored: the arrays. like: the fields today."""
+    newer = {older: name for name, older in RENAMED.items()}
+    renamed = {newer.get(name, name): field for name, field in restored.items()}
+    found = {path_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(renamed)}
+
+    def take(path: tuple[Any, ...], x: Any) -> Any:
+        if path_names(path) in found:
+            return found[path_names(path)]
+        return jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(take, dict(like))
 
 
 _BLANK = TrainState(*(None for field in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ def write_checksums(folder: pathlib.Path) -> None:
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = [name for name in files if name not in LATER]
     sums = {name: list(sum_of(folder / name)) for name in files}
-    write_atomically(folder / SUMS, json.dumps({"crc32": sums}, indent=1) + "\n")
+    write_atomically(folder / SUMS, json.dumps({"crc32": sums, "crc32_of_table": _sum_of_table(sums)}, indent=1) + "\n")
 
 
 def find_damage(folder: pathlib.Path) -> str | None:
@@ -32,9 +32,13 @@ def find_damage(folder: pathlib.Path) -> str | None:
     if not (folder / SUMS).exists():
         return None
     try:
-        sums = read_json(folder / SUMS)["crc32"]
+        content = read_json(folder / SUMS)
+        sums = content.pop("crc32")
         expected = {str(name): (int(size), int(crc)) for name, (size, crc) in sums.items()}
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return f"{SUMS} is damaged"
+    # A table with another bit in it would blame a file that is whole. Those of older versions have no sum of their own.
+    if content and content != {"crc32_of_table": _sum_of_table(sums)}:
         return f"{SUMS} is damaged"
     # CRC-32 releases the interpreter's lock, and finds every change of a few neighbouring bits. A checkpoint's files are large.
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -50,6 +54,11 @@ def _compare(path: pathlib.Path, name: str, expected: tuple[int, int]) -> str:
         return "" if sum_of(path) == expected else f"{name} does not have the content that was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
+
+
+def _sum_of_table(sums: dict[str, list[int]]) -> int:
+    """Return the CRC-32 of a table of sums, however its file is laid out."""
+    return zlib.crc32(json.dumps(sums, sort_keys=True).encode())
 
 
 def sum_of(path: pathlib.Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A watch over the updates that were left out because their gradient or loss was not finite."""
+"""A watch over numbers that are not finite: in the updates that were left out for them, and in a state before it is saved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping
 
 from grpo_jax.config import Config
+from grpo_jax.parallel.finite import find_not_finite
+from grpo_jax.parallel.sharding import path_names
+from grpo_jax.training.checkpoint import saved_fields
+from grpo_jax.types import TrainState
 
 # Where to look, by the first of these metrics that is not finite: what is computed first comes first.
 PLACES = (
@@ -52,3 +56,17 @@ def place_of(names: list[str]) -> str:
         if any(name.startswith(prefixes) for name in names):
             return place
     return GRADIENT
+
+
+def find_fault(state: TrainState) -> tuple[str, bool]:
+    """Look for NaN and infinity in what a checkpoint of a state holds.
+
+    Returns: what is wrong with the first array that has some, "" if none has; and True if it is a weight or the optimizer's,
+      which stay, and no part of a batch that waits, which is gone after its update.
+    """
+    # The updates were watched by gradient and loss alone: a weight may be NaN that no token of a batch has asked for.
+    broken = [".".join(path_names(path)) for path, _ in find_not_finite(saved_fields(state))]
+    lasting = [name for name in broken if name.startswith(("params", "opt_state"))]
+    if not broken:
+        return "", False
+    return f"{(lasting or broken)[0]} holds NaN or infinity", bool(lasting)

@@ -113,8 +113,10 @@ def check_same_config(workdir: pathlib.Path, config: dict[str, Any], start: Star
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    # What is compared is what JSON makes of it (tuples become lists), and an older version's file is brought up to date first.
-    return list(_differences(complete(old), json.loads(json.dumps(new)), ""))
+    # An older version's file is brought up to date first. What is compared is what JSON makes of either: of tuples lists, also
+    # of those that are defaults of newer fields.
+    before, now = (json.loads(json.dumps(each)) for each in (complete(old), new))
+    return list(_differences(before, now, ""))
 
 
 def _refused(changes: list[Change], start: Start) -> list[Change]:

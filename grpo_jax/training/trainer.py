@@ -31,7 +31,7 @@ from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.data_record import note_data, pin_template_date
 from grpo_jax.training.disk import faults_in_one_line, require_room
 from grpo_jax.training.evaluate import to_metrics
-from grpo_jax.training.guard import SkippedSteps
+from grpo_jax.training.guard import SkippedSteps, find_fault
 from grpo_jax.training.iteration import prefetch_first_batch
 from grpo_jax.training.lock import Lock, held
 from grpo_jax.training.memory import require_memory
@@ -334,15 +334,26 @@ class Member:
         # The log first, then the checkpoint. A kill between the two leaves records beyond the checkpoint, which the resumed run
         # removes and writes again; the other way round, the pending step would never have a record.
         self.flush_pending()
-        if self.error:  # the last good checkpoint must not make room for this one
+        step = int(state.step)
+        # The last good checkpoint must not make room for a bad one.
+        if self.error or not self.is_finite(step, state):
             return
         if self.log:
             self.log.flush()
-        self.checkpointer.save(int(state.step), state, self.run.config.to_dict())
+        self.checkpointer.save(step, state, self.run.config.to_dict())
         # At its end, or after a signal, a run saves again what it may just have saved.
-        if self.saved != int(state.step):
-            self.saved = int(state.step)
+        if self.saved != step:
+            self.saved = step
             self.callbacks.tell("on_save", self.saved)
+
+    def is_finite(self, step: int, state: TrainState) -> bool:
+        """Look at what would be saved, and say what is not finite; weights that are not end the run."""
+        fault, is_lasting = ("", False) if self.saved == step else find_fault(state)
+        if is_lasting:
+            self.error = f"step {step}: {fault}. Stopped, and no checkpoint was written of it"
+        elif fault and self.log:
+            self.log.note(f"step {step}: not saved, {fault}")
+        return not fault
 
 
 @dataclasses.dataclass

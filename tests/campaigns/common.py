@@ -124,6 +124,25 @@ class SmallRun:
         return ("clear line" if "note:" in said else "harmless"), said
 
 
+def write_host_data(folder: pathlib.Path) -> dict[str, object]:
+    """Write a tiny random model and questions; -> the settings of a run whose rewards come from worker processes."""
+    from tests.hf_models import torch_model
+    from tests.test_tasks_host import save_hf_tokenizer
+
+    save_hf_tokenizer(folder / "model", {}, eos_token="<eos>", pad_token="<pad>")
+    torch_model("llama tied", vocab_size=259, num_hidden_layers=1).save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model.path": str(folder / "model"),
+        "task.name": "jsonl",
+        "task.jsonl.path": str(folder / "sums.jsonl"),
+        "task.use_chat_template": False,
+        "warm_start.num_steps": 0,
+        "eval.num_prompts": 8,
+    }
+
+
 def copy_of(folder: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
     """Copy a folder over whatever is there."""
     shutil.rmtree(to, ignore_errors=True)

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from grpo_jax.rewards.calling import Request
 from grpo_jax.rewards.pool.protocol import FAILED, pack_request
 
 # What became of a completion under one scorer.
-SCORED, ERROR, TIMEOUT, ABSTAINED = range(4)
+SCORED, ERROR, TIMEOUT, ABSTAINED, NOT_ASKED = range(5)
 
 
 @dataclasses.dataclass
 class ScoreResult:
     """Scores of all completions.
 
-    scores: scorer -> float32[P, G]; 0 where there is none. outcomes: scorer -> int8[P, G], SCORED, ERROR, TIMEOUT or
-    ABSTAINED. failures: scorer -> its first error in this call, one line and the traceback behind it.
+    scores: scorer -> float32[P, G]; 0 where there is none. outcomes: scorer -> int8[P, G], SCORED, ERROR, TIMEOUT,
+    ABSTAINED or NOT_ASKED. failures: scorer -> its first error in this call, one line and the traceback behind it.
     """
 
     shape: tuple[int, int]
@@ -101,17 +102,25 @@ class JobBatch:
         self.result.scores.update({name: np.zeros(self.shape, np.float32) for name in names})
         self.result.outcomes.update({name: np.full(self.shape, SCORED, np.int8) for name in names})
 
-    def add_jobs(self, facts: Mapping[str, Facts]) -> None:
-        """Queue the jobs of all scorers. facts: of each."""
+    def add_jobs(self, facts: Mapping[str, Facts], asked: Mapping[str, Bool[np.ndarray, " P"]] | None = None) -> None:
+        """Queue the jobs of all scorers.
+
+        Args:
+          facts: of each scorer. asked: scorer -> rows that it is asked about; None: all scorers about all rows.
+        """
         P, G = self.shape
         self.facts = facts
         sizes = {name: G if each.is_group else 1 for name, each in facts.items()}
         # Prompt by prompt, not scorer by scorer: the time limits of a scorer that hangs then pass while the others score.
-        self.jobs = [Job(name, p, g, num) for p in range(P) for name, num in sizes.items() for g in range(0, G, num)]
+        pairs = [(p, name) for p in range(P) for name in sizes if asked is None or asked[name][p]]
+        self.jobs = [Job(name, p, g, sizes[name]) for p, name in pairs for g in range(0, G, sizes[name])]
         self.waiting.extend(range(len(self.jobs)))
         self.num_left = len(self.jobs)
         self.num_of.update(job.scorer for job in self.jobs)
         self.add_scores_of(list(facts))
+        for name, outcomes_PG in self.result.outcomes.items():
+            if asked is not None:
+                outcomes_PG[~asked[name]] = NOT_ASKED
 
     def frame(self, index: int, number: int) -> bytes:
         """Pack a job for a worker. number: that its reply must carry."""

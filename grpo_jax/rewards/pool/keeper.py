@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,40 +21,43 @@ from pathlib import Path
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # from linux/prctl.h
 MARK = "GRPO_JAX_SCORING"  # environment variable of all processes of one worker
 SWEEP_SECS = 5.0
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def keep(trainer: int) -> None:
+def keep(trainer: int, folder: str = "") -> None:
     """Become two processes: returns in the worker, and never in the keeper, which ends as the worker did.
 
-    trainer: the process that started this one.
+    trainer: the process that started this one. folder: for temporary files, removed at the end; "": none.
     """
     # The trainer's death is a SIGTERM, not a SIGKILL: there is something left to do.
     die_with(trainer, signal.SIGTERM)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    # Blocked until the handler is there: a SIGTERM between would leave the worker behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Blocked until the handler is there: a signal between would leave the worker behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     keeper = os.getpid()
     worker = os.fork()
     if worker == 0:
         die_with(keeper, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         return
     # The pipes are the worker's alone: the trainer sees their end when it ends.
     for descriptor in (0, 1):
         os.close(descriptor)
-    signal.signal(signal.SIGTERM, lambda *_: _leave(worker, 128 + signal.SIGTERM))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for number in ENDING:
+        signal.signal(number, lambda number, _: _leave(worker, 128 + number, folder))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     # Orphans end here too; each is taken off the table at once.
     ended, status = os.waitpid(-1, 0)
     while ended != worker:
         ended, status = os.waitpid(-1, 0)
     code = os.waitstatus_to_exitcode(status)
-    _leave(worker, code if code >= 0 else 128 - code)
+    _leave(worker, code if code >= 0 else 128 - code, folder)
 
 
-def _leave(worker: int, code: int) -> None:
+def _leave(worker: int, code: int, folder: str) -> None:
     """Kill all processes below this one, until there are none (Linux; elsewhere the worker alone), and end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     deadline = time.monotonic() + SWEEP_SECS
     kill(worker)
     while time.monotonic() < deadline:
@@ -66,6 +70,8 @@ def _leave(worker: int, code: int) -> None:
         except ChildProcessError:
             break
         time.sleep(0.001)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
 
 

@@ -5,7 +5,8 @@ be blamed on. A job is one completion and one scorer; for a scorer that takes th
 What a fault costs:
 
 - A job has `time_limit_secs` for each of its completions; then its process is killed and it counts as a timeout.
-- A process that ends by itself costs its job. One that sends what is no reply to its job, or whose keeper was killed, costs
+- A process that ends by itself at its first job costs that job. One that does so later (a job before may have set an alarm),
+  is ended by a signal that was meant for the trainer too, sends what is no reply to its job, or whose keeper was killed, costs
   the process alone: the job is done once more by another, and if that goes the same way, it is an error.
 - A worker that has been busy for more than a fiftieth of the limit counts as hung, and a spare worker starts while it is
   waited out. So hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at
@@ -29,9 +30,13 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
+
 from grpo_jax.config import ScoringConfig
 from grpo_jax.errors import UserError
 from grpo_jax.rewards.pool.jobs import ERROR, TIMEOUT, Context, Facts, JobBatch, ScoreResult
+from grpo_jax.rewards.pool.keeper import ENDING
 from grpo_jax.rewards.pool.protocol import ProtocolError, Reply, one_line
 from grpo_jax.rewards.pool.serve import Scorer, Setup
 from grpo_jax.rewards.pool.worker import Worker
@@ -39,6 +44,8 @@ from grpo_jax.rewards.pool.worker import Worker
 __all__ = ["Context", "Scorer", "ScoringPool"]
 
 STARTUP_LIMIT_SECS = 120.0  # for importing the scorers: sympy on a busy machine takes 10 s
+FROM_OUTSIDE = [128 + number for number in ENDING]  # exit codes: some systems send these to all processes of a job
+PAUSED_SECS = 2.0  # nothing was heard for so long beyond what was waited for: this process was stopped, maybe all were
 HUNG_FRACTION = 0.02  # of the time limit, after which a spare worker starts
 MIN_SPARE_WORKERS, MAX_SPARE_WORKERS = 4, 32
 
@@ -58,7 +65,8 @@ class ScoringPool:
           scorers: by name. config: config.reward.scoring. columns: names of the data's columns; None: any may be one.
         """
         self._scorers, self._config = dict(scorers), config
-        self._setup = Setup(self._scorers, None if columns is None else frozenset(columns), config.memory_limit_mb)
+        known = None if columns is None else frozenset(columns)
+        self._setup = Setup(self._scorers, known, config.memory_limit_mb, config.file_limit_mb)
         self.facts: dict[str, Facts] = {}  # known from the first worker that is ready
         # From a random number on: a worker's next number is not to be had by counting.
         self._numbers = itertools.count(secrets.randbits(62) + 1)
@@ -78,15 +86,20 @@ class ScoringPool:
             self._await_ready()
 
     def score(
-        self, items: Sequence[Mapping[str, Any]], completions_PG: Sequence[Sequence[str]], context: Context | None = None
+        self,
+        items: Sequence[Mapping[str, Any]],
+        completions_PG: Sequence[Sequence[str]],
+        context: Context | None = None,
+        asked: Mapping[str, Bool[np.ndarray, " P"]] | None = None,
     ) -> ScoreResult:
-        """Score all completions of each item by every scorer.
+        """Score all completions of each item by every scorer, or by those that are asked about it.
 
         One whose scorer raised, crashed or returned no finite number is an error, one that ran out of time a timeout. Neither
         has a score, and nor have the others of the group where the scorer takes them together.
 
         Args:
           items: P rows of data. completions_PG: G texts of each. context: what scorers may ask for beside these.
+          asked: scorer -> rows that it is asked about; None: all scorers about all rows.
         Returns: the scores, and what became of those that have none.
         Raises: UserError if a scorer cannot be imported or called, or the pool is closed.
         """
@@ -98,7 +111,7 @@ class ScoringPool:
                 batch.add_scores_of(list(self._scorers))
                 return batch.result
             self._await_ready()
-            batch.add_jobs(self.facts)
+            batch.add_jobs(self.facts, asked)
             try:
                 self._run(batch)
             finally:
@@ -207,7 +220,14 @@ class ScoringPool:
             if worker.index is not None:
                 hung, overdue = (worker.since + share * worker.limit_secs for share in (HUNG_FRACTION, 1.0))
                 moments.append(hung if hung > now else overdue)
-        for key, _ in self._selector.select(max(0.0, min(moments) - now)):
+        secs = max(0.0, min(moments) - now)
+        ready = self._selector.select(secs)
+        # Of what the workers had no part of they are not to blame: a job that is stopped and goes on, a machine that slept.
+        secs_paused = time.monotonic() - now - secs
+        if secs_paused > PAUSED_SECS:
+            for worker in self._workers:
+                worker.since += secs_paused
+        for key, _ in ready:
             # Both pipes of a worker may be in the list, and the first may have shown that it has ended.
             worker: Worker = key.data
             if worker not in self._workers:
@@ -269,7 +289,7 @@ class ScoringPool:
         if worker.index is None:
             self._count_failed_start(exit_code)
         # A worker dies a moment after its keeper was killed, maybe at another's job than that which did it.
-        elif exit_code >= 0 or not batch.retry(worker.index):
+        elif not (exit_code < 0 or exit_code in FROM_OUTSIDE or worker.had_others) or not batch.retry(worker.index):
             self._fail(worker.index, f"ended its process, exit code {exit_code}", batch)
 
     def _fail(self, index: int, failure: str, batch: JobBatch) -> None:

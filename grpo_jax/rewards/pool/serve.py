@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import importlib
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple
 from grpo_jax.rewards.calling import Calling, Request, call, plan_call
 from grpo_jax.rewards.pool.keeper import keep
 from grpo_jax.rewards.pool.protocol import FAILED, REQUEST, SETUP, pack_reply, shorten
+from grpo_jax.screen import keep_standard_streams
 
+MAX_CAUSES = 20  # of an error, one behind the other; they may go round
 MAX_CHARACTERS_OF_LINE = 2000  # of an error's text
 OWN_FRAMES = ("grpo_jax.rewards.pool", "grpo_jax.rewards.calling")
 MAX_DESCRIPTOR = 1024  # the pipes get numbers just below it, or below the limit on open files: others count from 3
@@ -39,11 +42,13 @@ class Setup(NamedTuple):
     """The first thing that a worker is told.
 
     scorers: by name. columns: of the data; None: not known. memory_limit_mb: MiB beyond what the imports take; 0: none.
+    file_limit_mb: of a file that is written; 0: none.
     """
 
     scorers: Mapping[str, Scorer]
     columns: Collection[str] | None
     memory_limit_mb: int
+    file_limit_mb: int = 0
 
 
 class Function(NamedTuple):
@@ -62,17 +67,18 @@ def load(path: str) -> Callable[..., Any]:
     return function
 
 
-def serve(trainer: int) -> None:
+def serve(trainer: int, folder: str = "") -> None:
     """Answer requests until their pipe, descriptor 0, ends; the body of a scoring process, never returns.
 
-    trainer: the process that started this one, to end with.
+    trainer: the process that started this one, to end with. folder: for temporary files, gone with this process; "": none.
     """
-    keep(trainer)
+    keep(trainer, folder)
     worker = os.getpid()
     requests, replies = _private(0, "rb"), _private(1, "wb")
     # A scorer may print and read as it likes: from here on its stdout is stderr, and its stdin is empty.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    keep_standard_streams()  # the trainer's terminal may be closed, and then a scorer that prints must not fail
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     pipes = [requests.fileno(), replies.fileno()]
@@ -96,7 +102,11 @@ def serve(trainer: int) -> None:
         functions = _set_up(requests, reply)
         while (frame := _read_frame(requests)) is not None:
             number, body = frame
-            reply(number, *_score(functions, body))
+            scores, text, is_disk_full = _score(functions, body)
+            reply(number, scores, text)
+            # Whatever it has written is in the way of others. The keeper removes what is in the folder for temporary files.
+            if is_disk_full:
+                break
     except OSError:  # the trainer is gone, or a scorer has closed the pipes
         pass
     os._exit(0)  # threads that a scorer left behind must not keep the process alive
@@ -121,6 +131,7 @@ def _set_up(requests: io.BufferedReader, reply: Callable[..., None]) -> dict[str
         functions[name] = Function(function, calling)
     # After the imports: the limit is for what a scorer does with an answer, not for the size of its libraries.
     note = _limit_memory(setup.memory_limit_mb)
+    _limit_files(setup.file_limit_mb)
     facts = {name: facts_of(setup.scorers[name].function, each.calling) for name, each in functions.items()}
     reply(SETUP, [1.0], json.dumps({"facts": facts, "note": note}))
     return functions
@@ -137,17 +148,28 @@ def facts_of(path: str, calling: Calling) -> dict[str, Any]:
     }
 
 
-def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[float], str]:
-    """Run one job -> (scores, ""), or ((), error in one line, and its traceback)."""
+def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[float], str, bool]:
+    """Run one job -> (scores or (), the first error in one line and its traceback or "", if an error is of a full disk)."""
     # Unpickling is inside the try too: it imports what the item's objects are made of, and a failure is that job's error.
     try:
         name, request = pickle.loads(body)
         scores = call(*functions[name], Request(*request), _wait)
         failures = [score for score in scores if isinstance(score, Exception)]
         text = "".join(f"{describe(error)}\n{traceback_of(error)}" for error in failures[:1])
-        return [_as_float(score) for score in scores], text
+        return [_as_float(score) for score in scores], text, any(map(_is_of_full_disk, failures))
     except BaseException as error:  # SystemExit too: a scorer that exits has failed on this item
-        return (), f"{describe(error)}\n{traceback_of(error)}"
+        return (), f"{describe(error)}\n{traceback_of(error)}", _is_of_full_disk(error)
+
+
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    """Tell if an error, or one behind it, says that there is no room for a file."""
+    for _ in range(MAX_CAUSES):
+        if error is None:
+            break
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _as_float(score: float | Exception | None) -> float:
@@ -206,6 +228,19 @@ def _limit_memory(limit_mb: int) -> str:
         f"config.reward.scoring.memory_limit_mb = {limit_mb} is more than `ulimit -v` leaves: "
         f"scoring processes have {allowed >> 20} MiB each, imports included"
     )
+
+
+def _limit_files(limit_mb: int) -> None:
+    """Let writing a file fail beyond a size, and write none when this process crashes."""
+    import resource
+
+    limits = {resource.RLIMIT_CORE: 0}
+    if limit_mb:
+        limits[resource.RLIMIT_FSIZE] = limit_mb * 2**20
+    for kind, limit in limits.items():
+        allowed = resource.getrlimit(kind)[1]
+        if allowed == resource.RLIM_INFINITY or limit < allowed:
+            resource.setrlimit(kind, (limit, limit))
 
 
 def _private(descriptor: int, mode: str) -> Any:

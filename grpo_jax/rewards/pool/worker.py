@@ -6,9 +6,11 @@ import contextlib
 import os
 import secrets
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from grpo_jax.rewards.pool.keeper import MARK, kill, marked
@@ -26,9 +28,12 @@ class Worker:
     def __init__(self, setup: Setup, selector: selectors.BaseSelector) -> None:
         # The worker imports what this process can import: the same sys.path, in which an empty entry means the current folder.
         path = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
-        code = f"import sys; sys.path[:] = {path!r}; from grpo_jax.rewards.pool.serve import serve; serve({os.getpid()})"
-        self._mark = secrets.token_hex(8)
+        self._mark, self._folder = secrets.token_hex(8), make_folder()
+        serve = f"from grpo_jax.rewards.pool.serve import serve; serve({os.getpid()}, {self._folder!r})"
+        code = f"import sys; sys.path[:] = {path!r}; {serve}"
         env = {**os.environ, "JAX_PLATFORMS": "cpu", MARK: self._mark}  # the accelerator is the trainer's
+        if self._folder:
+            env["TMPDIR"] = self._folder
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C at the terminal is for the trainer, and what a scorer starts can be killed too.
         self._process = subprocess.Popen(
@@ -42,7 +47,7 @@ class Worker:
         self.is_ready = False
         self.index: int | None = None
         self.since, self.limit_secs = time.monotonic(), 0.0
-        self._number, self._num_scores = SETUP, 1
+        self._number, self._num_scores, self._num_sent = SETUP, 1, 0
         # One thread serves all workers, so no pipe may make it wait: a hung worker does not read a frame larger than its pipe.
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
@@ -66,7 +71,13 @@ class Worker:
             return False
         self.index, self.since, self.limit_secs = index, time.monotonic(), limit_secs
         self._number, self._num_scores = number, num_scores
+        self._num_sent += 1
         return True
+
+    @property
+    def had_others(self) -> bool:
+        """True if its job is not the first one that it was given."""
+        return self._num_sent > 1
 
     def _write(self, frame: bytes) -> bool:
         """Begin to send a frame. False if nobody reads."""
@@ -117,6 +128,13 @@ class Worker:
         has_ended: it went by itself, and its keeper is about to follow. Returns its exit code, 128 + n if signal n ended it;
         below 0: something has killed the keeper above it.
         """
+        try:
+            return self._kill(has_ended)
+        finally:
+            if self._folder:  # the keeper has removed it, unless it was killed
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self, has_ended: bool) -> int:
         for pipe in (self._stdin, self._stdout):
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
@@ -141,3 +159,11 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(secs)
         return None
+
+
+def make_folder() -> str:
+    """Make a folder for the temporary files of a worker's rewards; "" where there is no room for one."""
+    try:
+        return tempfile.mkdtemp(prefix="grpo_jax_reward_")
+    except OSError:
+        return ""

@@ -14,20 +14,23 @@ import signal
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
 from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
-from grpo_jax.files import printable
+from grpo_jax.files import note_once, printable
 from grpo_jax.learner.hyperparams import static_key, value_of
-from grpo_jax.tasks.sources import SOURCES
+from grpo_jax.tasks.sources import is_hosted
 from grpo_jax.tools.sweep.plan import RunSpec
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.types import Params
+
+SUM_BYTES = 4  # of a CRC-32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ def do(job: Job) -> list[str]:
     enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
-    if configs[0].task.name in SOURCES:  # scored on the host: nothing to share
+    if is_hosted(configs[0].task.name):  # scored on the host: nothing to share
         for config, workdir in zip(configs, workdirs, strict=True):
             trainer.train(config, workdir)
         return [""] * len(configs)
@@ -158,16 +161,29 @@ def keep_in_file(make: Callable[[], Params], path: pathlib.Path) -> Callable[[],
     def weights() -> Params:
         from flax.serialization import msgpack_restore, msgpack_serialize
 
-        if not path.exists():
+        content = b""
+        if path.exists():
+            content = path.read_bytes()
+            if not is_whole(content):
+                note_once(f"{path}: not what was written, or an older version's; made again")
+                content = b""
+        if not content:
+            made = msgpack_serialize(make())
+            content = zlib.crc32(made).to_bytes(SUM_BYTES) + made
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two processes may both find nothing and make the same weights. Each writes a file of its own and moves it, so that
             # a reader never sees half of one.
             temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_bytes(msgpack_serialize(make()))
+            temporary.write_bytes(content)
             temporary.replace(path)
-        return msgpack_restore(path.read_bytes())
+        return msgpack_restore(content[SUM_BYTES:])
 
     return weights
+
+
+def is_whole(content: bytes) -> bool:
+    """Tell if a file of weights is what was written: its CRC-32 stands before them."""
+    return len(content) > SUM_BYTES and zlib.crc32(content[SUM_BYTES:]).to_bytes(SUM_BYTES) == content[:SUM_BYTES]
 
 
 def start_of(config: Config) -> str:
