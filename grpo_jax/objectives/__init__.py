@@ -110,6 +110,8 @@ def token_loss(
     if penalised_BT is not None and obj.cov_penalty:
         aux["is_penalised"] = jnp.logical_and(kept_BT, penalised_BT > 0)
         loss_BT = loss_BT + obj.cov_penalty * jnp.where(aux["is_penalised"], jnp.abs(log_ratio_BT), 0.0)
+    if obj.drift_coef:
+        loss_BT = loss_BT + obj.drift_coef * jnp.square(log_ratio_BT)
     if entropy_BT is not None and obj.has_entropy_bonus:
         loss_BT = loss_BT - obj.entropy_coef * jnp.where(kept_BT, entropy_BT, 0.0)
     if ref_logp_BT is not None and obj.needs_reference:
