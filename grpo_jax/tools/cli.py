@@ -104,7 +104,7 @@ def quiet_other_libraries() -> None:
 def shorten_background_faults() -> None:
     """Have a fault of the disk in a thread be one line, and the one of a save that has failed none: it is reported anyway."""
     threading.excepthook = _on_thread_fault
-    sys.excepthook = _on_fault
+    sys.unraisablehook = _on_unraisable
 
 
 def _on_thread_fault(args: threading.ExceptHookArgs) -> None:
@@ -117,10 +117,10 @@ def _on_thread_fault(args: threading.ExceptHookArgs) -> None:
         note_once(f"a thread that writes in the background has ended: {reason}")
 
 
-def _on_fault(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+def _on_unraisable(args: sys.UnraisableHookArgs) -> None:
     # TensorStore's threads report to the event loop of a save, which the first of several faults has closed.
-    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
-        sys.__excepthook__(kind, value, trace)
+    if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(args)
 
 
 def show_own_messages() -> None:
