@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # Linux: memory in huge pages. A compiled call on a CPU faults its memory in anew, which takes a fifth of the time in small ones.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-fast test-nightly test-aot lint docs smollm2 mutate clean
+.PHONY: demo test test-fast test-nightly test-oldest test-aot lint docs smollm2 mutate clean
 
 # A file's tests share what they have made, so each file stays with one of the two processes, in the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -25,6 +25,10 @@ test-nightly: $(VENV)/.installed-test
 	$(BIN)/python -m tests.mutate
 	$(BIN)/python -m tests.mesh_matrix
 
+# With the lowest versions of jax and flax that setup.py admits, in an environment of its own.
+test-oldest:
+	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) VENV=.venv-oldest test
+
 # The TPU's compiler runs on any machine; one process at a time compiles with it.
 test-aot: $(VENV)/.installed-aot
 	$(BIN)/python -m pytest tests/test_aot.py
@@ -36,7 +40,7 @@ lint: $(VENV)/.installed-dev
 
 # The site of docs/, in build/site.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 smollm2: $(VENV)/.installed-smollm2
 	$(BIN)/grpo-jax smollm2

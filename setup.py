@@ -40,8 +40,8 @@ setup(
     },
     install_requires=[
         "cloudpickle>=3",
-        "jax>=0.10.2",
-        "flax>=0.12",
+        "jax>=0.7.2",
+        "flax>=0.11.2",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
         "transformers>=4.51",
@@ -59,11 +59,11 @@ setup(
         "scipy>=1.12",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10.2"],
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.7.2"],
+        "tpu": ["jax[tpu]>=0.7.2"],
         # The compilers of chips that are not here (grpo-jax plan --compile --topology).
-        "aot-tpu": ["jax[tpu]>=0.10.2"],
-        "aot-gpu": ["jax[cuda12]>=0.10.2"],
+        "aot-tpu": ["jax[tpu]>=0.7.2"],
+        "aot-gpu": ["jax[cuda12]>=0.7.2"],
         "tasks": TASKS,
         "smollm2": SMOLLM2,
         "trackers": [*TRACKERS, "mlflow>=3"],

@@ -94,6 +94,7 @@ class Batch:
     sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
     is_scored_PG: False on rows without a score: they are in no statistic and in no loss, and their rewards mean nothing.
       None, in batches made by hand: all have one.
+    credit_PGT: float32, each token's true advantage, by a task that knows it (NaN where it does not); None: no task does.
     """
 
     rollout: Rollout
@@ -101,6 +102,7 @@ class Batch:
     reward_PG: Float[Leaf, "P G"]
     sampled_at_P: Int[Leaf, " P"]
     is_scored_PG: Bool[Leaf, "P G"] | None = None
+    credit_PGT: Float[Leaf, "P G T"] | None = None
 
 
 @flax.struct.dataclass

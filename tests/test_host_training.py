@@ -149,26 +149,23 @@ def test_a_run_over_midnight_has_the_same_prompts(tmp_path, monkeypatch, folder,
     config.model.path = str(tmp_path / "dated")
     config.task.use_chat_template = True
     config.reward.task = "length"
-    config.num_steps, config.rollout.max_completion_tokens = 0, 4
-    days = [datetime.date(2026, 11, 26), datetime.date(2026, 11, 27)]
-    monkeypatch.setattr(data_record, "today", lambda: days[0])
-    trainer.train(parse_config(config), tmp_path / "run")
-    assert programs.records(tmp_path / "run")[0]["data/train"] == 32
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data/held_out"] == 8
-    # What is trained with on the next day: bitwise the same prompts, so the same run.
-    monkeypatch.setattr(data_record, "today", lambda: days[1])
-    monkeypatch.setattr(trainer, "train_run", lambda run, *_, **__: (run.config, run.task.fingerprint, first_prompt(run)))
-    resumed, new = (trainer.train(parse_config(config), tmp_path / name) for name in ("run", "new"))
-    assert resumed[0] == read_config(tmp_path / "run") and resumed[0].task.template_date == "2026-11-26"
-    assert resumed[1] == json.loads((tmp_path / "run" / "data.json").read_text())["fingerprint"] != new[1]
-    assert new[0].task.template_date == "2026-11-27"
-    assert [resumed[2][:6], new[2][:6]] == ["26 Nov", "27 Nov"]
-
-
-def first_prompt(run):
-    """The text of the first training prompt."""
-    prompts = run.task.train_prompts(0, 1)
-    return run.task.tokenizer.decode_prompt(prompts.tokens_PS[0][prompts.mask_PS[0]])
+    config.num_steps, config.checkpoint.every, config.rollout.max_completion_tokens = 2, 1, 4
+    monkeypatch.setattr(data_record, "today", lambda: datetime.date(2026, 11, 26))
+    trainer.train(parse_config(config), tmp_path / "whole")
+    assert programs.records(tmp_path / "whole")[0]["data/train"] == 32
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["data/held_out"] == 8
+    # As a kill in step 2 leaves it; the rest is trained on the next day, bitwise with the same prompts.
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr(data_record, "today", lambda: datetime.date(2026, 11, 27))
+    for name in ("run", "new"):
+        trainer.train(parse_config(config), tmp_path / name)
+    whole, resumed, new = (programs.records(tmp_path / name) for name in ("whole", "run", "new"))
+    assert resumed == whole != new and read_completions(tmp_path / "run") == read_completions(tmp_path / "whole")
+    assert [read_config(tmp_path / name).task.template_date for name in ("run", "new")] == ["2026-11-26", "2026-11-27"]
+    shown = [read_completions(tmp_path / name)[0]["prompt"][:6] for name in ("run", "new")]
+    assert shown == ["26 Nov", "27 Nov"]
 
 
 def test_a_reward_that_always_raises_stops_the_run_with_its_exception(tmp_path, folder, config):

@@ -313,6 +313,25 @@ def task_of(tokenizer: HFTokenizer, path: Path, **changes: Any) -> HostTask:
     return HostTask(config, tokenizer, load_data(config))
 
 
+PARTS = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}[assistant]"
+)
+
+
+def test_a_template_that_reads_parts_alone_is_given_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = HFTokenizer(save_tokenizer(tmp_path / "m", template=PARTS))
+    assert tokenizer.decode_prompt(prompt_of(tokenizer, system_prompt="S").ids) == "[system]S[user]2+2?[assistant]"
+    deaf = HFTokenizer(save_tokenizer(tmp_path / "deaf", template="[user][assistant]"))
+    with pytest.raises(UserError, match=r"leaves out what the user says; give another one in config\.task\.chat_template"):
+        prompt_of(deaf)
+    assert not caplog.messages
+    short = HFTokenizer(save_tokenizer(tmp_path / "short", template="{{ messages[-1].content[:6] }}"))
+    prompt_of(short)
+    prompt_of(short, "a longer question")
+    assert caplog.messages == ["the chat template changes or leaves out what the user says: 'a longer question'"]
+
+
 def test_a_template_of_a_file_takes_the_models_place(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
     path = save_tokenizer(tmp_path / "m")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from grpo_jax.config.embedded import EMBEDDED, ChainConfig, CountdownConfig, ForksConfig, MazeConfig
 from grpo_jax.knobs import Settings, knob
 from grpo_jax.models.lora import ALL_LINEAR, TARGETS
 from grpo_jax.objectives import Objective
 
-TASKS = ("arithmetic", "jsonl", "dataset", "reasoning_gym", "mixture")
+TASKS = (*EMBEDDED, "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
 ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "narrow", "full")
@@ -22,6 +23,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SCHEDULES = ("constant", "linear", "cosine")
 SAMPLER_LEVELS = ("token", "sequence", "sequence_geometric")
 GRPO = Objective()
+CHAIN, COUNTDOWN, MAZE, FORKS = ChainConfig(), CountdownConfig(), MazeConfig(), ForksConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,8 @@ class TaskConfig:
     name: str = knob("arithmetic", "source of questions", choices=TASKS, or_import=True)
     params: Settings = knob(Settings(), "settings for a module:function, by parameter: config.task.params.level = 2")
     max_prompt_tokens: int = knob(512, "longer prompts are dropped and counted", unit="tokens", at_least=1)
-    shuffle: bool = knob(True, "a new order in each epoch; False: the order of the data, for curricula; not of arithmetic")
-    system_prompt: str = knob("", "goes before every question; this and the rest of these: of all tasks but arithmetic")
+    shuffle: bool = knob(True, "a new order in each epoch; False: the order of the data, for curricula; not of embedded tasks")
+    system_prompt: str = knob("", "goes before every question; this and the rest of these: not of embedded tasks")
     prompt_template: str = knob("", '"{prompt} Put the answer in \\boxed{}.": around every question; empty: it alone')
     num_shots: int = knob(0, "worked questions before each question; they leave the training data", at_least=0)
     assistant_prefill: str = knob("", "text behind every prompt, with which the model's answer begins")
@@ -129,6 +131,10 @@ class TaskConfig:
     )
     columns: ColumnsConfig = ColumnsConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
+    chain: ChainConfig = CHAIN
+    countdown: CountdownConfig = COUNTDOWN
+    maze: MazeConfig = MAZE
+    forks: ForksConfig = FORKS
     jsonl: JsonlConfig = JsonlConfig()
     dataset: DatasetConfig = DatasetConfig()
     reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
@@ -221,7 +227,7 @@ class ScoringConfig:
 class RewardConfig:
     """Two weighted sums of named parts (reward_expression.py), "0.2*format + my_rewards:brevity", and the parts' settings."""
 
-    task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)")
+    task: str = knob("", "decides success; empty: math_verify, for reasoning_gym its own (embedded: always its own)")
     shaping: str = knob("", "only added to what the advantage sees")
     by_column: str = knob(
         "",
@@ -242,13 +248,18 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on the task's own answers before reinforcement begins (embedded task only)."""
+    """Supervised steps on the task's own answers before reinforcement begins (embedded tasks only)."""
 
-    num_steps: int = knob(1200, "supervised steps before reinforcement; 0: none", unit="steps", at_least=0)
+    num_steps: int = knob(
+        1200, "supervised steps before reinforcement; 0: none; -1: as suits the task", unit="steps", at_least=-1
+    )
     batch_size: int = knob(128, "worked answers in a step", at_least=1, at_most=2**16)
     learning_rate: float = knob(3e-3, "peak, after a tenth of the steps", at_least=0, at_most=1)
     label_noise: float = knob(
-        0.8, "share of answers whose teacher forgot to carry: reinforcement has to correct it", at_least=0, at_most=1
+        0.8,
+        "how often the teacher is careless, in sums forgets to carry: reinforcement has to correct it",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -258,7 +269,9 @@ class RolloutConfig:
 
     num_prompts: int = knob(32, "P: groups in a batch", at_least=1, at_most=2**20)
     group_size: int = knob(8, "G: completions of each prompt; at least 2", at_most=2**16)
-    max_completion_tokens: int = knob(6, "generation budget, stop token included", unit="tokens", at_least=1, at_most=2**20)
+    max_completion_tokens: int = knob(
+        6, "generation budget, stop token included; 0: as suits the embedded task", unit="tokens", at_least=0, at_most=2**20
+    )
     temperature: float = knob(1.0, "logits are divided by it", at_least=1e-3, at_most=1e3)
     top_k: int = knob(0, "most probable tokens that are kept; 0: all", at_least=0)
     top_p: float = knob(1.0, "probability that the kept tokens reach together; 1: all tokens", above=0, at_most=1)
@@ -409,7 +422,7 @@ class Config:
     """A whole run."""
 
     seed: int = knob(0, "of weights, prompts and samples", at_least=0, below=2**31)
-    num_steps: int = knob(800, "iterations of rollout and update", unit="steps", at_least=0)
+    num_steps: int = knob(800, "iterations of rollout and update; -1: as suits the embedded task", unit="steps", at_least=-1)
     eval_every: int = knob(100, "steps between held-out evaluations; 0: only before and after", unit="steps", at_least=0)
     steps_per_call: int = knob(
         0,

@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
+from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.config.schema import TARGETS, TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text
@@ -32,6 +33,7 @@ def validate(config: Config) -> None:
     # Ranges come first: the checks of combinations divide by these numbers.
     _check_knobs(config)
     _check_operands(config)
+    _check_embedded(config)
     _require_objective(config)
     _require_prompts(config)
     _require_reward(config)
@@ -55,7 +57,7 @@ def validate(config: Config) -> None:
         )
     _require_overlong(config)
     if not config.model.path:
-        if config.task.name != "arithmetic":
+        if config.task.name not in EMBEDDED:
             raise UserError(
                 f"config.model.path is empty: task {config.task.name!r} needs a model, give a Hugging Face folder or hub id"
             )
@@ -72,7 +74,7 @@ def validate(config: Config) -> None:
     _check_async(config)
     _require_mesh(config)
     _require_trackers(config)
-    if config.warm_start.num_steps and config.task.name != "arithmetic":
+    if config.warm_start.num_steps and config.task.name not in EMBEDDED:
         raise UserError(
             f"config.warm_start.num_steps = {config.warm_start.num_steps}: task {config.task.name!r} has no worked answers, "
             "set it to 0"
@@ -84,11 +86,11 @@ def _check_tokens(config: Config) -> None:
     rollout, forced = config.rollout, config.rollout.forced_prefix_ids
     if "" in rollout.stop:
         raise UserError(f"config.rollout.stop = {rollout.stop!r}: an empty text stands everywhere, leave it out")
-    if config.task.name == "arithmetic" and (rollout.stop or rollout.stop_ids):
+    if config.task.name in EMBEDDED and (rollout.stop or rollout.stop_ids):
         name = "stop" if rollout.stop else "stop_ids"
         raise UserError(
-            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task 'arithmetic' end with the end token (a "
-            "language model's with a newline too), leave it empty"
+            f"config.rollout.{name} = {getattr(rollout, name)!r}: answers of task {config.task.name!r} end with the end token "
+            "(a language model's with a newline too), leave it empty"
         )
     if len(forced) >= rollout.max_completion_tokens:
         raise UserError(
@@ -227,8 +229,8 @@ def _require_reward(config: Config) -> None:
     task, reward = config.task, config.reward
     for field, expression, sources in _expressions(config):
         parts = [part.name for part in reward_expression.parse(expression, field)]
-        if parts and task.name == "arithmetic":
-            raise UserError(f"{field} = {expression!r}: task 'arithmetic' has a reward of its own, leave it empty")
+        if parts and task.name in EMBEDDED:
+            raise UserError(f"{field} = {expression!r}: task {task.name!r} has a reward of its own, leave it empty")
         if "reasoning_gym" in parts and set(sources) != {"reasoning_gym"}:
             raise UserError(f"{field} = {expression!r}: only questions of task 'reasoning_gym' can be scored by it")
         _check_code_and_judge(parts, config)
@@ -282,13 +284,13 @@ def _source_names(task: TaskConfig) -> list[str]:
 def _require_prompts(config: Config) -> None:
     """Check what is around a question."""
     task, chat = config.task, ("chat_template", "chat_template_kwargs", "template_date")
-    if task.name == "arithmetic":
+    if task.name in EMBEDDED:
         # All that its prompts, a line of text, do not have: a setting that did nothing would be believed.
         for name in ("system_prompt", "prompt_template", "num_shots", "assistant_prefill", "mixture", *chat):
             if getattr(task, name):
-                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots")
+                where = ", it is config.task.arithmetic.num_shots" * (name == "num_shots" and task.name == "arithmetic")
                 raise UserError(
-                    f"config.task.{name} = {getattr(task, name)!r}: task 'arithmetic' has none{where}; leave it at its default"
+                    f"config.task.{name} = {getattr(task, name)!r}: task {task.name!r} has none{where}; leave it at its default"
                 )
     for name in chat:
         value = getattr(task, name)
@@ -382,6 +384,27 @@ def _check_operands(config: Config) -> None:
     unknown = set(config.task.arithmetic.operators) - {"+", "-"}
     if unknown or not config.task.arithmetic.operators:
         raise UserError(f"config.task.arithmetic.operators = {config.task.arithmetic.operators!r}: one or both of '+' and '-'")
+
+
+def _check_embedded(config: Config) -> None:
+    """Check that the embedded tasks of long answers have problems to give, and the decoder that they are made for."""
+    task = config.task
+    if task.name in EMBEDDED[1:] and config.model.path:
+        raise UserError(
+            f"config.model.path = {config.model.path!r}: task {task.name!r} is written in signs of its own, for the built-in "
+            "decoder; leave it empty, or take task 'arithmetic'"
+        )
+    countdown, maze = task.countdown, task.maze
+    if countdown.num_numbers * countdown.max_number > 99:
+        raise UserError(
+            f"config.task.countdown.max_number = {countdown.max_number}: {countdown.num_numbers} of them may add up to more "
+            "than two digits hold; at most 99 together"
+        )
+    if maze.num_walls > maze.side**2 // 2 or maze.min_distance > 2 * (maze.side - 1):
+        raise UserError(
+            f"config.task.maze.num_walls = {maze.num_walls}, min_distance = {maze.min_distance}: at most half of the cells of "
+            f"side = {maze.side} are walls, and start and goal at most {2 * (maze.side - 1)} steps apart"
+        )
 
 
 def _field(config: Config, dotted: str) -> Any:

@@ -22,7 +22,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config: Any = ConfigDict()
     # fields: begin (each is declared in grpo_jax/config/schema.py; grpo-jax fields --write=configs/base.py)
     config.seed = 0  # of weights, prompts and samples
-    config.num_steps = 800  # iterations of rollout and update [steps]
+    config.num_steps = 800  # iterations of rollout and update; -1: as suits the embedded task [steps]
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
     config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
     # 0 | 1; 1: tasks on the host score the next batch while this one is trained on; it is a step old then [steps]
@@ -52,12 +52,13 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.lora.path = ""  # PEFT folder to continue from; empty: fresh adapters
 
     config.task = ConfigDict()
-    # arithmetic | jsonl | dataset | reasoning_gym | mixture | module:function; source of questions
+    # arithmetic | chain | countdown | maze | forks | jsonl | dataset | reasoning_gym | mixture | module:function; source of
+    # questions
     config.task.name = "arithmetic"
     config.task.params = {}  # settings for a module:function, by parameter: config.task.params.level = 2
     config.task.max_prompt_tokens = 512  # longer prompts are dropped and counted [tokens]
-    config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of arithmetic
-    config.task.system_prompt = ""  # goes before every question; this and the rest of these: of all tasks but arithmetic
+    config.task.shuffle = True  # a new order in each epoch; False: the order of the data, for curricula; not of embedded tasks
+    config.task.system_prompt = ""  # goes before every question; this and the rest of these: not of embedded tasks
     config.task.prompt_template = ""  # "{prompt} Put the answer in \boxed{}.": around every question; empty: it alone
     config.task.num_shots = 0  # worked questions before each question; they leave the training data
     config.task.assistant_prefill = ""  # text behind every prompt, with which the model's answer begins
@@ -76,6 +77,21 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.arithmetic.max_operand = 99  # largest operand; above min_operand
     config.task.arithmetic.operators = "+"  # signs that occur; "+-" is harder and needs more warm-up
     config.task.arithmetic.num_shots = 0  # worked lines before the question, other ones for each
+    config.task.chain = ConfigDict()
+    config.task.chain.num_terms = 6  # numbers of a sum; a step for each but the first
+    config.task.chain.max_term = 4  # largest of them; more of a sum is beyond ten then, where the teacher forgets to carry
+    config.task.countdown = ConfigDict()
+    config.task.countdown.num_numbers = 3  # numbers to use, each once
+    config.task.countdown.max_number = 20  # largest of them; num_numbers * max_number is at most 99
+    config.task.maze = ConfigDict()
+    config.task.maze.side = 5  # cells along each side
+    config.task.maze.num_walls = 7  # cells that no path may enter, given in the prompt
+    config.task.maze.min_distance = 4  # steps from start to goal at the least
+    config.task.forks = ConfigDict()
+    config.task.forks.num_forks = 4  # k: decisive tokens of a completion
+    config.task.forks.filler_tokens = 6  # before each fork [tokens]
+    config.task.forks.filler_entropy = 1.0  # of each of them, as the teacher draws it; at most log 8 [nats]
+    config.task.forks.hard_digits = 3  # the highest digits, that the teacher is careless about
     config.task.jsonl = ConfigDict()
     config.task.jsonl.path = ""  # one {"prompt": ..., "answer": ...} a line
     config.task.jsonl.eval_path = ""  # held-out questions; empty: eval.num_prompts lines are held out of `path`
@@ -93,7 +109,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.reasoning_gym.num_train = 10_000  # questions generated for training
 
     config.reward = ConfigDict()
-    config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (arithmetic: always its own)
+    config.reward.task = ""  # decides success; empty: math_verify, for reasoning_gym its own (embedded: always its own)
     config.reward.shaping = ""  # only added to what the advantage sees
     # JSON, {"openai/gsm8k": "math_verify", "*": "exact"}: in place of `task`, by the value of task.columns.reward; empty: the
     # column itself holds the parts
@@ -142,15 +158,16 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.reward.scoring.file_limit_mb = 8192  # of each file that a reward writes; 0: none [MiB]
 
     config.warm_start = ConfigDict()
-    config.warm_start.num_steps = 1200  # supervised steps before reinforcement; 0: none
+    config.warm_start.num_steps = 1200  # supervised steps before reinforcement; 0: none; -1: as suits the task
     config.warm_start.batch_size = 128  # worked answers in a step
     config.warm_start.learning_rate = 0.003  # peak, after a tenth of the steps
-    config.warm_start.label_noise = 0.8  # share of answers whose teacher forgot to carry: reinforcement has to correct it
+    # how often the teacher is careless, in sums forgets to carry: reinforcement has to correct it
+    config.warm_start.label_noise = 0.8
 
     config.rollout = ConfigDict()
     config.rollout.num_prompts = 32  # P: groups in a batch
     config.rollout.group_size = 8  # G: completions of each prompt; at least 2
-    config.rollout.max_completion_tokens = 6  # generation budget, stop token included [tokens]
+    config.rollout.max_completion_tokens = 6  # generation budget, stop token included; 0: as suits the embedded task [tokens]
     config.rollout.temperature = 1.0  # logits are divided by it
     config.rollout.top_k = 0  # most probable tokens that are kept; 0: all
     config.rollout.top_p = 1.0  # probability that the kept tokens reach together; 1: all tokens
@@ -256,7 +273,10 @@ def changes_to(variant: str) -> dict[str, Any]:
 
 
 def tiny(config: Any) -> None:
-    """The settings above."""
+    """The settings above, with the numbers that suit the embedded task; for sums they are those above."""
+    config.num_steps = -1
+    config.warm_start.num_steps = -1
+    config.rollout.max_completion_tokens = 0
 
 
 def llm(config: Any) -> None:
@@ -291,6 +311,7 @@ def runlocal(config: Any) -> None:
     """Seconds, to see that everything runs."""
     config.num_steps = 3
     config.eval_every = 2
+    config.rollout.max_completion_tokens = 0
     config.model.dim = 32
     config.model.num_layers = 1
     config.model.ffn_dim = 64

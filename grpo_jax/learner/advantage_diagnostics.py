@@ -120,7 +120,8 @@ def advantage_metrics(
     advantage/differs_from_grpo: share of tokens whose advantage is not plain GRPO's; 0 says that the variant's estimator
     changed nothing. advantage/success_correlation: Pearson's correlation of a token's advantage with the success (0 or 1)
     of its completion; 0 where one of them is the same everywhere. advantage/silent: share of tokens whose advantage is exactly
-    0: groups of equal rewards, and what a filter of rows or tokens drops.
+    0: groups of equal rewards, and what a filter of rows or tokens drops. advantage/credit_correlation, with a task that knows
+    the tokens' true advantage: Pearson's correlation with it.
 
     Args:
       obj: the objective. batch: full. mask_PGT: the trained tokens. adv_PGT: the update's own advantages.
@@ -129,8 +130,12 @@ def advantage_metrics(
     grpo_PGT = batch_advantages(GRPO, batch, mask_PGT, batch.rollout.entropy_PGT)
     is_different_PGT = jnp.abs(adv_PGT - grpo_PGT) > SAME * jnp.maximum(jnp.abs(adv_PGT), jnp.abs(grpo_PGT))
     is_success_PG1 = (batch.task_reward_PG >= obj.success_threshold)[..., None]
-    return {
+    metrics: dict[str, Metric] = {
         "advantage/differs_from_grpo": Mean.of(is_different_PGT, mask_PGT),
         "advantage/silent": Mean.of(adv_PGT == 0, mask_PGT),
         "advantage/success_correlation": Correlation.of(adv_PGT, is_success_PG1 & (mask_PGT > 0), mask_PGT),
     }
+    if batch.credit_PGT is not None:
+        known_PGT = mask_PGT * jnp.isfinite(batch.credit_PGT)
+        metrics["advantage/credit_correlation"] = Correlation.of(adv_PGT, batch.credit_PGT, known_PGT)
+    return metrics

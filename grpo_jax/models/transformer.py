@@ -232,7 +232,8 @@ class Decoder(nnx.Module):
         self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
         self.hardware = hardware
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
-        self.layers = nnx.vmap(lambda r: Block(arch, lora=lora, rngs=r))(rngs.split(arch.num_layers))
+        stack = nnx.split_rngs(splits=arch.num_layers)(nnx.vmap(lambda rngs: Block(arch, lora=lora, rngs=rngs)))
+        self.layers = stack(rngs)
         self.final_norm = RMSNorm(arch.dim, arch)
         if arch.tie_embeddings:
             self.head = None

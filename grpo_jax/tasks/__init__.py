@@ -7,7 +7,7 @@ and a whole iteration (prompts, rollout, reward, advantage, update) compiles int
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Int, Shaped
 
@@ -97,8 +97,17 @@ def summary(task: Task) -> str:
     return getattr(task, "summary", "")
 
 
+def knows_credit(task: Task) -> bool:
+    """Tell if a task knows the true advantage of every token (`ForksTask.token_credit`)."""
+    return hasattr(task, "token_credit")
+
+
 class TraceableTask(Task, Protocol):
     """A task whose prompts and reward are pure JAX functions. `is_traceable` is True."""
+
+    def reference(self, answer: Any) -> list[int]:
+        """Return a right completion, without a stop token. answer: of one prompt."""
+        ...
 
     def train_prompts(
         self, position: int | Int[Arrays, ""], num_prompts: int, seed: int | Int[Arrays, ""] | None = None

@@ -145,6 +145,11 @@ class ArithmeticTask:
         pairs = zip(np.asarray(tokens_PGT), np.asarray(mask_PGT) > 0, strict=True)
         return [[self.tokenizer.decode(t_T[m_T]).strip() for t_T, m_T in zip(*pair, strict=True)] for pair in pairs]
 
+    def reference(self, answer: Int[Arrays, " A"]) -> list[int]:
+        """Return the right completion, without a stop token. answer: of the prompt."""
+        ids = np.asarray(answer)
+        return ids[ids >= 0].tolist()
+
     def supervised(
         self, key: Key[jax.Array, ""], num_examples: int, label_noise: float
     ) -> tuple[Prompts, Int[jax.Array, "P 1 A"], Float[jax.Array, "P 1 A"]]:

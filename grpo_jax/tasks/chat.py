@@ -15,7 +15,7 @@ from typing import Any
 from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}, a text
 
 _log = logging.getLogger(__name__)
 _PROBE = "Zebra"  # a text that no template has of its own
@@ -40,11 +40,12 @@ _MARKUP = (
 class ChatTemplate:
     """Writes chats by a tokenizer's chat template, with the arguments and the date of config.task.
 
-    Where the template has no system role, a system message becomes the beginning of the user's first turn.
+    Where the template has no system role, a system message becomes the beginning of the user's first turn. Where it reads
+    contents as lists of parts alone, as those of many vision models do, they are given as such.
 
     Args:
       config: config.task. tokenizer: a HFTokenizer.
-    Raises: UserError naming an argument that the template does not read.
+    Raises: UserError naming an argument that the template does not read, or if it leaves out what the user says.
     """
 
     def __init__(self, config: TaskConfig, tokenizer: Any) -> None:
@@ -57,12 +58,36 @@ class ChatTemplate:
             self._template = with_date(own, config.template_date)
         self._has_system_role: bool | None = None
         self._header: str | None = None
+        self._has_warned = False
+        self._as_parts = False
+        self._as_parts = self._wants_parts()
 
     def __call__(self, messages: Sequence[Message]) -> str:
         """Return the text of a prompt, up to where the assistant begins to speak."""
         if messages[0]["role"] == "system" and not self.has_system_role:
             messages = merge_system(messages)
-        return self._render(messages)
+        text = self._render(messages)
+        changed = next((each for each in messages if each["role"] == "user" and each["content"].strip() not in text), None)
+        if changed is not None and not self._has_warned:
+            self._has_warned = True
+            _log.warning("the chat template changes or leaves out what the user says: %.60r", changed["content"])
+        return text
+
+    def _wants_parts(self) -> bool:
+        """Tell if the template reads contents as lists of parts alone. Raises UserError if it leaves out what the user says."""
+        user = {"role": "user", "content": _PROBE}
+        try:
+            if _PROBE in self._render([user]):
+                return False
+        except UserError:  # it may refuse this chat, or text
+            pass
+        self._as_parts = True
+        try:
+            if _PROBE in self._render([user]):
+                return True
+        except UserError:
+            return False  # what it refuses is said with the first question's place
+        raise UserError("the chat template leaves out what the user says; give another one in config.task.chat_template")
 
     @property
     def has_system_role(self) -> bool:
@@ -116,6 +141,8 @@ class ChatTemplate:
         return header[: _end_before(_REASONING, header)]
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        if self._as_parts:
+            messages = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
         return self._tokenizer.render_chat(
             messages, template=self._template, add_generation_prompt=add_generation_prompt, **self._arguments
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import textwrap
 from typing import Any
 
 from rich.console import Console
@@ -96,7 +97,7 @@ def page() -> str:
 
 
 def assignment(name: str, value: object, declared: Knob | None) -> list[str]:
-    """The line, or two, that set a field to its default."""
+    """The line that sets a field to its default, below its comment if both are too long for one."""
     code = f"    config.{name} = {literal(value)}"
     if declared is None:
         return [code]
@@ -104,7 +105,9 @@ def assignment(name: str, value: object, declared: Knob | None) -> list[str]:
     unit = f" [{declared.unit}]" * (declared.unit not in declared.about)
     comment = f"# {choices}{declared.about}{unit}"
     line = f"{code}  {comment}"
-    return [line] if len(line) <= LINE_LENGTH else [f"    {comment}", code]
+    if len(line) <= LINE_LENGTH:
+        return [line]
+    return [*textwrap.wrap(comment, LINE_LENGTH, initial_indent="    ", subsequent_indent="    # "), code]
 
 
 def literal(value: object) -> str:

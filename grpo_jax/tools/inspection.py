@@ -8,7 +8,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from grpo_jax.config import Config, parse_config
 from grpo_jax.errors import RunError
-from grpo_jax.tasks import Task, data_metrics, summary
+from grpo_jax.tasks import Task, TraceableTask, data_metrics, summary
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.row_rewards import RowRewards
 from grpo_jax.training.build import make_task
@@ -189,8 +189,7 @@ def row_of(task: Task, answer: Any) -> tuple[Mapping[str, Any], str]:
     """Return (what a prompt is scored by, the place of its row). answer: of the prompt, in `Prompts.answer`."""
     if isinstance(task, HostTask):
         return task.row(int(answer))
-    ids = np.asarray(answer)
-    return {"answer": task.tokenizer.decode(ids[ids >= 0])}, "made by a rule"
+    return {"answer": task.tokenizer.decode(cast(TraceableTask, task).reference(answer))}, "made by a rule"
 
 
 def score_references(task: Task, config: Config, num: int) -> tuple[int, int, list[PartView]]:
@@ -279,8 +278,7 @@ def reference_ids(task: Task, item: Mapping[str, Any], answer: Any) -> list[int]
       task: of the prompt. item: what it is scored by. answer: of the prompt.
     """
     if not isinstance(task, HostTask):
-        ids = np.asarray(answer)
-        return ids[ids >= 0].tolist()
+        return cast(TraceableTask, task).reference(answer)
     reference = item.get("answer")
     if isinstance(reference, tuple):
         reference = reference[0]

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from grpo_jax import objectives
 from grpo_jax.config import Config
+from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
@@ -22,28 +23,22 @@ from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
 from grpo_jax.rng import key_for
 from grpo_jax.tasks import Task, Tokenizer
-from grpo_jax.tasks.arithmetic import ALPHABET, ArithmeticTask
+from grpo_jax.tasks.embedded import make_embedded, tokenizer_of
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.sources import load_data
-from grpo_jax.tasks.tokenizers import CharTokenizer, HFTokenizer
+from grpo_jax.tasks.tokenizers import HFTokenizer
 from grpo_jax.training.warm_start import make_warm_start
 from grpo_jax.types import Params
 
 
 def make_task(config: Config) -> Task:
     """Make the task that config.task names, with the model's tokenizer (built-in characters without a model folder)."""
-    tokenizer: Tokenizer = CharTokenizer(ALPHABET)
+    tokenizer: Tokenizer = tokenizer_of(config)
     if config.model.path:
         tokenizer = HFTokenizer(config.model.path, config.task.chat_template)
     task: Task
-    if config.task.name == "arithmetic":
-        task = ArithmeticTask(
-            config.task.arithmetic,
-            tokenizer,
-            seed=config.seed,
-            num_eval=config.eval.num_prompts,
-            max_answer_tokens=config.rollout.max_completion_tokens,
-        )
+    if config.task.name in EMBEDDED:
+        task = make_embedded(config, tokenizer)
     else:
         task = HostTask(config, tokenizer, load_data(config))
     if isinstance(tokenizer, HFTokenizer):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import Config
+from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.errors import UserError
 from grpo_jax.files import write_atomically
 from grpo_jax.parallel import hosts
@@ -57,7 +58,7 @@ def pin_template_date(config: Config, workdirs: Sequence[pathlib.Path]) -> Confi
     """
     # In the config, so that all who read a run's config.json (evaluation, export, a resume) have the same prompts.
     task = config.task
-    if task.template_date or task.name == "arithmetic" or not (config.model.path and task.use_chat_template):
+    if task.template_date or task.name in EMBEDDED or not (config.model.path and task.use_chat_template):
         return config
     try:
         if not template_writes_date(config.model.path, task.chat_template):

@@ -33,7 +33,7 @@ from grpo_jax.parallel.sharding import (
     shardings_of,
     with_shardings,
 )
-from grpo_jax.tasks import Task
+from grpo_jax.tasks import Task, knows_credit
 from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer, restore_params
 from grpo_jax.training.dynamic_sampling import empty_buffer
@@ -113,7 +113,8 @@ class TrainFns:
         P, G = self.config.rollout.num_prompts, self.config.rollout.group_size
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
         row, is_scored = (jax.ShapeDtypeStruct((P, G), dtype) for dtype in (jnp.float32, jnp.bool_))
-        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored)
+        credit = rolled.mask_PGT if knows_credit(self.task) else None
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit)
 
     def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute `advantages_with_grpo` of a batch."""

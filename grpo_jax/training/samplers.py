@@ -9,6 +9,7 @@ alike.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from grpo_jax.rollout.stops import StopStrings, stop_strings
-from grpo_jax.tasks import Task, Tokenizer, TraceableTask
+from grpo_jax.tasks import Task, Tokenizer, TraceableTask, knows_credit
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import token_texts
 from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, resize_batch, resize_on_device
@@ -160,6 +161,9 @@ class DeviceSampler:
             easy_share=self.config.overlong.easy_share,
             success_threshold=self.config.objective.success_threshold,
         )
+        if knows_credit(self.task):
+            sampled = rolled.tokens_PGT, rolled.mask_PGT, rolled.sampler_logp_PGT
+            batch = dataclasses.replace(batch, credit_PGT=self.task.token_credit(rolled.prompts.answer, *sampled))
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
 
@@ -266,13 +270,20 @@ def sample_metrics(batch: Batch, success_threshold: float) -> dict[str, Metric]:
     lengths_PG, is_scored_PG = rolled.mask_PGT.sum(-1), batch.is_scored_PG
     if is_scored_PG is None:
         is_scored_PG = jnp.ones_like(batch.task_reward_PG, bool)
+    is_right_PG = is_scored_PG & (batch.task_reward_PG >= success_threshold)
+    is_wrong_PG = is_scored_PG & ~is_right_PG
+    right_PGT, wrong_PGT = (rolled.mask_PGT * each[..., None] for each in (is_right_PG, is_wrong_PG))
     return {
         "reward/mean": Mean.of(batch.reward_PG, is_scored_PG),
         "reward/std": Std.of(batch.reward_PG, is_scored_PG),
-        "reward/success": Mean.of((batch.task_reward_PG >= success_threshold).astype(jnp.float32), is_scored_PG),
+        "reward/success": Mean.of(is_right_PG.astype(jnp.float32), is_scored_PG),
         "reward/unscored": Mean.of(1.0 - is_scored_PG),
         "policy/entropy": Mean.of(rolled.entropy_PGT, rolled.mask_PGT),
+        "policy/entropy_right": Mean.of(rolled.entropy_PGT, right_PGT),
+        "policy/entropy_wrong": Mean.of(rolled.entropy_PGT, wrong_PGT),
         "completion/length_mean": Mean.of(lengths_PG),
+        "completion/length_right": Mean.of(lengths_PG, is_right_PG),
+        "completion/length_wrong": Mean.of(lengths_PG, is_wrong_PG),
         "completion/length_max": Max(lengths_PG.max()),
         "completion/truncated": Mean.of(rolled.is_truncated_PG.astype(jnp.float32)),
         "groups/uninformative": Mean.of(1.0 - shaping.is_informative(batch.task_reward_PG, is_scored_PG)),

@@ -14,8 +14,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards
-from grpo_jax.tasks.arithmetic import ALPHABET
-from grpo_jax.tasks.tokenizers import CharTokenizer
+from grpo_jax.tasks.embedded import tokenizer_of
 from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.tools.roofline import Sizes
 from grpo_jax.training import build
@@ -119,7 +118,7 @@ def make_job(config: Config, shape: str, prompt_tokens: int, num_devices: int) -
     Raises: UserError if the shape is unknown or the mesh needs more devices.
     """
     mesh = mesh_of(tuple(axis_sizes(config.mesh.sizes, num_devices).values()))
-    model = build.make_model(dataclasses.replace(config, model=drop_path(config.model, shape)), CharTokenizer(ALPHABET))
+    model = build.make_model(dataclasses.replace(config, model=drop_path(config.model, shape)), tokenizer_of(config))
     if shape:
         model = dataclasses.replace(model, arch=SHAPES[shape])
     return Job(config, model, mesh, prompt_tokens or config.task.max_prompt_tokens)
