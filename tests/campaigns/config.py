@@ -75,7 +75,7 @@ class Programs:
         # Read when jax is imported, by the process that is forked.
         os.environ.update(programs.environment(cache=cache))
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["tests.campaigns.config", "grpo_jax.training.trainer", "orbax.checkpoint"])
+        self.context.set_forkserver_preload(["tests.campaigns.common", "grpo_jax.tools.train"])
 
     def run(self, flags: list[str], output: pathlib.Path) -> tuple[int | None, str]:
         """-> (exit status, None if it did not end in time; what was said)."""
