@@ -18,14 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from grpo_jax.models import exact
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
 from grpo_jax.models.experts import Experts, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
-from grpo_jax.models.linear import project
+from grpo_jax.models.linear import like, project, scaled
 from grpo_jax.models.lora import LoRA, adapter_of
-from grpo_jax.models.rope import rotate
+from grpo_jax.models.rope import RopeTables, rotate
+from grpo_jax.models.tiles import Tiles, tiles_of
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
@@ -71,7 +73,7 @@ class Linear(nnx.Module):
             low = project(x, self.lora_a[...].astype(x.dtype))
             y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
         if self.bias is not None:
-            y = y + _like(self.bias[...].astype(x.dtype), y)
+            y = y + like(self.bias[...].astype(x.dtype), y)
         return y
 
 
@@ -89,10 +91,10 @@ class RMSNorm(nnx.Module):
         # The families differ in where they round: Gemma multiplies by 1 + weight in float32, as bfloat16 has no 1.001; Llama
         # rounds first. Loaded weights give the same logits only if it is done their way.
         if self.plus_one:
-            return (normed * _like(1 + self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
+            return (normed * like(1 + self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
         if self.rounds_last:
-            return (normed * _like(self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
-        return normed.astype(x.dtype) * _like(self.weight[...].astype(x.dtype), x)
+            return (normed * like(self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
+        return normed.astype(x.dtype) * like(self.weight[...].astype(x.dtype), x)
 
 
 def _norm_if(is_present: bool, dim: int, arch: Architecture) -> Callable[[Array], Array]:
@@ -122,37 +124,21 @@ class Attention(nnx.Module):
         self.q_norm = _norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
         self.k_norm = _norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
 
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        view: AttentionView,
-        prefix: KVCache | None,
-        cache: KVCache | None,
-        slot: int | Int[Array, "..."],
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Attend to this call's keys, to those in the cache and to those of the prompt.
-
-        Args:
-          x_BTD: normed hidden states, in the compute dtype. view: positions and masks.
-          prefix: the prompts' keys and values, [P, ...] of this layer, or None. Rows p*G .. p*G+G-1 see prompt p.
-          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
-        Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
-        """
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Return queries, keys and values of normed hidden states; rope, query_scale: of their positions, None: 1."""
         arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
         if arch.qk_norm_spans_heads:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
         else:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
-        q_BTNH, k_BTKH = (rotate(x, view.rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
-        if view.query_scale is not None:
-            q_BTNH = q_BTNH * view.query_scale.astype(q_BTNH.dtype)
         # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
-        own = KVCache.of(k_BTKH, v_BTKH)
-        if cache is not None:
-            own = cache.update(own, slot)
-        out_BTNH = attend(q_BTNH, own, view, prefix, arch.attention_scale, arch.score_cap)
-        return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
+        q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
+        if query_scale is not None:
+            q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
+        return q_BTNH, k_BTKH, v_BTKH
 
 
 class MLP(nnx.Module):
@@ -199,13 +185,34 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "B T k"] | None]:
         """Run the layer.
 
-        Args: as `Attention.__call__` has them; x_BTD is the residual stream.
-        Returns: (the residual stream after this layer, keys and values as `Attention` gives them, its tokens' experts or None).
+        Args:
+          x_BTD: the residual stream. view: positions and masks. prefix: the prompts' keys and values, [P, ...] of this layer,
+            or None; rows p*G .. p*G+G-1 see prompt p.
+          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
+        Returns: (the residual stream after this layer, this call's keys and values, or `cache` with them written from `slot`
+          on, its tokens' experts or None).
         """
-        attn_BTD, kv = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
+        arch = self.attn.arch
+        q_BTNH, *own = self.enter(x_BTD, view.rope, view.query_scale)
+        kv = KVCache.of(*own)
+        if cache is not None:
+            kv = cache.update(kv, slot)
+        out_BTNH = attend(q_BTNH, kv, view, prefix, arch.attention_scale, arch.score_cap)
+        x_BTD, chosen_BTk = self.leave(x_BTD, out_BTNH)
+        return x_BTD, kv, chosen_BTk
+
+    # What a row does by itself, before attention and after it.
+
+    def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array]:
+        """Return what `Attention.project` does, of the residual stream."""
+        return self.attn.project(self.attn_norm(x_BTD), rope, query_scale)
+
+    def leave(self, x_BTD: Array, out_BTNH: Float[Array, "B T N H"]) -> tuple[Array, Int[Array, "B T k"] | None]:
+        """Return (the residual stream with the heads' outputs and the MLP's, the tokens' experts or None)."""
+        attn_BTD = self.attn.o(out_BTNH.reshape(*x_BTD.shape[:2], -1))
         x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
         mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), kv, chosen_BTk
+        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), chosen_BTk
 
 
 class Decoder(nnx.Module):
@@ -220,6 +227,7 @@ class Decoder(nnx.Module):
         lora: LoRA | None = None,
         gather: GatherLayer | None = None,
         hardware: Hardware | None = None,
+        tiles: Tiles | None = None,
         rngs: nnx.Rngs,
     ):
         """Draw fresh parameters.
@@ -227,10 +235,10 @@ class Decoder(nnx.Module):
         Args:
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
-          hardware: accelerators that the program is compiled for, or None.
+          hardware: accelerators that the program is compiled for, or None. tiles: of exact numbers (`exact`), or None.
         """
         self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
-        self.hardware = hardware
+        self.hardware, self.tiles = hardware, tiles
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
         stack = nnx.split_rngs(splits=arch.num_layers)(nnx.vmap(lambda rngs: Block(arch, lora=lora, rngs=rngs)))
         self.layers = stack(rngs)
@@ -254,7 +262,7 @@ class Decoder(nnx.Module):
     def finish(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """Return the final hidden states of the residual stream behind the last layer."""
         # Logits are products of these with the head: whatever divides the logits divides them.
-        return scaled(self.final_norm(x), 1 / self.arch.logit_divisor)
+        return scaled(exact.run_norm(self.tiles, self.final_norm, x), 1 / self.arch.logit_divisor)
 
     def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
         """Return what enters the first layer, in the compute dtype."""
@@ -274,17 +282,18 @@ class Decoder(nnx.Module):
         views = self._views(mask_BT)
 
         def layer(block: Block, x_BTD, is_local):
-            return block(x_BTD, select_view(views, is_local))[0], None
+            return exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local))[0], None
 
         hidden_BTD, _ = self._scan_layers(layer, self.embed_tokens(tokens_BT))
         return self.finish(hidden_BTD)
 
     def encode_prompts(self, tokens_PS: Int[Array, "P S"], mask_PS: Shaped[Array, "P S"]) -> tuple[Float[Array, "P D"], Prefix]:
         """Run left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
+        tokens_PS, mask_PS = exact.pad_prompts(self.tiles, tokens_PS, mask_PS)
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
-            return block(x_PSD, select_view(views, is_local))[:2]
+            return exact.run_block(self.tiles, block, x_PSD, select_view(views, is_local))[:2]
 
         hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
         return self.finish(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
@@ -318,12 +327,13 @@ class Decoder(nnx.Module):
         """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
+        tokens_PS, mask_PS = exact.pad_prompts(self.tiles, tokens_PS, mask_PS)
         prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kv, chosen_PSk = block(x_PSD, select_view(prompt_views, is_local))
-            x_BTD, _, chosen_BTk = block(x_BTD, select_view(views, is_local), kv)
+            x_PSD, kv, chosen_PSk = exact.run_block(self.tiles, block, x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _, chosen_BTk = exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local), kv)
             if chosen_PSk is None or chosen_BTk is None:
                 return (x_PSD, x_BTD), None
             E = self.arch.num_experts
@@ -407,21 +417,9 @@ class Decoder(nnx.Module):
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             layer_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
             view = views[i in self.arch.local_layers]
-            x_B1D, cache, _ = nnx.merge(graphdef, weights)(x_B1D, view, layer_prefix, cache, slot)
+            x_B1D, cache, _ = exact.run_block(self.tiles, nnx.merge(graphdef, weights), x_B1D, view, layer_prefix, cache, slot)
             filled.append(cache)
         return self.finish(x_B1D)[:, 0], filled
-
-
-def scaled(x: Array, factor: float) -> Array:
-    """Return x times a number, rounded once: the number itself would be rounded to the compute dtype."""
-    if factor == 1:
-        return x
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def _like(vector: Array, x: Array) -> Array:
-    """Return a vector with leading axes of size 1: the rank of x (implicit rank promotion is an error in our tests)."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def init_params(arch: Architecture, key: Array) -> Params:
@@ -439,6 +437,12 @@ class ModelDef:
     lora: LoRA | None = None
     hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
     is_router_frozen: bool = False
+    numerics: str = "fast"  # "exact": the sampler's and the learner's numbers are one, bit for bit
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """Sizes that rows and keys are cut into, where numbers are exact; None: they are not."""
+        return tiles_of(self.hardware) if self.numerics == "exact" else None
 
     @property
     def remat_policy(self) -> str:
@@ -487,9 +491,7 @@ class ModelDef:
         """Return the decoder with shapes in place of its parameters."""
 
         def build() -> Decoder:
-            remat, rngs = self.remat_policy, nnx.Rngs(0)
-            return Decoder(
-                self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gather=gather, hardware=self.hardware, rngs=rngs
-            )
+            static = {"dtype": self.dtype, "remat": self.remat_policy, "lora": self.lora, "hardware": self.hardware}
+            return Decoder(self.arch, **static, tiles=self.tiles, gather=gather, rngs=nnx.Rngs(0))
 
         return nnx.eval_shape(build)
