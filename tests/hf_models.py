@@ -151,8 +151,8 @@ def randomise(model):
 def centre_of(config, key):
     """The mean of a norm's random weights: 1, though it is 2 that Gemma's multiply by then.
 
-    Qwen3.5's stack would make too much of each rounding to be compared: 0 where its norms multiply by 1 + weight, which those of
-    its gated delta nets do not.
+    Qwen3.5's stack would make too much of each rounding to be compared: 0 where its norms multiply by 1 + weight, which those
+    of its gated delta nets do not.
     """
     is_qwen35 = config.get_text_config().model_type == "qwen3_5_text"
     return 0.0 if is_qwen35 and "linear_attn" not in key else 1.0
