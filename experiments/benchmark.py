@@ -129,7 +129,7 @@ def describe_workload(run: Run, args: argparse.Namespace) -> Workload:
     """Describe what was measured, read from the run itself and not from the flags."""
     config, rollout = run.config, run.config.rollout
     rows = rollout.num_prompts * rollout.group_size
-    microbatch = rows // (config.learner.num_minibatches * config.learner.num_microbatches)
+    microbatch = rows // (config.learner.num_minibatches * config.learner.microbatches)
     if microbatch == rows:
         microbatch = 0  # all at once, as the flag says it
     return Workload(

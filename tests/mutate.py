@@ -110,8 +110,8 @@ BUGS = [
     (
         "temperature ignored by the learner",
         "grpo_jax/learner/logprobs.py",
-        "head_logits(hidden_CD, head_VD, cap) / sampling.temperature",
-        "head_logits(hidden_CD, head_VD, cap)",
+        "head_logits(hidden_CD, head_VD, cap, tiles) / sampling.temperature",
+        "head_logits(hidden_CD, head_VD, cap, tiles)",
         "tests/test_logprobs.py",
     ),
     (
@@ -139,7 +139,7 @@ BUGS = [
         "divided twice under accumulation",
         "grpo_jax/learner/train_step.py",
         "(weight_BT / denom).reshape",
-        "(weight_BT / denom / config.learner.num_microbatches).reshape",
+        "(weight_BT / denom / config.learner.microbatches).reshape",
         "tests/test_train_step.py",
     ),
     (

@@ -1,9 +1,16 @@
-"""Programs by the TPU's own compiler, on a machine without one: `make test-aot` installs it; elsewhere these are skipped."""
+"""Programs by the TPU's own compiler, on a machine without one: `make test-aot` installs it; elsewhere these are skipped.
+
+Its estimates are compared with those in estimates.json, of the same versions: 10 % above is a failure. What is meant to be
+dearer, or was compiled by another version, is recorded anew: GRPO_JAX_RECORD_ESTIMATES=1 make test-aot.
+"""
 
 import dataclasses
+import functools
 import importlib.util
+import json
 import math
 import os
+import pathlib
 
 import pytest
 
@@ -18,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-aot"),
 ]
 V5E = chips.find_chip("v5e")
+MAX_LOGITS = logprobs.MAX_LOGITS
 G, S, T, VOCAB = 8, 384, 128, 4096
 # Layers enough for a loop; a prompt's length is no other size.
 ARCH = Architecture(VOCAB, 128, 5, 4, 2, 64, 256, qk_norm=True)
@@ -52,11 +60,18 @@ def job_of(variant, sizes, changes, arch):
     return dataclasses.replace(planned, model=dataclasses.replace(planned.model, arch=arch))
 
 
-@pytest.mark.parametrize(("variant", "sizes", "changes", "arch"), CASES.values(), ids=CASES)
-def test_the_update_compiles_with_its_kernels(devices, variant, sizes, changes, arch):
-    planned = job_of(variant, sizes, changes, arch)
-    mesh = aot.make_mesh(planned, devices)
-    update = aot.compile_program("update", planned, mesh, V5E)
+@functools.cache
+def compiled(name, program):
+    """-> what the compiler says of a case's program; several tests ask."""
+    planned = job_of(*CASES[name])
+    return aot.compile_program(program, planned, aot.make_mesh(planned, aot.devices_of("v5e", "2x2")), V5E)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_update_compiles_with_its_kernels(devices, name):
+    del devices
+    _, sizes, *_ = CASES[name]
+    update = compiled(name, "update")
     assert not update.error
     names = {each.name for each in update.kernels}
     assert {"splash_mha_fwd_residuals", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_no_residuals"} <= names
@@ -75,13 +90,63 @@ def test_the_update_compiles_with_its_kernels(devices, variant, sizes, changes, 
 def test_the_rollout_compiles_and_a_report_has_its_fields(devices):
     planned = job_of(*CASES["dapo"])
     mesh = aot.make_mesh(planned, devices)
-    programs = [aot.compile_program(name, planned, mesh, V5E) for name in ("update", "rollout")]
+    programs = [compiled("dapo", program) for program in ("update", "rollout")]
     assert not any(each.error for each in programs)
     assert "splash_mha_fwd_segmented_residuals" in {each.name for each in programs[1].kernels}, "prompts are read by it"
     found = aot.report(aot.on_hardware(planned, mesh), "v5e", V5E, "2x2", programs)
     assert found["fits"] and found["remat"] == "narrow" and found["free_bytes"] > 0.9 * V5E.hbm_bytes
     assert 0 < found["update_peak_share"] < 1 and 0 < found["token_memory_share"] < 1
     assert found["argument_bytes"] > 0 and found["temporary_bytes"] > 0 and found["kernels"]
+
+
+# ------------------------------------------------------------------------------------------- recorded estimates
+
+RECORDED = pathlib.Path(__file__).parent / "estimates.json"
+WORSE = 1.1
+
+
+def compare(chip, name, found):
+    """Hold numbers to the recorded ones, or record them."""
+    versions = aot.versions(chip)
+    everything = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    recorded = everything.setdefault(chip, {})
+    if os.environ.get("GRPO_JAX_RECORD_ESTIMATES"):
+        if recorded.get("versions") != versions:
+            recorded = everything[chip] = {"versions": versions, "estimates": {}}
+        recorded["estimates"][name] = found
+        RECORDED.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
+        return
+    if recorded.get("versions") != versions:
+        pytest.skip(f"estimates.json is of {recorded.get('versions')}, here is {versions}: record anew, as said above")
+    dearer = {key: (value, found[key]) for key, value in recorded["estimates"][name].items() if found[key] > WORSE * value}
+    assert not dearer, f"recorded, now: {dearer}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_update_is_not_dearer_than_recorded(devices, name):
+    del devices
+    update = compiled(name, "update")
+    compare("v5e", name, {"update_secs": update.secs, "temporary_bytes": update.temporary_bytes})
+
+
+def test_a_rollout_is_not_dearer_than_recorded(devices):
+    del devices
+    rollout = compiled("dapo", "rollout")
+    compare("v5e", "rollout", {"rollout_secs": rollout.secs, "rollout_temporary_bytes": rollout.temporary_bytes})
+
+
+@pytest.mark.nightly
+def test_qwen_is_not_dearer_than_recorded(devices, monkeypatch):
+    """Shape (a) of experiments/studies/aot, two minutes."""
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", MAX_LOGITS)
+    rollout = {"rollout.num_prompts": 32, "rollout.group_size": 8, "rollout.max_completion_tokens": 1024}
+    learner = {"learner.logprob_chunk_tokens": 0, "learner.old_logp": "sampler", "learner.num_microbatches": 8}
+    config = tiny.config_of("dapo", {**rollout, **learner, "model.dtype": "bfloat16", "mesh.data": 4})
+    planned = job.make_job(config, "qwen2.5-0.5b", 256, 4)
+    mesh = aot.make_mesh(planned, devices)
+    programs = [aot.compile_program(program, planned, mesh, V5E) for program in ("update", "rollout")]
+    found = aot.report(aot.on_hardware(planned, mesh), "v5e", V5E, "2x2", programs)
+    compare("v5e", "qwen2.5-0.5b", {key: found[key] for key in ("update_secs", "token_secs", "temporary_bytes")})
 
 
 def test_no_such_slice_is_one_line(devices):

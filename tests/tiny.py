@@ -182,7 +182,7 @@ class Bigram:
 
 
 class BigramDecoder:
-    logit_cap = None
+    logit_cap = tiles = None
 
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]

@@ -19,7 +19,8 @@ def resolve(config: Config) -> Config:
     """
     learner = config.learner
     clip = min(config.objective.clip_low, config.objective.clip_high)
-    is_coarse = config.model.dtype == "bfloat16" and clip < NARROW_CLIP
+    # With exact numerics the two do not differ at all.
+    is_coarse = config.model.dtype == "bfloat16" and config.model.numerics != "exact" and clip < NARROW_CLIP
     old_logp = learner.old_logp
     if old_logp == "auto":
         old_logp = "learner" if is_coarse or learner.importance_cap else "sampler"

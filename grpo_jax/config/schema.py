@@ -15,6 +15,7 @@ from grpo_jax.objectives import Objective
 
 TASKS = (*EMBEDDED, "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
+NUMERICS = ("fast", "exact")
 ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
@@ -32,6 +33,7 @@ class ModelConfig:
 
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
+    numerics: str = knob("fast", "exact: sampler and learner give the same log-probs bit for bit, at a cost", choices=NUMERICS)
     remat: str = knob(
         "auto",
         "what is computed again: dots all but products, narrow wide ones too, auto by depth",
@@ -327,7 +329,9 @@ class LearnerConfig:
 
     num_epochs: int = knob(1, "passes over a batch", at_least=1, at_most=1024)
     num_minibatches: int = knob(1, "optimizer steps in each pass", at_least=1, at_most=2**16)
-    num_microbatches: int = knob(1, "gradient accumulation in each optimizer step, on each device", at_least=1)
+    num_microbatches: int = knob(
+        0, "gradient accumulation in each optimizer step, on each device; 0: by the chip's memory, on CPUs 1", at_least=0
+    )
     bucket_tokens: int = knob(
         64,
         "the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only",
@@ -350,6 +354,11 @@ class LearnerConfig:
         "token", "the weight is of a token, of a whole row, or the mean of a row's logs", choices=SAMPLER_LEVELS
     )
     importance_outside: str = knob("truncate", "beyond the bounds the weight is the bound, or 0", choices=("truncate", "mask"))
+
+    @property
+    def microbatches(self) -> int:
+        """num_microbatches; 1 where it is not decided yet (`training.fit`)."""
+        return max(1, self.num_microbatches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model = ConfigDict()
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
+    config.model.numerics = "fast"  # fast | exact; exact: sampler and learner give the same log-probs bit for bit, at a cost
     # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
     config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained
@@ -82,7 +83,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.chain.max_term = 4  # largest of them; more of a sum is beyond ten then, where the teacher forgets to carry
     config.task.countdown = ConfigDict()
     config.task.countdown.num_numbers = 3  # numbers to use, each once
-    config.task.countdown.max_number = 20  # largest of them; num_numbers * max_number is at most 99
+    config.task.countdown.max_number = 12  # largest of them; num_numbers * max_number is at most 99
     config.task.maze = ConfigDict()
     config.task.maze.side = 5  # cells along each side
     config.task.maze.num_walls = 7  # cells that no path may enter, given in the prompt
@@ -198,7 +199,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner = ConfigDict()
     config.learner.num_epochs = 1  # passes over a batch
     config.learner.num_minibatches = 1  # optimizer steps in each pass
-    config.learner.num_microbatches = 1  # gradient accumulation in each optimizer step, on each device
+    # gradient accumulation in each optimizer step, on each device; 0: by the chip's memory, on CPUs 1
+    config.learner.num_microbatches = 0
     # the update is compiled for 64, 128, 256 ... completion tokens and the budget; 0: that only
     config.learner.bucket_tokens = 64
     # positions whose [chunk, V] logits exist at a time; 0: what suits the device [tokens]

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.models.linear import head_logits
+from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import vary_like
-from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, partition, repetition_factor, support_like
+from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, repetition_factor, score, support_like
 from grpo_jax.types import Params, Rollout
 
 CPU_CHUNK_TOKENS = 512  # positions at a time on a CPU, where more of them leave its caches and are no faster
@@ -117,6 +118,7 @@ def token_logprobs(
     cap: float | None,
     past: Past | None = None,
     has_entropy_gradient: bool = False,
+    tiles: Tiles | None = None,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
@@ -125,6 +127,7 @@ def token_logprobs(
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: the distribution, its temperature above 0. chunks: logits at a time; peak memory is chunks.tokens * V.
       cap: of the logits, as in `head_logits`. past: from `past_of`. has_entropy_gradient: the entropy is a part of a loss.
+      tiles: of exact numbers, which are then the sampler's.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head, through entropy_F if asked.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
@@ -137,7 +140,7 @@ def token_logprobs(
 
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
-    static = sampling, cap, chunks.vocab, has_entropy_gradient
+    static = sampling, cap, (chunks.vocab, tiles), has_entropy_gradient
     logp, entropy = _chunked(*static, hidden, head_VD, fixed, past and past[3:])  # pyright: ignore[reportGeneralTypeIssues]
     logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
     return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
@@ -155,10 +158,10 @@ class _Distribution(NamedTuple):
     tempered_CV: Float[jax.Array, "C V"]
 
 
-def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fixed, rows) -> _Distribution:
+def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fixed, rows, tiles=None) -> _Distribution:
     """Do to the logits what `draw` did: temperature, penalty, tokens that are ruled out, cuts."""
     targets_C, support_C, places = fixed
-    tempered_CV = head_logits(hidden_CD, head_VD, cap) / sampling.temperature
+    tempered_CV = head_logits(hidden_CD, head_VD, cap, tiles) / sampling.temperature
     vocab = tempered_CV.shape[-1]
     logits_CV, keep_CV, factor_CV = tempered_CV, None, None
     if sampling.has_penalty:
@@ -176,28 +179,27 @@ def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fix
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunked(sampling: Sampling, cap: float | None, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows):
-    return _forward(sampling, cap, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows)[0]
+def _chunked(sampling: Sampling, cap: float | None, vocab_and_tiles, has_entropy_gradient, hidden, head_VD, fixed, rows):
+    return _forward(sampling, cap, vocab_and_tiles, has_entropy_gradient, hidden, head_VD, fixed, rows)[0]
 
 
-def _forward(sampling, cap, vocab_tokens, has_entropy_gradient, hidden, head_VD, fixed, rows):
+def _forward(sampling, cap, vocab_and_tiles, has_entropy_gradient, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
-    del vocab_tokens
+    _, tiles = vocab_and_tiles
 
     def chunk(_, xs):
         hidden_CD, fixed_C = xs
-        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows)
-        sums = partition(of.logits_CV, of.keep_CV)
-        logp_C = jnp.take_along_axis(of.logits_CV, fixed_C[0][:, None], -1)[:, 0] - sums.log_z_C
-        return None, (logp_C, sums.entropy_C, sums.log_z_C)
+        of = _distribution(sampling, cap, hidden_CD, head_VD, fixed_C, rows, tiles)
+        return None, score(of.logits_CV, of.keep_CV, fixed_C[0], tiles)
 
     _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
     return (logp, entropy), (hidden, head_VD, fixed, rows, log_z, entropy if has_entropy_gradient else None)
 
 
-def _backward(sampling, cap, vocab_tokens, has_entropy_gradient, residuals, cotangents):
+def _backward(sampling, cap, vocab_and_tiles, has_entropy_gradient, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
     d_logp, d_entropy = cotangents
+    vocab_tokens, _ = vocab_and_tiles
     if not has_entropy_gradient:
         d_entropy = None
     if vocab_tokens:
@@ -344,5 +346,6 @@ def logprobs_and_load(
         decoder.logit_cap,
         past_of(rollout, sampling),
         has_entropy_gradient,
+        decoder.tiles,
     )
     return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE

@@ -234,7 +234,7 @@ def logprobs_in_microbatches(
     def at_bucket(piece: Rollout) -> tuple[jax.Array, jax.Array]:
         return batching.run_at_bucket(logprobs_of, piece, piece.mask_PGT, buckets)
 
-    num_microbatches = config.learner.num_microbatches
+    num_microbatches = config.learner.microbatches
     if num_microbatches == 1:
         return at_bucket(rollout)
     order = batching.length_order(rollout.mask_PGT)
@@ -317,7 +317,7 @@ def sum_over_microbatches(
       config: num_microbatches and the buckets are read.
     Returns: (sum of grads, merged metrics).
     """
-    num_microbatches, buckets = config.learner.num_microbatches, buckets_of(config)
+    num_microbatches, buckets = config.learner.microbatches, buckets_of(config)
 
     def microbatch_gradients(piece_and_weight: Pieces) -> tuple[Params, dict[str, Metric]]:
         return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, buckets)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from grpo_jax.models import exact
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
 from grpo_jax.models.experts import Experts, count_choices
@@ -28,7 +29,8 @@ from grpo_jax.models.gated_delta import DeltaState, GatedDelta
 from grpo_jax.models.linear import Linear
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import RMSNorm, norm_if, scaled
-from grpo_jax.models.rope import rotate
+from grpo_jax.models.rope import RopeTables, rotate
+from grpo_jax.models.tiles import Tiles, tiles_of
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
@@ -73,6 +75,17 @@ class Attention(nnx.Module):
           cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
         Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
         """
+        q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
+        own = KVCache.of(k_BTKH, v_BTKH)
+        if cache is not None:
+            own = cache.update(own, slot)
+        out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
+        return self.close(out_BTNH, gate_BTNH), own
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
+        """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
         arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
         gate_BTNH = None
@@ -82,17 +95,17 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
         else:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
-        q_BTNH, k_BTKH = (rotate(x, view.rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
-        if view.query_scale is not None:
-            q_BTNH = q_BTNH * view.query_scale.astype(q_BTNH.dtype)
         # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
-        own = KVCache.of(k_BTKH, v_BTKH)
-        if cache is not None:
-            own = cache.update(own, slot)
-        out_BTNH = attend(q_BTNH, own, view, prefix, arch.attention_scale, arch.score_cap)
+        q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
+        if query_scale is not None:
+            q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
+        return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
+
+    def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
+        """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""
         if gate_BTNH is not None:
             out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
-        return self.o(out_BTNH.reshape(*x_BTD.shape[:2], -1)), own
+        return self.o(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -149,12 +162,27 @@ class Block(nnx.Module):
         """Run the layer.
 
         Args: as `Attention.__call__` or `GatedDelta.__call__` has them; x_BTD is the residual stream.
-        Returns: (the residual stream after this layer, what its kind keeps of the tokens, its tokens' experts or None).
+        Returns: (the residual stream after the layer, what its kind keeps of the tokens, its tokens' experts or None).
         """
         attn_BTD, kept = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
+        x_BTD, chosen_BTk = self._add(x_BTD, attn_BTD)
+        return x_BTD, kept, chosen_BTk
+
+    def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array, Array | None]:
+        """Return what `Attention.project` does, of the residual stream: what a row does by itself before attention."""
+        return self.attn.project(self.attn_norm(x_BTD), rope, query_scale)
+
+    def leave(
+        self, x_BTD: Array, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None
+    ) -> tuple[Array, Int[Array, "B T k"] | None]:
+        """Return (the residual stream with the heads' outputs and the MLP's, the tokens' experts or None)."""
+        return self._add(x_BTD, self.attn.close(out_BTNH, gate_BTNH))
+
+    def _add(self, x_BTD: Array, attn_BTD: Array) -> tuple[Array, Int[Array, "B T k"] | None]:
+        """Add what attention gives to the residual stream, then what the MLP makes of that."""
         x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
         mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), kept, chosen_BTk
+        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), chosen_BTk
 
 
 class Decoder(nnx.Module):
@@ -169,6 +197,7 @@ class Decoder(nnx.Module):
         lora: LoRA | None = None,
         gathers: tuple[GatherLayer | None, ...] | None = None,
         hardware: Hardware | None = None,
+        tiles: Tiles | None = None,
         rngs: nnx.Rngs,
     ):
         """Draw fresh parameters.
@@ -177,8 +206,9 @@ class Decoder(nnx.Module):
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gathers: by place in the period, each makes a layer's sharded weights full,
             or None where they are. hardware: accelerators that the program is compiled for, or None.
+          tiles: of exact numbers (`exact`), or None.
         """
-        self.arch, self.dtype, self.remat, self.hardware = arch, jnp.dtype(dtype), remat, hardware
+        self.arch, self.dtype, self.remat, self.hardware, self.tiles = arch, jnp.dtype(dtype), remat, hardware, tiles
         self.gathers = gathers or (None,) * arch.period
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
 
@@ -208,7 +238,7 @@ class Decoder(nnx.Module):
     def finish(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """Return the final hidden states of the residual stream behind the last layer."""
         # Logits are products of these with the head: whatever divides the logits divides them.
-        return scaled(self.final_norm(x), 1 / self.arch.logit_divisor)
+        return scaled(exact.run_norm(self.tiles, self.final_norm, x), 1 / self.arch.logit_divisor)
 
     def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
         """Return what enters the first layer, in the compute dtype."""
@@ -228,17 +258,18 @@ class Decoder(nnx.Module):
         views = self._views(mask_BT)
 
         def layer(block: Block, x_BTD, is_local):
-            return block(x_BTD, select_view(views, is_local))[0], None
+            return exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local))[0], None
 
         hidden_BTD, _ = self._scan_layers(layer, self.embed_tokens(tokens_BT))
         return self.finish(hidden_BTD)
 
     def encode_prompts(self, tokens_PS: Int[Array, "P S"], mask_PS: Shaped[Array, "P S"]) -> tuple[Float[Array, "P D"], Prefix]:
         """Run left-padded prompts -> (hidden_PD at each prompt's last token, Prefix)."""
+        tokens_PS, mask_PS = exact.pad_prompts(self.tiles, tokens_PS, mask_PS)
         views = self._views(mask_PS)
 
         def layer(block: Block, x_PSD, is_local):
-            return block(x_PSD, select_view(views, is_local))[:2]
+            return exact.run_block(self.tiles, block, x_PSD, select_view(views, is_local))[:2]
 
         hidden_PSD, cache = self._scan_layers(layer, self.embed_tokens(tokens_PS))
         return self.finish(hidden_PSD[:, -1]), Prefix.of(cache, mask_PS)
@@ -259,12 +290,13 @@ class Decoder(nnx.Module):
         """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
+        tokens_PS, mask_PS = exact.pad_prompts(self.tiles, tokens_PS, mask_PS)
         prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kept, chosen_PSk = block(x_PSD, select_view(prompt_views, is_local))
-            x_BTD, _, chosen_BTk = block(x_BTD, select_view(views, is_local), kept)
+            x_PSD, kept, chosen_PSk = exact.run_block(self.tiles, block, x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _, chosen_BTk = exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local), kept)
             if chosen_PSk is None or chosen_BTk is None:
                 return (x_PSD, x_BTD), None
             E = self.arch.num_experts
@@ -383,7 +415,7 @@ class Decoder(nnx.Module):
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             block = nnx.merge(graphdefs[i % self.arch.period], weights)
             view = views[i in self.arch.local_layers]
-            x_B1D, cache, _ = block(x_B1D, view, self._of_layer(i, prefix.cache), cache, slot)
+            x_B1D, cache, _ = exact.run_block(self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot)
             filled.append(cache)
         return self.finish(x_B1D)[:, 0], filled
 
@@ -408,6 +440,12 @@ class ModelDef:
     lora: LoRA | None = None
     hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
     is_router_frozen: bool = False
+    numerics: str = "fast"  # "exact": the sampler's and the learner's numbers are one, bit for bit
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """Sizes that rows and keys are cut into, where numbers are exact; None: they are not."""
+        return tiles_of(self.hardware) if self.numerics == "exact" else None
 
     @property
     def remat_policy(self) -> str:
@@ -456,9 +494,7 @@ class ModelDef:
         """Return the decoder with shapes in place of its parameters."""
 
         def build() -> Decoder:
-            remat, rngs = self.remat_policy, nnx.Rngs(0)
-            return Decoder(
-                self.arch, dtype=self.dtype, remat=remat, lora=self.lora, gathers=gathers, hardware=self.hardware, rngs=rngs
-            )
+            static = {"dtype": self.dtype, "remat": self.remat_policy, "lora": self.lora, "hardware": self.hardware}
+            return Decoder(self.arch, **static, tiles=self.tiles, gathers=gathers, rngs=nnx.Rngs(0))
 
         return nnx.eval_shape(build)

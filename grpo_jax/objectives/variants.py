@@ -458,7 +458,7 @@ PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
         # Its default loss: DPPO's bound on probabilities, the weight itself unbounded, and kl_tau (log w)^2.
         "prime_rl_default": Variant(
             "prime-rl's loss",
-            "prime-rl, DefaultLossConfig (June 2026)",
+            "prime-rl of August 2026, DefaultLossConfig",
             "DPPO-TV of A = r - mean, bounds 0.2, kl_tau 0.001",
             Objective(advantage="group_center", surrogate="trust_region_tv", max_ratio=LARGE, drift_coef=1e-3, **_TOKEN_MEAN),
         ),

@@ -18,12 +18,13 @@ class Hardware:
     """Accelerators of one kind.
 
     platform: "tpu" or "gpu". mesh: of the program; None: one device. interpret: kernels run as plain operations, on any
-    platform, for tests.
+    platform, for tests. memory_bytes: of one device; None: not known.
     """
 
     platform: str
     mesh: Any = None
     interpret: bool = False
+    memory_bytes: float | None = None
 
 
 def hardware_of(mesh: Mesh) -> Hardware | None:
@@ -32,7 +33,17 @@ def hardware_of(mesh: Mesh) -> Hardware | None:
     platform = platform_of(mesh)
     if platform == "cpu":
         return None
-    return Hardware(platform, mesh)
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Hardware(platform, mesh, memory_bytes=_memory_of(here[0]) if here else None)
+
+
+def _memory_of(device: Any) -> float | None:
+    """Return the bytes that a device can give to programs; None: it does not say, or is not here."""
+    try:
+        stats = device.memory_stats()
+    except (AttributeError, NotImplementedError, RuntimeError):  # of a device that is only described there are none
+        return None
+    return (stats or {}).get("bytes_limit")
 
 
 def platform_of(mesh: Mesh) -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from grpo_jax.models.attention import Prefix
 from grpo_jax.models.linear import head_logits
+from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, Kept
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
@@ -114,7 +115,8 @@ class DecodeContext:
         Returns: (a Draw, [B]; the memory with it; which tokens end their completion).
         """
         t_B = jnp.broadcast_to(t, keys_B.shape)
-        new = draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, t_B), self.sampling, t_B, memory.seen_BV)
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, t_B)
+        new = draw(logits_BV, keys_B, self.sampling, t_B, memory.seen_BV, self.decoder.tiles)
         seen_BV, state_B = memory.seen_BV, memory.stop_state_B
         is_stop_B = (new.token_B[:, None] == jnp.asarray(self.ends.stop_ids, jnp.int32)[None]).any(-1)
         if seen_BV is not None:
@@ -144,7 +146,7 @@ class DecodeContext:
         Returns: (float32 logits [B, V], the caches with `slot` filled).
         """
         hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
-        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap), caches
+        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap, self.decoder.tiles), caches
 
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""
@@ -164,9 +166,15 @@ class _BatchedState:
     memory: Memory
 
 
-def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
-    """Slots of the caches, one number for each loop of a rollout: half of them first, then all."""
+def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None) -> tuple[int, ...]:
+    """List the slots of the caches, one number for each loop of a rollout: half of them first, then all.
+
+    Args:
+      max_completion_tokens: T. tiles: of exact numbers, whose blocks of keys are whole; None: there are none.
+    """
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
+    if tiles is not None:
+        return (tiles.round_keys(num_slots),)  # blocks of keys that are empty are not read anyway
     if num_slots <= MIN_SLOTS_TO_GROW:
         return (num_slots,)
     # Attention reads an empty slot like a filled one, so the first half of the steps gets caches of half the slots. Each size
@@ -177,7 +185,7 @@ def cache_sizes(max_completion_tokens: int) -> tuple[int, ...]:
 def decode_batched(ctx: DecodeContext) -> Completions:
     """Decode all completions side by side, each in a row of its own, until the longest has ended."""
     B, T = len(ctx.keys_B), ctx.max_completion_tokens
-    sizes = cache_sizes(T)
+    sizes = cache_sizes(T, ctx.decoder.tiles)
     # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
     # must have that type already, or the loop's carry would change its type on the way.
     memory = ctx.first_memory(jnp.arange(B) // ctx.group_size)
@@ -260,7 +268,7 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
         last_W=zeros_W,
         is_free_W=jnp.ones(num_rows, bool),  # so that the first refill gives every row its first completion
         done=ctx.blank(),
-        caches=ctx.decoder.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens)[-1]),
+        caches=ctx.decoder.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles)[-1]),
         memory=ctx.first_memory(zeros_W),
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)

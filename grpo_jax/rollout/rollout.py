@@ -72,7 +72,7 @@ def rollout(
         decoder.unstack_layers(),
         head_VD,
         prefix,
-        first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap),
+        first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap, decoder.tiles),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=sampling,
         ends=ends,

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
+from grpo_jax.models.tiles import Tiles, in_tiles
 from grpo_jax.rollout.search import argmax, block_sums, least_kept, pick_token, uniforms
 
 
@@ -147,6 +148,29 @@ def partition(logits_CV: Float[jax.Array, "C V"], keep_CV: Bool[jax.Array, "C V"
     return Partition(log_total_C + top_C1[:, 0], entropy_C, top_C1, sums_CN)
 
 
+def score(
+    logits_CV: Float[jax.Array, "C V"],
+    keep_CV: Bool[jax.Array, "C V"] | None,
+    token_C: Int[jax.Array, " C"],
+    tiles: Tiles | None,
+) -> tuple[Float[jax.Array, " C"], Float[jax.Array, " C"], Float[jax.Array, " C"]]:
+    """Compute the log-probability of tokens, and the sums that it takes.
+
+    Args:
+      logits_CV, keep_CV: as in `partition`. token_C: of each position. tiles: of exact numbers; None: all positions at once.
+    Returns: (logp_C, entropy_C, log_z_C), nats.
+    """
+
+    def of_rows(_: None, rows: Any) -> Any:
+        logits_CV, keep_CV, token_C = rows
+        sums = partition(logits_CV, keep_CV)
+        logp_C = jnp.take_along_axis(logits_CV, token_C[:, None], -1)[:, 0] - sums.log_z_C
+        return logp_C, sums.entropy_C, sums.log_z_C
+
+    rows = logits_CV, keep_CV, token_C
+    return of_rows(None, rows) if tiles is None else in_tiles(of_rows, tiles.rows, None, rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- the cuts
 
 
@@ -221,6 +245,7 @@ def draw(
     sampling: Sampling,
     t_B: Int[jax.Array, " B"] | None = None,
     seen_BV: Bool[jax.Array, "B V"] | None = None,
+    tiles: Tiles | None = None,
 ) -> Draw:
     """Draw a token a row, each row with its own key (so that results do not depend on how rows are spread over devices).
 
@@ -229,6 +254,7 @@ def draw(
       sampling: the distribution.
       t_B: places in the completions, from 0; read if `sampling` rules tokens out. seen_BV: as in `repetition_factor`; read if
         there is a penalty.
+      tiles: as in `score`.
     Returns: a Draw, [B]. Greedy draws report log-probability and entropy at temperature 1, over all of V.
     """
     logits_BV = logits_BV.astype(jnp.float32)
@@ -254,5 +280,8 @@ def draw(
     else:
         # One key for the whole block would make a row's numbers depend on how many rows this device has.
         token_B = pick_token(logits_BV, sums.top_C1, sums.sums_CN, uniforms(keys_B))
+    if tiles is not None:  # whatever the draw itself was by, what it is said to be worth is what the learner will find
+        logp_B, entropy_B, _ = score(logits_BV, keep_BV, token_B, tiles)
+        return Draw(token_B.astype(jnp.int32), logp_B, entropy_B, support_B.astype(jnp.int32))
     logp_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0] - sums.log_z_C
     return Draw(token_B.astype(jnp.int32), logp_B, sums.entropy_C, support_B.astype(jnp.int32))

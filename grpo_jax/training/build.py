@@ -76,7 +76,18 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
     is_router_frozen = size.router == "frozen"
     if is_router_frozen and not arch.num_experts:
         raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
-    return ModelDef(arch, dtype=size.dtype, remat=size.remat, lora=lora, is_router_frozen=is_router_frozen)
+    if size.numerics == "exact" and arch.num_experts:
+        raise UserError(
+            "config.model.numerics = 'exact': an expert's product is of all tokens that chose it, and its numbers hang on "
+            "how many these are; set it to 'fast'"
+        )
+    if size.numerics == "exact" and "gated_delta" in arch.mixers:
+        raise UserError(
+            "config.model.numerics = 'exact': a gated delta net adds a prompt up in chunks and a completion token by token; "
+            "set it to 'fast'"
+        )
+    static = {"dtype": size.dtype, "remat": size.remat, "numerics": size.numerics}
+    return ModelDef(arch, **static, lora=lora, is_router_frozen=is_router_frozen)
 
 
 def lora_of(config: LoRAConfig, arch: Architecture) -> LoRA:
@@ -110,7 +121,8 @@ def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTre
     if not config.warm_start.num_steps:
         return jax.jit(init, out_shardings=shardings)(key)
     # All weights take part in a warm start: adapters come on top of what it has taught.
-    decoder = dataclasses.replace(model, lora=None)
+    # There is no sampler to agree with, so its numbers need not be exact.
+    decoder = dataclasses.replace(model, lora=None, numerics="fast")
     warm_start = make_warm_start(decoder, task, config.warm_start, config.learner.logprob_chunk_tokens)
     # Each process has made it on a device of its own. Arrays over several processes must be the same in all of them, so the
     # result of the first counts.

@@ -38,6 +38,7 @@ from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer, restore_params
 from grpo_jax.training.dynamic_sampling import empty_buffer
 from grpo_jax.training.evaluate import Evaluate, make_evaluate
+from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
 from grpo_jax.types import Batch, Hyperparams, Params, TrainState, join_params
@@ -176,6 +177,8 @@ class Run:
 
         Raises: ValueError if the static keys differ.
         """
+        if not config.learner.num_microbatches:  # this run has decided it
+            config = with_microbatches(config, self.config.learner.num_microbatches)
         if static_key(config) != static_key(self.config):
             raise ValueError("these configs do not share a program: fields differ that are no hyperparams")
         load = functools.partial(load_weights, config, self.model, self.task, self.abstract_state)
@@ -250,11 +253,14 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     check_task_suits(config, task)
     check_token_ids(config, task, model.arch.vocab_size)
     check_divisible(model.arch.sharded_sizes, mesh)
-    model = dataclasses.replace(model, hardware=hardware_of(mesh))
-    fns = TrainFns(config, mesh, task, model)
+    model = dataclasses.replace(model, hardware=model.hardware or hardware_of(mesh))
     base, adapters = split_adapters(model.param_shapes())
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
-    like = abstract_state_of(config, mesh, jax.eval_shape(fns.init, base, adapters or None, hyperparams))
+    # Its shapes are the same at any number of microbatches, which depends on its size.
+    shapes = jax.eval_shape(TrainFns(config, mesh, task, model).init, base, adapters or None, hyperparams)
+    like = abstract_state_of(config, mesh, shapes)
+    config, model = fit(config, mesh, model, like, task.prompt_tokens)
+    fns = TrainFns(config, mesh, task, model)
     states, everywhere = shardings_of(like), NamedSharding(mesh, REPLICATED)
     # Shardings of results are fixed, or the compiler would choose them: a state that came back in others would make the next
     # call compile once more, and could not take the place of the donated buffers.
@@ -361,7 +367,7 @@ def check_batch_divisible(config: Config, mesh: Mesh) -> None:
             f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp); use a multiple, "
             "or set config.mesh.data"
         )
-    groups, num = in_minibatch // shards, learner.num_microbatches
+    groups, num = in_minibatch // shards, learner.microbatches
     # Microbatches may be smaller than a group, as each token's advantage and weight are known before the batch is split.
     if groups % num and (num % groups or config.rollout.group_size % (num // groups)):
         raise UserError(

@@ -283,7 +283,7 @@ def choices(job: Job) -> dict[str, Any]:
     chunks = Chunks.of(job.model, learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
     return {
         "remat": job.model.remat_policy,
-        "num_microbatches": learner.num_microbatches,
+        "num_microbatches": learner.microbatches,
         "head_chunk_tokens": chunks.tokens,
         "head_vocab_tokens": chunks.vocab,
     }

@@ -32,6 +32,11 @@ class Chip:
     source: str
     clock_hz: float = 0.0
 
+    @property
+    def platform(self) -> str:
+        """Return "tpu" or "gpu"."""
+        return "tpu" if self.clock_hz else "gpu"
+
 
 # Links: TPUs 6 (v4, v5p) or 4 (v5e, v6e) a chip, one way each; NVLink half of the two-way figure that data sheets give.
 # Hosts: TPUs 25 GB/s shared by 4 (v4, v5p) or 8 chips; GPUs one adapter each, 200 (A100) or 400 Gbit/s.

@@ -114,7 +114,7 @@ class Job:
     def local_microbatch(self) -> Sizes:
         """The completions that one device differentiates at a time (`batching.split_microbatches`)."""
         batch, learner = self.local_batch, self.config.learner
-        groups, num = int(batch.P) // learner.num_minibatches, learner.num_microbatches
+        groups, num = int(batch.P) // learner.num_minibatches, learner.microbatches
         # Groups are split only once each microbatch has a single one, because each piece runs the prompt again.
         pieces = max(1, num // groups)  # of each group
         return dataclasses.replace(batch, P=groups * pieces // num, G=batch.G // pieces)

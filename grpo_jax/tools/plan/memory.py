@@ -24,13 +24,16 @@ from grpo_jax.models.gated_delta import DeltaState
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import Kept, ModelDef
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.rollout.decoding import DecodeContext, EndTokens, cache_sizes
 from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.rollout.sampling import GREEDY, Sampling
+from grpo_jax.tools.plan.chips import Chip
 from grpo_jax.tools.plan.job import Job, mesh_of
 from grpo_jax.tools.roofline import Sizes, per_token
 from grpo_jax.training import run
+from grpo_jax.training.fit import fit
 from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
 F32 = 4  # bytes
@@ -50,6 +53,13 @@ class Part:
 def parts_of(job: Job) -> list[Part]:
     """List every part of a device's memory, as the arithmetic of its bytes."""
     return [part for part in (*state_parts(job), *update_parts(job), *rollout_parts(job)) if part.num_bytes]
+
+
+def fitted(job: Job, chip: Chip) -> Job:
+    """Return the job with the microbatches and the remat that a run on these chips would choose (`training.fit`)."""
+    model = dataclasses.replace(job.model, hardware=Hardware(chip.platform, memory_bytes=chip.hbm_bytes))
+    config, model = fit(job.config, job.mesh, model, state_like(job), job.prompt_tokens)
+    return dataclasses.replace(job, config=config, model=dataclasses.replace(job.model, remat=model.remat))
 
 
 def phase_bytes(parts: list[Part], phase: str) -> float:
@@ -139,7 +149,7 @@ def update_parts(job: Job) -> list[Part]:
     saved = sum(map(num_bytes, kept))
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     gradient = local_bytes(state_like(job).params)
-    copies = 1 + (job.config.learner.num_microbatches > 1)
+    copies = 1 + (job.config.learner.microbatches > 1)
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     num_tokens = int(sizes.P * sizes.G * sizes.T)
     chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
@@ -332,12 +342,12 @@ def trace_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int
         decoder = model.bind(params)
         hidden_PD, prefix = decoder.encode_prompts(tokens_PS, tokens_PS > 0)
         layers, head_VD = decoder.unstack_layers(), decoder.head_VD
-        logits_PV = head_logits(hidden_PD, head_VD, decoder.logit_cap)
+        logits_PV = head_logits(hidden_PD, head_VD, decoder.logit_cap, decoder.tiles)
         ctx = DecodeContext(
             decoder, layers, head_VD, prefix, logits_PV, keys_B, GREEDY, EndTokens((), 0), max_completion_tokens
         )
         # The loop begins with shorter caches and pads them; the last size is the largest.
-        num_slots = cache_sizes(ctx.max_completion_tokens)[-1]
+        num_slots = cache_sizes(max_completion_tokens, model.tiles)[-1]
         return SamplerArrays(layers, prefix.cache, ctx.decoder.empty_caches(num_rows, num_slots))
 
     params = in_compute_dtype(model.param_shapes(), model)  # `rollout` casts once, not at every token

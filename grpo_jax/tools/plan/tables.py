@@ -32,6 +32,7 @@ def show() -> None:
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, DEVICES.value)
     if not SWEEP.value:
         require_allowed(job)  # a sweep leaves out such meshes by itself, and says so only if none is left
+        job = memory.fitted(job, chip)
     console = make_console()
     if COMPILE.value:
         compiled.require_simulable(job.mesh.size)
@@ -59,7 +60,7 @@ def compile_for_chip(config: Config, chip: Chip) -> None:
     devices = aot.devices_of(name, TOPOLOGY.value)
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, len(devices))
     require_allowed(job)
-    mesh = aot.make_mesh(job, devices)
+    job, mesh = memory.fitted(job, chip), aot.make_mesh(job, devices)
     programs = [aot.compile_program(each, job, mesh, chip) for each in ("update", "rollout")]
     if HLO.value:
         aot.write_hlo(HLO.value, programs)
@@ -196,7 +197,8 @@ def verdict(peak: float, chip: Chip) -> str:
 
 def rank_meshes(job: Job, chip: Chip) -> list[tuple[float, list[times.Stage], Job]]:
     """Sort (peak bytes, stages, job) of every allowed mesh: those that fit by seconds, then those that do not by bytes."""
-    found = [(memory.peak_bytes(memory.parts_of(other)), times.stages_of(other, chip), other) for other in allowed_meshes(job)]
+    jobs = [memory.fitted(other, chip) for other in allowed_meshes(job)]
+    found = [(memory.peak_bytes(memory.parts_of(other)), times.stages_of(other, chip), other) for other in jobs]
 
     def order(each: tuple[float, list[times.Stage], Job]) -> tuple[bool, float]:
         # How fast a mesh would be that does not fit is of no use: there the question is how much is missing.

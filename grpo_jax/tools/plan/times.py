@@ -72,7 +72,7 @@ def stages_of(job: Job, chip: Chip) -> list[Stage]:
     }
     saved = sum(map(num_bytes, saved_for_backward(job, job.model.remat)))
     state = state_like(job)
-    steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.num_microbatches
+    steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.microbatches
     # The optimizer reads and writes parameters and its state, and reads the gradient, once a step. A microbatch touches the
     # weights six times and writes and reads what is saved for its backward pass.
     touched = 2 * (local_bytes(state.params) + local_bytes(state.opt_state)) + local_bytes(state.params)
@@ -120,7 +120,7 @@ def row_traffic(job: Job) -> list[Sent]:
     """List what goes over `data` and `fsdp`: weights gathered by the devices that compute with them, gradients summed."""
     data, fsdp, _ = job.mesh.shape.values()
     learner, item = job.config.learner, job.itemsize
-    steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.num_microbatches
+    steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.microbatches
     state = state_like(job)
     layers, tables, _ = sharded_numbers(job, state.policy)
     # With adapters all weights are gathered, but only the adapters have a gradient.
