@@ -100,7 +100,7 @@ def lora_of(config: LoRAConfig, arch: Architecture) -> LoRA:
     if missing:
         raise UserError(f"config.lora.targets: the model has no {missing[0]}; it has {', '.join(there)}")
     left_out = [name for name in DELTA_TARGETS if name in there and name not in targets]
-    # The default names are those of attention and MLP: of a stack that is mostly gated delta nets not all that one would expect.
+    # The default names are those of attention and MLP: of a stack of gated delta nets not all that one would expect.
     if left_out and jax.process_index() == 0:
         print(f"config.lora.targets: no adapters on {', '.join(left_out)}; ('{ALL_LINEAR}',) has them too", file=sys.stderr)
     return LoRA(config.rank, config.alpha, targets, config.use_rslora)
