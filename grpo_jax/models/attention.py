@@ -15,6 +15,7 @@ from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import soft_cap
 from grpo_jax.models.rope import query_scale, rope_tables
+from grpo_jax.parallel.hardware import target_platform
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
 # and exp(-inf - -inf) is NaN, in the gradient even where the output is masked.
@@ -54,6 +55,9 @@ class KVCache:
         if jnp.ndim(slot):
             rows = jnp.arange(len(self.k))
             return KVCache(self.k.at[rows, :, :, slot].set(new.k[..., 0]), self.v.at[rows, :, slot].set(new.v[:, :, 0]))
+        if target_platform() != "cpu":
+            # XLA:TPU would make a token's values in the cache's layout, one to a register of 128, a bias's addition included.
+            new = jax.lax.optimization_barrier(new)
         return KVCache(
             jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)),
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),

@@ -63,6 +63,13 @@ def scaled(x: Array, factor: float) -> Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
+def fence_vector(x: Array) -> Array:
+    """Return x; a vector is one that the compiler makes where it stands, and not again at each use."""
+    if x.ndim != 1:
+        return x
+    return jax.lax.optimization_barrier(x)
+
+
 def like(vector: Array, x: Array) -> Array:
     """Return a vector with leading axes of size 1: the rank of x (implicit rank promotion is an error in our tests)."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
