@@ -24,11 +24,11 @@ def project(x: Float[Array, "*lead I"], weight_OI: Float[Array, "O I"], dtype: A
     """
     # XLA's CPU products repack their right factor at every call. Of a few rows that is most of the work, so the weight goes
     # on the left. A single row is a product with a vector, where nothing is repacked; other backends do not care.
-    rows = x.size // x.shape[-1]
-    if target_platform() != "cpu" or rows == 1:
-        return jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype)
-    if rows > FEW_ROWS:
+    rows, platform = x.size // x.shape[-1], target_platform()
+    if rows > FEW_ROWS and platform != "gpu":  # on a TPU, by its compiler's estimate, 3 % of an update of Qwen2.5-0.5B
         return _cotangent_once(jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype))
+    if platform != "cpu" or rows == 1:
+        return jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype)
     y_OB = jnp.einsum("oi,bi->ob", weight_OI, x.reshape(rows, -1), preferred_element_type=dtype)
     # Without the barrier the compiler sees a product and its transpose, and swaps the factors back.
     return jax.lax.optimization_barrier(y_OB).T.reshape(*x.shape[:-1], -1)
