@@ -55,9 +55,12 @@ class KVCache:
         if jnp.ndim(slot):
             rows = jnp.arange(len(self.k))
             return KVCache(self.k.at[rows, :, :, slot].set(new.k[..., 0]), self.v.at[rows, :, slot].set(new.v[:, :, 0]))
-        if target_platform() != "cpu":
-            # XLA:TPU would make a token's values in the cache's layout, one to a register of 128, a bias's addition included.
-            new = jax.lax.optimization_barrier(new)
+        if target_platform() == "tpu":
+            # XLA:TPU keeps both with the slots innermost. A token's values would be made in that layout, one to a register of
+            # 128, a bias's addition included, if they were not turned apart from it.
+            new_BKHT = jax.lax.optimization_barrier(new.v.swapaxes(2, 3))
+            v_BKHU = jax.lax.dynamic_update_slice(self.v.swapaxes(2, 3), new_BKHT, (0, 0, 0, slot))
+            return KVCache(jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)), v_BKHU.swapaxes(2, 3))
         return KVCache(
             jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)),
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),
