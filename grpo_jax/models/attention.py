@@ -15,7 +15,6 @@ from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import soft_cap
 from grpo_jax.models.rope import query_scale, rope_tables
-from grpo_jax.parallel.hardware import target_platform
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
 # and exp(-inf - -inf) is NaN, in the gradient even where the output is masked.
@@ -55,12 +54,6 @@ class KVCache:
         if jnp.ndim(slot):
             rows = jnp.arange(len(self.k))
             return KVCache(self.k.at[rows, :, :, slot].set(new.k[..., 0]), self.v.at[rows, :, slot].set(new.v[:, :, 0]))
-        if target_platform() == "tpu":
-            # XLA:TPU keeps both with the slots innermost. A token's values would be made in that layout, one to a register of
-            # 128, a bias's addition included, if they were not turned apart from it.
-            new_BKHT = jax.lax.optimization_barrier(new.v.swapaxes(2, 3))
-            v_BKHU = jax.lax.dynamic_update_slice(self.v.swapaxes(2, 3), new_BKHT, (0, 0, 0, slot))
-            return KVCache(jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)), v_BKHU.swapaxes(2, 3))
         return KVCache(
             jax.lax.dynamic_update_slice(self.k, new.k, (0, 0, 0, slot)),
             jax.lax.dynamic_update_slice(self.v, new.v, (0, 0, slot, 0)),
