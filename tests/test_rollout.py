@@ -11,9 +11,9 @@ import pytest
 from grpo_jax.config import RolloutConfig
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import Decoder, ModelDef
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import decoding
-from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.rollout.decoding import cache_sizes
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from grpo_jax.rollout.sampling import GREEDY, Sampling

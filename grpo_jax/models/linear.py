@@ -25,7 +25,7 @@ def project(x: Float[Array, "*lead I"], weight_OI: Float[Array, "O I"], dtype: A
     # XLA's CPU products repack their right factor at every call. Of a few rows that is most of the work, so the weight goes
     # on the left. A single row is a product with a vector, where nothing is repacked; other backends do not care.
     rows, platform = x.size // x.shape[-1], target_platform()
-    if rows > FEW_ROWS and platform != "gpu":  # on a TPU 1 % of an update of Qwen2.5-0.5B, by its compiler's estimate
+    if rows > FEW_ROWS and platform != "gpu":  # on a TPU 3 % of an update of Qwen2.5-0.5B, by its compiler's estimate
         return _cotangent_once(jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype))
     if platform != "cpu" or rows == 1:
         return jnp.einsum("...i,oi->...o", x, weight_OI, preferred_element_type=dtype)
