@@ -32,6 +32,7 @@ Arrays = jax.Array | np.ndarray  # on a device, or on the host
 # An array; but trees of the same classes also hold shapes, shardings, specs or None in its place, to compile a program or to
 # restore a checkpoint before any array exists. So nothing checks these fields when an object is made.
 Leaf = Any
+UNKNOWN = -1e9  # a token's credit that a task cannot tell; no NaN, for which checkpoints are not saved
 AxisName = str | tuple[str, ...]  # one or several axes of a mesh
 Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
 
@@ -94,7 +95,7 @@ class Batch:
     sampled_at_P: int32, the step whose policy sampled the group (older than the current one: it waited in the buffer).
     is_scored_PG: False on rows without a score: they are in no statistic and in no loss, and their rewards mean nothing.
       None, in batches made by hand: all have one.
-    credit_PGT: float32, each token's true advantage, by a task that knows it (NaN where it does not); None: no task does.
+    credit_PGT: float32, each token's true advantage, by a task that knows it (UNKNOWN where it does not); None: no task does.
     """
 
     rollout: Rollout

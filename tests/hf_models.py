@@ -43,6 +43,14 @@ YARN = {  # of eight channel pairs one keeps its speed, three are blended, four 
     "beta_slow": 0.05,
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+SECTIONS = {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
 KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
 GEMMA2_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 MODELS = {
@@ -89,6 +97,19 @@ MODELS = {
         "granite",
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 0.5},
     ),
+    "qwen3.5": (  # gated delta nets with one attention below, then one above them: the stack repeats nothing
+        "qwen3_5_text",
+        {
+            **DELTA,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25, **SECTIONS},
+        },
+    ),
+    "qwen3.5, deep": (
+        "qwen3_5_text",
+        {**DELTA, "num_hidden_layers": 8, "tie_word_embeddings": True, "linear_num_value_heads": 2},
+    ),
     "glm": ("glm", {"head_dim": 12}),
     "glm 4": ("glm4", {"head_dim": 8, "attention_bias": False}),
     "gemma 3": (  # five layers: scanned, so that the kind of a layer is known to the compiled program only
@@ -121,19 +142,22 @@ def torch_model(name: str, dtype=torch.float32, **changes):
 
 def randomise(model):
     generator = torch.Generator().manual_seed(0)
+    # Qwen3.5's norms multiply by 1 + weight, but for those of its gated delta nets. Twice as large, they would make its rows of
+    # numbers too sensitive to compare.
+    is_qwen35 = model.config.get_text_config().model_type == "qwen3_5_text"
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.1 * noise)
+            noise, centre = torch.randn(parameter.shape, generator=generator), not is_qwen35 or "linear_attn" in key
+            parameter.copy_(centre + 0.3 * noise if "norm" in key else 0.1 * noise)
 
 
 def load(folder, dtype="float32"):
     return hf.load_params(folder, read_architecture(folder), dtype, HERE)
 
 
-def left_padded():
-    tokens_BT = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (4, 17))
-    mask_BT = np.arange(17)[None] >= np.array([0, 3, 9, 16])[:, None]
+def left_padded(width=17):
+    tokens_BT = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (4, width))
+    mask_BT = np.arange(width)[None] >= np.array([0, 3, width // 2 + 1, width - 1])[:, None]
     return tokens_BT, mask_BT
 
 
@@ -158,7 +182,19 @@ def torch_logits(model, tokens_BT, mask_BT):
 
 def exact_logits(model, tokens_BT, mask_BT):
     """In float64, each row alone and without its padding; [real tokens, V], rows one after another."""
-    model = copy.deepcopy(model).double()
+    return logits_alone(copy.deepcopy(model).double(), tokens_BT, mask_BT)
+
+
+def logits_alone(model, tokens_BT, mask_BT):
     with torch.no_grad():
         rows = [model(torch.from_numpy(tokens[mask][None])).logits[0] for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
     return torch.cat(rows).numpy()
+
+
+def tolerance(model, tokens_BT, mask_BT):
+    """1e-5; with gated delta nets, whose answers are normed however small they are, three times what float32 costs torch."""
+    if not hasattr(model.config, "linear_num_key_heads"):
+        return 1e-5
+    noise = np.abs(logits_alone(model, tokens_BT, mask_BT) - exact_logits(model, tokens_BT, mask_BT)).max()
+    assert noise < 2e-4
+    return max(1e-5, 3 * noise)

@@ -362,6 +362,9 @@ def loss_and_grad(obj, logp, old_logp, ref_logp, adv, mask, max_completion_lengt
             objective_n, slope_n = np.where(adv_n < 0, 0.0, objective_n), np.where(adv_n < 0, 0.0, slope_n)
         if obj.entropy_coef:
             objective_n = objective_n + obj.entropy_coef * np.asarray(entropy[i], np.float64)[tokens]
+        if obj.drift_coef:
+            objective_n = objective_n - obj.drift_coef * log_ratio_n**2
+            slope_n = slope_n - 2 * obj.drift_coef * log_ratio_n * is_free_n
         if obj.cov_penalty:
             penalty_n = obj.cov_penalty * is_penalised[i][tokens]
             objective_n = objective_n - penalty_n * np.abs(log_ratio_n)

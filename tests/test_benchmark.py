@@ -16,6 +16,7 @@ from experiments import benchmark, synthetic
 from experiments.peers import compare, workload
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models import transformer
+from grpo_jax.models.architecture import Delta
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
 from grpo_jax.rollout.sampling import Sampling
@@ -58,6 +59,18 @@ def test_forward_flops_are_what_xla_counts(lora):
     _, rollout = one_each(P, S, T)
     xla = counted_by_xla(functools.partial(logp, model=model), model.param_shapes(), rollout)
     assert with_masked_half(P, S, T, model) == pytest.approx(xla, rel=0.02)
+
+
+def test_the_products_of_a_gated_delta_net_are_counted():
+    """Against XLA's count of a whole pass, whose chunks are padded to a power of 2; what is left are sums and exponentials."""
+    P, S, T = 3, 64, 33
+    delta = Delta(num_key_heads=2, num_value_heads=4, key_dim=32, value_dim=32, conv_width=4)
+    model = ModelDef(dataclasses.replace(ARCH, num_layers=2, mixers=("gated_delta",), delta=delta))
+    _, rollout = one_each(P, S, T)
+    xla = counted_by_xla(functools.partial(logp, model=model), model.param_shapes(), rollout)
+    assert forward_flops(model, Sizes(P, 1, S, T)) == pytest.approx(xla, rel=0.06)
+    states = roofline.delta_flops(model.arch, S)
+    assert states > 0.2 * 2 * roofline.per_token(model).layer_weights, "too few to be seen"
 
 
 class TwoGates(transformer.MLP):

@@ -1,5 +1,6 @@
 """Model and adapter folders that are damaged or hostile: one line names file and setting, and nothing large is made first."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,9 +13,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import INDEX, SINGLE
 from grpo_jax.models.hf import load_params, param_slots
-from grpo_jax.models.lora import TARGETS, LoRA, split_adapters
+from grpo_jax.models.lora import DELTA_TARGETS, TARGETS, LoRA, split_adapters
 from grpo_jax.models.peft import CONFIG, load_adapters, save_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.training.build import lora_of
 from tests import tiny
 
 LLAMA = {
@@ -136,10 +138,14 @@ def test_rank_stabilised_adapters_are_taken_as_such_or_refused(adapter):
         load_adapters(folder, plain)
 
 
-def test_all_linear_is_every_matrix():
+def test_all_linear_is_every_matrix_that_the_model_has():
     values = tiny.config_of("grpo", {"lora.rank": 2}).to_dict()
     values["lora"]["targets"] = ("all-linear",)
-    assert parse_config(values).lora.targets == TARGETS
+    every = parse_config(values).lora
+    assert lora_of(every, tiny.LLAMA).targets == TARGETS
+    assert lora_of(every, tiny.DELTA).targets == (*TARGETS[:4], *DELTA_TARGETS, *TARGETS[4:])
+    with pytest.raises(UserError, match=r"config\.lora\.targets: the model has no out_proj; it has q_proj, "):
+        lora_of(dataclasses.replace(every, targets=("q_proj", "out_proj")), tiny.LLAMA)
 
 
 def test_an_adapter_with_nan_is_named(adapter):

@@ -134,7 +134,7 @@ def test_the_tables_are_written_in_place_and_then_are_current(tmp_path, monkeypa
     for page in variants_table.TABLES:
         text = (ROOT / page).read_text()
         (tmp_path / page).write_text(text.replace("0.2 / 0.28", "0.2 / 0.3"))
-    for page in ("configs", "docs/variants.zh.md"):
+    for page in ("configs", "experiments", "docs/variants.zh.md"):
         (tmp_path / page).symlink_to(ROOT / page)
     assert variants_table.main(["--root", str(tmp_path)]) == 1
     assert variants_table.main(["--root", str(tmp_path), "--write"]) == 0
@@ -145,7 +145,7 @@ def test_the_tables_are_written_in_place_and_then_are_current(tmp_path, monkeypa
     monkeypatch.setattr(variants_table, "ENTRIES", {"mine": own})
     monkeypatch.setattr(variants_table, "README_VARIANTS", ["mine"])
     assert variants_table.readme_table(ROOT)[2:] == [
-        r"| Mine (a talk) | A = r \* \|r\| | `token` | none | `sequence_sum` | 0 | `mine` |"
+        r"| Mine (a talk) | A = r \* \|r\| | `token` | none | `sequence_sum` | 0 | - | `mine` |"
     ]
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UserError, match=r"README.md: no lines <!-- variants:begin -->"):

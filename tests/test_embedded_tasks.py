@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.studies.tasks import credit as credit_study
+from experiments.studies.tasks import gradient_noise
 from grpo_jax import objectives
 from grpo_jax.config import ForksConfig, parse_config
 from grpo_jax.config.embedded import EMBEDDED
@@ -22,7 +24,8 @@ from grpo_jax.tasks.embedded import TABLE_TASKS, make_embedded, tokenizer_of
 from grpo_jax.tasks.forks import BRANCHES, FILLERS, filler_shares
 from grpo_jax.tasks.maze import CELLS
 from grpo_jax.training import build, trainer
-from grpo_jax.types import Batch, Rollout
+from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.types import UNKNOWN, Batch, Rollout
 from tests import programs
 
 NAMES = tuple(TABLE_TASKS)
@@ -258,12 +261,31 @@ def test_credit_is_the_advantage_of_every_token_by_enumeration():
         assert credit[number].sum() == pytest.approx((list(taken) == right_K) - p_K.prod(), abs=1e-14)
 
 
+def test_entropy_tells_forks_from_filler_only_beside_the_rest_of_a_row():
+    """Rows of a group have the same entropy at a position of filler: normalised by it, GTPO's credit knows nothing of it."""
+    found = {}
+    for entropy in (0.0, 1.0):
+        draw = credit_study.sample(ForksConfig(filler_entropy=entropy), 0.8, 64, 8, seed=0)
+        for name in ("grpo", "gtpo", "gtpo_geometric"):
+            found[name, entropy] = credit_study.correlation(name, *draw)
+    assert found["gtpo", 0.0] == pytest.approx(found["gtpo", 1.0], abs=0.02)
+    assert found["gtpo_geometric", 0.0] > 0.6 > 0.3 > found["grpo", 1.0] > found["gtpo_geometric", 1.0]
+
+
+def test_signal_and_noise_are_those_of_the_sample_covariance():
+    g_NX = np.random.default_rng(2).normal(0.3, 1.0, (12, 5))
+    signal, noise = gradient_noise.signal_and_noise(np.square(g_NX.sum(0)).sum(), np.square(g_NX).sum(), 12)
+    products = g_NX @ g_NX.T
+    assert signal == pytest.approx(products[~np.eye(12, dtype=bool)].mean())
+    assert noise == pytest.approx(np.trace(np.cov(g_NX, rowvar=False)))
+
+
 def test_credit_of_a_completion_that_ends_too_early_is_unknown():
     task = forks_of(2, 1)
     tokens, mask = completions(task, ["aLaL", "aLa", "aL"], 6)
     credit = np.asarray(task.token_credit(np.full(3, 5), tokens, mask, np.full(tokens.shape, -0.5)))[:, 0]
     # The second one's stop token stands where the last fork does: a wrong branch like any other.
-    assert np.isfinite(credit[:2]).all() and np.isnan(credit[2]).all()
+    assert (abs(credit[:2]) <= 1).all() and (credit[2] == np.float32(UNKNOWN)).all()
     assert (credit[:2][:, [0, 2, 4, 5]] == 0).all()
 
 
@@ -290,7 +312,7 @@ def test_the_recorded_correlation_is_that_of_the_updates_advantages_with_true_cr
     obj, mask_PGT = objectives.get(variant), trained_mask(batch, False)
     adv = batch_advantages(obj, batch, mask_PGT, rollout.entropy_PGT)
     found = to_floats(advantage_metrics(obj, batch, mask_PGT, adv))["advantage/credit_correlation"]
-    counts = (np.asarray(mask_PGT) > 0) & np.isfinite(np.asarray(credit))
+    counts = (np.asarray(mask_PGT) > 0) & (np.asarray(credit) >= -1)
     assert 0 < counts.sum() < mask.sum() - 3
     expected = np.corrcoef(np.asarray(adv, np.float64)[counts], np.asarray(credit, np.float64)[counts])[0, 1]
     assert found == pytest.approx(expected, abs=1e-5) and abs(expected) > 0.01
@@ -306,6 +328,7 @@ def test_a_task_trains_evaluates_and_is_warm_started(tmp_path, name):
     changes |= {"eval.num_prompts": 8, "rollout.num_prompts": 4, "model.num_kv_heads": 1, "dynamic_sampling.enabled": True}
     config = config_of(name, "runlocal", "dapo", **changes)
     trainer.train(config, tmp_path)
+    assert saved_steps(tmp_path), "no credit in the buffer keeps a checkpoint from being saved"
     record = programs.records(tmp_path)[1]
     names = {"policy/entropy_right", "policy/entropy_wrong", "completion/length_right", "completion/length_wrong"}
     assert names <= set(record)

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from grpo_jax.learner.optimizer import is_decayed
 from grpo_jax.metrics import ShareEntropy, ShareMax
-from grpo_jax.models.attention import KVCache
 from grpo_jax.models.experts import Experts, Router, count_choices
 from grpo_jax.models.export import save_weights
 from grpo_jax.models.folders import SINGLE
@@ -108,12 +107,12 @@ def test_sampler_and_learner_choose_the_same_experts(monkeypatch):
         decoder = MODEL.bind(tiny.random_params(ARCH))
         _, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
         chosen.clear()
-        layers, caches = decoder.unstack_layers(), [KVCache.empty(P * G, T, ARCH, jnp.float32)] * ARCH.num_layers
+        layers, caches = decoder.unstack_layers(), decoder.empty_caches(P * G, T)
         for slot in range(T):
             _, caches = decoder.decode_step(layers, caches, jnp.asarray(tokens_BT[:, slot]), slot, prefix)
         sampled_LBTk = np.stack(chosen).reshape(T, ARCH.num_layers, P * G, -1).transpose(1, 2, 0, 3)
         chosen.clear()
-        _, _, load_LE = decoder.forward_with_load(
+        _, _, load_LE = decoder.forward_with_prefix(
             prompts.tokens_PS, prompts.mask_PS, jnp.asarray(tokens_BT), np.ones((P * G, T), bool)
         )
     of_prompts = [each.reshape(P, S, -1) for each in chosen[::2]]

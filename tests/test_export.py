@@ -21,7 +21,7 @@ from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
 from grpo_jax.training.settings import init_workdir
 from tests import tiny
-from tests.hf_models import jax_logits, left_padded, load, randomise, torch_logits, torch_model
+from tests.hf_models import DELTA, jax_logits, left_padded, load, randomise, torch_logits, torch_model
 from tests.test_tasks_host import TEMPLATE, save_hf_tokenizer
 
 ONE_FILE = 10**9
@@ -97,6 +97,12 @@ OF_IMAGES = {
         {**VISION, "deepstack_visual_indexes": []},
         {"tie_word_embeddings": True},
         "Qwen3ForCausalLM",
+    ),
+    "qwen3_5": (
+        {**DELTA, "layer_types": ["linear_attention", "linear_attention", "full_attention"], "rope_parameters": MROPE},
+        VISION,
+        {},
+        "Qwen3_5ForCausalLM",
     ),
     "mistral3": (
         {"model_type": "ministral3", "rope_parameters": {**GROWN, "llama_4_scaling_beta": 0.5}},

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from grpo_jax.config import RolloutConfig
@@ -15,15 +16,28 @@ from grpo_jax.models.architecture import Rope
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import SINGLE
+from grpo_jax.models.gated_delta import CHUNK_TOKENS
+from grpo_jax.models.lora import DELTA_TARGETS, TARGETS, LoRA, split_adapters
 from grpo_jax.models.peft import adapter_names
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys, sampling_of
 from tests import tiny
-from tests.hf_models import MODELS, SIZES, WINDOW, exact_logits, jax_logits, left_padded, load, torch_logits, torch_model
+from tests.hf_models import (
+    MODELS,
+    SIZES,
+    WINDOW,
+    exact_logits,
+    jax_logits,
+    left_padded,
+    load,
+    tolerance,
+    torch_logits,
+    torch_model,
+)
 
 P, G, S, T = 3, 2, 7, 6
-NEW = [("qwen3 moe", 2), ("gemma 2", 2), ("ministral 3", 2)]
+NEW = [("qwen3 moe", 2), ("gemma 2", 2), ("ministral 3", 2), ("qwen3.5", 3)]
 TEMPERATURE = 0.7
 
 
@@ -41,7 +55,16 @@ def test_logits_equal_torch_on_left_padded_batches(pair):
     tokens_BT, mask_BT = left_padded()
     ours, theirs = jax_logits(folder, tokens_BT, mask_BT)[mask_BT], exact_logits(model, tokens_BT, mask_BT)
     assert np.abs(theirs).max() > 1  # otherwise the tolerance would prove nothing
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance(model, tokens_BT, mask_BT))
+
+
+@pytest.mark.slow
+def test_logits_equal_torch_over_several_chunks(tmp_path):
+    model = torch_model("qwen3.5")
+    model.save_pretrained(tmp_path)
+    tokens_BT, mask_BT = left_padded(2 * CHUNK_TOKENS + 9)
+    ours, theirs = jax_logits(tmp_path, tokens_BT, mask_BT)[mask_BT], exact_logits(model, tokens_BT, mask_BT)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance(model, tokens_BT, mask_BT))
 
 
 @pytest.mark.slow
@@ -56,16 +79,19 @@ def test_exported_files_are_transformers_own_and_adapters_have_its_names(pair, t
         np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
     assert read_architecture(tmp_path / "out") == arch
     modules = {f"base_model.model.{name}" for name, _ in model.named_modules()}
-    for matrix in ("attn.q", "attn.o", "mlp.gate", "mlp.down"):
-        if arch.mlp == "experts" and matrix.startswith("mlp"):
+    adapters = flatten_dict(split_adapters(ModelDef(arch, lora=LoRA(2, 1.0, (*TARGETS, *DELTA_TARGETS))).param_shapes())[1])
+    adapted = []
+    for path in [path for path in adapters if path[-1] == "lora_a"]:
+        if arch.mlp == "experts" and "mlp" in path:
             continue  # modules of their own in older versions alone
-        path = ("layers", *matrix.split("."), "lora_a")
-        if leaf_slot(f"layers.{matrix}.weight", arch).is_joined:
+        if leaf_slot(".".join((*path[:-1], "weight")), arch).is_joined:
             with pytest.raises(UserError, match="joins"):
                 adapter_names(path, arch)
         else:
             names = [name.removesuffix(".lora_A.weight") for name in adapter_names(path, arch)]
-            assert len(names) == arch.num_layers and set(names) <= modules
+            assert len(names) == arch.num_layers // arch.period and set(names) <= modules
+            adapted += names
+    assert len(adapted) == len(set(adapted)) > arch.num_layers
 
 
 @pytest.mark.parametrize(

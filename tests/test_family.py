@@ -199,7 +199,7 @@ BATCH_WIDE = ("gtpo_geometric", "gtpo_paper")  # a group of one side has an adva
 @every_name
 def test_without_advantage_there_is_no_gradient(name):
     """Equal rewards are silent, with a dropped row too; and no surrogate makes a gradient of A = 0."""
-    obj, batch = objective(name, kl_coef=0.0, cov_penalty=0.0), make_batch(seed=11, rewards="graded")
+    obj, batch = objective(name, kl_coef=0.0, cov_penalty=0.0, drift_coef=0.0), make_batch(seed=11, rewards="graded")
     rewards_B = batch.rewards_B.copy()
     rewards_B[:G] = rewards_B[rows_of(HOLED_GROUP)] = np.float32(0.7)
     batch = replaced(batch, rewards_B=rewards_B, task_B=rewards_B)

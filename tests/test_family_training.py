@@ -28,7 +28,7 @@ def dense(params, rollout):
     """(logp, entropy) of the bigram by a dense softmax."""
     decoder = BIGRAM.bind(params)
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(-1, T), rollout.mask_PGT.reshape(-1, T)
-    last_PD, hidden_BTD = decoder.forward_with_prefix(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
+    last_PD, hidden_BTD, _ = decoder.forward_with_prefix(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, 0)[:, None], hidden_BTD[:, :-1]], 1)
     log_p_BTV = jax.nn.log_softmax(hidden_BTD @ decoder.head_VD.T / SAMPLING.temperature)
     logp_BT = jnp.take_along_axis(log_p_BTV, tokens_BT[..., None], -1)[..., 0]

@@ -124,7 +124,7 @@ def test_a_decoder_has_the_same_gradients():
     params = tiny.random_params(GEMMA)
 
     def summed(model, params):
-        last_PD, hidden_BTD = model.bind(params).forward_with_prefix(tokens_PS, mask_PS, tokens_BT, mask_BT)
+        last_PD, hidden_BTD, _ = model.bind(params).forward_with_prefix(tokens_PS, mask_PS, tokens_BT, mask_BT)
         return (last_PD * 0.3).sum() + (hidden_BTD**2 * mask_BT[..., None]).sum()
 
     def run(**changes):

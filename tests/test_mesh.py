@@ -38,6 +38,8 @@ ARCH = dataclasses.replace(
 EXPERTS = dataclasses.replace(
     ARCH, num_layers=1, ffn_dim=10, qkv_bias=False, mlp="experts", num_experts=4, experts_per_token=2, is_router_normalised=True
 )
+DEEP_DELTA = dataclasses.replace(tiny.DELTA, vocab_size=ARCH.vocab_size)  # scanned
+DELTA = dataclasses.replace(DEEP_DELTA, num_layers=2, mixers=("gated_delta", "attention"))
 SHALLOW = dataclasses.replace(ARCH, num_layers=2)
 MATRICES = {"q": (24, 16), "k": (12, 16), "v": (12, 16), "o": (16, 24), "gate": (40, 16), "up": (40, 16), "down": (16, 40)}
 OPS = ("stablehlo.all_gather", "stablehlo.reduce_scatter")
@@ -85,7 +87,11 @@ def batch_of(seed):
     return tiny.random_batch(8, 4, 5, vocab=ARCH.vocab_size, seed=seed)
 
 
-@pytest.mark.parametrize("sizes, num_microbatches, arch", [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), (EIGHT, 2, EXPERTS)])
+@pytest.mark.parametrize(
+    "sizes, num_microbatches, arch",
+    [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), (EIGHT, 2, EXPERTS), (EIGHT, 2, DELTA)]
+    + [pytest.param(sizes, 2, DEEP_DELTA, marks=pytest.mark.nightly) for sizes in (EIGHT, (8, 1, 1), (1, 8, 1))],
+)
 @pytest.mark.slow
 def test_three_updates_are_those_of_one_device(sizes, num_microbatches, arch):
     """Other meshes, variants and a KL penalty: rows in test_train_step.py; all of them: `python -m tests.mesh_matrix`."""

@@ -21,6 +21,7 @@ from grpo_jax.models import hf
 from grpo_jax.models.families import FAMILIES, TEXT_OF, read_architecture
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.tools import families_table
 from tests.hf_models import HERE
 
 SIZES = {
@@ -40,6 +41,13 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 1.0, "beta_slow": 0.05, "original_max_position_embeddings": 4}
 TWO_ROPES = {KINDS[0]: {"rope_type": "linear", "factor": 4.0, "rope_theta": 99.0}, KINDS[1]: {"rope_theta": 77.0}}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+DELTA = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 2,
+}
 BASES = {
     "mistral": {"sliding_window": 3},
     "ministral": {"sliding_window": 3, "layer_types": KINDS},
@@ -51,6 +59,7 @@ BASES = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "cwm": {"sliding_window": 3},
     "olmo3": {"sliding_window": 3, "layer_types": KINDS},
+    "qwen3_5_text": {**DELTA, "layer_types": ["linear_attention", "full_attention"]},
 }
 ON = {"use_sliding_window": True, "sliding_window": 3}
 # Settings that some model of some library reads, of the right type.
@@ -104,6 +113,24 @@ CHANGES = [
     {"mlp_only_layers": [0]},
     {"decoder_sparse_step": 2},
     {"moe_intermediate_size": 5},
+    {"layer_types": ["full_attention", "linear_attention"]},
+    {"layer_types": ["full_attention"] * 2},
+    {"layer_types": None, "full_attention_interval": 1},
+    {"layer_types": None, "full_attention_interval": 3},
+    {"full_attention_interval": 1},
+    {"linear_conv_kernel_dim": 4},
+    {"linear_num_value_heads": 1},
+    {"linear_value_head_dim": 5},
+    {
+        "rope_parameters": {
+            "rope_theta": 77.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+            "mrope_interleaved": True,
+        }
+    },
+    {"attn_output_gate": False},
+    {"output_gate_type": "sigmoid"},
 ]
 
 
@@ -195,13 +222,17 @@ def compare(folder, family, is_numeric):
     return counts
 
 
-def test_the_page_lists_every_family():
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]
-    assert [kind for kind in [*FAMILIES, *TEXT_OF] if rows.count(f"`{kind}`") != 1] == []
+def test_the_page_lists_every_family(capsys):
+    root = pathlib.Path(__file__).parent.parent
+    assert families_table.main([f"--root={root}"]) == 0, capsys.readouterr().out
+    rows = families_table.families_table()[2:] + families_table.texts_table()[2:]
+    assert [row.split("`")[1] for row in rows] == [*FAMILIES, *TEXT_OF]
+    assert all(len(cell.strip()) > 3 for row in rows for cell in row.split("|")[1:-1])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "smollm3", "olmo3", "qwen3_moe"])  # every way of reading
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "gemma3_text", "smollm3", "olmo3", "qwen3_moe", "qwen3_5_text"]
+)  # every way of reading
 @pytest.mark.slow
 def test_a_setting_that_changes_nothing_here_changes_nothing_there(folder, family):
     refused, without_effect, effective = compare(folder, family, is_numeric=False)

@@ -1,6 +1,7 @@
-"""Losses, gradients and advantages beside the numbers of the frameworks' own code (experiments/peers/trl_objectives.py)."""
+"""Losses, gradients and advantages beside the numbers of the frameworks' own code (experiments/peers/*_objectives.py)."""
 
 import json
+import math
 import pathlib
 
 import jax
@@ -10,7 +11,10 @@ import pytest
 from grpo_jax import objectives
 from tests.test_objectives import f32
 
-TRL = json.loads((pathlib.Path(__file__).parent / "parity" / "trl.json").read_text())
+PARITY = pathlib.Path(__file__).parent / "parity"
+TRL, VERL, SKYRL, PRIME_RL = (
+    json.loads((PARITY / f"{name}.json").read_text()) for name in ("trl", "verl", "skyrl", "prime_rl")
+)
 BATCH = {key: f32(value) for key, value in TRL["batch"].items()}
 OFF = {"kl_coef": 0.0}
 # TRL's case -> ours. Its "cispo" has no lower bound and an upper one of `epsilon_high` itself.
@@ -88,3 +92,115 @@ def test_advantages_are_trls(name, variant, fields):
     rewards = parts_BK.sum(1), BATCH["mask"], BATCH["entropy"]
     adv_BT = objectives.advantages(obj, *rewards, group_size=TRL["group_size"], reward_parts_BK=parts_BK)
     close(adv_BT[:, 0], TRL["advantages"][name]["values"])
+
+
+# --- verl, SkyRL and prime-rl
+
+NO_KL: dict = {"kl_coef": 0.0}
+TOKENS = {"aggregation": "token_mean"}
+# verl's loss -> ours. Its dual clip is on by default, at 3. "dppo": it hands the actor's clip_ratio_c on as the largest weight,
+# 3 and not the paper's 20. "dro": its b is twice our drift_coef. "geo_mean" clips logs, and by log bounds.
+VERLS = {
+    "grpo": ("grpo", {"dual_clip": 3.0, **NO_KL}),
+    "dapo": ("dapo", {"dual_clip": 1.5}),
+    "dr_grpo": ("dr_grpo", {"dual_clip": 3.0, **NO_KL}),
+    "sequence_sum": ("grpo", {"dual_clip": 3.0, "aggregation": "sequence_sum", **NO_KL}),
+    "dppo_tv": ("dppo_tv", {"clip_low": 0.05, "clip_high": 0.1, "max_ratio": 1.2}),
+    "dppo_kl": ("dppo_kl", {"clip_low": 0.01, "clip_high": 0.02, "max_ratio": 3.0}),
+    "gspo": ("gspo", {"clip_low": 0.1, "clip_high": 0.2}),
+    "sapo": ("sapo", {}),
+    "gpg": ("gpg", {}),
+    "kl_cov": ("kl_cov", {"cov_share": 0.1}),
+    "gmpo": ("gmpo", {"clip_low": 1 - math.exp(-0.1), "clip_high": math.exp(0.2) - 1}),
+    "cispo": ("cispo", {"clip_low": 0.2, "clip_high": 0.28}),
+    "dro": ("dro", {}),
+    "kl_kl": ("grpo", {"kl_coef": 1.0, "kl_estimator": "k1", **TOKENS}),
+    "kl_mse": ("grpo", {"kl_coef": 1.0, "kl_estimator": "k2", **TOKENS}),
+    "kl_low_var_kl": ("grpo", {"kl_coef": 1.0, "kl_estimator": "k3", **TOKENS}),
+}
+# SkyRL multiplies by the ratio where DPPO's paper has sg(w) log pi: the gradient is the same, the value is not.
+SKYRLS = {
+    "grpo": ("grpo", {**NO_KL, **TOKENS}),
+    "dr_grpo": ("dr_grpo", NO_KL),
+    "dual_clip": ("grpo", {"clip_high": 0.28, "dual_clip": 1.5, **NO_KL}),
+    "gspo": ("gspo", {"clip_low": 0.1, "clip_high": 0.2}),
+    "sapo": ("sapo", {}),
+    "cispo": ("cispo", {"clip_high": 0.28}),
+    "dppo_tv": ("dppo_tv", {"clip_low": 0.05, "clip_high": 0.1}),
+    "dppo_kl": ("dppo_kl", {"clip_low": 0.01, "clip_high": 0.02}),
+}
+PRIME_RLS = {
+    "prime_rl_default": ("prime_rl_default", {}),
+    "narrow": ("prime_rl_default", {"clip_low": 0.02, "clip_high": 0.05, "drift_coef": 0.1}),
+}
+OTHERS = [
+    *(("verl", VERL, name, *ours) for name, ours in VERLS.items()),
+    *(("skyrl", SKYRL, name, *ours) for name, ours in SKYRLS.items()),
+    *(("prime_rl", PRIME_RL, name, *ours) for name, ours in PRIME_RLS.items()),
+]
+
+
+def test_every_number_of_the_others_is_compared():
+    for theirs, ours in ((VERL, VERLS), (SKYRL, SKYRLS), (PRIME_RL, PRIME_RLS)):
+        assert set(ours) == set(theirs["losses"]) and theirs["batch"] == TRL["batch"] and theirs["command"]
+    assert (VERL["versions"]["verl"], SKYRL["versions"]["skyrl"]) == ("0.9.1", "0.3.0")
+    assert set(VERL["advantages"]) == set(VERLS_ADVANTAGES) and set(SKYRL["advantages"]) == set(SKYRLS_ADVANTAGES)
+
+
+@pytest.mark.parametrize(
+    ("framework", "numbers", "name", "variant", "fields"), OTHERS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_loss_and_gradient_are_theirs(framework, numbers, name, variant, fields):
+    obj, theirs = objectives.get(variant, **fields), numbers["losses"][name]
+    is_kl_alone = name.startswith("kl_") and obj.has_kl
+    adv_BT = BATCH["advantage"][:, None] * BATCH["mask"] * (not is_kl_alone)
+    penalised_BT = None
+    if obj.cov_penalty:
+        penalised_BT = objectives.penalised_tokens(obj, adv_BT, BATCH["logp"], BATCH["mask"])
+    rest = BATCH["old_logp"], BATCH["ref_logp"], adv_BT, BATCH["mask"]
+
+    def loss_of(logp_BT):
+        kwargs = {"max_completion_length": numbers["max_completion_length"], "penalised_BT": penalised_BT}
+        return objectives.loss(obj, logp_BT, *rest, **kwargs)[0]
+
+    loss, grad_BT = jax.value_and_grad(loss_of)(BATCH["logp"])
+    close(grad_BT, theirs["gradient"])
+    if obj.surrogate.startswith("trust_region") and framework != "verl":
+        return
+    scale = np.abs(theirs["gradient"]).sum()
+    np.testing.assert_allclose(float(loss), theirs["loss"], rtol=1e-6, atol=1e-6 * scale)
+
+
+# Ours, and what theirs is of it. verl's "gpg" scales by rows over rows with a reward, not by groups: compared without it.
+VERLS_ADVANTAGES = {
+    "grpo": ("grpo", {}),
+    "dr_grpo": ("dr_grpo", {}),
+    "pass_at_k": ("pass_at_k", {}),
+    "rloo": ("rloo", {}),
+    "opo": ("opo", {}),
+    # It adds 1e-8 to the variance, where ours adds adv_eps to the std.
+    "reinforce_pp_baseline": ("reinforce_pp_baseline", {"adv_eps": 0.0}),
+    "gpg": ("gpg", {}),
+}
+SKYRLS_ADVANTAGES = {"grpo": ("grpo", {}), "dr_grpo": ("dr_grpo", {}), "rloo": ("rloo", {}), "maxrl": ("maxrl", {})}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name", "variant", "fields"),
+    [
+        *((VERL, name, *ours) for name, ours in VERLS_ADVANTAGES.items()),
+        *((SKYRL, name, *ours) for name, ours in SKYRLS_ADVANTAGES.items()),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_advantages_are_theirs(numbers, name, variant, fields):
+    obj, theirs = objectives.get(variant, **fields), np.asarray(numbers["advantages"][name]["values"])
+    rewards_B = BATCH["rewards"].sum(1)
+    adv_BT = objectives.advantages(obj, rewards_B, BATCH["mask"], BATCH["entropy"], group_size=numbers["group_size"])
+    adv_BT = np.broadcast_to(adv_BT, theirs.shape) * np.asarray(BATCH["mask"])
+    if name == "gpg":
+        adv_BT, theirs = adv_BT / np.abs(adv_BT).max(), theirs / np.abs(theirs).max()
+    if name == "maxrl":  # SkyRL adds 1e-6 to the mean that the paper divides by
+        mean_P = np.asarray(rewards_B).reshape(-1, numbers["group_size"]).mean(1)
+        theirs = theirs * (1 + 1e-6 / mean_P).repeat(numbers["group_size"])[:, None]
+    close(adv_BT, theirs)

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
 from grpo_jax.models import transformer
+from grpo_jax.models.architecture import Delta
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, tables, times
@@ -18,12 +19,20 @@ from tests import programs, tiny
 
 # Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.
 ARCH = job.Architecture(256, 64, MAX_UNROLLED + 1, 4, 2, 16, 192, tie_embeddings=False)
+DELTA = dataclasses.replace(
+    ARCH,
+    num_layers=4,
+    mixers=("gated_delta", "attention"),
+    has_output_gate=True,
+    delta=Delta(num_key_heads=2, num_value_heads=4, key_dim=16, value_dim=32, conv_width=4),
+)
 PUBLISHED = {
     "smollm2": 134_515_008,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "llama3-70b": 70_553_706_496,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3.5-4b": 4_205_751_296,  # of its text, as transformers counts them
 }
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
@@ -94,10 +103,12 @@ def test_an_update_of_few_rows_holds_little_but_gradients():
     assert expected == pytest.approx(compiled.temporary_bytes(compiled.compile_update(planned)), rel=0.2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollout.max_live_sequences": 20}])
+@pytest.mark.parametrize(
+    ("changes", "arch"), [({}, ARCH), ({"rollout.max_live_sequences": 20}, ARCH), ({}, DELTA)], ids=["all", "live", "delta"]
+)
 @pytest.mark.slow
-def test_the_rollout_holds_what_was_planned(changes):
-    planned = job_of(ONE, changes, arch=dataclasses.replace(ARCH, num_layers=2))
+def test_the_rollout_holds_what_was_planned(changes, arch):
+    planned = job_of(ONE, changes, arch=dataclasses.replace(arch, num_layers=2))
     expected = memory.phase_bytes(memory.parts_of(planned), memory.ROLLOUT)
     assert expected == pytest.approx(compiled.temporary_bytes(compiled.compile_rollout(planned)), rel=0.2)
 
@@ -117,22 +128,38 @@ def shapes_of(tree, shape):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora.rank": 4}])
-@pytest.mark.parametrize("vocab_size", [256, 255])
-def test_the_model_of_one_device_has_the_shapes_of_its_shards(vocab_size, changes):
-    planned = job_of((1, 2, 2), changes, arch=dataclasses.replace(ARCH, vocab_size=vocab_size, qkv_bias=True))
+@pytest.mark.parametrize(
+    "arch", [dataclasses.replace(ARCH, vocab_size=vocab, qkv_bias=True) for vocab in (256, 255)] + [tiny.DELTA]
+)
+def test_the_model_of_one_device_has_the_shapes_of_its_shards(arch, changes):
+    planned = job_of((1, 2, 2), changes, arch=arch)
     whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 2)), 0)
     shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
     assert shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape) == shards
 
 
-def test_caches_are_as_large_as_their_arithmetic_says():
-    """The bytes are the traced decoder's, the text beside them is written from one array's shape."""
+@pytest.mark.parametrize("arch", [ARCH, DELTA], ids=["attention", "delta"])
+def test_caches_are_as_large_as_their_arithmetic_says(arch):
+    """The bytes are the traced decoder's, the text beside them is written from the architecture."""
     for changes in ({}, {"rollout.max_live_sequences": 20}):
-        parts = [part for part in memory.rollout_parts(job_of((1, 1, 2), changes)) if " heads x " in part.how]
+        parts = [part for part in memory.rollout_parts(job_of((1, 1, 2), changes, arch)) if " heads x " in part.how]
         for part in parts:
             factors = [int(word) for word in part.how.split() if word.isdigit()]
             assert math.prod(factors) == part.num_bytes, part
         assert sum(part.num_bytes > 0 for part in parts) == 2 + bool(changes)
+
+
+def test_states_are_counted_for_every_prompt_and_row():
+    """[K, V] in float32 for each value head, and three inputs of the convolution; of one device of two."""
+    planned, delta = job_of((1, 1, 2), arch=DELTA), DELTA.delta
+    state = 4 * (delta.num_value_heads * delta.key_dim * delta.value_dim + 3 * delta.num_channels) // 2
+    parts = {part.what: part.num_bytes for part in memory.rollout_parts(planned)}
+    batch = planned.local_batch
+    of_layer = parts["prompts' states"] / batch.P, parts["completions' states"] / (batch.P * batch.G)
+    assert of_layer == (state * DELTA.num_layers // 2,) * 2
+    live = job_of((1, 1, 2), {"rollout.max_live_sequences": 20}, DELTA)
+    parts = {part.what: part.num_bytes for part in memory.rollout_parts(live)}
+    assert parts["prompts' states"] == of_layer[0] * (batch.P + 20) and parts["completions' states"] == of_layer[0] * 20
 
 
 # --------------------------------------------------------------------------------------------------------- what travels

@@ -4,8 +4,12 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from grpo_jax import files
+from grpo_jax.tools import cli
 
 # It speaks by Python and by the descriptor, then does what it is for.
 PROGRAM = """
@@ -61,3 +65,15 @@ def test_what_is_heard_is_heard(tmp_path):
     process = start(tmp_path / "heard", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=30)
     assert out == b"x" * 9999 + b"\n" + (b"x" * 9999 + b"\n") * 2 and err == out + b"by number"
+
+
+def test_a_thread_that_meets_a_full_disk_says_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(files, "_said", set())
+    fault = OSError(28, "No space left on device", "events.out")
+    for error in (fault, ValueError("a bug")):
+        cli._on_thread_fault(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+        said = capsys.readouterr().err
+        if error is fault:
+            assert said == "note: a thread that writes in the background has ended: No space left on device (events.out)\n"
+        else:
+            assert "Exception in thread" in said and "a bug" in said

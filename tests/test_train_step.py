@@ -84,7 +84,7 @@ def dense_logp(hidden_BTD, head_VD, tokens_BT, temperature):
 def bigram_logp(params, rollout, temperature):
     decoder = BIGRAM.bind(params)
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(-1, T), rollout.mask_PGT.reshape(-1, T)
-    last_PD, hidden_BTD = decoder.forward_with_prefix(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
+    last_PD, hidden_BTD, _ = decoder.forward_with_prefix(rollout.prompts.tokens_PS, rollout.prompts.mask_PS, tokens_BT, mask_BT)
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, 0)[:, None], hidden_BTD[:, :-1]], 1)
     return dense_logp(hidden_BTD, decoder.head_VD, tokens_BT, temperature)
 

@@ -40,7 +40,13 @@ GEMMA = Architecture(  # all that tells the families apart: a local layer below 
 )
 DEEP = dataclasses.replace(ARCHS["llama"], num_layers=transformer.MAX_UNROLLED + 1)  # scanned, not unrolled
 every_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
-with_gemma = pytest.mark.parametrize("arch", [*ARCHS.values(), GEMMA], ids=[*ARCHS, "gemma"])
+with_gemma = pytest.mark.parametrize("arch", [*ARCHS.values(), GEMMA, tiny.DELTA], ids=[*ARCHS, "gemma", "delta"])
+with_delta = pytest.mark.parametrize("arch", [*ARCHS.values(), tiny.DELTA], ids=[*ARCHS, "delta"])
+
+
+def atol_of(arch):
+    """Six layers with norms that are twice as large as usual, two of three over a state's answers: more digits are lost."""
+    return 1e-5 if arch.delta is None else 5e-5
 
 
 def make_inputs(seed=0):
@@ -67,7 +73,7 @@ def plain(model):
 def continued(model, params, tokens_PS, mask_PS, tokens_BT, mask_BT):
     """Hidden states of the completions, computed on top of their prompts' cache."""
     decoder = model.bind(params)
-    return decoder.forward_with_prefix(tokens_PS, mask_PS, tokens_BT, mask_BT)
+    return decoder.forward_with_prefix(tokens_PS, mask_PS, tokens_BT, mask_BT)[:2]
 
 
 @functools.cache
@@ -165,9 +171,9 @@ def test_prefix_and_completions_are_the_concatenated_forward(arch):
     params, inputs = tiny.random_params(arch), make_inputs()
     last_PD, hidden_BTD = with_prefix(ModelDef(arch))(params, *inputs)
     whole_BXD = plain(ModelDef(arch))(params, *concatenated(*inputs))
-    np.testing.assert_allclose(last_PD, whole_BXD[::G, S - 1], atol=1e-5)
+    np.testing.assert_allclose(last_PD, whole_BXD[::G, S - 1], atol=atol_of(arch))
     is_token_BT = np.asarray(inputs[3])
-    np.testing.assert_allclose(hidden_BTD[is_token_BT], whole_BXD[:, S:][is_token_BT], atol=1e-5)
+    np.testing.assert_allclose(hidden_BTD[is_token_BT], whole_BXD[:, S:][is_token_BT], atol=atol_of(arch))
     assert np.isfinite(hidden_BTD).all()
 
 
@@ -182,17 +188,17 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
         decoder = ModelDef(arch).bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
         layers = decoder.unstack_layers()
-        junk = jax.tree.map(lambda x: x + 7.0, KVCache.empty(B, T + 2, arch, jnp.float32))
+        junk = jax.tree.map(lambda x: x + 7.0, decoder.empty_caches(B, T + 2))
 
         def step(caches, slot):
             hidden_BD, caches = decoder.decode_step(layers, caches, tokens_BT[:, slot], slot, prefix)
             return caches, hidden_BD
 
-        _, hidden_TBD = jax.lax.scan(step, [junk] * len(layers), jnp.arange(T))
+        _, hidden_TBD = jax.lax.scan(step, junk, jnp.arange(T))
         return hidden_TBD.swapaxes(0, 1)
 
     _, expected_BTD = with_prefix(ModelDef(arch))(params, tokens_PS, mask_PS, tokens_BT, full_BT)
-    np.testing.assert_allclose(chain(params), expected_BTD, atol=1e-5)
+    np.testing.assert_allclose(chain(params), expected_BTD, atol=atol_of(arch))
 
 
 def value_and_grads(model, params, inputs):
@@ -245,7 +251,7 @@ def test_bfloat16_is_close(arch):
 # ------------------------------------------------------------------------------------------------------------- padding
 
 
-@every_arch
+@with_delta
 def test_padding_has_no_influence(arch):
     """Other token ids under the padding: the same bits everywhere else. More padding on the left: the same values."""
     params, run = tiny.random_params(arch), with_prefix(ModelDef(arch))
@@ -259,8 +265,8 @@ def test_padding_has_no_influence(arch):
 
     wider = [jnp.pad(x, ((0, 0), (3, 0))) for x in (tokens_PS, mask_PS)]
     wide_last_PD, wide_hidden_BTD = run(params, *wider, tokens_BT, mask_BT)
-    np.testing.assert_allclose(wide_last_PD, last_PD, atol=1e-5)
-    np.testing.assert_allclose(wide_hidden_BTD[mask_BT], hidden_BTD[mask_BT], atol=1e-5)
+    np.testing.assert_allclose(wide_last_PD, last_PD, atol=atol_of(arch))
+    np.testing.assert_allclose(wide_hidden_BTD[mask_BT], hidden_BTD[mask_BT], atol=atol_of(arch))
 
 
 def test_an_empty_prompt_stays_finite():
@@ -338,8 +344,7 @@ def test_prompts_are_not_copied_for_their_completions():
     def decode(params):
         decoder = model.bind(params)
         _, prefix = decoder.encode_prompts(tokens_PS, mask_PS)
-        caches = [KVCache.empty(B, T, arch, jnp.float32)] * arch.num_layers
-        return decoder.decode_step(decoder.unstack_layers(), caches, tokens_BT[:, 0], 0, prefix)
+        return decoder.decode_step(decoder.unstack_layers(), decoder.empty_caches(B, T), tokens_BT[:, 0], 0, prefix)
 
     K, H = arch.num_kv_heads, arch.head_dim
     for function in (jax.grad(update), decode):

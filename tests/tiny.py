@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh
 from grpo_jax.config import Config, LearnerConfig, MeshConfig, OverlongConfig, RolloutConfig, parse_config
 from grpo_jax.configs import base
 from grpo_jax.learner.hyperparams import hyperparams_of
-from grpo_jax.models.transformer import Architecture, init_params
+from grpo_jax.models.architecture import Architecture, Delta, Rope
+from grpo_jax.models.transformer import init_params
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.types import Batch, Prompts, Rollout, TrainState
@@ -20,6 +21,22 @@ from grpo_jax.types import Batch, Prompts, Rollout, TrainState
 VOCAB = 23
 LLAMA = Architecture(
     vocab_size=VOCAB, dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, tie_embeddings=False
+)
+DELTA = Architecture(  # two gated delta nets below a layer of attention, twice: scanned over both
+    vocab_size=VOCAB,
+    dim=16,
+    num_layers=6,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=24,
+    rope=Rope(1e4, share=0.5),
+    norm_eps=1e-2,  # a state's answer may be next to nothing, and its norm would make much of what was lost in rounding
+    qk_norm=True,
+    norm_plus_one=True,
+    has_output_gate=True,
+    mixers=("gated_delta", "gated_delta", "attention"),
+    delta=Delta(num_key_heads=2, num_value_heads=4, key_dim=4, value_dim=6, conv_width=4),
 )
 
 
@@ -43,10 +60,13 @@ def compilations():
 def random_params(arch, seed=0):
     """Every leaf random, norms and biases too: a fresh model's ones and zeros would hide a mistake in how they are used."""
     rng = np.random.default_rng(seed)
+    # Six layers whose norms double what enters them would make more of each rounding than a comparison could bear.
+    is_centred_at_zero = arch.norm_plus_one and arch.delta is not None
 
     def fill(path, shape):
-        noise = 0.4 * rng.normal(size=shape.shape)
-        return jnp.asarray(noise + ("norm" in jax.tree_util.keystr(path)), jnp.float32)
+        noise, name = 0.4 * rng.normal(size=shape.shape), jax.tree_util.keystr(path)
+        is_one = "norm" in name and (not is_centred_at_zero or "['attn']['norm']" in name)
+        return jnp.asarray(noise + is_one, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: init_params(arch, jax.random.key(0))))
 
@@ -171,10 +191,8 @@ class BigramDecoder:
         del mask_BT
         last_PD, prefix_PD = self.encode_prompts(tokens_PS, mask_PS)
         hidden_BTD = self.embed_VD[tokens_BT]
-        return last_PD, jnp.tanh(hidden_BTD + jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)[:, None])
-
-    def forward_with_load(self, *arrays):
-        return *self.forward_with_prefix(*arrays), None
+        of_row_BD = jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)
+        return last_PD, jnp.tanh(hidden_BTD + of_row_BD[:, None]), None
 
     def no_load(self, tokens_BT):
         del tokens_BT  # it has no experts

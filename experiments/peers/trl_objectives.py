@@ -6,21 +6,17 @@ In an environment with TRL (its wheel and torch are all it needs), from the clon
 """
 
 import argparse
-import importlib.metadata
 import inspect
-import json
 import pathlib
-import sys
 import textwrap
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from parity_batch import BUDGET, B, G, T, make_batch, write  # pyright: ignore[reportMissingImports]
 from trl.trainer import grpo_trainer  # pyright: ignore[reportMissingImports]
 from trl.trainer.grpo_trainer import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-B, T, G = 16, 7, 4
-BUDGET = 11
 ENTROPY = 0.01
 # Name -> what a GRPOConfig would say. "entropy_coef" adds TRL's bonus to its "dapo".
 CASES = {
@@ -44,23 +40,6 @@ ADVANTAGES = {
     "none": {"scale_rewards": "none"},
     "gdpo": {"scale_rewards": "group", "multi_objective_aggregation": "normalize_then_sum"},
 }
-
-
-def make_batch():
-    """Ragged rows, ratios on both sides of every bound, one advantage a row."""
-    rng = np.random.default_rng(0)
-    lengths_B = rng.integers(1, T + 1, B)
-    lengths_B[:2] = 1, T
-    logp_BT = -rng.uniform(0.1, 4.0, (B, T))
-    return {
-        "mask": (np.arange(T)[None] < lengths_B[:, None]).astype(float),
-        "logp": logp_BT,
-        "old_logp": logp_BT + 0.25 * rng.normal(size=(B, T)) + 0.15 * rng.choice([-1.0, 1.0], (B, 1)),
-        "ref_logp": logp_BT + 0.4 * rng.normal(size=(B, T)),
-        "entropy": rng.uniform(0.0, 3.0, (B, T)),
-        "advantage": rng.normal(size=B),
-        "rewards": np.stack([rng.integers(0, 2, B), 0.1 * rng.integers(0, 4, B)], 1).astype(float),
-    }
 
 
 def trainer_of(case):
@@ -168,18 +147,9 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     batch = make_batch()
-    versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "numpy")}
-    found = {
-        "command": f"python {' '.join(sys.argv)}",
-        "versions": {**versions, "python": sys.version.split()[0]},
-        "group_size": G,
-        "max_completion_length": BUDGET,
-        "batch": {key: np.asarray(value).tolist() for key, value in batch.items()},
-        "losses": {name: {"settings": case, **loss_and_gradient(case, batch)} for name, case in CASES.items()},
-        "advantages": {name: {"settings": case, "values": advantages(case, batch)} for name, case in ADVANTAGES.items()},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    losses = {name: {"settings": case, **loss_and_gradient(case, batch)} for name, case in CASES.items()}
+    values = {name: {"settings": case, "values": advantages(case, batch)} for name, case in ADVANTAGES.items()}
+    write(args.out, ("trl", "torch", "numpy"), batch, losses, values)
 
 
 if __name__ == "__main__":

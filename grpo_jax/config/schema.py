@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_jax.config.embedded import EMBEDDED, ChainConfig, CountdownConfig, ForksConfig, MazeConfig
 from grpo_jax.knobs import Settings, knob
-from grpo_jax.models.lora import ALL_LINEAR, TARGETS
+from grpo_jax.models.lora import TARGETS
 from grpo_jax.objectives import Objective
 
 TASKS = (*EMBEDDED, "jsonl", "dataset", "reasoning_gym", "mixture")
@@ -53,13 +53,11 @@ class LoRAConfig:
 
     rank: int = knob(0, "of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**14)
     alpha: float = knob(32.0, "the adapters' product is scaled by alpha / rank", above=0, at_most=1e6)
-    targets: tuple[str, ...] = knob(TARGETS, 'matrices with adapters, by Hugging Face\'s names; ("all-linear",) is all of them')
+    targets: tuple[str, ...] = knob(
+        TARGETS, 'matrices with adapters, by Hugging Face\'s names; ("all-linear",): all of the model'
+    )
     use_rslora: bool = knob(False, "the product is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     path: str = knob("", "PEFT folder to continue from; empty: fresh adapters")
-
-    def __post_init__(self) -> None:
-        if self.targets == (ALL_LINEAR,):
-            object.__setattr__(self, "targets", TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 from grpo_jax import objectives
 from grpo_jax.config import mixture, reward_expression
 from grpo_jax.config.embedded import EMBEDDED
-from grpo_jax.config.schema import TARGETS, TRACKERS, Config, TaskConfig
+from grpo_jax.config.schema import TRACKERS, Config, TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.files import is_text
 from grpo_jax.knobs import walk
+from grpo_jax.models.lora import ALL_LINEAR, DELTA_TARGETS, TARGETS
 from grpo_jax.objectives.functions import name_of
 from grpo_jax.objectives.ratios import is_per_row
 
@@ -216,9 +217,10 @@ def _require_trackers(config: Config) -> None:
 def _require_adapters(config: Config) -> None:
     """Check the matrices that get adapters, and that a PEFT folder comes with the settings it was made with."""
     lora = config.lora
-    unknown = [name for name in lora.targets if name not in TARGETS]
-    if unknown or not lora.targets:
-        raise UserError(f"config.lora.targets = {lora.targets!r}: one or more of {', '.join(TARGETS)}")
+    known = (*TARGETS, *DELTA_TARGETS)
+    unknown = [name for name in lora.targets if name not in known]
+    if (unknown and lora.targets != (ALL_LINEAR,)) or not lora.targets:
+        raise UserError(f"config.lora.targets = {lora.targets!r}: one or more of {', '.join(known)}; or {ALL_LINEAR} alone")
     if lora.path and not lora.rank:
         raise UserError(f"config.lora.path = {lora.path!r}: set config.lora.rank, alpha and targets as they were made")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from grpo_jax import objectives
 from grpo_jax.metrics import Correlation, Mean, Metric
 from grpo_jax.objectives import Objective
-from grpo_jax.types import Arrays, AxisName, Batch
+from grpo_jax.types import UNKNOWN, Arrays, AxisName, Batch
 
 GRPO = objectives.get("grpo")
 SAME = 1e-4  # advantages that differ by less than this share of the larger one are the same
@@ -136,6 +136,6 @@ def advantage_metrics(
         "advantage/success_correlation": Correlation.of(adv_PGT, is_success_PG1 & (mask_PGT > 0), mask_PGT),
     }
     if batch.credit_PGT is not None:
-        known_PGT = mask_PGT * jnp.isfinite(batch.credit_PGT)
+        known_PGT = mask_PGT * (batch.credit_PGT != UNKNOWN)
         metrics["advantage/credit_correlation"] = Correlation.of(adv_PGT, batch.credit_PGT, known_PGT)
     return metrics

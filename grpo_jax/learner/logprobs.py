@@ -330,7 +330,7 @@ def logprobs_and_load(
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD, load_LE = decoder.forward_with_load(
+        last_PD, later_BTD, load_LE = decoder.forward_with_prefix(
             *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
         )
         later = [later_BTD[:, : T - 1]]

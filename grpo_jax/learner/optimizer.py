@@ -14,13 +14,14 @@ from grpo_jax.types import Arrays, Hyperparams, Params
 
 
 def is_decayed(params: Params) -> PyTree[bool]:
-    """Tell which weights decay: matrices do, norms, biases and routers do not."""
+    """Tell which weights decay: matrices do, norms, biases, routers and rates of forgetting do not."""
     # By name, since layers are stacked: a norm's scale has two axes there, as a matrix has elsewhere. A router's decay would
-    # make its choices more even by the step, and move one that is frozen.
+    # make its choices more even by the step, and move one that is frozen. A gated delta net's rates are logarithms: to decay
+    # them would make heads forget at one rate.
 
     def by_name(path: jax.tree_util.KeyPath, _: Any) -> bool:
         name = jax.tree_util.keystr(path)
-        return not any(word in name for word in ("norm", "bias", "router"))
+        return not any(word in name for word in ("norm", "bias", "router", "log_rate"))
 
     return jax.tree_util.tree_map_with_path(by_name, params)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,22 @@ NO_ROPE = Rope(factor=math.inf)  # nothing turns: cosines are 1, sines 0
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """The sizes of a gated delta net. Each key head has num_value_heads / num_key_heads value heads."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # channels of a key
+    value_dim: int
+    conv_width: int  # tokens that an output of its convolution sees, its own included
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of queries, keys and values together: those of the convolution."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """All that distinguishes one decoder from another. `models/families.py` reads it from a model's folder."""
 
@@ -65,6 +83,9 @@ class Architecture:
     qk_norm_spans_heads: bool = False  # one norm over all heads' channels; else one a head
     qkv_bias: bool = False
     o_bias: bool = False
+    mixers: tuple[str, ...] = ("attention",)  # the layers' kinds, again and again: keys of transformer.MIXERS
+    delta: Delta | None = None  # of layers of the kind "gated_delta"
+    has_output_gate: bool = False  # heads' outputs of attention are multiplied by sigmoids, of the input, channel by channel
     mlp: str = "dense"  # a key of transformer.MLPS
     num_experts: int = 0  # "experts": E, of which each token takes `experts_per_token`
     experts_per_token: int = 0
@@ -87,6 +108,28 @@ class Architecture:
     layout: tuple[str, ...] = ()  # how its folders name and join tensors: keys of tensor_names.LAYOUTS
 
     @property
+    def period(self) -> int:
+        """The number of layers after which their kinds repeat; it divides the number of layers."""
+        return len(self.mixers)
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.mixers.count("attention") * (self.num_layers // self.period)
+
+    def split_places(self, layers: Any) -> list[Any]:
+        """Return the parameters of the layers by their place in the period, [L / period, ...] each."""
+        if self.period == 1:
+            return [layers]
+        return [layers[str(place)] for place in range(self.period)]
+
+    def join_places(self, places: Sequence[Any]) -> Any:
+        """Return the tree that `split_places` splits."""
+        if self.period == 1:
+            return places[0]
+        return {str(place): layers for place, layers in enumerate(places)}
+
+    @property
     def attention_scale(self) -> float:
         """The factor of attention scores."""
         if self.query_scale is not None:
@@ -98,7 +141,7 @@ class Architecture:
         """Mesh axis -> the sizes that it must divide."""
         # Query and key/value heads are sharded alike: a device that held a query without its key would have to fetch it.
         # The vocabulary is missing on purpose: one that does not divide is replicated (`sharding.param_spec`).
-        return {
-            "tensor": {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "ffn_dim": self.ffn_dim},
-            "fsdp": {"dim": self.dim},
-        }
+        cut = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "ffn_dim": self.ffn_dim}
+        if self.delta is not None:
+            cut |= {"delta.num_key_heads": self.delta.num_key_heads, "delta.num_value_heads": self.delta.num_value_heads}
+        return {"tensor": cut, "fsdp": {"dim": self.dim}}

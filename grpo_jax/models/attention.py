@@ -74,7 +74,8 @@ class KVCache:
 class Prefix:
     """A left-padded prompt as its completions see it.
 
-    cache: KVCache over [P, S], or None where it is handed on layer by layer. mask_PS: bool, True on tokens.
+    cache: what the layers keep of the prompts (KVCache over [P, S], or DeltaState), one for each place in the period of their
+    kinds, each of L / period layers; or None where it is handed on layer by layer. mask_PS: bool, True on tokens.
     lengths_P: int32, in tokens.
     """
 
@@ -83,7 +84,7 @@ class Prefix:
     lengths_P: jax.Array
 
     @classmethod
-    def of(cls, cache: KVCache | None, mask_PS: Shaped[Array, "P S"]) -> Prefix:
+    def of(cls, cache: Any, mask_PS: Shaped[Array, "P S"]) -> Prefix:
         """Return the prefix of prompts with this mask (True or not 0 on tokens)."""
         return cls(cache, mask_PS.astype(bool), mask_PS.astype(jnp.int32).sum(-1))
 
@@ -96,6 +97,7 @@ class AttentionView:
     see. mask_PGTS: bool, those of their prompt, None without a prompt. The masks may have axes of size 1.
     rows: the same in a kernel's terms, where accelerators have one; else None.
     query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
+    mask_BT: bool, True on the rows' tokens, False on padding; None: there is none. Layers without attention read this alone.
     """
 
     rope: Any
@@ -103,6 +105,7 @@ class AttentionView:
     mask_PGTS: jax.Array | None
     rows: flash.CausalRows | None = None
     query_scale: jax.Array | None = None
+    mask_BT: jax.Array | None = None
 
 
 def make_views(
@@ -112,6 +115,7 @@ def make_views(
     mask_BTU: Bool[Array, "#B T U"],
     prefix: Prefix | None,
     rows: flash.CausalRows | None = None,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> tuple[AttentionView, AttentionView]:
     """Return what global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
@@ -119,7 +123,7 @@ def make_views(
       arch: says which layers are local, and their window in tokens.
       positions_BT, key_positions_BU: of the queries and of their row's keys, counted in tokens from the prompt's first.
       mask_BTU: bool, causal and without padding, broadcastable over B. prefix: of the rows' prompts, or None.
-      rows: the same for a kernel, or None.
+      rows: the same for a kernel, or None. mask_BT: of the rows' tokens, None: all are.
     Returns: (view of global layers, view of local layers).
     """
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
@@ -128,7 +132,7 @@ def make_views(
         mask_PGTS = prefix.mask_PS[:, None, None]
     scale_BT11 = query_scale(positions_BT, arch.query_growth)
     tables = rope_tables(positions_BT, arch.rope, arch.head_dim)
-    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11)
+    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11, mask_BT)
     if not arch.local_layers:
         return global_view, global_view
     window, local_BTU = arch.sliding_window, mask_BTU
@@ -142,7 +146,7 @@ def make_views(
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11)
+    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11, mask_BT)
     if len(arch.local_layers) == arch.num_layers:
         return local_view, local_view
     return global_view, local_view

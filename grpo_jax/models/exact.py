@@ -63,7 +63,7 @@ def run_block(
     if tiles is None:
         return block(x_BTD, view, prefix, cache, slot)
     dtype, arch = x_BTD.dtype, block.attn.arch
-    q_BTNH, k_BTKH, v_BTKH = run_rows("enter", tiles, block, dtype, x_BTD, view.rope, view.query_scale)
+    q_BTNH, k_BTKH, v_BTKH, gate_BTNH = run_rows("enter", tiles, block, dtype, x_BTD, view.rope, view.query_scale)
     own = KVCache.of(k_BTKH, v_BTKH)
     if cache is not None:
         own = cache.update(own, slot)
@@ -71,7 +71,7 @@ def run_block(
     q_BTNH, own = jax.tree.map(lambda x: checkpoint_name(x, SAVED_NAME), (q_BTNH, own))
     out_BTNH = _attend(tiles, arch.attention_scale, arch.score_cap, (q_BTNH, own, prefix), view)
     out_BTNH = checkpoint_name(out_BTNH, SAVED_NAME)
-    x_BTD, _ = run_rows("leave", tiles, block, dtype, x_BTD, out_BTNH)
+    x_BTD, _ = run_rows("leave", tiles, block, dtype, x_BTD, out_BTNH, gate_BTNH)
     return x_BTD, own, None
 
 

@@ -59,7 +59,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
     num_bytes = {}
     for slot, leaf in zip(param_slots(architecture)[0], jax.tree.leaves(params), strict=True):
         for name, place in zip(slot.names, np.ndindex(slot.stack), strict=True):
-            parts.setdefault(name, []).append(_Part(slot.first_row, leaf, place, slot.is_transposed))
+            parts.setdefault(name, []).append(_Part(slot.first_row, leaf, place, slot.is_transposed, slot.stored_part))
             num_bytes[name] = int(np.prod(slot.stored_shape)) * jnp.dtype(dtype).itemsize
     shards = _split_by_size(num_bytes, max_shard_bytes)
     files = [SINGLE]
@@ -78,12 +78,16 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Part of a stored tensor. first_row: in it. leaf: that it comes from. place: its numbers on the leaf's stacked axes."""
+    """Part of a stored tensor. first_row: in it. leaf: that it comes from. place: its numbers on the leaf's stacked axes.
+
+    is_transposed: as in `Slot`. shape: as it is stored.
+    """
 
     first_row: int
     leaf: jax.Array
     place: tuple[int, ...]
     is_transposed: bool
+    shape: tuple[int, ...]
 
 
 def _gather_tensor(parts: list[_Part], dtype: str) -> np.ndarray:
@@ -91,7 +95,10 @@ def _gather_tensor(parts: list[_Part], dtype: str) -> np.ndarray:
     # Part by part, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers is
     # ever in the host's memory.
     parts = sorted(parts, key=lambda part: part.first_row)
-    rows = [hosts.gather_to_host(_extract_part(part.leaf, part.place, dtype, part.is_transposed)) for part in parts]
+    rows = [
+        hosts.gather_to_host(_extract_part(part.leaf, part.place, dtype, part.is_transposed)).reshape(part.shape)
+        for part in parts
+    ]
     if len(rows) == 1:
         return rows[0]
     return np.concatenate(rows)

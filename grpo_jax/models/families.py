@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import read_json
-from grpo_jax.models.architecture import NO_ROPE, Architecture
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.family import Family, Reads, TextPart
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.rope_settings import TYPES, read_growth, read_rope, rotary_settings
+from grpo_jax.models.layer_settings import read_mixers, read_positions
 from grpo_jax.models.settings import Settings, positive, read_flag, read_integer, read_number, unsupported
-
-# A setting of config.json -> (field of Architecture, what makes its value of the setting's).
-Reads = Mapping[str, tuple[str, Callable[[Path, Settings, str], Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """The facts that a `model_type` implies without saying so in config.json, and what else it reads there."""
-
-    facts: Settings = dataclasses.field(default_factory=dict)  # fields of Architecture that all its models share
-    defaults: Settings = dataclasses.field(default_factory=dict)  # of settings that its config.json may leave out
-    aliases: Settings = dataclasses.field(default_factory=dict)  # other names of settings -> their own
-    # Settings that become a field as they are. The folder of a family that does not read them must not have them.
-    reads: Reads = dataclasses.field(default_factory=dict)
-    required: Settings = dataclasses.field(default_factory=dict)  # settings it reads, of which the decoder has one value
-    activations: tuple[str, ...] = ("silu",)  # the names of the one it has
-    ffn_key: str = "intermediate_size"  # the setting that is F
-    windows: str = "none"  # the layers that have one: a key of LOCAL_LAYERS, "none" or "without rope"
-    period: int | str = 1  # the number in that rule, or the setting that holds it
-    has_layer_types: bool = False  # `layer_types`, if there, says it instead
-    is_embedding_scaled: bool = False  # embeddings are multiplied by sqrt(D)
-    rope_types: tuple[str, ...] = TYPES
-    has_local_rope: bool = False  # local layers have a rotary embedding of their own
-    has_partial_rope: bool = False  # `partial_rotary_factor` counts, and pairs are interleaved
-    has_query_growth: bool = False  # `llama_4_scaling_beta` counts
-
-
-# Whether layer i has the window, of the family's period: (i, period) -> bool.
-LOCAL_LAYERS: dict[str, Callable[[int, int], bool]] = {
-    "all": lambda i, period: True,
-    "from": lambda i, period: i >= period,
-    "all but every last": lambda i, period: bool((i + 1) % period),
-    "all but every first": lambda i, period: bool(i % period),
-}
 
 
 def _inverse_root(file: Path, config: Settings, key: str) -> float:
@@ -118,10 +83,31 @@ MOE: Reads = {
 OLMO_FACTS = {"qk_norm": True, "qk_norm_spans_heads": True, "pre_norms": False, "post_norms": True, "norm_rounds_last": True}
 GLM = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7, "attention_bias": True}
 GLM_ROPE = {"partial_rotary_factor": 0.5}
+QWEN35 = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all"),
+    "llama": Family(
+        models="Llama 2 and 3, SmolLM2, DeepSeek-R1-Distill-Llama, TinyLlama, Falcon3, Yi",
+        beside="RoPE slowed down: `linear`, `llama3`, `yarn`",
+    ),
+    "mistral": Family(
+        models="Mistral 7B, Nemo, Mistral-Small-2501",
+        beside="sliding window in every layer, or none",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        windows="all",
+    ),
     "qwen2": Family(
+        models="Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen",
+        beside="query, key and value bias; sliding window by layer",
         facts={"qkv_bias": True},
         defaults={"num_key_value_heads": 32, **QWEN},
         windows="from",
@@ -129,19 +115,31 @@ FAMILIES = {
         has_layer_types=True,
     ),
     "qwen3": Family(
+        models="Qwen3, DeepSeek-R1-0528-Qwen3-8B (YaRN)",
+        beside="query and key norm",
         facts={"qk_norm": True},
         defaults={"num_key_value_heads": 32, "head_dim": 128, **QWEN},
         windows="from",
         period="max_window_layers",
         has_layer_types=True,
     ),
-    "ministral": Family(defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all", has_layer_types=True),
+    "ministral": Family(
+        models="Ministral-8B-2410",
+        beside="sliding window by layer",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        windows="all",
+        has_layer_types=True,
+    ),
     "ministral3": Family(
+        models="Ministral 3, Devstral 2",
+        beside="YaRN; queries grow with their position",
         defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_parameters": MINISTRAL3_ROPE},
         windows="all",
         has_query_growth=True,
     ),
     "qwen3_moe": Family(
+        models="Qwen3-30B-A3B, Qwen3-235B-A22B",
+        beside="Qwen3's attention; a mixture of experts",
         facts={"qk_norm": True, "mlp": "experts"},
         defaults={
             **SWITCH,
@@ -159,12 +157,16 @@ FAMILIES = {
         windows="all",
     ),
     "gemma": Family(
+        models="Gemma 1",
+        beside="norms by 1 + weight, scaled embeddings, GeGLU",
         facts=GEMMA_FACTS,
         defaults={"num_key_value_heads": 16, **GEMMA},
         activations=("gelu_pytorch_tanh", "gelu"),  # the older name meant the same
         is_embedding_scaled=True,
     ),
     "gemma2": Family(
+        models="Gemma 2",
+        beside="norms before and after; capped attention scores and logits; every other layer local",
         facts={**GEMMA_FACTS, "post_norms": True},
         defaults={
             **GEMMA,
@@ -182,6 +184,8 @@ FAMILIES = {
         is_embedding_scaled=True,
     ),
     "gemma3_text": Family(
+        models="Gemma 3",
+        beside="query and key norm; local layers with a RoPE of their own",
         facts={**GEMMA_FACTS, "qk_norm": True, "post_norms": True},
         defaults=GEMMA3,
         reads={**SCALAR, **LOGIT_CAP},
@@ -193,12 +197,16 @@ FAMILIES = {
         has_local_rope=True,
     ),
     "phi3": Family(
+        models="Phi-4, Phi-3-mini-4k",
+        beside="q, k, v stored as one tensor, gate and up as another",
         facts={"layout": ("joined_qkv", "joined_gate_up")},
         defaults={"rms_norm_eps": 1e-5},
         windows="all",
         rope_types=("default",),
     ),
     "smollm3": Family(
+        models="SmolLM3",
+        beside="every fourth layer has no RoPE",
         defaults={
             **SWITCH,
             "num_key_value_heads": 4,
@@ -211,10 +219,14 @@ FAMILIES = {
         has_layer_types=True,
     ),
     "seed_oss": Family(
+        models="Seed-OSS",
+        beside="query, key, value (and output) bias as config.json says",
         defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
         reads={**QKV_BIAS, **O_BIAS},
     ),
     "cwm": Family(
+        models="Code World Model",
+        beside="sliding window by layer",
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -227,8 +239,15 @@ FAMILIES = {
         period=4,
         has_layer_types=True,
     ),
-    "olmo2": Family(facts=OLMO_FACTS, defaults={"rms_norm_eps": 1e-5}),
+    "olmo2": Family(
+        models="OLMo 2",
+        beside="norms after attention and MLP alone; one query norm over all heads",
+        facts=OLMO_FACTS,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
     "olmo3": Family(
+        models="OLMo 3",
+        beside="the same, local layers, YaRN on the global ones",
         facts=OLMO_FACTS,
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0, "sliding_window": 4096},
         windows="all but every last",
@@ -238,40 +257,69 @@ FAMILIES = {
         # transformers leaves the local layers' at this value, whatever `rope_theta` says.
         required={"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
     ),
-    "granite": Family(defaults=dict.fromkeys(MULTIPLIERS, 1.0), reads=MULTIPLIERS),
+    "granite": Family(
+        models="Granite 3",
+        beside="embeddings, scores, residuals and logits multiplied",
+        defaults=dict.fromkeys(MULTIPLIERS, 1.0),
+        reads=MULTIPLIERS,
+    ),
     "glm": Family(
+        models="GLM-4-9B",
+        beside="interleaved RoPE on half the channels; gate and up stored as one",
         facts={"layout": ("joined_gate_up",)},
         defaults={**GLM, **GLM_ROPE},
         reads=QKV_BIAS,
         has_partial_rope=True,
+        is_rope_interleaved=True,
     ),
     "glm4": Family(
+        models="GLM-4-0414",
+        beside="the same, and norms before and after",
         facts={"layout": ("joined_gate_up", "glm4_norms"), "post_norms": True},
         defaults={**GLM, **GLM_ROPE},
         reads=QKV_BIAS,
         has_partial_rope=True,
+        is_rope_interleaved=True,
+    ),
+    "qwen3_5_text": Family(
+        models="Qwen3.5, 3.6, 3.8 dense, as exported",
+        beside="gated delta nets, and attention with an output gate and RoPE on a quarter of the channels",
+        facts={"qk_norm": True, "norm_plus_one": True, "has_output_gate": True},
+        defaults=QWEN35,
+        # transformers reads none of them.
+        required={"attn_output_gate": True, "output_gate_type": "swish", "mlp_only_layers": []},
+        has_partial_rope=True,
+        has_image_rope=True,
+        has_delta=True,
     ),
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class TextPart:
-    """The change that makes a config.json of a known family of that of a model which does more than continue a text.
-
-    settings: that replace its own. left_out: settings that are no text's.
-    """
-
-    settings: Settings = dataclasses.field(default_factory=dict)
-    left_out: tuple[str, ...] = ("vision_config", "auto_map")
-
-
 QWEN2_TEXT = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 TEXT_OF = {
-    "gemma3": TextPart({"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}),
-    "qwen2_5_vl": TextPart(QWEN2_TEXT),
-    "qwen3_vl": TextPart({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}),
-    "mistral3": TextPart(),
-    "mimo": TextPart(QWEN2_TEXT, left_out=("auto_map", "num_nextn_predict_layers")),
+    "gemma3": TextPart(
+        settings={"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]},
+        models="Gemma 3 with images",
+        becomes="`gemma3_text`",
+    ),
+    "qwen2_5_vl": TextPart(settings=QWEN2_TEXT, models="Qwen2.5-VL", becomes="`qwen2`"),
+    "qwen3_vl": TextPart(
+        settings={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, models="Qwen3-VL", becomes="`qwen3`"
+    ),
+    "qwen3_5": TextPart(
+        settings={"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
+        models="Qwen3.5, 3.6, 3.8 dense (0.8B to 27B)",
+        becomes="`qwen3_5_text`; images and the layers that predict further tokens (`mtp.`) are left out",
+    ),
+    "mistral3": TextPart(
+        models="Mistral-Small-3.1 and 3.2; Ministral 3 with images",
+        becomes="`mistral` or `ministral3`, as its text says",
+    ),
+    "mimo": TextPart(
+        settings=QWEN2_TEXT,
+        left_out=("auto_map", "num_nextn_predict_layers"),
+        models="MiMo-7B",
+        becomes="`qwen2`; layers that predict further tokens (`model.mtp_layers.`) are left out",
+    ),
 }
 # What the families of `mistral3`'s text are called as models of their own.
 CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
@@ -316,6 +364,8 @@ def text_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     kind = config.get("model_type")
     if str(kind) not in FAMILIES:
         raise unsupported(file, "model_type", kind, ", ".join([*FAMILIES, *TEXT_OF]))
+    if part is not None or FAMILIES[str(kind)].has_image_rope:
+        _leave_out_sections(config)
     return config
 
 
@@ -327,13 +377,17 @@ def _text_part(config: dict[str, Any], part: TextPart) -> dict[str, Any]:
     config = {**{key: value for key, value in config.items() if key not in part.left_out}, **part.settings}
     if config.get("model_type") in CLASSES:
         config["architectures"] = [CLASSES[config["model_type"]]]
+    return config
+
+
+def _leave_out_sections(config: dict[str, Any]) -> None:
+    """Take the axes of images out of the rotary settings."""
     # Time, height and width of an image turn channels of their own. A text's tokens are at one place on all three: the plain
     # embedding, which is what a model of text alone calls it.
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(config.get(key), dict) and "mrope_section" in config[key]:
             plain = {name: value for name, value in config[key].items() if not name.startswith("mrope_")}
             config[key] = {name: "default" if value == "mrope" else value for name, value in plain.items()}
-    return config
 
 
 def read_architecture(path: str | os.PathLike[str]) -> Architecture:
@@ -367,7 +421,8 @@ def read_architecture(path: str | os.PathLike[str]) -> Architecture:
         head_dim=read_integer(file, config, "head_dim", dim // num_heads),
         norm_eps=positive(config.get("rms_norm_eps", 1e-6), f"{file}: rms_norm_eps"),
         tie_embeddings=read_flag(file, {"tie_word_embeddings": False, **config}, "tie_word_embeddings"),
-        **{"ffn_dim": read_integer(file, config, family.ffn_key), **_positions(file, config, family), **optional},
+        **{"ffn_dim": read_integer(file, config, family.ffn_key), **read_positions(file, config, family), **optional},
+        **read_mixers(file, config, family),
     )
 
 
@@ -388,90 +443,3 @@ def _check_settings(file: Path, config: Settings, family: Family) -> None:
         if value is None:
             raise unsupported(file, key, config[key], "absent")
         raise unsupported(file, key, config[key], value)
-
-
-def _positions(file: Path, config: Settings, family: Family) -> dict[str, Any]:
-    """Return the fields of Architecture that say where layers look: windows and rotary embeddings."""
-    unturned = _layers_without_rope(file, config, family)
-    window, windowed = _windows(file, config, family, unturned)
-    key, given, local = rotary_settings(file, config, family.has_local_rope)
-    share = config.get("partial_rotary_factor")
-    if given.get("partial_rotary_factor") is not None:
-        share = given["partial_rotary_factor"]
-    share = positive(1.0 if share is None else share, f"{file}: partial_rotary_factor")
-    if share > 1 or (share < 1 and not family.has_partial_rope):
-        raise unsupported(file, f"{key}.partial_rotary_factor", share, 1.0)
-    rope = read_rope(file, config, key, given, config.get("rope_theta", 10_000.0), family.rope_types, share)
-    fields: dict[str, Any] = {"rope": dataclasses.replace(rope, is_interleaved=family.has_partial_rope)}
-    if family.has_query_growth:
-        fields["query_growth"] = read_growth(file, key, given)
-    elif given.get("llama_4_scaling_beta") is not None:
-        raise unsupported(file, f"{key}.llama_4_scaling_beta", given["llama_4_scaling_beta"], "absent")
-    if windowed and unturned and windowed != unturned:
-        raise unsupported(file, "layer_types", config.get("layer_types"), "windows in the layers without RoPE alone")
-    if windowed or unturned:
-        fields |= {"sliding_window": window, "local_layers": windowed or unturned}
-    if unturned:
-        fields["local_rope"] = NO_ROPE
-    elif family.has_local_rope and windowed:
-        theta = config["rope_local_base_freq"]
-        fields["local_rope"] = read_rope(file, config, key, local, theta, family.rope_types, 1.0)
-    return fields
-
-
-def _layers_without_rope(file: Path, config: Settings, family: Family) -> tuple[int, ...]:
-    """Return the numbers of the layers that have no rotary embedding, where a family has such."""
-    if "no_rope_layers" not in family.defaults:
-        return ()
-    num_layers = read_integer(file, config, "num_hidden_layers")
-    turned = config.get("no_rope_layers")
-    if turned is None:
-        period = read_integer(file, config, "no_rope_layer_interval")
-        turned = [(i + 1) % period for i in range(num_layers)]
-    if not isinstance(turned, list) or len(turned) < num_layers:
-        raise UserError(f"{file}: no_rope_layers = {json.dumps(turned)}: expected a number for each of {num_layers} layers")
-    return tuple(i for i in range(num_layers) if not turned[i])
-
-
-def _windows(file: Path, config: Settings, family: Family, unturned: tuple[int, ...]) -> tuple[int | None, tuple[int, ...]]:
-    """Return (tokens that a local layer's query sees, the local layers' numbers).
-
-    Args:
-      file: config.json. config: its settings. family: says how they are read. unturned: the layers without RoPE.
-    """
-    num_layers, kinds = read_integer(file, config, "num_hidden_layers"), config.get("layer_types")
-    is_on = family.windows != "none" and (config.get("use_sliding_window") or "use_sliding_window" not in family.defaults)
-    has_window = is_on and config.get("sliding_window") is not None
-    known = ["full_attention"]
-    if has_window and family.has_layer_types:
-        known.append("sliding_attention")
-    if not isinstance(kinds, list | None):
-        raise UserError(f"{file}: layer_types = {json.dumps(kinds)}: expected a list, a kind for each layer")
-    for kind in kinds or ():
-        if kind not in known:
-            raise unsupported(file, "layer_types", kind, ", ".join(known))
-    if not has_window:
-        return None, ()
-    window = read_integer(file, config, "sliding_window")
-    if kinds is not None and family.has_layer_types:
-        if len(kinds) != num_layers:
-            raise UserError(f"{file}: layer_types has {len(kinds)} entries; num_hidden_layers = {num_layers}")
-        local = [kind == "sliding_attention" for kind in kinds]
-    elif family.windows == "without rope":
-        local = [i in unturned for i in range(num_layers)]
-    else:
-        local = [LOCAL_LAYERS[family.windows](i, _period(file, config, family)) for i in range(num_layers)]
-    local_layers = tuple(i for i, is_local in enumerate(local) if is_local)
-    if not local_layers:  # a window that no layer has would be another architecture, and another compiled program
-        return None, ()
-    return window, local_layers
-
-
-def _period(file: Path, config: Settings, family: Family) -> int:
-    """Return the number in the rule that says which layers have the window."""
-    if isinstance(family.period, int):
-        return family.period
-    value = config[family.period]
-    if value == 0 and family.windows == "from":  # from the first layer on
-        return 0
-    return read_integer(file, config, family.period)

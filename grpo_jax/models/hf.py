@@ -37,7 +37,7 @@ LEFT_OUT = {
         *("vision_tower.", "multi_modal_projector.", "visual."),
         *("model.vision_tower.", "model.multi_modal_projector.", "model.visual."),
     ),
-    "the prediction of several tokens": ("model.mtp_layers.",),
+    "the prediction of several tokens": ("model.mtp_layers.", "mtp."),
 }
 SOURCE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROWS = 4096  # rows at a time, where two stored tensors are compared
@@ -145,7 +145,7 @@ def _load(slot: Slot, tensors: dict[str, _Tensor], dtype: np.dtype, sharding: Sh
         return _cast(next(parts), dtype, sharding)
     stacked = jnp.zeros((*slot.stack, *slot.shape), dtype, device=sharding)
     for place, part in zip(np.ndindex(slot.stack), parts, strict=True):
-        stacked = _write(stacked, part, place, sharding, slot.is_transposed)
+        stacked = _write(stacked, part, place, sharding, slot.is_transposed, slot.shape)
         # JAX does not wait for a device: without this, tensors still under way would pile up on the host.
         jax.block_until_ready(stacked)
     return stacked
@@ -167,11 +167,19 @@ def _cast(tensor: jax.Array, dtype: np.dtype, sharding: Sharding) -> jax.Array:
 
 
 # Donated: written in place, or each layer would make a second copy of all of them.
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _write(stacked: jax.Array, tensor: jax.Array, place: tuple[int, ...], sharding: Sharding, is_transposed: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+def _write(
+    stacked: jax.Array,
+    tensor: jax.Array,
+    place: tuple[int, ...],
+    sharding: Sharding,
+    is_transposed: bool,
+    shape: tuple[int, ...],
+) -> jax.Array:
     if is_transposed:
         tensor = tensor.T
-    return jax.lax.with_sharding_constraint(stacked.at[place].set(tensor.astype(stacked.dtype)), sharding)
+    tensor = tensor.reshape(shape).astype(stacked.dtype)
+    return jax.lax.with_sharding_constraint(stacked.at[place].set(tensor), sharding)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:

@@ -1,4 +1,4 @@
-"""x W^T, in the order of factors that the backend is quickest at."""
+"""x W^T, in the order of factors that the backend is quickest at; with bias and adapter, a layer's `Linear`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
+from grpo_jax.models.lora import LoRA
 from grpo_jax.models.tiles import Tiles, in_tiles
-from grpo_jax.parallel.hardware import target_platform
+from grpo_jax.parallel.hardware import Hardware, target_platform
 
 FEW_ROWS = 128  # measured on 2 cores: 1.6 to 2 times as fast from 2 rows on, no faster beyond 256
 
@@ -56,23 +58,12 @@ def head_logits(
     return in_tiles(logits, tiles.rows, head_VD, hidden_CD)
 
 
-def scaled(x: Array, factor: float) -> Array:
-    """Return x times a number, rounded once: the number itself would be rounded to the compute dtype."""
-    if factor == 1:
-        return x
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def fence_vector(x: Array) -> Array:
-    """Return x; a vector is one that the compiler makes where it stands, and not again at each use."""
-    if x.ndim != 1:
-        return x
-    return jax.lax.optimization_barrier(x)
-
-
-def like(vector: Array, x: Array) -> Array:
-    """Return a vector with leading axes of size 1: the rank of x (implicit rank promotion is an error in our tests)."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+def fence_vectors(tree: Any, hardware: Hardware | None) -> Any:
+    """Return a tree of weights, whose vectors accelerators take out of the stacks of layers once; None: CPUs, which do anyway."""
+    if hardware is None:
+        return tree
+    # XLA:TPU would take them in the decoding loop at every token, each by an operation: 1 % of a token's estimate.
+    return jax.tree.map(lambda x: jax.lax.optimization_barrier(x) if x.ndim == 1 else x, tree)
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -92,3 +83,47 @@ def _cotangent_once(y):
 
 
 _cotangent_once.defvjp(lambda y: (y, None), lambda _, dy: (jax.lax.optimization_barrier(dy),))
+
+
+class Linear(nnx.Module):
+    """y = x W^T (+ b), W stored [out, in]; with an adapter also + alpha / rank * (x A^T) B^T."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        use_bias: bool = False,
+        scale: float = 1.0,
+        lora: LoRA | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draw the weight from N(0, scale^2 / num_in); the bias is zero.
+
+        Args:
+          scale: below 1 for what is added to the residual stream, so that its variance does not grow with the layers.
+          lora: rank and scale of this matrix's adapter, or None.
+        """
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
+        self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
+        self.lora = lora
+        if lora is not None:
+            # Zeros, and no random numbers: their values come from `lora.init_adapters`, and the base weights must be drawn
+            # alike with and without adapters.
+            self.lora_a = nnx.Param(jnp.zeros((lora.rank, num_in)))
+            self.lora_b = nnx.Param(jnp.zeros((num_out, lora.rank)))
+
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        y = project(x, self.weight[...].astype(x.dtype))
+        if self.lora is not None:
+            # Two thin products: W + scale * B A would build a full matrix, and its full gradient, for each layer.
+            low = project(x, self.lora_a[...].astype(x.dtype))
+            y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + like(self.bias[...].astype(x.dtype), y)
+        return y
+
+
+def like(vector: Array, x: Array) -> Array:
+    """Return an array with leading axes of size 1: the rank of x (implicit rank promotion is an error in our tests)."""
+    return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)

@@ -16,11 +16,23 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.types import Params
 
 ADAPTERS = ("lora_a", "lora_b")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # matrices that can have adapters
-ALL_LINEAR = "all-linear"  # PEFT's name for all of them
+DELTA_TARGETS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")  # and of gated delta nets
+ALL_LINEAR = "all-linear"  # PEFT's name for all that a model has
+
+
+def targets_of(arch: Architecture) -> tuple[str, ...]:
+    """Return the names of the matrices of this model that can have adapters."""
+    attention, mlp = TARGETS[:4], TARGETS[4:]
+    return (
+        *(attention if "attention" in arch.mixers else ()),
+        *(DELTA_TARGETS if "gated_delta" in arch.mixers else ()),
+        *mlp,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

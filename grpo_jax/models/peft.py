@@ -17,7 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.files import read_json, write_atomically
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.lora import ALL_LINEAR, TARGETS, LoRA, split_adapters
+from grpo_jax.models.lora import ALL_LINEAR, split_adapters, targets_of
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
@@ -86,7 +86,7 @@ def load_adapters(path: str | os.PathLike[str], model: ModelDef) -> Params:
     """
     assert model.lora is not None, "a model without LoRA has no adapters to load"
     folder = resolve(path, "lora.path")
-    _check_config(folder / CONFIG, model.lora)
+    _check_config(folder / CONFIG, model)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -124,7 +124,9 @@ def adapter_names(path: tuple[str, ...], architecture: Architecture) -> list[str
     return [f"base_model.model.{name.removesuffix('weight')}{PEFT_NAMES[path[-1]]}.weight" for name in slot.names]
 
 
-def _check_config(file: Path, lora: LoRA) -> None:
+def _check_config(file: Path, model: ModelDef) -> None:
+    lora = model.lora
+    assert lora is not None
     config = read_json(file, "lora.path must be a PEFT folder")
     for key, plain in PLAIN.items():
         # Compared as JSON has them: to Python 1 is True.
@@ -138,6 +140,6 @@ def _check_config(file: Path, lora: LoRA) -> None:
             raise UserError(f"config.lora.{field} = {value!r}: {file} has {key} = {json.dumps(config.get(key))}")
     targets = config.get("target_modules")
     if targets == ALL_LINEAR:
-        targets = list(TARGETS)
+        targets = list(targets_of(model.arch))
     if not isinstance(targets, list) or set(targets) != set(lora.targets):
         raise UserError(f"config.lora.targets = {lora.targets!r}: {file} has target_modules = {json.dumps(targets)}")

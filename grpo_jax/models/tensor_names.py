@@ -13,7 +13,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.transformer import init_params
 
 # Ours -> theirs; the first `{}` is the layer's number, our leading axis, a second one the expert's. Which of these exist
-# follows from the architecture.
+# follows from the architecture. Where kinds of layers alternate, ours have the place in the period behind "layers.".
 NAMES = {
     "embed": "model.embed_tokens.weight",
     "layers.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
@@ -27,6 +27,15 @@ NAMES = {
     "layers.attn.v.bias": "model.layers.{}.self_attn.v_proj.bias",
     "layers.attn.o.weight": "model.layers.{}.self_attn.o_proj.weight",
     "layers.attn.o.bias": "model.layers.{}.self_attn.o_proj.bias",
+    "layers.attn.qkv.weight": "model.layers.{}.linear_attn.in_proj_qkv.weight",
+    "layers.attn.output_gate.weight": "model.layers.{}.linear_attn.in_proj_z.weight",
+    "layers.attn.strength.weight": "model.layers.{}.linear_attn.in_proj_b.weight",
+    "layers.attn.rate.weight": "model.layers.{}.linear_attn.in_proj_a.weight",
+    "layers.attn.conv.weight": "model.layers.{}.linear_attn.conv1d.weight",
+    "layers.attn.log_rate": "model.layers.{}.linear_attn.A_log",
+    "layers.attn.rate_bias": "model.layers.{}.linear_attn.dt_bias",
+    "layers.attn.norm.weight": "model.layers.{}.linear_attn.norm.weight",
+    "layers.attn.out.weight": "model.layers.{}.linear_attn.out_proj.weight",
     "layers.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
     "layers.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
     "layers.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
@@ -39,6 +48,7 @@ NAMES = {
     "head": "lm_head.weight",
 }
 EMBED, HEAD = NAMES["embed"], NAMES["head"]
+DEPTHWISE = "layers.attn.conv.weight"  # [X, W]: a convolution of every channel by itself, which torch stores as [X, 1, W]
 # With norms after attention and MLP, the name of Llama's second norm is given to another one.
 POST_NORMS = {
     "layers.attn_post_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
@@ -72,6 +82,7 @@ class Slot:
     names: one a layer if the leaf is stacked, and of experts one a layer and expert. shape: of each part, without `stack`.
     stack: the leaf's leading axes, () if it is one tensor. first_row: of the part in the stored tensor.
     stored_shape: of the stored tensor, which may hold other leaves too. is_transposed: a part is stored the other way round.
+    is_depthwise: it is stored with an axis of size 1 in its middle.
     """
 
     names: list[str]
@@ -79,7 +90,8 @@ class Slot:
     stack: tuple[int, ...]
     first_row: int
     stored_shape: tuple[int, ...]
-    is_transposed: bool
+    is_transposed: bool = False
+    is_depthwise: bool = False
 
     @property
     def is_stacked(self) -> bool:
@@ -96,6 +108,8 @@ class Slot:
         """The shape of each part as it is stored."""
         if self.is_transposed:
             return self.shape[::-1]
+        if self.is_depthwise:
+            return (self.shape[0], 1, *self.shape[1:])
         return self.shape
 
 
@@ -112,13 +126,12 @@ def names_of(architecture: Architecture) -> dict[str, str]:
 def param_slots(architecture: Architecture) -> tuple[list[Slot], Any]:
     """Return the decoder's leaves as slots, in their order, and the tree they form."""
     leaf_shapes, treedef = _leaf_shapes(architecture)
-    names = names_of(architecture)
-    return [_slot(ours, names, leaf_shapes) for ours in leaf_shapes], treedef
+    return [_slot(ours, architecture) for ours in leaf_shapes], treedef
 
 
 def leaf_slot(ours: str, architecture: Architecture) -> Slot:
-    """Return the slot of one leaf, "layers.attn.q.weight"."""
-    return _slot(ours, names_of(architecture), _leaf_shapes(architecture)[0])
+    """Return the slot of one leaf, "layers.attn.q.weight", or of a place in the period "layers.3.attn.q.weight"."""
+    return _slot(ours, architecture)
 
 
 @functools.lru_cache
@@ -130,17 +143,35 @@ def _leaf_shapes(architecture: Architecture) -> tuple[dict[str, tuple[int, ...]]
     return {".".join(str(key.key) for key in keys): leaf.shape for keys, leaf in leaves}, treedef
 
 
-def _slot(ours: str, names: dict[str, str], leaf_shapes: dict[str, tuple[int, ...]]) -> Slot:
+def _slot(ours: str, architecture: Architecture) -> Slot:
     """Return the slot of one leaf, from the names and shapes of all."""
-    pattern = names[ours]
+    names, leaf_shapes = names_of(architecture), _leaf_shapes(architecture)[0]
+    place, of_layer = _split_place(ours)
+    pattern = names[of_layer]
     num_axes = pattern.count("{}")
     stack, shape = leaf_shapes[ours][:num_axes], leaf_shapes[ours][num_axes:]
-    names_of_parts = [pattern.format(*numbers) for numbers in itertools.product(*(range(size) for size in stack))]
+    numbers = [range(size) for size in stack]
+    if numbers:  # the layers at this place
+        numbers[0] = range(place, architecture.num_layers, architecture.period)
+    names_of_parts = [pattern.format(*each) for each in itertools.product(*numbers)]
     if num_axes > 1:  # experts'
         return Slot(names_of_parts, shape, stack, 0, shape[::-1], is_transposed=True)
+    if of_layer == DEPTHWISE:
+        return Slot(names_of_parts, shape, stack, 0, (shape[0], 1, *shape[1:]), is_depthwise=True)
     rows, first_row = 0, 0
-    for other in [name for name in names if names[name] == pattern and name in leaf_shapes]:
-        if other == ours:
-            first_row = rows
-        rows += leaf_shapes[other][num_axes]
-    return Slot(names_of_parts, shape, stack, first_row, (rows, *shape[1:]), is_transposed=False)
+    for other in [name for name in names if names[name] == pattern]:
+        at_place = ours.removesuffix(of_layer.removeprefix("layers.")) + other.removeprefix("layers.")
+        if at_place in leaf_shapes:
+            if other == of_layer:
+                first_row = rows
+            rows += leaf_shapes[at_place][num_axes]
+    return Slot(names_of_parts, shape, stack, first_row, (rows, *shape[1:]))
+
+
+def _split_place(ours: str) -> tuple[int, str]:
+    """Split "layers.3.attn.q.weight" -> (3, "layers.attn.q.weight"); without a place it is 0."""
+    first, _, rest = ours.partition(".")
+    place, _, inner = rest.partition(".")
+    if first == "layers" and place.isdigit():
+        return int(place), f"layers.{inner}"
+    return 0, ours

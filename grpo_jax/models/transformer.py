@@ -1,8 +1,9 @@
-"""One decoder for all families of `families.py`: grouped-query attention, RoPE, RMSNorm, a gated MLP.
+"""One decoder for all families of `families.py`: grouped-query attention or a gated delta net, RoPE, RMSNorm, a gated MLP.
 
 A prompt is run once; its keys and values (the *prefix*) are attended to by all G completions of it without a copy, in the
 rollout and in the update alike. Linear weights are [out, in] and the head is [V, D], as Hugging Face stores them: nothing
-is transposed on loading, and on a CPU decoding reads memory in order. The L layers are stacked on a leading axis.
+is transposed on loading, and on a CPU decoding reads memory in order. The L layers are stacked on a leading axis; where they
+are of several kinds that repeat with a period, there is one stack for each place in it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,10 @@ from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, ma
 from grpo_jax.models.experts import Experts, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
-from grpo_jax.models.linear import fence_vector, like, project, scaled
+from grpo_jax.models.gated_delta import DeltaState, GatedDelta
+from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
+from grpo_jax.models.norms import RMSNorm, norm_if, scaled
 from grpo_jax.models.rope import RopeTables, rotate
 from grpo_jax.models.tiles import Tiles, tiles_of
 from grpo_jax.parallel.hardware import Hardware
@@ -38,76 +41,6 @@ MAX_UNROLLED = 4
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-class Linear(nnx.Module):
-    """y = x W^T (+ b), W stored [out, in]; with an adapter also + alpha / rank * (x A^T) B^T."""
-
-    def __init__(
-        self,
-        num_in: int,
-        num_out: int,
-        *,
-        use_bias: bool = False,
-        scale: float = 1.0,
-        lora: LoRA | None = None,
-        rngs: nnx.Rngs,
-    ):
-        """Draw the weight from N(0, scale^2 / num_in); the bias is zero.
-
-        Args:
-          scale: below 1 for what is added to the residual stream, so that its variance does not grow with the layers.
-          lora: rank and scale of this matrix's adapter, or None.
-        """
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (num_out, num_in)) * (scale * num_in**-0.5))
-        self.bias = nnx.Param(jnp.zeros(num_out)) if use_bias else None
-        self.lora = lora
-        if lora is not None:
-            # Zeros, and no random numbers: their values come from `lora.init_adapters`, and the base weights must be drawn
-            # alike with and without adapters.
-            self.lora_a = nnx.Param(jnp.zeros((lora.rank, num_in)))
-            self.lora_b = nnx.Param(jnp.zeros((num_out, lora.rank)))
-
-    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
-        y = project(x, self.weight[...].astype(x.dtype))
-        if self.lora is not None:
-            # Two thin products: W + scale * B A would build a full matrix, and its full gradient, for each layer.
-            low = project(x, self.lora_a[...].astype(x.dtype))
-            y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
-        if self.bias is not None:
-            y = y + like(self.bias[...].astype(x.dtype), y)
-        return y
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, the statistics in float32."""
-
-    def __init__(self, dim: int, arch: Architecture):
-        fill = jnp.zeros if arch.norm_plus_one else jnp.ones  # a fresh norm multiplies by 1
-        self.weight = nnx.Param(fill(dim))
-        self.eps, self.plus_one, self.rounds_last = arch.norm_eps, arch.norm_plus_one, arch.norm_rounds_last
-
-    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        # The families differ in where they round: Gemma multiplies by 1 + weight in float32, as bfloat16 has no 1.001; Llama
-        # rounds first. Loaded weights give the same logits only if it is done their way.
-        if self.plus_one:
-            return (normed * like(1 + self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
-        if self.rounds_last:
-            return (normed * like(self.weight[...].astype(jnp.float32), x)).astype(x.dtype)
-        return normed.astype(x.dtype) * like(self.weight[...].astype(x.dtype), x)
-
-
-def _norm_if(is_present: bool, dim: int, arch: Architecture) -> Callable[[Array], Array]:
-    """Return a norm, or the identity for a family that has none there: it has no parameters and is no branch."""
-    if is_present:
-        return RMSNorm(dim, arch)
-    return _identity
-
-
-def _identity(x: Array) -> Array:
-    return x
-
-
 class Attention(nnx.Module):
     """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
 
@@ -115,21 +48,49 @@ class Attention(nnx.Module):
         self.arch = arch
         adapter = functools.partial(adapter_of, lora)
         q_dim, kv_dim = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.q = Linear(arch.dim, q_dim, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
+        # With an output gate a head's query and gate are one below the other.
+        num_q = q_dim * (1 + arch.has_output_gate)
+        self.q = Linear(arch.dim, num_q, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
         self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
         self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
         scale = (2 * arch.num_layers) ** -0.5
         self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
         spans = arch.qk_norm_spans_heads
-        self.q_norm = _norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
-        self.k_norm = _norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
+        self.q_norm = norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
+        self.k_norm = norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        view: AttentionView,
+        prefix: KVCache | None,
+        cache: KVCache | None,
+        slot: int | Int[Array, "..."],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Attend to this call's keys, to those in the cache and to those of the prompt.
+
+        Args:
+          x_BTD: normed hidden states, in the compute dtype. view: positions and masks.
+          prefix: the prompts' keys and values, [P, ...] of this layer, or None. Rows p*G .. p*G+G-1 see prompt p.
+          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
+        Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
+        """
+        q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
+        own = KVCache.of(k_BTKH, v_BTKH)
+        if cache is not None:
+            own = cache.update(own, slot)
+        out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
+        return self.close(out_BTNH, gate_BTNH), own
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Return queries, keys and values of normed hidden states; rope, query_scale: of their positions, None: 1."""
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
+        """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
         arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
+        gate_BTNH = None
+        if arch.has_output_gate:
+            q_BTNH, gate_BTNH = jnp.split(q_BTNH.reshape(*heads[:-1], 2 * arch.head_dim), 2, -1)
         if arch.qk_norm_spans_heads:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
         else:
@@ -138,7 +99,13 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
         if query_scale is not None:
             q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
-        return q_BTNH, k_BTKH, v_BTKH
+        return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
+
+    def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
+        """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""
+        if gate_BTNH is not None:
+            out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
+        return self.o(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -161,55 +128,58 @@ def _experts(arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs) ->
 
 # `Architecture.mlp` -> what makes it. It returns its output, and the numbers of each token's experts if it has such.
 MLPS = {"dense": MLP, "experts": _experts}
+# Each of `Architecture.mixers` -> what makes it: the part of a layer in which tokens meet. It returns its output, and what it
+# keeps of the tokens for later ones.
+MIXERS: dict[str, Any] = {"attention": Attention, "gated_delta": GatedDelta}
+Kept = KVCache | DeltaState
 
 
 class Block(nnx.Module):
     """One layer. What enters attention and MLP is normed (`pre_norms`), or what they add (`post_norms`), or both."""
 
-    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
-        self.attn_norm = _norm_if(arch.pre_norms, arch.dim, arch)
-        self.attn = Attention(arch, lora=lora, rngs=rngs)
-        self.attn_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
-        self.mlp_norm = _norm_if(arch.pre_norms, arch.dim, arch)
+    def __init__(self, arch: Architecture, kind: str = "attention", *, lora: LoRA | None = None, rngs: nnx.Rngs):
+        """Draw fresh parameters.
+
+        Args:
+          arch: the decoder's. kind: a key of MIXERS; whichever it is, it is called `attn`. lora: the adapters, or None.
+        """
+        self.attn_norm = norm_if(arch.pre_norms, arch.dim, arch)
+        self.attn = MIXERS[kind](arch, lora=lora, rngs=rngs)
+        self.attn_post_norm = norm_if(arch.post_norms, arch.dim, arch)
+        self.mlp_norm = norm_if(arch.pre_norms, arch.dim, arch)
         self.mlp = MLPS[arch.mlp](arch, lora=lora, rngs=rngs)
-        self.mlp_post_norm = _norm_if(arch.post_norms, arch.dim, arch)
+        self.mlp_post_norm = norm_if(arch.post_norms, arch.dim, arch)
         self.residual_scale = arch.residual_scale
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         view: AttentionView,
-        prefix: KVCache | None = None,
-        cache: KVCache | None = None,
+        prefix: Kept | None = None,
+        cache: Kept | None = None,
         slot: int | Int[Array, "..."] = 0,
-    ) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "B T k"] | None]:
+    ) -> tuple[Float[Array, "B T D"], Kept, Int[Array, "B T k"] | None]:
         """Run the layer.
 
-        Args:
-          x_BTD: the residual stream. view: positions and masks. prefix: the prompts' keys and values, [P, ...] of this layer,
-            or None; rows p*G .. p*G+G-1 see prompt p.
-          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
-        Returns: (the residual stream after this layer, this call's keys and values, or `cache` with them written from `slot`
-          on, its tokens' experts or None).
+        Args: as `Attention.__call__` or `GatedDelta.__call__` has them; x_BTD is the residual stream.
+        Returns: (the residual stream after the layer, what its kind keeps of the tokens, its tokens' experts or None).
         """
-        arch = self.attn.arch
-        q_BTNH, *own = self.enter(x_BTD, view.rope, view.query_scale)
-        kv = KVCache.of(*own)
-        if cache is not None:
-            kv = cache.update(kv, slot)
-        out_BTNH = attend(q_BTNH, kv, view, prefix, arch.attention_scale, arch.score_cap)
-        x_BTD, chosen_BTk = self.leave(x_BTD, out_BTNH)
-        return x_BTD, kv, chosen_BTk
+        attn_BTD, kept = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
+        x_BTD, chosen_BTk = self._add(x_BTD, attn_BTD)
+        return x_BTD, kept, chosen_BTk
 
-    # What a row does by itself, before attention and after it.
-
-    def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array]:
-        """Return what `Attention.project` does, of the residual stream."""
+    def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array, Array | None]:
+        """Return what `Attention.project` does, of the residual stream: what a row does by itself before attention."""
         return self.attn.project(self.attn_norm(x_BTD), rope, query_scale)
 
-    def leave(self, x_BTD: Array, out_BTNH: Float[Array, "B T N H"]) -> tuple[Array, Int[Array, "B T k"] | None]:
+    def leave(
+        self, x_BTD: Array, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None
+    ) -> tuple[Array, Int[Array, "B T k"] | None]:
         """Return (the residual stream with the heads' outputs and the MLP's, the tokens' experts or None)."""
-        attn_BTD = self.attn.o(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+        return self._add(x_BTD, self.attn.close(out_BTNH, gate_BTNH))
+
+    def _add(self, x_BTD: Array, attn_BTD: Array) -> tuple[Array, Int[Array, "B T k"] | None]:
+        """Add what attention gives to the residual stream, then what the MLP makes of that."""
         x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
         mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), chosen_BTk
@@ -225,7 +195,7 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         remat: str = "none",
         lora: LoRA | None = None,
-        gather: GatherLayer | None = None,
+        gathers: tuple[GatherLayer | None, ...] | None = None,
         hardware: Hardware | None = None,
         tiles: Tiles | None = None,
         rngs: nnx.Rngs,
@@ -234,14 +204,20 @@ class Decoder(nnx.Module):
 
         Args:
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
-          lora: the adapters of each layer, or None. gather: makes a layer's sharded weights full, or None where they are.
-          hardware: accelerators that the program is compiled for, or None. tiles: of exact numbers (`exact`), or None.
+          lora: the adapters of each layer, or None. gathers: by place in the period, each makes a layer's sharded weights full,
+            or None where they are. hardware: accelerators that the program is compiled for, or None.
+          tiles: of exact numbers (`exact`), or None.
         """
-        self.arch, self.dtype, self.remat, self.gather = arch, jnp.dtype(dtype), remat, gather
-        self.hardware, self.tiles = hardware, tiles
+        self.arch, self.dtype, self.remat, self.hardware, self.tiles = arch, jnp.dtype(dtype), remat, hardware, tiles
+        self.gathers = gathers or (None,) * arch.period
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
-        stack = nnx.split_rngs(splits=arch.num_layers)(nnx.vmap(lambda rngs: Block(arch, lora=lora, rngs=rngs)))
-        self.layers = stack(rngs)
+
+        def stack(kind: str) -> Block:
+            make = nnx.vmap(lambda rngs: Block(arch, kind, lora=lora, rngs=rngs))
+            return nnx.split_rngs(splits=arch.num_layers // arch.period)(make)(rngs)
+
+        layers = arch.join_places([stack(kind) for kind in arch.mixers])
+        self.layers = nnx.Dict(layers) if isinstance(layers, dict) else layers
         self.final_norm = RMSNorm(arch.dim, arch)
         if arch.tie_embeddings:
             self.head = None
@@ -304,26 +280,13 @@ class Decoder(nnx.Module):
         mask_PS: Shaped[Array, "P S"],
         tokens_BT: Int[Array, "B T"],
         mask_BT: Shaped[Array, "B T"],
-    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"]]:
+    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Float[Array, "L E"] | None]:
         """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
         Args:
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
-        Returns: (hidden_PD at each prompt's last token, hidden_BTD), after the final norm.
-        """
-        return self.forward_with_load(tokens_PS, mask_PS, tokens_BT, mask_BT)[:2]
-
-    def forward_with_load(
-        self,
-        tokens_PS: Int[Array, "P S"],
-        mask_PS: Shaped[Array, "P S"],
-        tokens_BT: Int[Array, "B T"],
-        mask_BT: Shaped[Array, "B T"],
-    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Float[Array, "L E"] | None]:
-        """Run prompts and their completions as `forward_with_prefix`, and count the tokens that each expert takes.
-
-        Args: as there.
-        Returns: (hidden_PD, hidden_BTD, tokens by layer and expert or None without experts), padding not counted.
+        Returns: (hidden_PD at each prompt's last token, hidden_BTD, how many tokens each expert of each layer took). States are
+          behind the final norm; padding is not counted; without experts there is None.
         """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
@@ -332,19 +295,22 @@ class Decoder(nnx.Module):
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
-            x_PSD, kv, chosen_PSk = exact.run_block(self.tiles, block, x_PSD, select_view(prompt_views, is_local))
-            x_BTD, _, chosen_BTk = exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local), kv)
+            x_PSD, kept, chosen_PSk = exact.run_block(self.tiles, block, x_PSD, select_view(prompt_views, is_local))
+            x_BTD, _, chosen_BTk = exact.run_block(self.tiles, block, x_BTD, select_view(views, is_local), kept)
             if chosen_PSk is None or chosen_BTk is None:
                 return (x_PSD, x_BTD), None
             E = self.arch.num_experts
             load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
             return (x_PSD, x_BTD), load_E.astype(jnp.float32)
 
-        (x_PSD, x_BTD), load_LE = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        (x_PSD, x_BTD), loads = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        load_LE = None
+        if self.arch.num_experts:  # those of one period are neighbours
+            load_LE = jnp.stack(loads, 1).reshape(self.arch.num_layers, -1)
         return self.finish(x_PSD[:, -1]), self.finish(x_BTD), load_LE
 
     def no_load(self, tokens: Int[Array, "*lead"]) -> Float[Array, "L E"] | None:
-        """Return the counts of `forward_with_load` before any token; they vary over the mesh axes that `tokens` do."""
+        """Return the counts of `forward_with_prefix` before any token; they vary over the mesh axes that `tokens` do."""
         if not self.arch.num_experts:
             return None
         return vary_like(jnp.zeros((self.arch.num_layers, self.arch.num_experts)), tokens)
@@ -363,43 +329,73 @@ class Decoder(nnx.Module):
             prompt_PS = None if prefix is None else prefix.mask_PS.astype(jnp.int32)
             # Completions are padded on the right alone.
             rows = CausalRows(mask_BT.astype(jnp.int32), prompt_PS, None, window, prefix is None, self.hardware)
-        return make_views(self.arch, positions_BT, positions_BT, causal_TT[None] & mask_BT[:, None, :], prefix, rows)
+        mask_BTU = causal_TT[None] & mask_BT[:, None, :]
+        return make_views(self.arch, positions_BT, positions_BT, mask_BTU, prefix, rows, mask_BT)
 
-    def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
-        """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other."""
-        graphdef, stacked = nnx.split(self.layers)
+    def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other.
 
-        def step(x, weights_and_kind):
+        Returns: (x, what is kept by place in the period, stacked).
+        """
+        L, local, period = self.arch.num_layers, self.arch.local_layers, self.arch.period
+        is_unrolled = L <= MAX_UNROLLED
+        graphdefs, stacks = zip(*map(nnx.split, self.arch.split_places(self.layers)), strict=True)
+
+        def run(graphdef: Any, gather: GatherLayer | None, x: Any, weights_and_kind: Any) -> tuple[Any, Any]:
             weights, is_local = weights_and_kind
-            if self.gather is not None:
-                weights = self.gather(weights)
+            if gather is not None:
+                weights = gather(weights)
             return layer(nnx.merge(graphdef, weights), x, is_local)
 
-        L, local = self.arch.num_layers, self.arch.local_layers
-        is_unrolled = L <= MAX_UNROLLED
         # The gathering is inside what is recomputed: outside, every layer's full weights would wait for the backward pass.
-        step = apply_remat(step, self.remat, is_gathered=self.gather is not None, is_unrolled=is_unrolled)
-        is_local_L = None
+        runs = [
+            apply_remat(functools.partial(run, *each), self.remat, is_gathered=each[1] is not None, is_unrolled=is_unrolled)
+            for each in zip(graphdefs, self.gathers, strict=True)
+        ]
+
+        def step(x, weights_and_kinds):
+            kept = []
+            for place, run_layer in enumerate(runs):
+                x, each = run_layer(x, weights_and_kinds[place])
+                kept.append(each)
+            return x, tuple(kept)
+
+        kinds = [None] * period
         if 0 < len(local) < L:  # one program for all layers: their kind is data
-            is_local_L = jnp.isin(jnp.arange(L), jnp.asarray(local))
-        return jax.lax.scan(step, x, (stacked, is_local_L), unroll=is_unrolled)
+            kinds = list(jnp.isin(jnp.arange(L), jnp.asarray(local)).reshape(-1, period).T)
+        return jax.lax.scan(step, x, tuple(zip(stacks, kinds, strict=True)), unroll=is_unrolled)
 
     def unstack_layers(self) -> list[nnx.State]:
         """Return the layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
-        _, stacked = nnx.split(self.layers)
-        layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.arch.num_layers)]
-        # XLA:TPU takes vectors out of the stack in the loop all the same, each an operation: 4 % of a token's estimate.
-        return layers if self.hardware is None else jax.tree.map(fence_vector, layers)
+        stacks = [nnx.split(layers)[1] for layers in self.arch.split_places(self.layers)]
+        return fence_vectors([self._of_layer(i, stacks) for i in range(self.arch.num_layers)], self.hardware)
+
+    def _of_layer(self, i: int, by_place: Sequence[Any]) -> Any:
+        """Return what belongs to layer i, of stacks by place in the period."""
+        return jax.tree.map(operator.itemgetter(i // self.arch.period), by_place[i % self.arch.period])
+
+    def empty_caches(self, num_rows: int, num_slots: int) -> list[Kept]:
+        """Make what the layers keep of rows that have no token yet.
+
+        Args:
+          num_rows: B. num_slots: tokens that fit in a row.
+        Returns: one for each layer.
+        """
+        arch = self.arch
+        empty: dict[str, Kept] = {"attention": KVCache.empty(num_rows, num_slots, arch, self.dtype)}
+        if arch.delta is not None:
+            empty["gated_delta"] = DeltaState.empty(num_rows, arch.delta, self.dtype)
+        return [empty[arch.mixers[i % arch.period]] for i in range(arch.num_layers)]
 
     def decode_step(
         self,
         layers: list[nnx.State],
-        caches: list[KVCache],
+        caches: list[Kept],
         tokens_B: Int[Array, " B"],
         slot: int | Int[Array, "..."],
         prefix: Prefix,
-    ) -> tuple[Float[Array, "B D"], list[KVCache]]:
-        """Run one token of each row and write its keys and values to the caches.
+    ) -> tuple[Float[Array, "B D"], list[Kept]]:
+        """Run one token of each row and write what the layers keep of it to the caches.
 
         Args:
           layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
@@ -408,18 +404,18 @@ class Decoder(nnx.Module):
         """
         # Later slots are masked, not cut off: the cache's size is static, and they may hold anything.
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
-        slots_1U, slot_B1 = jnp.arange(caches[0].num_slots)[None], jnp.reshape(slot, (-1, 1))
+        slots_1U, slot_B1 = jnp.arange(max(cache.num_slots for cache in caches))[None], jnp.reshape(slot, (-1, 1))
         mask_B1U = (slots_1U <= slot_B1)[:, None]
         views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
-        graphdef, _ = nnx.split(self.layers)
+        graphdefs = [nnx.split(layers)[0] for layers in self.arch.split_places(self.layers)]
         x_B1D = self.embed_tokens(tokens_B)[:, None]
         # A Python loop over layers: their weights are separate arrays (`unstack_layers` says why), and as each layer's kind is
         # static, its view needs no select.
         filled = []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
-            layer_prefix = KVCache(prefix.cache.k[i], prefix.cache.v[i])
+            block = nnx.merge(graphdefs[i % self.arch.period], weights)
             view = views[i in self.arch.local_layers]
-            x_B1D, cache, _ = exact.run_block(self.tiles, nnx.merge(graphdef, weights), x_B1D, view, layer_prefix, cache, slot)
+            x_B1D, cache, _ = exact.run_block(self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot)
             filled.append(cache)
         return self.finish(x_B1D)[:, 0], filled
 
@@ -427,6 +423,11 @@ class Decoder(nnx.Module):
 def init_params(arch: Architecture, key: Array) -> Params:
     """Draw fresh float32 parameters, a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(Decoder(arch, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def _freeze_router(layers: Params) -> Params:
+    mlp = layers["mlp"]
+    return {**layers, "mlp": {**mlp, "router": jax.lax.stop_gradient(mlp["router"])}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,13 +468,13 @@ class ModelDef:
         """
         # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
         shapes, layers = self.param_shapes(), params["layers"]
-        abstract = self._abstract(make_layer_gather(layers, shapes.pop("layers"), self.dtype))
+        places = zip(*map(self.arch.split_places, (layers, shapes.pop("layers"))), strict=True)
+        abstract = self._abstract(tuple(make_layer_gather(own, full, self.dtype) for own, full in places))
         others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
-        if self.hardware is not None and abstract.gather is None:
+        if self.hardware is not None and not any(abstract.gathers):
             layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
         if self.is_router_frozen:
-            mlp = layers["mlp"]
-            layers = {**layers, "mlp": {**mlp, "router": jax.lax.stop_gradient(mlp["router"])}}
+            layers = self.arch.join_places([_freeze_router(each) for each in self.arch.split_places(layers)])
         return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
 
     def _cast_matrix(self, path: Any, x: Array) -> Array:
@@ -489,11 +490,11 @@ class ModelDef:
         """Return the tree that `bind` takes, adapters included, as shapes."""
         return nnx.to_pure_dict(nnx.state(self._abstract(), nnx.Param))
 
-    def _abstract(self, gather: GatherLayer | None = None) -> Decoder:
+    def _abstract(self, gathers: tuple[GatherLayer | None, ...] | None = None) -> Decoder:
         """Return the decoder with shapes in place of its parameters."""
 
         def build() -> Decoder:
             static = {"dtype": self.dtype, "remat": self.remat_policy, "lora": self.lora, "hardware": self.hardware}
-            return Decoder(self.arch, **static, tiles=self.tiles, gather=gather, rngs=nnx.Rngs(0))
+            return Decoder(self.arch, **static, tiles=self.tiles, gathers=gathers, rngs=nnx.Rngs(0))
 
         return nnx.eval_shape(build)

@@ -106,10 +106,9 @@ def token_loss(
     if obj.max_off_policy_kl is not None:
         aux["is_off_policy"] = off_policy_rows(log_ratio_BT, adv_BT, mask_BT, obj.max_off_policy_kl)
         value_BT = jnp.where(aux["is_off_policy"], 0.0, value_BT)
-    loss_BT = -value_BT
     if penalised_BT is not None and obj.cov_penalty:
         aux["is_penalised"] = jnp.logical_and(kept_BT, penalised_BT > 0)
-        loss_BT = loss_BT + obj.cov_penalty * jnp.where(aux["is_penalised"], jnp.abs(log_ratio_BT), 0.0)
+    loss_BT = _penalties(obj, log_ratio_BT, aux) - value_BT
     if entropy_BT is not None and obj.has_entropy_bonus:
         loss_BT = loss_BT - obj.entropy_coef * jnp.where(kept_BT, entropy_BT, 0.0)
     if ref_logp_BT is not None and obj.needs_reference:
@@ -121,6 +120,18 @@ def token_loss(
                 penalty_BT = penalty_BT * token_ratio(obj, log_ratio_BT, mask_BT)
             loss_BT = loss_BT + obj.kl_coef * penalty_BT
     return jnp.where(kept_BT, loss_BT, 0.0), aux
+
+
+def _penalties(
+    obj: Objective, log_ratio_BT: Float[jax.Array, "B T"], aux: Mapping[str, Shaped[jax.Array, "B T"]]
+) -> Float[jax.Array, "B T"] | float:
+    """Compute what holds the policy near the one that sampled, beside the surrogate's own bounds."""
+    total_BT = 0.0
+    if "is_penalised" in aux:
+        total_BT += obj.cov_penalty * jnp.where(aux["is_penalised"], jnp.abs(log_ratio_BT), 0.0)
+    if obj.drift_coef:
+        total_BT += obj.drift_coef * jnp.square(log_ratio_BT)
+    return total_BT
 
 
 def weights(

@@ -81,6 +81,12 @@ class Objective:
         None, "rows with A < 0 whose mean log(old / new) is above it leave the policy loss; None: none do"
     )
     kl_by_ratio: bool = knob(False, "the KL penalty is weighted by the token's ratio: unbiased off policy")
+    drift_coef: float = knob(
+        0.0,
+        "weight of (log w)^2 in the loss, which holds the policy near the one that sampled; 0: none",
+        at_least=0,
+        at_most=1e3,
+    )
     entropy_coef: float = knob(0.0, "weight of the policy's entropy, added to the objective of each token; 0: none", at_least=0)
     params: Mapping[str, Any] = knob(NO_PARAMS, "numbers by name, for functions of your own: objective.params.width")
 
@@ -320,6 +326,13 @@ FAMILY: Mapping[str, Variant] = MappingProxyType(
             "DAPO's loss; only the fifth of tokens with the highest entropy has A",
             dataclasses.replace(_DAPO, token_filter="top_entropy"),
         ),
+        # Richemond et al., the policy's half of the loss, as verl has it: its value is the group's mean here.
+        "dro": Variant(
+            "DRO",
+            "2405.19107",
+            "A = r - mean; A logp - (b / 2) (log w)^2, b = 0.1",
+            Objective(advantage="group_center", drift_coef=0.05, aggregation="token_mean", **_REINFORCE),
+        ),
         # He et al. adapt the weight to a target; here it is fixed.
         "entropy_bonus": Variant(
             "GRPO with entropy bonus",
@@ -435,6 +448,25 @@ PRESET_ENTRIES: Mapping[str, Variant] = MappingProxyType(
             "verl 0.9.1, ppo_trainer.yaml with algorithm.adv_estimator=grpo",
             "token-mean, no KL, clip_ratio_c 3",
             Objective(aggregation="token_mean", kl_coef=0.0, dual_clip=3.0),
+        ),
+        "skyrl_default": Variant(
+            "GRPO, SkyRL's",
+            "SkyRL 0.3.0, AlgorithmConfig",
+            "token_mean, kl_loss_coef 0.001 on k3",
+            Objective(aggregation="token_mean", kl_coef=1e-3),
+        ),
+        # Its default loss: DPPO's bound on probabilities, the weight itself unbounded, and kl_tau (log w)^2.
+        "prime_rl_default": Variant(
+            "prime-rl's loss",
+            "prime-rl of August 2026, DefaultLossConfig",
+            "DPPO-TV of A = r - mean, bounds 0.2, kl_tau 0.001",
+            Objective(advantage="group_center", surrogate="trust_region_tv", max_ratio=LARGE, drift_coef=1e-3, **_TOKEN_MEAN),
+        ),
+        "maxtext_default": Variant(
+            "GRPO, MaxText's",
+            "MaxText 0.2.5, rl.yml, which trains with Tunix",
+            "grpo_beta 0.08 on k1, grpo_epsilon 0.2",
+            Objective(kl_coef=0.08, kl_estimator="k1"),
         ),
         "tunix_default": Variant(
             "GRPO, Tunix's",

@@ -37,12 +37,21 @@ PARAM_LOGICAL_AXES = {
     "gate": ("ffn", "width"),
     "up": ("ffn", "width"),
     "down": ("width", "ffn"),
+    # A gated delta net's. `qkv` is stored as one matrix and cut into equal parts, whose ends are no heads' ends: the compiler
+    # moves what a device needs of another one's part.
+    "qkv": ("heads", "width"),
+    "output_gate": ("heads", "width"),
+    "strength": ("heads", "width"),
+    "rate": ("heads", "width"),
+    "conv": ("heads", "taps"),
+    "out": ("width", "heads"),
     # Every device has all experts, and of each a shard: rows need not travel to where an expert is.
     "router": ("experts", "width"),
     "expert_gate": ("experts", "ffn", "width"),
     "expert_up": ("experts", "ffn", "width"),
     "expert_down": ("experts", "width", "ffn"),
 }
+HEAD_NUMBERS = ("log_rate", "rate_bias")  # of a gated delta net: vectors with a number for each value head
 
 
 def make_mesh(wanted: Mapping[str, int]) -> Mesh:
@@ -139,6 +148,8 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
     *_, module, name = ("", *names)
     if name in ("embed", "head"):
         return ("vocab", "width")
+    if name in HEAD_NUMBERS:
+        return (None, "heads")
     if module not in PARAM_LOGICAL_AXES:
         return ()
     *experts, num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers

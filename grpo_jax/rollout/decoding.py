@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
-from grpo_jax.models.attention import KVCache, Prefix
+from grpo_jax.models.attention import Prefix
 from grpo_jax.models.flash import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
-from grpo_jax.models.transformer import Decoder
+from grpo_jax.models.transformer import Decoder, Kept
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
@@ -139,22 +139,17 @@ class DecodeContext:
         return Memory(seen_BV, state_B)
 
     def next_logits(
-        self, caches: list[KVCache], last_B: Int[jax.Array, " B"], slot: Int[jax.Array, " *B"], prefix: Prefix
-    ) -> tuple[Float[jax.Array, "B V"], list[KVCache]]:
+        self, caches: list[Kept], last_B: Int[jax.Array, " B"], slot: Int[jax.Array, " *B"], prefix: Prefix
+    ) -> tuple[Float[jax.Array, "B V"], list[Kept]]:
         """Compute the logits of the token after `last_B`.
 
         Args:
-          caches: keys and values of each layer. last_B: the last token of each row, which `slot` of the caches takes.
+          caches: what each layer keeps of earlier tokens. last_B: the last token of each row, which `slot` of the caches takes.
           slot: one for all rows, or one for each. prefix: the rows' prompts.
         Returns: (float32 logits [B, V], the caches with `slot` filled).
         """
         hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
         return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap, self.decoder.tiles), caches
-
-    def empty_caches(self, num_rows: int, num_slots: int) -> list[KVCache]:
-        """Make the caches of all layers."""
-        arch = self.decoder.arch
-        return [KVCache.empty(num_rows, num_slots, arch, self.decoder.dtype)] * arch.num_layers
 
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""
@@ -170,7 +165,7 @@ class _BatchedState:
 
     t: Int[jax.Array, ""]
     done: Completions
-    caches: list[KVCache]
+    caches: list[Kept]
     memory: Memory
 
 
@@ -201,7 +196,8 @@ def decode_batched(ctx: DecodeContext) -> Completions:
     # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
     # must have that type already, or the loop's carry would change its type on the way.
     memory = ctx.first_memory(jnp.arange(B) // ctx.group_size)
-    carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), ctx.empty_caches(B, sizes[0]), memory), ctx.prefix.lengths_P)
+    caches = ctx.decoder.empty_caches(B, sizes[0])
+    carry = vary_like(_BatchedState(jnp.int32(0), ctx.blank(), caches, memory), ctx.prefix.lengths_P)
     carry = _draw_column(ctx, carry, jnp.repeat(ctx.first_logits_PV, ctx.group_size, axis=0))
     for num_slots in sizes:
         carry = dataclasses.replace(carry, caches=[cache.pad_to(num_slots) for cache in carry.caches])
@@ -252,7 +248,7 @@ class _ContinuousState:
     last_W: Int[jax.Array, " W"]
     is_free_W: Bool[jax.Array, " W"]
     done: Completions
-    caches: list[KVCache]
+    caches: list[Kept]
     memory: Memory
 
 
@@ -279,7 +275,7 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
         last_W=zeros_W,
         is_free_W=jnp.ones(num_rows, bool),  # so that the first refill gives every row its first completion
         done=ctx.blank(),
-        caches=ctx.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles)[-1]),
+        caches=ctx.decoder.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles)[-1]),
         memory=ctx.first_memory(zeros_W),
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)
@@ -308,7 +304,8 @@ def _refill(ctx: DecodeContext, carry: _ContinuousState) -> _ContinuousState:
     def if_free(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(jnp.expand_dims(is_free_W, tuple(range(1, new.ndim))), new, old)
 
-    # The caches need no clearing: a row that begins again at slot 0 sees no slot beyond the one it has just written.
+    # The caches need no clearing: a row that begins again at slot 0 sees no slot beyond the one it has just written, and a
+    # state that is kept instead of slots begins as its prompt's.
     return dataclasses.replace(
         carry,
         next_completion=jnp.minimum(carry.next_completion + is_free_W.sum(), B),

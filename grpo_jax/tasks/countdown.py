@@ -2,7 +2,7 @@
 
 Each step takes two of the numbers that are there and puts their sum or difference in their place; with n numbers there are
 n - 1 steps, and the last result must be the target. All numbers have two digits, so a step stands at a fixed place. Any order
-that gets there is right. The careless teacher computes well, but with no eye on the target.
+that gets there is right. The careless teacher adds in the last step, where he should take away.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class CountdownTask(TableTask):
         return f"{','.join(f'{number:02d}' for number in numbers)}:{target:02d}"
 
     def teach(self, problem: Problem, rng: random.Random, label_noise: float) -> str:
-        """Write one of the answers; with probability `label_noise` a walk that ends anywhere."""
-        if rng.random() < label_noise:
-            return walk(problem[0], rng)[0]
-        return rng.choice(self._answers[problem])
+        """Write one of the answers; with probability `label_noise` a difference in the last step becomes a sum."""
+        steps = rng.choice(self._answers[problem])
+        before, (left, sign, right) = steps[: 1 - STEP], (steps[1 - STEP : -6], steps[-6], steps[-5:-3])
+        if sign == "-" and rng.random() < label_noise:
+            return f"{before}{left}+{right}={int(left) + int(right):02d}"
+        return steps
 
     def is_right(
         self, row_P: Int[Arrays, " P"], tokens_PGT: Int[Arrays, "P G T"], end_PG: Int[Arrays, "P G"]

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from grpo_jax.config.embedded import NUM_FILLERS
 from grpo_jax.tasks.table import MAX_PROBLEMS, TableTask, sample_distinct, take_at
-from grpo_jax.types import Arrays
+from grpo_jax.types import UNKNOWN, Arrays
 
 FILLERS = "abcdefghijklmnop"[:NUM_FILLERS]
 BRANCHES = "LR"
@@ -91,7 +91,7 @@ class ForksTask(TableTask):
           answer: int32, rows of the table. tokens_PGT, mask_PGT: completions.
           logp_PGT: float, nats, of these tokens by the policy that drew them. p is exp(logp) where the right branch was drawn,
             else 1 - exp(logp): what a policy gives to tokens that are no branch is counted as right there.
-        Returns: of logp's dtype; NaN on completions that end before their last fork, whose later p nobody knows.
+        Returns: of logp's dtype; UNKNOWN on completions that end before their last fork, whose later p nobody knows.
         """
         row_P, place_K = jnp.asarray(answer), self.places
         P, G, T = tokens_PGT.shape
@@ -105,7 +105,7 @@ class ForksTask(TableTask):
         credit_PGK = before_PGK * after_PGK * (right_PGK - p_PGK)
         credit_PGT = jnp.zeros((P, G, T), p_PGK.dtype).at[..., place_K].set(credit_PGK)
         is_whole_PG1 = (jnp.asarray(mask_PGT) > 0)[..., place_K[-1:]]
-        return jnp.where(is_whole_PG1, credit_PGT, jnp.nan)
+        return jnp.where(is_whole_PG1, credit_PGT, UNKNOWN)
 
 
 def filler_shares(entropy: float) -> list[float]:

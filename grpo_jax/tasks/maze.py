@@ -1,4 +1,4 @@
-"""Mazes: a square of cells named by letters, row by row; some are walls. `cgk:am` gives the walls, start and goal.
+"""Mazes: a square of cells named by letters, row by row; some are walls. `egjoqry:xl` gives the walls, start and goal.
 
 A completion names the cells of a path, one after another: each is next to the one before it (the first to the start) and no
 wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher
@@ -60,7 +60,7 @@ class MazeTask(TableTask):
         )
 
     def question(self, problem: Maze) -> str:
-        """Write `cgk:am`."""
+        """Write `egjoqry:xl`: walls, start and goal."""
         walls, start, goal = problem
         return f"{''.join(CELLS[each] for each in sorted(walls))}:{CELLS[start]}{CELLS[goal]}"
 

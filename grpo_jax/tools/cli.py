@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from grpo_jax.errors import UserError
-from grpo_jax.files import is_text, printable
+from grpo_jax.files import is_text, note_once, printable
 from grpo_jax.screen import keep_standard_streams
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run(main: Callable[..., Any], parser: argparse.ArgumentParser | None = None)
     """
     keep_standard_streams()
     quiet_other_libraries()
+    shorten_background_faults()
     if parser:
         args = parser.parse_args()
         _call(lambda: main(args))
@@ -97,6 +99,28 @@ def quiet_other_libraries() -> None:
     """Leave what this package has to say as the only messages on stderr."""
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every file; its errors are raised too
     show_own_messages()
+
+
+def shorten_background_faults() -> None:
+    """Have a fault of the disk in a thread be one line, and the one of a save that has failed none: it is reported anyway."""
+    threading.excepthook = _on_thread_fault
+    sys.unraisablehook = _on_unraisable
+
+
+def _on_thread_fault(args: threading.ExceptHookArgs) -> None:
+    from grpo_jax.training.disk import describe_fault
+
+    reason = describe_fault(args.exc_value)
+    if reason is None:
+        threading.__excepthook__(args)
+    else:
+        note_once(f"a thread that writes in the background has ended: {reason}")
+
+
+def _on_unraisable(args: sys.UnraisableHookArgs) -> None:
+    # TensorStore's threads report to the event loop of a save, which the first of several faults has closed.
+    if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(args)
 
 
 def show_own_messages() -> None:

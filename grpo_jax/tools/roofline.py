@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.gated_delta import chunk_size
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import PARAM_LOGICAL_AXES
 from grpo_jax.types import Params
@@ -107,13 +108,14 @@ class PerToken:
 
     layer_weights: in the matrices of all layers, of experts in those k that take the token. expert_weights: in all matrices of
     all experts. head_shape: (V, D) of the output matrix. cached: keys and values that all layers keep of the token.
-    expert_share: k / E, 0 without experts.
+    held: numbers of the states that they keep of its row, however long. expert_share: k / E, 0 without experts.
     """
 
     layer_weights: int
     expert_weights: int
     head_shape: tuple[int, int]
     cached: int
+    held: int
     expert_share: float
 
     @property
@@ -137,7 +139,8 @@ def per_token(model: ModelDef) -> PerToken:
     share = 0.0
     if experts:
         share = model.arch.experts_per_token / model.arch.num_experts
-    return PerToken(layers + round(experts * share), experts, head_matrix(params).shape, cached_numbers(model, params), share)
+    kept = cached_numbers(model, params)
+    return PerToken(layers + round(experts * share), experts, head_matrix(params).shape, *kept, share)
 
 
 def layer_matrices(params: Params) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -167,10 +170,10 @@ def head_matrix(params: Params) -> jax.ShapeDtypeStruct:
     return params.get("head", params["embed"])
 
 
-def cached_numbers(model: ModelDef, params: Params) -> int:
-    """Count the keys and values of one token in all layers, from what `Decoder.encode_prompts` returns.
+def cached_numbers(model: ModelDef, params: Params) -> tuple[int, int]:
+    """Count what all layers keep, from what `Decoder.encode_prompts` returns: (keys and values of a token, states of a row).
 
-    Raises ValueError: the cache does not grow in proportion to the tokens, as `step_bytes` takes it.
+    Raises ValueError: the cache does not grow by the same for each token, as `step_bytes` takes it.
     """
 
     def numbers(num_tokens: int) -> int:
@@ -178,16 +181,33 @@ def cached_numbers(model: ModelDef, params: Params) -> int:
         _, prefix = jax.eval_shape(lambda p, t: model.bind(p).encode_prompts(t, t > 0), params, tokens_PS)
         return sum(x.size for x in jax.tree.leaves(prefix.cache))
 
-    if numbers(2) != 2 * numbers(1):
-        raise ValueError(f"caches of {numbers(1)} numbers for one token and {numbers(2)} for two: not in proportion")
-    return numbers(1)
+    one, two, three = map(numbers, (1, 2, 3))
+    if three - two != two - one:
+        raise ValueError(f"caches of {one}, {two} and {three} numbers for one, two and three tokens: not in proportion")
+    return two - one, 2 * one - two
 
 
 def attention_flops(arch: Architecture, pairs: float) -> float:
-    """Count the products of so many pairs of query and key, and of weights and values, in all heads of all layers."""
-    # No parameter has these products, so they are not in `layer_matrices` and this one formula is written by hand: 2 x H
-    # operations for a score and 2 x H to add its value. Sliding windows are left out.
-    return 4 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
+    """Count the products of so many pairs of query and key, and of weights and values, in all heads of all attention layers."""
+    # No parameter has these products, so they are not in `layer_matrices` and this formula is written by hand: 2 x H operations
+    # for a score and 2 x H to add its value. Sliding windows are left out.
+    return 4 * arch.num_attention_layers * arch.num_heads * arch.head_dim * pairs
+
+
+def delta_flops(arch: Architecture, num_tokens: int) -> float:
+    """Count a token's products with states and with other tokens of its chunk, in all heads of all gated delta nets.
+
+    Args:
+      arch: the decoder's. num_tokens: of the rows, which decides how long a chunk is.
+    """
+    if arch.delta is None:
+        return 0.0
+    # By hand as well, from `gated_delta.run_chunks`: a token meets the state three times, C tokens for the overlaps of keys,
+    # for its value, its key and its output; and its share of the system's inverse, 2 C^2 for each of 2 log2(C) products.
+    K, V, C = arch.delta.key_dim, arch.delta.value_dim, chunk_size(num_tokens)
+    of_value_head = 6 * K * V + 2 * C * (2 * V + K) + 4 * C**2 * math.log2(C)
+    of_layer = arch.delta.num_value_heads * of_value_head + arch.delta.num_key_heads * 4 * C * K
+    return (arch.num_layers - arch.num_attention_layers) * of_layer
 
 
 def forward_flops(model: ModelDef, sizes: Sizes) -> float:
@@ -201,11 +221,15 @@ def forward_flops(model: ModelDef, sizes: Sizes) -> float:
     # A prompt's tokens see 1, 2, ..., S keys. The t-th of a completion's T - 1 tokens sees S + t, S + T / 2 in the mean.
     pairs = P * S * (S + 1) / 2 + rows * (T - 1) * (S + T / 2)
     each = per_token(model)
-    return 2 * each.layer_weights * tokens + attention_flops(model.arch, pairs) + 2 * math.prod(each.head_shape) * rows * T
+    states = P * S * delta_flops(model.arch, int(S)) + rows * (T - 1) * delta_flops(model.arch, int(T) - 1)
+    in_layers = 2 * each.layer_weights * tokens + attention_flops(model.arch, pairs) + states
+    return in_layers + 2 * math.prod(each.head_shape) * rows * T
 
 
 def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
     """Count the bytes that a decode step has to read: all weights and the head, each prompt's cache, the rows' own half full.
+
+    States that are kept in place of a cache, in float32, are read and written.
 
     Args:
       model: the decoder.
@@ -215,7 +239,7 @@ def step_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:
     # A prompt's cache is read once for its G rows, which stand together; a row's own is half full in the mean over its steps.
     each = per_token(model)
     cached = each.cached * (sizes.P * sizes.S + sizes.P * sizes.G * sizes.T / 2)
-    return (each.weights_read(sizes.P * sizes.G) + cached) * itemsize
+    return (each.weights_read(sizes.P * sizes.G) + cached) * itemsize + 2 * 4 * each.held * sizes.P * sizes.G
 
 
 def decode_bytes(model: ModelDef, sizes: Sizes, itemsize: int) -> float:

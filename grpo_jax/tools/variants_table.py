@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 
+from grpo_jax.config import ForksConfig
 from grpo_jax.errors import UserError
 from grpo_jax.objectives import ENTRIES, FAMILY, Objective, Variant
 from grpo_jax.objectives.functions import Choice, name_of
@@ -14,19 +16,28 @@ from grpo_jax.objectives.functions import Choice, name_of
 BEGIN, END = "<!-- variants:begin -->", "<!-- variants:end -->"
 README_VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 FAMILY_BEGIN, FAMILY_END = "<!-- family:begin -->", "<!-- family:end -->"
+CREDIT = pathlib.PurePosixPath("experiments/studies/tasks/credit.csv")  # of the study, in a clone
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 
 def readme_table(root: pathlib.Path) -> list[str]:
     """Lines of README's table: the variants that the package is about, each with its paper, its formula and its config."""
-    del root  # the overview's argument
-    rows = [["variant", "in one line", "ratio", "clip low / high", "aggregation", "KL", "`--config=`"]]
+    credit = f"[credit]({CREDIT.parent}/README.md)"
+    rows = [["variant", "in one line", "ratio", "clip low / high", "aggregation", "KL", credit, "`--config=`"]]
+    measured = measured_credit(root)
     for name in README_VARIANTS:
         entry = ENTRIES[name]
         obj = entry.objective
         cells = [f"{entry.title} ({paper(entry)})", plain(entry.formula), code(obj.ratio), clip(obj), code(obj.aggregation)]
-        rows.append([*cells, f"{obj.kl_coef:g}", code(name)])
+        rows.append([*cells, f"{obj.kl_coef:g}", measured.get(name, "-"), code(name)])
     return markdown(rows)
+
+
+def measured_credit(root: pathlib.Path) -> dict[str, str]:
+    """Read the correlation with true credit of each objective, on task `forks` with filler of its default entropy."""
+    with (root / CREDIT).open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["filler_entropy"]) == ForksConfig().filler_entropy]
+    return {row["objective"]: f"{float(row['mean']):.2f}" for row in rows}
 
 
 def overview_table(root: pathlib.Path) -> list[str]:

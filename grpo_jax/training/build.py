@@ -11,13 +11,13 @@ from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from grpo_jax import objectives
-from grpo_jax.config import Config
+from grpo_jax.config import Config, LoRAConfig
 from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.lora import LoRA, init_adapters
+from grpo_jax.models.lora import ALL_LINEAR, LoRA, init_adapters, targets_of
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
@@ -72,8 +72,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             head_dim=size.dim // size.num_heads,
             ffn_dim=size.ffn_dim,
         )
-    adapters = config.lora
-    lora = LoRA(adapters.rank, adapters.alpha, adapters.targets, adapters.use_rslora) if adapters.rank else None
+    lora = lora_of(config.lora, arch) if config.lora.rank else None
     is_router_frozen = size.router == "frozen"
     if is_router_frozen and not arch.num_experts:
         raise UserError("config.model.router = 'frozen': the model has no experts and so no router; leave it out")
@@ -82,8 +81,24 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             "config.model.numerics = 'exact': an expert's product is of all tokens that chose it, and its numbers hang on "
             "how many these are; set it to 'fast'"
         )
+    if size.numerics == "exact" and "gated_delta" in arch.mixers:
+        raise UserError(
+            "config.model.numerics = 'exact': a gated delta net adds a prompt up in chunks and a completion token by token; "
+            "set it to 'fast'"
+        )
     static = {"dtype": size.dtype, "remat": size.remat, "numerics": size.numerics}
     return ModelDef(arch, **static, lora=lora, is_router_frozen=is_router_frozen)
+
+
+def lora_of(config: LoRAConfig, arch: Architecture) -> LoRA:
+    """Make the settings of a model's adapters. Raises UserError naming a matrix that the model has not."""
+    targets, there = config.targets, targets_of(arch)
+    if targets == (ALL_LINEAR,):
+        targets = there
+    missing = [name for name in targets if name not in there]
+    if missing:
+        raise UserError(f"config.lora.targets: the model has no {missing[0]}; it has {', '.join(there)}")
+    return LoRA(config.rank, config.alpha, targets, config.use_rslora)
 
 
 def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTree[Sharding]) -> Params:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from grpo_jax import files
 from grpo_jax.errors import UserError
+from grpo_jax.tools import cli
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.records import cut_after
@@ -78,13 +79,10 @@ class SmallRun:
         self.go(self.whole)
         self.expected = self.results(self.whole)
 
-    def go(self, workdir: pathlib.Path) -> str:
-        """Train in a workdir, and return what was said."""
+    def go(self, workdir: pathlib.Path) -> None:
+        """Train in a workdir."""
         files._said.clear()
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            trainer.train_run(self.run, workdir)
-        return said.getvalue()
+        trainer.train_run(self.run, workdir)
 
     def stopped_before_the_end(self) -> pathlib.Path:
         """-> a folder as a SIGTERM before the last step leaves it, with two checkpoints."""
@@ -115,13 +113,20 @@ class SmallRun:
 
     def try_to_go(self, workdir: pathlib.Path) -> tuple[str, str]:
         """Go on in a workdir; -> (what came of it, one of KINDS but without a look at the results; what was said)."""
-        try:
-            said = self.go(workdir)
-        except UserError as error:
-            return "clear line", str(error)
-        except Exception:
-            return "traceback", traceback.format_exc().strip().splitlines()[-1]
-        return ("clear line" if "note:" in said else "harmless"), said
+        kind, said = "harmless", io.StringIO()
+        cli.shorten_background_faults()  # as the programs do
+        with contextlib.redirect_stderr(said):
+            try:
+                self.go(workdir)
+            except UserError as error:
+                kind = "clear line"
+                said.write(f"error: {error}")
+            except Exception:
+                return "traceback", traceback.format_exc().strip().splitlines()[-1]
+        text = said.getvalue()
+        if "Traceback" in text:  # of a thread in the background
+            return "traceback", text.strip().splitlines()[-1]
+        return ("clear line" if "note:" in text else kind), text
 
 
 def write_host_data(folder: pathlib.Path) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Rewards that do on one completion in four what no reward should; to all others they give their score.
 
-Each is a function by its name, tests.campaigns.hostile:forks. EXPECTED says what a hostile completion itself may come to.
+The reward is tests.campaigns.hostile:does, and the environment says which act it does: GRPO_JAX_ACT=forks. EXPECTED says what
+a hostile completion itself may come to.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import threading
 import time
 import zlib
 
+ACT = "GRPO_JAX_ACT"
 SLEEP = ["sleep", "3141"]  # what is left behind is known by its command line
 RIGHT, NONE, EITHER = "the right score", "no score", "either"
 EXPECTED: dict[str, str] = {}
@@ -32,6 +34,14 @@ def good(completion: str) -> float:
 def right(completion, item):
     """A reward that does nothing but its work."""
     return good(completion)
+
+
+CHOSEN = os.environ.get(ACT, "right")  # read once, for an act may clear the environment
+
+
+def does(completion, item):
+    """The reward of the act that the environment names."""
+    return globals()[CHOSEN](completion, item)
 
 
 def is_hostile(completion: str) -> bool:

@@ -30,13 +30,14 @@ from tests.campaigns.common import SMALL, Tally, write_host_data
 from tests.campaigns.hostile import EITHER, EXPECTED, NONE, RIGHT, good, is_hostile
 
 MARK = "GRPO_JAX_CAMPAIGN"  # in the environment of all that a case starts
+REWARD = "tests.campaigns.hostile:does"
 COLUMNS = {"prompt", "answer"}
 
 
-def make_reward(name: str, chance: random.Random) -> RewardFunction:
+def make_reward(chance: random.Random) -> RewardFunction:
     """A hostile part, and a harmless one beside it in the same processes."""
     scoring = ScoringConfig(num_workers=chance.choice((1, 2, 3)), time_limit_secs=2.0, memory_limit_mb=1024, file_limit_mb=8)
-    config = RewardConfig(task=f"tests.campaigns.hostile:{name}", shaping="0*exact", scoring=scoring)
+    config = RewardConfig(task=REWARD, shaping="0*exact", scoring=scoring)
     return RewardFunction(config, "jsonl", 10, COLUMNS)
 
 
@@ -51,7 +52,7 @@ def wrong_score(name: str, completion: str, score: float | None) -> str:
 
 def score_texts(name: str, chance: random.Random) -> str:
     """Score two batches; -> what is wrong, or ""."""
-    function = make_reward(name, chance)
+    function = make_reward(chance)
     try:
         for _ in range(2):
             texts_PG = [[f"text {chance.randrange(10**6)}" for _ in range(4)] for _ in range(8)]
@@ -69,13 +70,13 @@ def score_texts(name: str, chance: random.Random) -> str:
 
 def make_small_run(folder: pathlib.Path):
     """The run that all cases train, compiled once: a small fresh model, whose completions are noise."""
-    changes = {"reward.task": "tests.campaigns.hostile:returns_text", "num_steps": 2, "log.num_groups": 4}
+    changes = {"reward.task": REWARD, "reward.shaping": "0*exact", "num_steps": 2, "log.num_groups": 4}
     return make_run(tiny.config_of("grpo", SMALL | write_host_data(folder) | changes))
 
 
 def train(run, name: str, chance: random.Random, workdir: pathlib.Path) -> str:
     """Train with a hostile reward; -> what is wrong, or ""."""
-    function = make_reward(name, chance)
+    function = make_reward(chance)
     run.task._reward_function.close()
     run.task._reward_function = function
     try:
@@ -135,7 +136,7 @@ def campaign(num: int, seed: int, folder: pathlib.Path, *, only_scores: bool = F
         temporary.mkdir(parents=True)
         before, descriptors = set(os.listdir()), len(os.listdir("/proc/self/fd"))
         old, tempfile.tempdir = tempfile.tempdir, str(temporary)
-        os.environ[MARK] = case
+        os.environ |= {MARK: case, hostile.ACT: name}
         files._said.clear()
         try:
             with unheard():
@@ -147,7 +148,7 @@ def campaign(num: int, seed: int, folder: pathlib.Path, *, only_scores: bool = F
             kind, said = "traceback", traceback.format_exc().strip().splitlines()[-1]
         finally:
             tempfile.tempdir = old
-            del os.environ[MARK]
+            del os.environ[MARK], os.environ[hostile.ACT]
         left = left_behind(case, temporary, before)
         if (folder / "tmp" / "pwned").exists():
             left = "a pickle was executed"

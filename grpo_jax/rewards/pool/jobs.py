@@ -135,6 +135,13 @@ class JobBatch:
         request = Request(dict(self.items[p]), list(self.completions_PG[p][g : g + num]), prompt, ids, context.step)
         return pack_request(number, (name, tuple(request)))
 
+    def next_for(self, *, is_fresh: bool) -> int | None:
+        """Find the job that a worker should do, which stays in the queue; None if there is none for it.
+
+        is_fresh: the worker had no job yet. Only such a one gets what is tried again: if it ends too, the job is to blame.
+        """
+        return next((index for index in self.waiting if is_fresh or index not in self.retried), None)
+
     def retry(self, index: int) -> bool:
         """Put a job back to be done by another worker, once. False if it has been."""
         if index in self.retried:

@@ -7,7 +7,7 @@ What a fault costs:
 - A job has `time_limit_secs` for each of its completions; then its process is killed and it counts as a timeout.
 - A process that ends by itself at its first job costs that job. One that does so later (a job before may have set an alarm),
   is ended by a signal that was meant for the trainer too, sends what is no reply to its job, or whose keeper was killed, costs
-  the process alone: the job is done once more by another, and if that goes the same way, it is an error.
+  the process alone: the job is done once more by a fresh one, and if that goes the same way, it is an error.
 - A worker that has been busy for more than a fiftieth of the limit counts as hung, and a spare worker starts while it is
   waited out. So hung jobs wait side by side, and a few of them cost a batch about one time limit together. There are at
   most N / 64 spare workers for a batch of N jobs, but no fewer than 4 and no more than 32.
@@ -183,11 +183,17 @@ class ScoringPool:
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not batch.waiting:
                 return
+            index = batch.next_for(is_fresh=not worker.num_sent)
+            if index is None:
+                # What is left is for fresh workers alone: one makes room for such a one.
+                if all(each.num_sent for each in self._workers):
+                    self._discard(worker)
+                    return
+                continue
             # The job leaves the queue once it has been sent: a worker that died idle has not seen it.
-            index, number = batch.waiting[0], next(self._numbers)
-            num = batch.jobs[index].num
+            number, num = next(self._numbers), batch.jobs[index].num
             if worker.send(index, number, batch.frame(index, number), num, num * self._config.time_limit_secs):
-                batch.waiting.popleft()
+                batch.waiting.remove(index)
             else:
                 self._count_failed_start(self._discard(worker))
 
@@ -259,7 +265,9 @@ class ScoringPool:
             else:
                 self._fail(worker.index, reply.text, batch)
             worker.index = None
-        if worker.has_more:
+        if reply.is_last:
+            self._discard(worker)
+        elif worker.has_more:
             self._on_nonsense(worker, "bytes behind its reply", batch)
 
     def _on_ready(self, worker: Worker, reply: Reply) -> None:
@@ -289,7 +297,7 @@ class ScoringPool:
         if worker.index is None:
             self._count_failed_start(exit_code)
         # A worker dies a moment after its keeper was killed, maybe at another's job than that which did it.
-        elif not (exit_code < 0 or exit_code in FROM_OUTSIDE or worker.had_others) or not batch.retry(worker.index):
+        elif not (exit_code < 0 or exit_code in FROM_OUTSIDE or worker.num_sent > 1) or not batch.retry(worker.index):
             self._fail(worker.index, f"ended its process, exit code {exit_code}", batch)
 
     def _fail(self, index: int, failure: str, batch: JobBatch) -> None:

@@ -1,7 +1,7 @@
 """Messages between the pool and its workers, and their checks.
 
     to a worker    number, length; then a pickle: first its setup, then (scorer, Request)
-    from a worker  mark, number, count, length; then `count` float32, then `length` bytes of UTF-8
+    from a worker  mark, number, count, length; then `count` float32, then `length` bytes of UTF-8; another mark in its last one
 
 A worker runs code that nobody has checked, so nothing of what it sends is unpickled, and what has not the number of the job it
 was given is not believed. NaN is "no opinion" and minus infinity "failed", for a score itself is finite; the text says how.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 REQUEST = struct.Struct("<QQ")
 REPLY = struct.Struct("<4sQII")
-MARK = b"\xffGJ1"
+MARK, LAST_MARK = b"\xffGJ1", b"\xffGJ2"
 FAILED = -math.inf
 SETUP = 0  # the number of a worker's first message
 MAX_TEXT = 1 << 16  # bytes
@@ -32,11 +32,12 @@ class ProtocolError(Exception):
 class Reply(NamedTuple):
     """scores: one a completion, NaN for no opinion, FAILED for an error, whose first line and traceback are in the text.
 
-    Without scores all of the job has failed.
+    Without scores all of the job has failed. is_last: the worker ends behind it.
     """
 
     scores: Sequence[float]
     text: str
+    is_last: bool = False
 
 
 def pack_request(number: int, message: Any) -> bytes:
@@ -45,10 +46,11 @@ def pack_request(number: int, message: Any) -> bytes:
     return REQUEST.pack(number, len(body)) + body
 
 
-def pack_reply(number: int, scores: Sequence[float], text: str = "") -> bytes:
+def pack_reply(number: int, scores: Sequence[float], text: str = "", *, is_last: bool = False) -> bytes:
     """Frame a message from a worker. Text beyond the limit is left out in the middle."""
+    mark = LAST_MARK if is_last else MARK
     body = shorten(text, MAX_TEXT // 4).encode("utf-8", "backslashreplace")
-    return REPLY.pack(MARK, number, len(scores), len(body)) + struct.pack(f"<{len(scores)}f", *scores) + body
+    return REPLY.pack(mark, number, len(scores), len(body)) + struct.pack(f"<{len(scores)}f", *scores) + body
 
 
 def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
@@ -59,11 +61,11 @@ def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
     Returns: the reply, or None where more of it is to come.
     Raises: ProtocolError if it is no reply to this job.
     """
-    if data[: len(MARK)] != MARK[: len(data)]:
+    if data[: len(MARK)] not in (MARK[: len(data)], LAST_MARK[: len(data)]):
         raise ProtocolError("bytes that are no reply")
     if len(data) < REPLY.size:
         return None
-    _, got, count, length = REPLY.unpack_from(data)
+    mark, got, count, length = REPLY.unpack_from(data)
     if got != number:
         raise ProtocolError(f"a reply to job {got}, not to {number}")
     if count not in (0, num_scores) or length > MAX_TEXT:
@@ -79,7 +81,7 @@ def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
     except UnicodeDecodeError:
         raise ProtocolError("text that is not UTF-8") from None
     del data[:end]
-    return Reply(scores, text)
+    return Reply(scores, text, mark == LAST_MARK)
 
 
 def shorten(text: str, limit: int) -> str:

@@ -91,11 +91,11 @@ def serve(trainer: int, folder: str = "") -> None:
 
     os.register_at_fork(after_in_child=close_in_child)
 
-    def reply(number: int, scores: Sequence[float], text: str = "") -> None:
+    def reply(number: int, scores: Sequence[float], text: str = "", is_last: bool = False) -> None:
         # A scorer that forks returns twice, and once here, in the child.
         if os.getpid() != worker:
             os._exit(0)
-        replies.write(pack_reply(number, scores, text))
+        replies.write(pack_reply(number, scores, text, is_last=is_last))
         replies.flush()
 
     try:
@@ -103,8 +103,8 @@ def serve(trainer: int, folder: str = "") -> None:
         while (frame := _read_frame(requests)) is not None:
             number, body = frame
             scores, text, is_disk_full = _score(functions, body)
-            reply(number, scores, text)
             # Whatever it has written is in the way of others. The keeper removes what is in the folder for temporary files.
+            reply(number, scores, text, is_last=is_disk_full)
             if is_disk_full:
                 break
     except OSError:  # the trainer is gone, or a scorer has closed the pipes

@@ -23,7 +23,10 @@ MAX_SWEEPS = 20
 
 
 class Worker:
-    """One scoring process and what it is at: starting, idle, or busy with job `index` since `since`."""
+    """One scoring process and what it is at: starting, idle, or busy with job `index` since `since`.
+
+    num_sent: jobs that it was given so far.
+    """
 
     def __init__(self, setup: Setup, selector: selectors.BaseSelector) -> None:
         # The worker imports what this process can import: the same sys.path, in which an empty entry means the current folder.
@@ -47,7 +50,7 @@ class Worker:
         self.is_ready = False
         self.index: int | None = None
         self.since, self.limit_secs = time.monotonic(), 0.0
-        self._number, self._num_scores, self._num_sent = SETUP, 1, 0
+        self._number, self._num_scores, self.num_sent = SETUP, 1, 0
         # One thread serves all workers, so no pipe may make it wait: a hung worker does not read a frame larger than its pipe.
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
@@ -71,13 +74,8 @@ class Worker:
             return False
         self.index, self.since, self.limit_secs = index, time.monotonic(), limit_secs
         self._number, self._num_scores = number, num_scores
-        self._num_sent += 1
+        self.num_sent += 1
         return True
-
-    @property
-    def had_others(self) -> bool:
-        """True if its job is not the first one that it was given."""
-        return self._num_sent > 1
 
     def _write(self, frame: bytes) -> bool:
         """Begin to send a frame. False if nobody reads."""

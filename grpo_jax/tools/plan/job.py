@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from grpo_jax.config import Config, ModelConfig
 from grpo_jax.errors import UserError
-from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.architecture import Architecture, Delta, Rope
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards
 from grpo_jax.tasks.embedded import tokenizer_of
@@ -35,6 +35,14 @@ SHAPES = {
         num_experts=128,
         experts_per_token=8,
         is_router_normalised=True,
+    ),
+    "qwen3.5-4b": Architecture(
+        *(248_320, 2560, 32, 16, 4, 256, 9216, Rope(1e7, share=0.25)),
+        qk_norm=True,
+        norm_plus_one=True,
+        has_output_gate=True,
+        mixers=("gated_delta", "gated_delta", "gated_delta", "attention"),
+        delta=Delta(num_key_heads=16, num_value_heads=32, key_dim=128, value_dim=128, conv_width=4),
     ),
 }
 
@@ -72,8 +80,13 @@ class Job:
         vocab_size = arch.vocab_size
         if vocab_size % t == 0:  # otherwise embedding and head are replicated
             vocab_size //= t
+        delta = arch.delta
+        if delta is not None:
+            key_heads, value_heads = delta.num_key_heads // t, delta.num_value_heads // t
+            delta = dataclasses.replace(delta, num_key_heads=key_heads, num_value_heads=value_heads)
         local = dataclasses.replace(
             arch,
+            delta=delta,
             num_heads=arch.num_heads // t,
             num_kv_heads=arch.num_kv_heads // t,
             ffn_dim=arch.ffn_dim // t,

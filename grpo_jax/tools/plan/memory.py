@@ -20,9 +20,10 @@ from flax.traverse_util import flatten_dict
 from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.logprobs import Chunks, policy_logprobs
 from grpo_jax.models.attention import KVCache
+from grpo_jax.models.gated_delta import DeltaState
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
-from grpo_jax.models.transformer import ModelDef
+from grpo_jax.models.transformer import Kept, ModelDef
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.rollout.decoding import DecodeContext, EndTokens, cache_sizes
@@ -249,11 +250,22 @@ def recomputed_part(job: Job) -> Part:
     """Count what one layer keeps, with remat, once it has been computed again."""
     if job.model.remat_policy == "none":
         return Part(UPDATE, "a layer computed again", "", 0)
+    arch = job.model.arch
+    if arch.period > 1:  # the kind that keeps most decides
+        alone = [with_arch(job, num_layers=1, mixers=(kind,)) for kind in sorted(set(arch.mixers))]
+        most = max(sum(map(num_bytes, saved_for_backward(each, "none"))) for each in alone)
+        return Part(UPDATE, "a layer computed again", f"{most:,.0f} B without remat, of one layer of the largest kind", most)
     # Layers are alike, so one of them keeps its share of a pass without remat. The head's residuals are in the sum too: a
     # little much, on the safe side.
     everything = sum(map(num_bytes, saved_for_backward(job, "none")))
-    layers = job.model.arch.num_layers
+    layers = arch.num_layers
     return Part(UPDATE, "a layer computed again", f"{everything:,.0f} B without remat / {layers} layers", everything / layers)
+
+
+def with_arch(job: Job, **changes: Any) -> Job:
+    """Return the job with fields of the decoder's architecture replaced."""
+    arch = dataclasses.replace(job.model.arch, **changes)
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, arch=arch))
 
 
 def gather_parts(job: Job) -> list[Part]:
@@ -261,9 +273,10 @@ def gather_parts(job: Job) -> list[Part]:
     if job.mesh.shape["fsdp"] == 1:
         return []
     # Embedding and head are gathered before the layers and needed until the end; of the layers one at a time is full.
-    layers, table = layer_and_table_numbers(job)
+    _, table = layer_and_table_numbers(job)
     each = F32 + job.itemsize
-    layer = layers // job.model.arch.num_layers
+    arch = job.model.arch
+    layer = max(layer_and_table_numbers(with_arch(job, num_layers=1, mixers=(kind,)))[0] for kind in sorted(set(arch.mixers)))
     return [
         Part(UPDATE, "embedding and head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
         Part(UPDATE, "a layer's weights, gathered", f"{layer:,} numbers x ({job.itemsize} + {F32}) B", layer * each),
@@ -299,8 +312,18 @@ class SamplerArrays:
     """Arrays of a rollout, as shapes: the layers one by one, the prompts' cache, and the caches of the live rows' tokens."""
 
     layers: Any
-    prompts: KVCache
-    completions: list[KVCache]
+    prompts: tuple[Kept, ...]
+    completions: list[Kept]
+
+    @property
+    def prompt_states(self) -> list[DeltaState]:
+        """The states of the prompts in gated delta nets."""
+        return [each for each in self.prompts if isinstance(each, DeltaState)]
+
+    @property
+    def completion_states(self) -> list[DeltaState]:
+        """The states of the live rows."""
+        return [each for each in self.completions if isinstance(each, DeltaState)]
 
 
 @functools.lru_cache
@@ -325,7 +348,7 @@ def trace_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int
         )
         # The loop begins with shorter caches and pads them; the last size is the largest.
         num_slots = cache_sizes(max_completion_tokens, model.tiles)[-1]
-        return SamplerArrays(layers, prefix.cache, ctx.empty_caches(num_rows, num_slots))
+        return SamplerArrays(layers, prefix.cache, ctx.decoder.empty_caches(num_rows, num_slots))
 
     params = in_compute_dtype(model.param_shapes(), model)  # `rollout` casts once, not at every token
     tokens_PS = jax.ShapeDtypeStruct(prompts_shape, jnp.int32)
@@ -343,23 +366,29 @@ def rollout_parts(job: Job) -> list[Part]:
     gathered = (layers + tables) * (job.mesh.shape["fsdp"] > 1)
     cast = tables * (item < F32 and not gathered)
     arrays = trace_sampler(job.local_model, (int(sizes.P), int(sizes.S)), rows, int(sizes.T))
-    L, _, K, H, _ = arrays.prompts.k.shape
-    cached = f"{len(jax.tree.leaves(arrays.prompts))} x {L} layers x {K} heads x {H} x {item} B"
+    arch = job.local_model.arch
+    cached = f"2 x {arch.num_attention_layers} layers x {arch.num_kv_heads} heads x {arch.head_dim} x {item} B"
+    prompts, completions = (
+        [each for each in kept if isinstance(each, KVCache)] for kept in (arrays.prompts, arrays.completions)
+    )
+    state = tree_bytes(arrays.prompt_states) / sizes.P
     # Scores of the prompts exist before the loop, logits within it. About three copies of logits: as computed, tempered, and
     # their exponentials; two of scores: as computed and their exponentials.
-    V, N = per_token(job.local_model).head_shape[0], job.local_model.arch.num_heads
+    V, N = per_token(job.local_model).head_shape[0], arch.num_heads
     return [
         Part(ROLLOUT, "decoding copy, gathered over fsdp", f"{gathered:,} numbers x {item} B", gathered * item),
         Part(ROLLOUT, "decoding copy, layer by layer", f"{layers:,} numbers x {item} B", tree_bytes(arrays.layers)),
         Part(ROLLOUT, "embedding and head, cast", f"{cast:,} numbers x {item} B", cast * item),
-        Part(ROLLOUT, "prompts' keys and values", f"{cached} x {sizes.P:g} x {sizes.S:g}", tree_bytes(arrays.prompts)),
+        Part(ROLLOUT, "prompts' keys and values", f"{cached} x {sizes.P:g} x {sizes.S:g}", tree_bytes(prompts)),
         Part(
             ROLLOUT,
             "live rows' copies of them",
             f"{cached} x {copies:g} x {sizes.S:g}",
-            copies / sizes.P * tree_bytes(arrays.prompts),
+            copies / sizes.P * tree_bytes(prompts),
         ),
-        Part(ROLLOUT, "completions' keys and values", f"{cached} x {rows:g} x {slots:g}", tree_bytes(arrays.completions)),
+        Part(ROLLOUT, "completions' keys and values", f"{cached} x {rows:g} x {slots:g}", tree_bytes(completions)),
+        Part(ROLLOUT, "prompts' states", f"{state:,.0f} B x ({sizes.P:g} + {copies:g})", state * (sizes.P + copies)),
+        Part(ROLLOUT, "completions' states", f"{state:,.0f} B x {rows:g}", tree_bytes(arrays.completion_states)),
         Part(
             ROLLOUT,
             "logits of a token, or a layer's scores of the prompts",

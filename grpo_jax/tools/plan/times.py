@@ -183,8 +183,12 @@ def sharded_numbers(job: Job, params: Params) -> tuple[float, float, float]:
 
 
 def tensor_traffic(job: Job) -> list[Sent]:
-    """List the sums of a layer's activations over `tensor`, which the compiler adds. Embedding's and head's are left out."""
-    tensor, arch, batch, item = job.mesh.shape["tensor"], job.model.arch, job.local_batch, job.itemsize
+    """List the sums of a layer's activations over `tensor`, which the compiler adds. Embedding's and head's are left out.
+
+    So is what a gated delta net's joined queries, keys and values take to come to their heads' devices.
+    """
+    tensor, batch, item = job.mesh.shape["tensor"], job.local_batch, job.itemsize
+    repeats = job.model.arch.num_layers // job.model.arch.period  # where kinds of layers alternate, of all of them together
     if tensor == 1:
         return []
     learner, ring = job.config.learner, 2 * (tensor - 1) / tensor
@@ -200,8 +204,8 @@ def tensor_traffic(job: Job) -> list[Sent]:
             phase,
             "tensor",
             "activations summed",
-            f"{num} x {arch.num_layers} layers x {tokens:g} tokens x {width} x {item} B x {ring:g}",
-            num * arch.num_layers * tokens * width * item * ring,
+            f"{num} x {repeats} layers x {tokens:g} tokens x {width} x {item} B x {ring:g}",
+            num * repeats * tokens * width * item * ring,
         )
         for phase, sums in ((ROLLOUT, forward), (UPDATE, updates))
         for width, num in sums.items()
@@ -217,6 +221,8 @@ def summed_widths(job: Job) -> tuple[collections.Counter[int], collections.Count
     forward: collections.Counter[int] = collections.Counter()
     backward: collections.Counter[int] = collections.Counter()
     for path, leaf in layer_matrices(job.model.param_shapes()).items():
+        if path[-2] == "conv":  # no sum over channels
+            continue
         spec = (*param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements), *[None] * leaf.ndim)[: leaf.ndim]
         *stack, num_out, num_in = leaf.shape
         of_out, of_in, copies = *spec[-2:], 1
