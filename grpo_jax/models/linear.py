@@ -59,7 +59,7 @@ def head_logits(
 
 
 def fence_vectors(tree: Any, hardware: Hardware | None) -> Any:
-    """Return a tree of weights, whose vectors accelerators take out of the stacks of layers once; None: CPUs, which do anyway."""
+    """Return a tree of weights, its vectors taken out of the stacks of layers once, on accelerators. None: CPUs, which do."""
     if hardware is None:
         return tree
     # XLA:TPU would take them in the decoding loop at every token, each by an operation: 1 % of a token's estimate.
