@@ -11,6 +11,7 @@ import pytest
 from grpo_jax.config import RolloutConfig
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.transformer import Decoder, ModelDef
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.rng import key_for
 from grpo_jax.rollout import decoding
 from grpo_jax.rollout.decoding import cache_sizes
@@ -229,6 +230,7 @@ def test_a_cache_that_grows_on_the_way_changes_nothing(stop_ids, monkeypatch):
     monkeypatch.setattr(decoding, "MIN_SLOTS_TO_GROW", 2)
     sizes = cache_sizes(T)
     assert sizes == (T // 2, T - 1) and cache_sizes(3) == (2,) and cache_sizes(1) == (1,)
+    assert cache_sizes(1024, hardware=Hardware("tpu")) == (256, 512, 768, 1024)
     text = str(jax.make_jaxpr(make_rollout(MODEL, *spec, tiny.mesh_of(1)))(*ARGUMENTS))
     K, H = tiny.LLAMA.num_kv_heads, tiny.LLAMA.head_dim
     assert all(f"f32[{P * G},{K},{num_slots},{H}]" in text for num_slots in sizes)

@@ -31,7 +31,8 @@ LANES = 128  # the unit of every length that a kernel sees
 # loaded more often. An assumption: no chip was at hand to measure it.
 BLOCKS = {512: 1.0, 384: 1.05, 256: 1.15, 128: 1.5}
 MIN_QUERIES = 128  # fewer fill no block: plain operations are as good
-# The backward kernel's keys at a time: for each such block it writes a copy of the queries' gradient. Beyond the largest a
+# The backward kernel's keys at a time: for each such block it writes a copy of the queries' gradient. Half of the least, which
+# skips more above the diagonal, adds more to XLA's estimate than it takes from the kernel's by hand. Beyond the largest a
 # core's own memory would not hold them, and there is one kernel for each gradient.
 MIN_BACKWARD_KEYS, MAX_BACKWARD_KEYS, MAX_PARTIAL_DQ = 1024, 4096, 4
 SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them where it keeps products

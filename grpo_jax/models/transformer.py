@@ -26,7 +26,7 @@ from grpo_jax.models.experts import Experts, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
-from grpo_jax.models.linear import Linear
+from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import RMSNorm, norm_if, scaled
 from grpo_jax.models.rope import RopeTables, rotate
@@ -368,7 +368,7 @@ class Decoder(nnx.Module):
     def unstack_layers(self) -> list[nnx.State]:
         """Return the layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
         stacks = [nnx.split(layers)[1] for layers in self.arch.split_places(self.layers)]
-        return [self._of_layer(i, stacks) for i in range(self.arch.num_layers)]
+        return fence_vectors([self._of_layer(i, stacks) for i in range(self.arch.num_layers)], self.hardware)
 
     def _of_layer(self, i: int, by_place: Sequence[Any]) -> Any:
         """Return what belongs to layer i, of stacks by place in the period."""

@@ -16,9 +16,11 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
 from grpo_jax.models.attention import Prefix
+from grpo_jax.models.flash import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, Kept
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
 from grpo_jax.rollout.stops import StopStrings
@@ -36,6 +38,7 @@ class EndTokens(NamedTuple):
 
 
 MIN_SLOTS_TO_GROW = 64  # a cache of no more slots is not worth a second loop
+MIN_SLOTS_OF_QUARTERS = 512
 REFILL_FRACTION = 8  # rows are refilled when 1 in 8 has ended, since every refill copies the prompts of all rows
 
 
@@ -166,11 +169,12 @@ class _BatchedState:
     memory: Memory
 
 
-def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None) -> tuple[int, ...]:
+def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None, hardware: Hardware | None = None) -> tuple[int, ...]:
     """List the slots of the caches, one number for each loop of a rollout: half of them first, then all.
 
     Args:
       max_completion_tokens: T. tiles: of exact numbers, whose blocks of keys are whole; None: there are none.
+      hardware: accelerators, for which a long cache grows by quarters; None: CPUs.
     """
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
     if tiles is not None:
@@ -179,13 +183,16 @@ def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None) -> tuple
         return (num_slots,)
     # Attention reads an empty slot like a filled one, so the first half of the steps gets caches of half the slots. Each size
     # is one more loop to compile, with every layer in it: two, not more.
-    return -(-num_slots // 2), num_slots
+    if hardware is None or num_slots < MIN_SLOTS_OF_QUARTERS:
+        return -(-num_slots // 2), num_slots
+    # There attention is a larger part of a token than a compilation is of a run, and slots come in tiles of 128.
+    return tuple(-(-num_slots * i // (4 * LANES)) * LANES for i in (1, 2, 3, 4))
 
 
 def decode_batched(ctx: DecodeContext) -> Completions:
     """Decode all completions side by side, each in a row of its own, until the longest has ended."""
     B, T = len(ctx.keys_B), ctx.max_completion_tokens
-    sizes = cache_sizes(T, ctx.decoder.tiles)
+    sizes = cache_sizes(T, ctx.decoder.tiles, ctx.decoder.hardware)
     # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
     # must have that type already, or the loop's carry would change its type on the way.
     memory = ctx.first_memory(jnp.arange(B) // ctx.group_size)

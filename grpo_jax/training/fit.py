@@ -42,8 +42,8 @@ class Choice:
 class Share:
     """One device's part of the work. groups, group_size: of a minibatch. prompt_tokens, tokens: slots of each row.
 
-    state_bytes: what lies there all the time. trained: numbers that get gradients. tensor_size, fsdp_size: devices along these
-    axes.
+    state_bytes: what lies there all the time. trained: numbers here that get gradients. weights: numbers of the whole policy.
+    tensor_size, fsdp_size: devices along these axes.
     """
 
     groups: int
@@ -52,6 +52,7 @@ class Share:
     tokens: int
     state_bytes: float
     trained: float
+    weights: float
     tensor_size: int
     fsdp_size: int
 
@@ -91,6 +92,7 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         tokens=rollout.max_completion_tokens,
         state_bytes=_local_bytes(state),
         trained=_local_numbers(state.params),
+        weights=sum(math.prod(x.shape) for x in jax.tree.leaves(model.param_shapes())),
         tensor_size=mesh.shape["tensor"],
         fsdp_size=mesh.shape["fsdp"],
     )
@@ -158,7 +160,7 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     logits = 2 * F32 * chunks.tokens * V / tensor
     head = V * D / tensor * (item if chunks.vocab else F32) + tokens * D * (F32 + item)
     gradients = F32 * share.trained * (1 + (num_microbatches > 1))
-    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(model.param_shapes())) / tensor
+    weights = share.weights / tensor
     copies = item * weights
     if share.fsdp_size > 1:  # a layer at a time, and embedding and head with their float32 gradients
         table = (1 + (not arch.tie_embeddings)) * V * D / tensor
