@@ -12,6 +12,7 @@ import pytest
 from grpo_jax import files
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.training import lock as lock_lib
+from grpo_jax.training.disk import require_place
 from grpo_jax.training.lock import NAME, Owner, held
 
 
@@ -103,3 +104,18 @@ def test_of_many_who_break_one_dead_owners_lock_one_has_it(tmp_path):
         each.join()
     assert sorted(results) == ["had it"] + ["refused"] * 7
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    for name, reason in (
+        ("file", "file is no folder"),
+        ("file/run", "file is no folder"),
+        ("run", "metrics.jsonl there is a folder"),
+        ("a" * 300, "File name too long"),
+    ):
+        with pytest.raises(UserError, match=rf"^--workdir=.*: cannot be written \(.*{reason}\); choose another folder$"):
+            require_place(tmp_path / name)
+    require_place(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]

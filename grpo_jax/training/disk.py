@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pathlib
 import re
 import shutil
@@ -23,12 +24,36 @@ FAULTS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
 )
 WORDS = ("No space left", "quota", "File too large", "Read-only", "Permission denied", "Input/output error", "Stale file")
+FILES = ("config.json", "sources.json", "metrics.jsonl", "completions.jsonl", "summary.json", "lock")
 OF_NO_ROOM = re.compile("No space left|quota|File too large")
 
 
 def size_of_checkpoint(like: TrainState) -> int:
     """Return the bytes of a checkpoint, at most (Orbax compresses). like: the state, or its shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved_fields(like)))
+
+
+def require_place(workdir: pathlib.Path) -> None:
+    """Look if a run's folder can be made and written, as far as that is known without doing it.
+
+    Raises: UserError naming what is in the way.
+    """
+    try:
+        place = workdir.absolute()
+        while not place.exists():
+            place = place.parent
+        reason = ""
+        if not place.is_dir():
+            reason = f"{place} is no folder"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            reason = f"{place} is read-only, or another user's"
+        in_the_way = [name for name in FILES if (workdir / name).is_dir()]
+        if in_the_way:
+            reason = f"{in_the_way[0]} there is a folder"
+    except OSError as error:  # a name that is too long
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"--workdir={workdir}: cannot be written ({reason}); choose another folder")
 
 
 def require_room(workdir: pathlib.Path, like: TrainState, keep: int) -> None:

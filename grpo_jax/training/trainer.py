@@ -29,7 +29,7 @@ from grpo_jax.training.callbacks import Callbacks
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.completions import completion_rows
 from grpo_jax.training.data_record import note_data, pin_template_date
-from grpo_jax.training.disk import faults_in_one_line, require_room
+from grpo_jax.training.disk import faults_in_one_line, require_place, require_room
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps, find_fault
 from grpo_jax.training.iteration import prefetch_first_batch
@@ -159,6 +159,7 @@ def open_run(
     Returns: (the run with its open files, its state, the step of the checkpoint it resumes from or None).
     Raises: UserError if there is nothing to resume from, the folder is another config's or another process's.
     """
+    require_place(workdir)  # nobody wants to learn it after a warm start
     with faults_in_one_line(workdir, run.abstract_state), contextlib.ExitStack() as stack:
         told = Callbacks([])
         if hosts.is_first():
