@@ -487,7 +487,7 @@ BUGS = [
     ),
     (
         "heads are not gated",
-        "grpo_jax/models/transformer.py",
+        "grpo_jax/models/attention.py",
         "out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)",
         "pass",
         "tests/test_families.py -k qwen3.5",

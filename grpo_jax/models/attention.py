@@ -9,12 +9,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.linear import soft_cap
-from grpo_jax.models.rope import query_scale, rope_tables
+from grpo_jax.models.linear import Linear, soft_cap
+from grpo_jax.models.lora import LoRA, adapter_of
+from grpo_jax.models.norms import norm_if
+from grpo_jax.models.rope import RopeTables, query_scale, rope_tables, rotate
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
 # and exp(-inf - -inf) is NaN, in the gradient even where the output is masked.
@@ -260,3 +263,70 @@ def _by_row(x_PKG: Array) -> Array:
 def _by_prompt(x_BK: Array, num_prompts: int) -> Array:
     """[P*G, K, ...] -> [P, K, G, ...]."""
     return jnp.swapaxes(x_BK.reshape(num_prompts, -1, *x_BK.shape[1:]), 1, 2)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
+
+    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
+        self.arch = arch
+        adapter = functools.partial(adapter_of, lora)
+        q_dim, kv_dim = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        # With an output gate a head's query and gate are one below the other.
+        num_q = q_dim * (1 + arch.has_output_gate)
+        self.q = Linear(arch.dim, num_q, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
+        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
+        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
+        scale = (2 * arch.num_layers) ** -0.5
+        self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
+        spans = arch.qk_norm_spans_heads
+        self.q_norm = norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
+        self.k_norm = norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        view: AttentionView,
+        prefix: KVCache | None,
+        cache: KVCache | None,
+        slot: int | Int[Array, "..."],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Attend to this call's keys, to those in the cache and to those of the prompt.
+
+        Args:
+          x_BTD: normed hidden states, in the compute dtype. view: positions and masks.
+          prefix: the prompts' keys and values, [P, ...] of this layer, or None. Rows p*G .. p*G+G-1 see prompt p.
+          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
+        Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
+        """
+        q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
+        own = KVCache.of(k_BTKH, v_BTKH)
+        if cache is not None:
+            own = cache.update(own, slot)
+        out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
+        return self.close(out_BTNH, gate_BTNH), own
+
+    def project(
+        self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
+        """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
+        arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
+        gate_BTNH = None
+        if arch.has_output_gate:
+            q_BTNH, gate_BTNH = jnp.split(q_BTNH.reshape(*heads[:-1], 2 * arch.head_dim), 2, -1)
+        if arch.qk_norm_spans_heads:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
+        else:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
+        # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
+        q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
+        if query_scale is not None:
+            q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
+        return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
+
+    def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
+        """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""
+        if gate_BTNH is not None:
+            out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
+        return self.o(out_BTNH.reshape(*out_BTNH.shape[:2], -1))

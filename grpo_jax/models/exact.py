@@ -50,10 +50,10 @@ def run_block(
     block: Any,
     x_BTD: Float[Array, "B T D"],
     view: AttentionView,
-    prefix: KVCache | None = None,
-    cache: KVCache | None = None,
+    prefix: Any = None,
+    cache: Any = None,
     slot: int | Int[Array, "..."] = 0,
-) -> tuple[Float[Array, "B T D"], KVCache, Int[Array, "B T k"] | None]:
+) -> tuple[Float[Array, "B T D"], Any, Int[Array, "B T k"] | None]:
     """Run a layer.
 
     Args: as `transformer.Block.__call__` has them, which is called if tiles is None; else slots of cache and prefix are whole

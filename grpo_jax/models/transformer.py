@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models import exact
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views, select_view
+from grpo_jax.models.attention import Attention, AttentionView, KVCache, Prefix, make_views, select_view
 from grpo_jax.models.experts import Experts, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
@@ -29,7 +29,7 @@ from grpo_jax.models.gated_delta import DeltaState, GatedDelta
 from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import RMSNorm, norm_if, scaled
-from grpo_jax.models.rope import RopeTables, rotate
+from grpo_jax.models.rope import RopeTables
 from grpo_jax.models.tiles import Tiles, tiles_of
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
@@ -39,73 +39,6 @@ from grpo_jax.types import Params
 # all the same, because the time to compile it would grow with its layers.
 MAX_UNROLLED = 4
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
-
-    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
-        self.arch = arch
-        adapter = functools.partial(adapter_of, lora)
-        q_dim, kv_dim = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        # With an output gate a head's query and gate are one below the other.
-        num_q = q_dim * (1 + arch.has_output_gate)
-        self.q = Linear(arch.dim, num_q, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
-        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
-        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
-        scale = (2 * arch.num_layers) ** -0.5
-        self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
-        spans = arch.qk_norm_spans_heads
-        self.q_norm = norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
-        self.k_norm = norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        view: AttentionView,
-        prefix: KVCache | None,
-        cache: KVCache | None,
-        slot: int | Int[Array, "..."],
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Attend to this call's keys, to those in the cache and to those of the prompt.
-
-        Args:
-          x_BTD: normed hidden states, in the compute dtype. view: positions and masks.
-          prefix: the prompts' keys and values, [P, ...] of this layer, or None. Rows p*G .. p*G+G-1 see prompt p.
-          cache: the rows' earlier keys and values, or None. slot: where this call's are written, one for all rows or [B].
-        Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
-        """
-        q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
-        own = KVCache.of(k_BTKH, v_BTKH)
-        if cache is not None:
-            own = cache.update(own, slot)
-        out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
-        return self.close(out_BTNH, gate_BTNH), own
-
-    def project(
-        self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
-        """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
-        arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
-        gate_BTNH = None
-        if arch.has_output_gate:
-            q_BTNH, gate_BTNH = jnp.split(q_BTNH.reshape(*heads[:-1], 2 * arch.head_dim), 2, -1)
-        if arch.qk_norm_spans_heads:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
-        else:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
-        # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
-        q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
-        if query_scale is not None:
-            q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
-        return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
-
-    def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
-        """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""
-        if gate_BTNH is not None:
-            out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)
-        return self.o(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -185,6 +118,17 @@ class Block(nnx.Module):
         return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), chosen_BTk
 
 
+class _Places(nnx.Module):
+    """Stacks of layers by their place in the period. flax 0.11 has no module that is a dict."""
+
+    def __init__(self, layers: dict[str, Block]):
+        for place, stack in layers.items():
+            setattr(self, place, stack)
+
+    def __getitem__(self, place: str) -> Block:
+        return getattr(self, place)
+
+
 class Decoder(nnx.Module):
     """Token ids -> final hidden states. The head is applied elsewhere, in chunks (`grpo_jax.learner.logprobs`)."""
 
@@ -217,7 +161,7 @@ class Decoder(nnx.Module):
             return nnx.split_rngs(splits=arch.num_layers // arch.period)(make)(rngs)
 
         layers = arch.join_places([stack(kind) for kind in arch.mixers])
-        self.layers = nnx.Dict(layers) if isinstance(layers, dict) else layers
+        self.layers = _Places(layers) if isinstance(layers, dict) else layers
         self.final_norm = RMSNorm(arch.dim, arch)
         if arch.tie_embeddings:
             self.head = None
