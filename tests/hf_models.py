@@ -142,13 +142,20 @@ def torch_model(name: str, dtype=torch.float32, **changes):
 
 def randomise(model):
     generator = torch.Generator().manual_seed(0)
-    # Qwen3.5's norms multiply by 1 + weight, but for those of its gated delta nets. Twice as large, they would make its rows of
-    # numbers too sensitive to compare.
-    is_qwen35 = model.config.get_text_config().model_type == "qwen3_5_text"
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise, centre = torch.randn(parameter.shape, generator=generator), not is_qwen35 or "linear_attn" in key
-            parameter.copy_(centre + 0.3 * noise if "norm" in key else 0.1 * noise)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(centre_of(model.config, key) + 0.3 * noise if "norm" in key else 0.1 * noise)
+
+
+def centre_of(config, key):
+    """The mean of a norm's random weights: 1, though it is 2 that Gemma's multiply by then.
+
+    Qwen3.5's stack would make too much of each rounding to be compared: 0 where its norms multiply by 1 + weight, which those
+    of its gated delta nets do not.
+    """
+    is_qwen35 = config.get_text_config().model_type == "qwen3_5_text"
+    return 0.0 if is_qwen35 and "linear_attn" not in key else 1.0
 
 
 def load(folder, dtype="float32"):

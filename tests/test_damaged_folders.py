@@ -138,12 +138,15 @@ def test_rank_stabilised_adapters_are_taken_as_such_or_refused(adapter):
         load_adapters(folder, plain)
 
 
-def test_all_linear_is_every_matrix_that_the_model_has():
+def test_all_linear_is_every_matrix_that_the_model_has(capfd):
     values = tiny.config_of("grpo", {"lora.rank": 2}).to_dict()
     values["lora"]["targets"] = ("all-linear",)
     every = parse_config(values).lora
     assert lora_of(every, tiny.LLAMA).targets == TARGETS
     assert lora_of(every, tiny.DELTA).targets == (*TARGETS[:4], *DELTA_TARGETS, *TARGETS[4:])
+    assert capfd.readouterr().err == ""
+    assert lora_of(dataclasses.replace(every, targets=TARGETS), tiny.DELTA).targets == TARGETS
+    assert "no adapters on in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"config\.lora\.targets: the model has no out_proj; it has q_proj, "):
         lora_of(dataclasses.replace(every, targets=("q_proj", "out_proj")), tiny.LLAMA)
 

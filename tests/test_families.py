@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from grpo_jax.config import RolloutConfig
 from grpo_jax.errors import UserError
 from grpo_jax.learner.logprobs import policy_logprobs
-from grpo_jax.models.architecture import Rope
+from grpo_jax.models.architecture import Delta, Rope
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
 from grpo_jax.models.folders import SINGLE
@@ -170,6 +170,41 @@ def test_gemma_3_of_old_config_files(read):
     assert arch.tie_embeddings and arch.logit_cap is None and arch.activation == "gelu_tanh"
 
 
+QWEN35_27B = {  # as the hub has it, a thirty-second as wide and a quarter as deep
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "image_token_id": 248056,
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152},
+    "text_config": {
+        **{"model_type": "qwen3_5_text", "dtype": "bfloat16", "vocab_size": 61, "hidden_size": 160, "intermediate_size": 544},
+        **{"num_hidden_layers": 16, "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 8, "hidden_act": "silu"},
+        **{"attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "full_attention_interval": 4},
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 4,
+        **{"linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+        **{"linear_conv_kernel_dim": 4, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": []},
+        **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "rms_norm_eps": 1e-6, "use_cache": True},
+        "rope_parameters": {
+            **{"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25},
+            **{"mrope_interleaved": True, "mrope_section": [11, 11, 10]},
+        },
+    },
+}
+
+
+def test_qwen35_as_the_hub_has_it(read, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN35_27B))
+    arch = read_architecture(tmp_path)
+    assert arch.mixers == ("gated_delta", "gated_delta", "gated_delta", "attention") and arch.num_attention_layers == 4
+    assert arch.delta == Delta(num_key_heads=16, num_value_heads=48, key_dim=4, value_dim=4, conv_width=4)
+    assert arch.rope == Rope(1e7, share=0.25) and not arch.tie_embeddings
+    assert arch.has_output_gate and arch.norm_plus_one and arch.qk_norm
+    bare = read(model_type="qwen3_5_text", num_hidden_layers=8)
+    assert (bare.mixers, bare.head_dim, bare.rope.share) == (arch.mixers, 256, 0.25)
+    assert read(model_type="qwen3_5_text", num_hidden_layers=6).mixers == (*arch.mixers, "gated_delta", "gated_delta")
+    assert read(model_type="qwen3_5_text", full_attention_interval=1).delta is None
+
+
 def test_llama_3_of_old_config_files(read):
     scaling = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     arch = read(model_type="llama", rope_theta=5e5, rope_scaling={**scaling, "original_max_position_embeddings": 8192})
@@ -189,6 +224,13 @@ def test_llama_3_of_old_config_files(read):
         ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, ["hidden_activation", '"gelu"', "gelu_pytorch_tanh"]),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "50.0", "absent"]),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["use_bidirectional_attention", "true"]),
+        ({"model_type": "qwen3_5_text", "attn_output_gate": False}, ["attn_output_gate", "false", "True"]),
+        (
+            {"model_type": "qwen3_5_text", "linear_num_key_heads": 3},
+            ["linear_num_key_heads = 3", "value_heads = 32"],
+        ),
+        ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention"] * 2}, ["2 entries", "num_hidden_layers = 3"]),
+        ({"model_type": "qwen3_5_text", "head_dim": 12}, ["partial_rotary_factor", "0.25", "head_dim = 12"]),
     ],
 )
 def test_what_a_family_does_not_have_is_named(read, config, words):

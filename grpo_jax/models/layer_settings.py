@@ -38,6 +38,9 @@ def read_positions(file: Path, config: Settings, family: Family) -> dict[str, An
     share = positive(1.0 if share is None else share, f"{file}: partial_rotary_factor")
     if share > 1 or (share < 1 and not family.has_partial_rope):
         raise unsupported(file, f"{key}.partial_rotary_factor", share, 1.0)
+    head_dim = config.get("head_dim")
+    if share < 1 and isinstance(head_dim, int) and int(head_dim * share) % 2:  # transformers would turn one channel more
+        raise unsupported(file, f"{key}.partial_rotary_factor", share, f"an even number of head_dim = {head_dim} channels")
     rope = read_rope(file, config, key, given, config.get("rope_theta", 10_000.0), family.rope_types, share)
     fields: dict[str, Any] = {"rope": dataclasses.replace(rope, is_interleaved=family.is_rope_interleaved)}
     if family.has_query_growth:

@@ -7,15 +7,9 @@ from collections.abc import Callable
 
 from grpo_jax.config import Config, RewardConfig, TaskConfig, mixture
 from grpo_jax.errors import UserError
-from grpo_jax.imports import is_import
 from grpo_jax.tasks import dataset, jsonl, own, reasoning_gym
 from grpo_jax.tasks.questions import Source
 from grpo_jax.tasks.row_rewards import RowRewards
-
-
-def is_hosted(name: str) -> bool:
-    """Tell if the questions of a task live on the host. name: config.task.name."""
-    return name in SOURCES or is_import(name)
 
 
 def load_data(config: Config) -> list[Source]:
@@ -75,5 +69,4 @@ SOURCES: dict[str, Callable[..., list[Source]]] = {
     "jsonl": jsonl.load,
     "dataset": dataset.load,
     "reasoning_gym": reasoning_gym.load,
-    "mixture": load_mixture,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.fingerprint import TOKENIZER, WEIGHTS, fingerprint
 from grpo_jax.models.folders import resolve
-from grpo_jax.models.lora import ALL_LINEAR, LoRA, init_adapters, targets_of
+from grpo_jax.models.lora import ALL_LINEAR, DELTA_TARGETS, LoRA, init_adapters, targets_of
 from grpo_jax.models.transformer import ModelDef, init_params
 from grpo_jax.parallel import hosts
 from grpo_jax.parallel.finite import find_not_finite
@@ -98,6 +99,10 @@ def lora_of(config: LoRAConfig, arch: Architecture) -> LoRA:
     missing = [name for name in targets if name not in there]
     if missing:
         raise UserError(f"config.lora.targets: the model has no {missing[0]}; it has {', '.join(there)}")
+    left_out = [name for name in DELTA_TARGETS if name in there and name not in targets]
+    # The default names are those of attention and MLP: of a stack of gated delta nets not all that one would expect.
+    if left_out and jax.process_index() == 0:
+        print(f"config.lora.targets: no adapters on {', '.join(left_out)}; ('{ALL_LINEAR}',) has them too", file=sys.stderr)
     return LoRA(config.rank, config.alpha, targets, config.use_rslora)
 
 

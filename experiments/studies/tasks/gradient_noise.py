@@ -71,15 +71,19 @@ def measure(run, state, names, num):
 def main(args):
     """Measure, and print a table in Markdown."""
     config = read_config(args.workdir)
-    if config.dynamic_sampling.enabled:
-        raise UserError(f"{args.workdir}: a run with dynamic sampling; take one without, the objectives are compared anyway")
+    if config.dynamic_sampling.enabled or config.lora.rank:
+        raise UserError(
+            f"{args.workdir}: a run with dynamic sampling or adapters; take one without, the objectives are compared anyway"
+        )
     run = make_run(dataclasses.replace(config, steps_per_call=0))
-    state = run.initial_state()
-    if args.step:
-        state = dataclasses.replace(state, params=run.restore_policy(args.workdir, args.step))
+    # A checkpoint's weights need no warm start before them.
+    weights = run.restore_policy(args.workdir, args.step) if args.step else run.initial_weights()
+    state = run.init(weights, None, run.hyperparams)
     print(f"{args.workdir}, step {args.step}, {args.batches} batches of {config.rollout.num_prompts} groups, KL left out\n")
     print("| objective | signal | noise | signal / noise |\n| --- | ---: | ---: | ---: |")
-    for name, (signal, noise) in measure(run, state, args.objectives, args.batches).items():
+    found = measure(run, state, args.objectives, args.batches)
+    for name in args.objectives:
+        signal, noise = found[name]
         print(f"| {name} | {signal:.3g} | {noise:.3g} | {signal / noise:.3g} |")
 
 

@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection
 
 from grpo_jax.caches import enable_compilation_cache
 from grpo_jax.config import Config
+from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, printable
 from grpo_jax.learner.hyperparams import static_key, value_of
-from grpo_jax.tasks.sources import is_hosted
 from grpo_jax.tools.sweep.plan import RunSpec
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
@@ -124,7 +124,7 @@ def do(job: Job) -> list[str]:
     enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
-    if is_hosted(configs[0].task.name):  # scored on the host: nothing to share
+    if configs[0].task.name not in EMBEDDED:  # scored on the host: nothing to share
         for config, workdir in zip(configs, workdirs, strict=True):
             trainer.train(config, workdir)
         return [""] * len(configs)
