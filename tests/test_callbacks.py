@@ -79,7 +79,7 @@ def test_what_is_no_callback_is_refused(tmp_path, monkeypatch):
         trackers.make_callbacks(LogConfig(callbacks=("mine:Odd",), trackers=()), [])
     with pytest.raises(UserError, match=r"config.log.callbacks: Notes.on_stop is never called; there are on_start"):
         trackers.make_callbacks(LogConfig(trackers=()), [type("Notes", (Notes,), {"on_stop": print})()])
-    with pytest.raises(UserError, match=r"config.log.callbacks = 'mine:Bad': cannot be made: AttributeError"):
+    with pytest.raises(UserError, match=r"config.log.callbacks = 'mine:Bad': module 'mine' has no 'Bad'"):
         load_callback("mine:Bad", "config.log.callbacks")
     with pytest.raises(UserError, match=r"expected module:Class"):
         load_callback("mine", "config.log.callbacks")

@@ -26,8 +26,9 @@ def load(file):
         sys.modules[name] = types.ModuleType(name)
     for name in ("CustomLossConfig", "DefaultLossConfig", "IPOLossConfig", "LossConfig"):
         setattr(sys.modules["prime_rl.configs.trainer"], name, types.SimpleNamespace)
-    sys.modules["prime_rl.utils.utils"].import_object = None
+    vars(sys.modules["prime_rl.utils.utils"])["import_object"] = None
     spec = importlib.util.spec_from_file_location("prime_rl_loss", file)
+    assert spec and spec.loader
     module = sys.modules["prime_rl_loss"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

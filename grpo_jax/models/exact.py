@@ -125,7 +125,7 @@ def _attend(tiles: Tiles, scale: float, cap: float | None, arrays: Any, view: At
     q_nBKMH = q_nBQKRH.transpose(0, 1, 3, 2, 4, 5).reshape(num_tiles, B, K, -1, H)
     mask_BTU = jnp.pad(view.mask_BTU, ((0, 0), (0, 0), (0, own.num_slots - view.mask_BTU.shape[-1])))
     mask_PGTS = None
-    if prefix is not None:
+    if prefix is not None and view.mask_PGTS is not None:
         mask_PGTS = split(view.mask_PGTS, 2)
 
     def tile(given: Any) -> Array:

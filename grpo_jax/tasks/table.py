@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Key, Shaped
 
 from grpo_jax.errors import UserError
 from grpo_jax.rng import key_for
+from grpo_jax.tasks import Tokenizer
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -41,7 +42,7 @@ class TableTask:
         Raises: UserError if the held-out set would eat the training set, or an answer does not fit the budget.
         """
         self.config, self.seed, self.num_eval = config, seed, num_eval
-        self.tokenizer = CharTokenizer(self.alphabet)
+        self.tokenizer: Tokenizer = CharTokenizer(self.alphabet)
         self.stop_ids = self.tokenizer.eos_ids
         if config.longest_answer > max_answer_tokens:
             raise UserError(
