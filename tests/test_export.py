@@ -239,6 +239,31 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, trained):
     with pytest.raises(UserError, match=r"neither model\.safetensors"):
         export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE)
     init_workdir(tmp_path / "own", tiny.config_of().to_dict())
-    with pytest.raises(UserError, match=r"config\.model\.path is empty"):
-        export(str(tmp_path / "own"), str(tmp_path / "out"), None, None, ONE_FILE)
+    with pytest.raises(UserError, match=r"--adapter: .*own began from no Hugging Face folder"):
+        export(str(tmp_path / "own"), str(tmp_path / "out"), None, None, ONE_FILE, is_adapter=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "maze"])
+def test_a_fresh_decoder_is_a_llama_whose_tokenizer_knows_characters(tmp_path, task):
+    config = tiny.config_of(changes={"task.name": task, "eval.num_prompts": 4, "rollout.max_completion_tokens": 16})
+    run, workdir = make_run(config), tmp_path / "run"
+    init_workdir(workdir, config.to_dict())
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    state = run.initial_state()
+    checkpointer.save(1, state.replace(step=jnp.int32(1)), config.to_dict())
+    checkpointer.close()
+    assert export(str(workdir), str(tmp_path / "out"), None, None, ONE_FILE) == (1, "float32")
+    assert read_architecture(tmp_path / "out") == run.model.arch
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", "float32"), dict(state.params))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), run.task.tokenizer
+    prompts = run.task.train_prompts(0, 2)
+    text = ours.decode_prompt(prompts.tokens_PS[0][prompts.mask_PS[0]])
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text) and theirs.decode(ids) == text and theirs.eos_token_id == ours.eos_ids[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert model.generation_config.eos_token_id == list(ours.eos_ids)
+    rows = np.asarray([ids]), np.ones((1, len(ids)), bool)
+    np.testing.assert_allclose(jax_logits(tmp_path / "out", *rows), torch_logits(model, *rows), atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in card and "# A small decoder trained with" in card

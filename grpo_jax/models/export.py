@@ -7,7 +7,9 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from grpo_jax.parallel import hosts
 from grpo_jax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
+FRESH_POSITIONS = 4096  # a fresh decoder has no limit; a config.json needs one
 
 
 def export_folder(
@@ -43,11 +46,58 @@ def export_folder(
       max_shard_bytes: the size above which the weights are split into several files; no tensor is split.
     Raises: UserError if `out` holds something already or cannot be written, or the dtype is unknown.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype}: unknown; known: {', '.join(DTYPES)}")
+    _require_dtype(dtype)
     with new_folder(out) as folder:
         _copy_settings(resolve(source), folder, dtype)
         save_weights(folder, params, architecture, dtype, max_shard_bytes)
+
+
+def export_fresh(
+    out: str | os.PathLike[str],
+    params: Params,
+    architecture: Architecture,
+    save_tokenizer: Callable[[Path], None],
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
+    """Write a decoder that began from no folder as the Llama that it is.
+
+    Args:
+      out, params, architecture, dtype, max_shard_bytes: as in `export_folder`.
+      save_tokenizer: writes tokenizer and generation settings into a folder.
+    Raises: UserError as `export_folder` does.
+    """
+    _require_dtype(dtype)
+    with new_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(_llama_config(architecture, dtype), indent=2) + "\n")
+        save_tokenizer(folder)
+        save_weights(folder, params, architecture, dtype, max_shard_bytes)
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: unknown; known: {', '.join(DTYPES)}")
+
+
+def _llama_config(arch: Architecture, dtype: str) -> dict[str, Any]:
+    """Describe a fresh decoder as transformers describes a Llama; `families.read_architecture` gives the same back."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.dim,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
+        "head_dim": arch.head_dim,
+        "intermediate_size": arch.ffn_dim,
+        "rms_norm_eps": arch.norm_eps,
+        "rope_theta": arch.rope.theta,
+        "max_position_embeddings": FRESH_POSITIONS,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+    }
 
 
 def save_weights(folder: Path, params: Params, architecture: Architecture, dtype: str, max_shard_bytes: int) -> None:

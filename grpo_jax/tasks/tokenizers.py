@@ -62,6 +62,24 @@ class CharTokenizer:
         """Ids -> text, as `decode`."""
         return self.decode(ids)
 
+    def save(self, folder: Path) -> None:
+        """Write it as a Hugging Face tokenizer, with generation settings. A character out of the alphabet is an error there."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        specials = ["<pad>", "<eos>"]
+        vocab = {token: i for i, token in enumerate([*specials, *self.alphabet])}
+        inner = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=""))
+        inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        inner.decoder = decoders.Fuse()
+        inner.add_special_tokens(specials)
+        inner.save(str(folder / "tokenizer.json"))
+        named = {"pad_token": specials[self.pad_id], "eos_token": specials[self.eos_ids[0]]}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
 
 class HFTokenizer:
     """A Hugging Face tokenizer, from a local folder or a hub id.

@@ -2,7 +2,8 @@
 
 Weights of the newest checkpoint (or --step=N) with the tokenizer and settings of the model that training began from.
 `transformers`, vLLM and others load the folder; a model card says what it was trained from and how. LoRA's adapters are merged
-into the weights, or with --adapter written by themselves, as `peft` loads them.
+into the weights, or with --adapter written by themselves, as `peft` loads them. A run of the built-in decoder becomes a Llama
+with a tokenizer of characters.
 """
 
 from __future__ import annotations
@@ -71,20 +72,21 @@ def export(
       is_adapter: write the adapters of a LoRA run alone, instead of merging them into the weights.
       is_strict: a damaged checkpoint is an error: no older one is taken.
     Returns: the step, and in words what was written.
-    Raises: UserError if the run has no such checkpoint, no Hugging Face model or no adapters, or `out` cannot be written.
+    Raises: UserError if the run has no such checkpoint, no adapters, or `out` cannot be written.
     """
-    from grpo_jax.models.export import export_folder
+    from grpo_jax.models.export import export_folder, export_fresh
     from grpo_jax.models.folders import new_folder, require_new
     from grpo_jax.models.hf import stored_dtype
     from grpo_jax.models.lora import merge_adapters, split_adapters
     from grpo_jax.models.peft import save_adapters
+    from grpo_jax.tasks.embedded import tokenizer_of
     from grpo_jax.training.checkpoint import require_step
     from grpo_jax.training.run import make_run
 
     config = exportable_config(workdir, is_adapter=is_adapter)
     source = config.model.path
     require_new(pathlib.Path(out))  # before a long load
-    dtype = dtype or stored_dtype(source)
+    dtype = dtype or (stored_dtype(source) if source else "float32")
     require_step(pathlib.Path(workdir), step)
     run = make_run(config)
     # The task is closed as soon as the weights are here: its scoring processes have nothing to do in an export.
@@ -103,7 +105,10 @@ def export(
     if lora is not None:
         policy = merge_adapters(*split_adapters(policy), lora)
         written = f"{dtype}, adapters merged"
-    export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
+    if source:
+        export_folder(out, policy, run.model.arch, source, dtype, max_shard_bytes)
+    else:
+        export_fresh(out, policy, run.model.arch, tokenizer_of(config).save, dtype, max_shard_bytes)
     write_card(pathlib.Path(out), config, pathlib.Path(workdir), step, is_adapter=False)
     return step, written
 
@@ -113,10 +118,10 @@ def exportable_config(workdir: str, *, is_adapter: bool) -> Config:
     from grpo_jax.training.settings import read_config
 
     config = read_config(pathlib.Path(workdir))
-    if not config.model.path:
+    if is_adapter and not config.model.path:
         raise UserError(
-            f"--workdir={workdir}: config.model.path is empty: the decoder and tokenizer are built in, and no other program "
-            "knows them; train from a Hugging Face folder"
+            f"--adapter: {workdir} began from no Hugging Face folder, so there is nothing that adapters could be added to; "
+            "leave the flag out"
         )
     if is_adapter and not config.lora.rank:
         raise UserError(f"--adapter: config.lora.rank of {workdir} is 0: all weights were trained, leave the flag out")

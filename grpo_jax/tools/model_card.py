@@ -45,6 +45,7 @@ def card(config: Config, summary: dict[str, Any], step: int, *, is_adapter: bool
     from grpo_jax import objectives
 
     base, method = hub_id_of(config.model.path), objectives.describe(config.objective)
+    name = base or "A small decoder"
     library = "peft" if is_adapter else "transformers"
     rollout = config.rollout
     rows = [
@@ -63,9 +64,10 @@ def card(config: Config, summary: dict[str, Any], step: int, *, is_adapter: bool
             value = summary.get(f"success_{when}")
             rows.append((f"held-out greedy success {when}", "unknown" if value is None else f"{value:.3f}"))
     version = summary.get("commit") or summary.get("version", "")
-    lines = ["---", f"base_model: {base}", f"library_name: {library}", "tags: [grpo_jax, reinforcement-learning]", "---", ""]
+    lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {library}"]
+    lines += ["tags: [grpo_jax, reinforcement-learning]", "---", ""]
     lines += [
-        f"# {base} trained with {method}",
+        f"# {name} trained with {method}",
         "",
         f"Trained with grpo_jax {version}".rstrip() + ".",
         "",

@@ -42,7 +42,7 @@ def main_row(setting: Setting, comparison: Comparison | None) -> list[str]:
         format_estimate(setting.iqm),
         format_estimate(setting.area),
         *comparison_cells(comparison),
-        f"{setting.tokens / 1e6:.3g}M",
+        count_text(setting.tokens),
         f"{setting.secs:.0f}",
     ]
 
@@ -77,8 +77,15 @@ def run_rows(study: Study) -> list[list[str]]:
         for run, final, area in zip(setting.runs, setting.final_N, setting.area_N, strict=True):
             tokens, secs = run.cost[max(run.cost)]
             cells = [setting.name, str(run.seed), format_number(final), format_number(area)]
-            rows.append([*cells, f"{tokens / 1e6:.3g}M", f"{secs:.0f}"])
+            rows.append([*cells, count_text(tokens), f"{secs:.0f}"])
     return rows
+
+
+def count_text(num: float) -> str:
+    """Write a number of tokens, large ones in millions."""
+    if num < 1e5:
+        return f"{num:.0f}"
+    return f"{num / 1e6:.3g}M"
 
 
 def markdown(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
