@@ -19,6 +19,7 @@ from grpo_jax.metrics import Mean
 from grpo_jax.objectives.advantages import advantages, penalised_tokens, rewards_with_kl
 from grpo_jax.objectives.aggregation import token_weights
 from grpo_jax.objectives.choices import check_choices, get, sources
+from grpo_jax.objectives.family import FAMILY, PRESETS, VARIANTS, describe
 from grpo_jax.objectives.functions import find
 from grpo_jax.objectives.params import Params
 from grpo_jax.objectives.ratios import (
@@ -33,7 +34,7 @@ from grpo_jax.objectives.ratios import (
     token_ratio,
 )
 from grpo_jax.objectives.surrogates import SurrogateInputs, apply_dual_clip, surrogate_of
-from grpo_jax.objectives.variants import ENTRIES, FAMILY, PRESETS, VARIANTS, Objective, Variant, describe
+from grpo_jax.objectives.variants import ENTRIES, Objective, Variant
 from grpo_jax.types import AxisName
 
 __all__ = [

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from grpo_jax.objectives.advantages import ADVANTAGES
 from grpo_jax.objectives.aggregation import AGGREGATIONS
+from grpo_jax.objectives.family import VARIANTS
 from grpo_jax.objectives.filters import ROW_FILTERS, TOKEN_FILTERS
 from grpo_jax.objectives.functions import Function, find, name_of, signature, source_hash
 from grpo_jax.objectives.groups import Groups, Tokens
 from grpo_jax.objectives.ratios import KL_ESTIMATORS, RATIOS
 from grpo_jax.objectives.surrogates import CLIPPED_RATIO, SURROGATES, SurrogateInputs
-from grpo_jax.objectives.variants import VARIANTS, Objective
+from grpo_jax.objectives.variants import Objective
 
 TABLES: Mapping[str, Mapping[str, Function]] = MappingProxyType(
     {

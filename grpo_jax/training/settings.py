@@ -116,6 +116,9 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     # An older version's file is brought up to date first. What is compared is what JSON makes of either: of tuples lists, also
     # of those that are defaults of newer fields.
     before, now = (json.loads(json.dumps(each)) for each in (complete(old), new))
+    if now.get("learner", {}).get("num_microbatches") == 0 and "learner" in before:
+        # 0 leaves it to the run (`training.fit`), whose file says what it decided.
+        now["learner"]["num_microbatches"] = before["learner"]["num_microbatches"]
     return list(_differences(before, now, ""))
 
 
