@@ -58,6 +58,14 @@ def test_a_field_that_an_older_version_did_not_have_is_no_other_setting(tmp_path
     assert not recwarn.list and not capsys.readouterr().err
 
 
+def test_what_is_left_to_the_run_goes_on_with_what_it_decided(tmp_path, capsys):
+    init_workdir(tmp_path, tiny.config_of("grpo", {"learner.num_microbatches": 2, "rollout.num_prompts": 4}).to_dict())
+    check_same_config(tmp_path, tiny.config_of("grpo", {"learner.num_microbatches": 0, "rollout.num_prompts": 4}).to_dict())
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match=r"config\.learner\.num_microbatches was 2, now 4"):
+        check_same_config(tmp_path, tiny.config_of("grpo", {"learner.num_microbatches": 4, "rollout.num_prompts": 4}).to_dict())
+
+
 def test_every_harmless_name_is_one_of_a_field_or_group():
     names = set()
 

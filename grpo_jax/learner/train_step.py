@@ -41,6 +41,7 @@ from grpo_jax.parallel.sharding import (
     specs_of,
     to_memory_space,
     vary_like,
+    vary_over,
 )
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import sampling_of
@@ -281,9 +282,7 @@ def compute_gradients(
     if shards:
         # Differentiate with respect to this device's copy: a gradient by the replicated weight would be summed over devices
         # in every microbatch. Weights that fsdp shards are summed over that axis anyway, as they leave their layer.
-        params, base = jax.tree.map(
-            lambda x, spec: jax.lax.pcast(x, replicated_axes(spec), to="varying"), (params, base), shards
-        )
+        params, base = jax.tree.map(lambda x, spec: vary_over(x, replicated_axes(spec)), (params, base), shards)
 
     def gradients_of(piece_and_weight):
         piece, weight_PGT = piece_and_weight

@@ -1,4 +1,4 @@
-"""What the field has beside the ten of `variants.ENTRIES`, presets with the constants of papers and frameworks, all by name."""
+"""The wider field beside the ten of `variants.ENTRIES`, presets with the constants of papers and frameworks, all by name."""
 
 from __future__ import annotations
 

@@ -261,6 +261,13 @@ def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
 
 
+def vary_over(x: Array, axes: tuple[str, ...]) -> Array:
+    """Mark an array, the same on all devices of these mesh axes, as each device's own copy. Inside `shard_map`."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # jax 0.7 # pyright: ignore[reportAttributeAccessIssue]
+
+
 def vary_like(tree: Any, reference_ints: Int[Array, "..."]) -> Any:
     """Mark every leaf as varying over the mesh axes that `reference_ints` varies over.
 
