@@ -225,12 +225,14 @@ def rights(completions_PG):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forks", "forks_unseen", "closes_everything"])
-def test_every_score_is_the_right_one_all_the_same(hostile, tmp_path, name):
+def test_every_score_is_the_right_one_all_the_same(hostile, tmp_path, caplog, name):
     completions_PG = grid(12)
     for _ in range(2):
         reward = score(hostile(name), completions_PG, tmp_path / "none")
         np.testing.assert_array_equal(reward.task_PG, rights(completions_PG))
         assert np.all(reward.is_scored_PG) and reward.shaping_PG.sum() == 12
+    # A second answer, of a forked child, would have cost the worker.
+    assert name == "closes_everything" or not [said for said in caplog.messages if "was ended" in said]
 
 
 @pytest.mark.slow
