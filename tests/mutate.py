@@ -208,8 +208,8 @@ BUGS = [
     (
         "shaping counts as success",
         "grpo_jax/rewards/reward_function.py",
-        "            shaping_PG += np.float32(part.weight) * scores[part.name]",
-        "            task_PG += np.float32(part.weight) * scores[part.name]",
+        "            shaping_PG += np.float32(weight) * scores[name]",
+        "            task_PG += np.float32(weight) * scores[name]",
         "tests/test_reward_function.py -k scored_apart",
     ),
     (

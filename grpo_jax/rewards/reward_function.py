@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Int
 
 from grpo_jax.config import CodeConfig, RewardConfig, reward_expression
-from grpo_jax.config.reward_expression import Part
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.metrics import Mean
 from grpo_jax.rewards.parts import settings_of
@@ -65,12 +64,12 @@ class RewardFunction:
         self._kept: set[str] = set()  # parts whose traceback is on disk
         self._default = config.task or reward_expression.of_task(task_name)
         used = dict.fromkeys(expressions or (self._default,))
-        self._tasks = {text: reward_expression.parse(text, "config.reward.task") for text in used}
-        self._shaping = reward_expression.parse(config.shaping, "config.reward.shaping")
+        self._tasks = {text: dict(reward_expression.parse(text, "config.reward.task")) for text in used}
+        self._shaping = dict(reward_expression.parse(config.shaping, "config.reward.shaping"))
         self._max_completion_tokens = max_completion_tokens
         settings = settings_of(config)
         # A part that both expressions name is scored once.
-        self._names = tuple(dict.fromkeys(part.name for part in (*itertools.chain(*self._tasks.values()), *self._shaping)))
+        self._names = tuple(dict.fromkeys(itertools.chain(*self._tasks.values(), self._shaping)))
         scorers = {}
         for name in self._names:
             if name == "code":
@@ -113,10 +112,10 @@ class RewardFunction:
         Raises: RunError if all completions of the first batch fail in the same part.
         """
         task_P = [self._tasks[text] for text in expressions_P or [self._default] * len(items)]
-        weights = {name: np.asarray([_weight(name, parts) for parts in task_P], np.float32) for name in self._names}
+        weights = {name: np.asarray([parts.get(name, 0.0) for parts in task_P], np.float32) for name in self._names}
         # Which rows a part is asked about: all, where there is one expression for all of them, or where shaping names it.
-        in_task = {name: np.asarray([name in dict(parts) for parts in task_P], bool) for name in self._names}
-        is_asked = {name: each_P | (name in dict(self._shaping)) for name, each_P in in_task.items()}
+        in_task = {name: np.asarray([name in parts for parts in task_P], bool) for name in self._names}
+        is_asked = {name: each_P | (name in self._shaping) for name, each_P in in_task.items()}
         scored = self._pool.score(items, completions_PG, context, is_asked)
         self._report(scored)
         shape = np.shape(lengths_PG)  # (0, G) on a host that has no rows of its own
@@ -143,8 +142,8 @@ class RewardFunction:
             is_failed_PG |= has_failed_PG
             is_task_failed_PG |= has_failed_PG & in_task_P1
             has_opinion_PG |= (outcomes[name] == SCORED) & in_task_P1
-        for part in self._shaping:
-            shaping_PG += np.float32(part.weight) * scores[part.name]
+        for name, weight in self._shaping.items():
+            shaping_PG += np.float32(weight) * scores[name]
         return Reward(
             task_PG,
             shaping_PG,
@@ -205,11 +204,6 @@ class RewardFunction:
     def _traceback_file(self, name: str) -> Path:
         assert self.errors_folder is not None
         return self.errors_folder / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', name)}.txt"
-
-
-def _weight(name: str, parts: Sequence[Part]) -> float:
-    """Return the weight of a part in an expression; 0 if it is none of it."""
-    return dict(parts).get(name, 0.0)
 
 
 def _check_sandbox(config: CodeConfig) -> None:

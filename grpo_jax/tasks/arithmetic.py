@@ -13,8 +13,8 @@ from jaxtyping import Float, Int, Key, Shaped
 
 from grpo_jax.config import ArithmeticConfig
 from grpo_jax.errors import UserError
-from grpo_jax.rng import key_for
 from grpo_jax.tasks import Tokenizer
+from grpo_jax.tasks.drawing import draw_rows, pad_left
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -88,13 +88,10 @@ class ArithmeticTask:
 
     def _pack(self, questions: list[list[int]], answers: list[list[int]], answer_width: int = 0) -> Prompts:
         """Pack all problems into one Prompts table; `answer` is [P, A], -1 beyond each answer's end."""
-        tokens_PS = np.full((len(questions), self.prompt_tokens), self.tokenizer.pad_id, np.int32)
-        mask_PS = np.zeros(tokens_PS.shape, bool)
+        tokens_PS, mask_PS = pad_left(questions, self.prompt_tokens, self.tokenizer.pad_id)
         # -1 is no token, so that padding of an answer is never taken for a part of it; pad_id is one that a model may draw.
         answer_PA = np.full((len(questions), answer_width or max(map(len, answers)) + 1), -1, np.int32)
-        for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-            tokens_PS[row, -len(question) :] = question
-            mask_PS[row, -len(question) :] = True
+        for row, answer in enumerate(answers):
             answer_PA[row, : len(answer)] = answer
         return Prompts(tokens_PS, mask_PS, answer_PA)
 
@@ -108,9 +105,7 @@ class ArithmeticTask:
         Returns: Prompts [P, S].
         """
         seed = self.seed if seed is None else seed
-        # One key for each number, not one for the batch: neither the batch size nor resuming changes prompt number i.
-        keys = jax.vmap(lambda i: key_for(seed, "prompts", i))(position + jnp.arange(num_prompts))
-        picks = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self._train_rows)))(keys)
+        picks = draw_rows(seed, position, num_prompts, 0, len(self._train_rows))
         return jax.tree.map(lambda x: x[self._train_rows[picks]], self._table)
 
     def eval_prompts(self) -> Prompts:

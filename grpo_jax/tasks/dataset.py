@@ -11,7 +11,7 @@ from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.tasks.files import Row, is_files
 from grpo_jax.tasks.jsonl import load_files
-from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Source, questions_of
+from grpo_jax.tasks.questions import Source, source_of
 from grpo_jax.tasks.row_rewards import RowRewards
 
 FIELD = "config.task.dataset"
@@ -33,13 +33,10 @@ def load(config: TaskConfig, num_eval: int, rewards: RowRewards) -> list[Source]
         return [load_files(config, data.path, data.eval_path, num_eval, FIELD, rewards)]
     if importlib.util.find_spec("datasets") is None:
         raise UserError("config.task.name = 'dataset' needs the datasets library: pip install 'grpo_jax[tasks]'")
-    train, dropped = questions_of(_rows(config, data.path, data.split), config.columns, rewards)
-    evaluation, dropped_held_out = None, {}
+    rows, eval_rows = _rows(config, data.path, data.split), None
     if data.eval_split or data.eval_path:
-        rows = _rows(config, data.eval_path or data.path, data.eval_split or data.split)
-        evaluation, dropped_held_out = questions_of(rows, config.columns, rewards)
-    where = f"{data.path} ({data.split})"
-    return [Source(train, evaluation, num_eval, {"": 1.0}, where, {TRAINING: dropped, HELD_OUT: dropped_held_out})]
+        eval_rows = _rows(config, data.eval_path or data.path, data.eval_split or data.split)
+    return [source_of(rows, eval_rows, config.columns, rewards, num_eval, f"{data.path} ({data.split})")]
 
 
 def _check_no_splits(config: TaskConfig) -> None:

@@ -21,6 +21,7 @@ from grpo_jax.rewards.reward_function import RewardFunction
 from grpo_jax.rewards.scorers.answers import final_answer
 from grpo_jax.rollout.stops import cut_at_stop
 from grpo_jax.tasks import Tokenizer
+from grpo_jax.tasks.drawing import pad_left
 from grpo_jax.tasks.questions import Source
 from grpo_jax.tasks.selection import Selected, Selection, select
 from grpo_jax.tasks.tokenizers import end_of_turn
@@ -160,12 +161,7 @@ class HostTask:
 
     def _prompts(self, rows: Sequence[int] | np.ndarray) -> Prompts:
         # Left-padded: all prompts end in the same slot, and completions begin right behind them.
-        tokens_PS = np.full((len(rows), self.prompt_tokens), self.tokenizer.pad_id, np.int32)
-        mask_PS = np.zeros(tokens_PS.shape, bool)
-        for place, row in enumerate(rows):
-            ids = self._ids[row]
-            tokens_PS[place, -len(ids) :] = ids
-            mask_PS[place, -len(ids) :] = True
+        tokens_PS, mask_PS = pad_left([self._ids[row] for row in rows], self.prompt_tokens, self.tokenizer.pad_id)
         return Prompts(tokens_PS, mask_PS, np.asarray(rows, np.int32))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_jax.config import TaskConfig
 from grpo_jax.tasks.files import read_rows
-from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Source, questions_of
+from grpo_jax.tasks.questions import Source, source_of
 from grpo_jax.tasks.row_rewards import RowRewards
 
 
@@ -27,9 +27,7 @@ def load_files(config: TaskConfig, path: str, eval_path: str, num_eval: int, fie
       num_eval: questions to hold out. field: the group of config fields, for the errors. rewards: what each row is scored by.
     Returns: the source, of one stream.
     """
-    train, dropped = questions_of(read_rows(path, f"{field}.path"), config.columns, rewards)
-    evaluation, dropped_held_out = None, {}
+    rows, eval_rows = read_rows(path, f"{field}.path"), None
     if eval_path:
-        rows = read_rows(eval_path, f"{field}.eval_path")
-        evaluation, dropped_held_out = questions_of(rows, config.columns, rewards)
-    return Source(train, evaluation, num_eval, {"": 1.0}, path, {TRAINING: dropped, HELD_OUT: dropped_held_out})
+        eval_rows = read_rows(eval_path, f"{field}.eval_path")
+    return source_of(rows, eval_rows, config.columns, rewards, num_eval, path)

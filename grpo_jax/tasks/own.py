@@ -10,7 +10,7 @@ from grpo_jax.config import TaskConfig
 from grpo_jax.errors import UserError
 from grpo_jax.imports import import_name
 from grpo_jax.tasks.files import Row
-from grpo_jax.tasks.questions import HELD_OUT, TRAINING, Source, questions_of
+from grpo_jax.tasks.questions import Source, source_of
 from grpo_jax.tasks.row_rewards import RowRewards
 
 SPLITS = ("train", "eval")
@@ -29,12 +29,10 @@ def load(config: TaskConfig, num_eval: int, rewards: RowRewards) -> list[Source]
     """
     field = f"config.task.name = {config.name!r}"
     splits = _splits(_call(config, field), field)
-    train, dropped = questions_of(_rows(splits["train"], f"{config.name} train", field), config.columns, rewards)
-    evaluation, dropped_held_out = None, {}
+    rows, eval_rows = _rows(splits["train"], f"{config.name} train", field), None
     if "eval" in splits:
-        rows = _rows(splits["eval"], f"{config.name} eval", field)
-        evaluation, dropped_held_out = questions_of(rows, config.columns, rewards)
-    return [Source(train, evaluation, num_eval, {"": 1.0}, config.name, {TRAINING: dropped, HELD_OUT: dropped_held_out})]
+        eval_rows = _rows(splits["eval"], f"{config.name} eval", field)
+    return [source_of(rows, eval_rows, config.columns, rewards, num_eval, config.name)]
 
 
 def _call(config: TaskConfig, field: str) -> Any:

@@ -69,6 +69,26 @@ class Source:
     dropped: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
+Rows = Iterable[tuple[Mapping[str, Any], str]]  # of data, each with its place
+
+
+def source_of(
+    rows: Rows, eval_rows: Rows | None, columns: ColumnsConfig, rewards: RowRewards, num_eval: int, where: str
+) -> Source:
+    """Make a source of one stream.
+
+    Args:
+      rows: to train on. eval_rows: of data for evaluation; None: held out are some of `rows`.
+      columns, rewards: as in `questions_of`. num_eval: questions to hold out. where: what the source is called.
+    Raises: UserError as `questions_of` does.
+    """
+    train, dropped = questions_of(rows, columns, rewards)
+    evaluation, dropped_held_out = None, {}
+    if eval_rows is not None:
+        evaluation, dropped_held_out = questions_of(eval_rows, columns, rewards)
+    return Source(train, evaluation, num_eval, {"": 1.0}, where, {TRAINING: dropped, HELD_OUT: dropped_held_out})
+
+
 class MissingAnswerError(UserError):
     """A row has no answer, where a reward compares with one."""
 
@@ -105,9 +125,7 @@ def question_of(row: Mapping[str, Any], columns: ColumnsConfig, where: str, *, n
     return Question(messages, answers[0], {**row, "answer": final}, where=where, is_chat=is_chat)
 
 
-def questions_of(
-    rows: Iterable[tuple[Mapping[str, Any], str]], columns: ColumnsConfig, rewards: RowRewards
-) -> tuple[list[Question], dict[str, int]]:
+def questions_of(rows: Rows, columns: ColumnsConfig, rewards: RowRewards) -> tuple[list[Question], dict[str, int]]:
     """Make questions of rows.
 
     Args:

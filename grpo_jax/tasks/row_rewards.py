@@ -56,7 +56,14 @@ class RowRewards:
 
     def needs_answer(self, expression: str) -> bool:
         """Tell if a part of an expression compares a completion with an answer that the row has to give."""
-        return bool(self.comparing_parts(expression) - {"reasoning_gym"})
+        # Asked at every row, and there are few expressions.
+        if expression not in self._needs:
+            self._needs[expression] = bool(self.comparing_parts(expression) - {"reasoning_gym"})
+        return self._needs[expression]
+
+    @functools.cached_property
+    def _needs(self) -> dict[str, bool]:
+        return {}
 
     @functools.cached_property
     def by_value(self) -> dict[str, str]:

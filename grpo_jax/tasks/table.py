@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Shaped
 
 from grpo_jax.errors import UserError
-from grpo_jax.rng import key_for
 from grpo_jax.tasks import Tokenizer
+from grpo_jax.tasks.drawing import draw_rows, pad_left
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.types import Arrays, Prompts, Reward
 
@@ -59,11 +59,7 @@ class TableTask:
             )
         questions = [self.tokenizer.encode_prompt(self.question(problem)) for problem in self._problems]
         self.prompt_tokens = max(map(len, questions))
-        tokens_NS = np.full((len(questions), self.prompt_tokens), self.tokenizer.pad_id, np.int32)
-        mask_NS = np.zeros(tokens_NS.shape, bool)
-        for row, question in enumerate(questions):
-            tokens_NS[row, -len(question) :] = question
-            mask_NS[row, -len(question) :] = True
+        tokens_NS, mask_NS = pad_left(questions, self.prompt_tokens, self.tokenizer.pad_id)
         # On the device from the start, so that prompts and rewards are lookups in a compiled step.
         self._table = jax.device_put(Prompts(tokens_NS, mask_NS, np.arange(len(questions), dtype=np.int32)))
 
@@ -95,9 +91,7 @@ class TableTask:
         Returns: Prompts [P, S].
         """
         seed = self.seed if seed is None else seed
-        # One key for each number, not one for the batch: neither the batch size nor resuming changes prompt number i.
-        keys = jax.vmap(lambda i: key_for(seed, "prompts", i))(position + jnp.arange(num_prompts))
-        rows_P = jax.vmap(lambda key: jax.random.randint(key, (), self.num_eval, len(self._problems)))(keys)
+        rows_P = draw_rows(seed, position, num_prompts, self.num_eval, len(self._problems))
         return jax.tree.map(lambda x: x[rows_P], self._table)
 
     def eval_prompts(self) -> Prompts:
