@@ -215,7 +215,8 @@ Metrics = Mapping[str, Metric]
 
 def merge(left: Metrics, right: Metrics) -> dict[str, Metric]:
     """Merge two metric dictionaries; a name that only one of them has is kept."""
-    both = {name: _merge_one(left[name], right[name]) for name in left.keys() & right.keys()}
+    # In the order of `left`: that of a set is another one in every process, and so would be their programs.
+    both = {name: _merge_one(left[name], right[name]) for name in left if name in right}
     return {**left, **right, **both}
 
 

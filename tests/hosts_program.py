@@ -5,8 +5,10 @@ of one task on the host, by the same compiled calls one after another, each from
 twice.
 """
 
+import faulthandler
 import json
 import pathlib
+import signal
 import sys
 
 from grpo_jax.config import parse_config
@@ -16,6 +18,7 @@ from grpo_jax.tools import cli, train
 from grpo_jax.training import trainer
 from grpo_jax.training.run import make_run
 
+SHOW_STACKS = signal.SIGUSR1
 NUM_STEPS = 6
 SMALL = {"warm_start.num_steps": 20, "eval.num_samples": 0}  # of the run `two`
 # The completions are noise of a random model; about half of the groups have both kinds.
@@ -62,6 +65,7 @@ def train_by_flags(port, num_processes, process, workdir):
 
 
 def main(port, num_processes, process, folder, *names):
+    faulthandler.register(SHOW_STACKS)
     folder = pathlib.Path(folder)
     if names[0] == "two":
         train_by_flags(port, num_processes, process, folder / "two")

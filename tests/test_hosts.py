@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -35,6 +36,19 @@ def ended(together):
     return [process.returncode for process in together], outputs
 
 
+def wait_for_both(two, workdir, step):
+    """Until the run's log has reached `step`; if it never does, what both said and where each hangs."""
+    try:
+        wait_for_step(two[0], workdir, step)
+    except AssertionError as error:
+        for process in two:
+            process.send_signal(hosts_program.SHOW_STACKS)
+        time.sleep(1)
+        for process in two:
+            process.kill()
+        raise AssertionError("\n".join(ended(two)[1])) from error
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """-> (folder, outputs) of two processes that trained `two`, `whole` and `torn`, until the first was killed in `torn`.
@@ -50,9 +64,9 @@ def pair(tmp_path_factory):
         patch.setenv("PYTHONPATH", str(folder))
         patch.syspath_prepend(str(folder))
         with started(folder, "two", "whole", "torn", "torn") as two:  # the second time it goes on
-            wait_for_step(two[0], folder / "torn", 2)
+            wait_for_both(two, folder / "torn", 2)
             two[1].send_signal(signal.SIGTERM)
-            wait_for_step(two[0], folder / "torn", 5)
+            wait_for_both(two, folder / "torn", 5)
             two[0].kill()
             statuses, outputs = ended(two)
         assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)

@@ -88,3 +88,14 @@ def test_settings_are_paired_by_seed():
     grpo, gtpo, other = start("grpo", 0), start("gtpo", 0), start("grpo", 1)
     assert tiny.largest_difference(grpo, gtpo) == 0
     assert all(tiny.largest_difference(x, y) > 0 for x, y in zip(grpo, other, strict=True))
+
+
+def test_every_process_makes_the_same_program(monkeypatch):
+    """The order of a set of names is each process's own: a program in that order has its collectives in another one."""
+    hashes = set()
+    for seed in range(3):
+        monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+        status, output = programs.run("tests.lowered_program")
+        assert status == 0, output
+        hashes.add(output)
+    assert len(hashes) == 1

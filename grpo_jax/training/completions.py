@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,12 @@ from grpo_jax.tasks import Tokenizer
 from grpo_jax.types import Arrays, Batch
 
 UNFINISHED = "\ufffd"  # what a tokenizer says for bytes that are not a character yet
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first_groups(tree: Any, num: int) -> Any:
+    """Take the first of each array. One program: rows of several processes are cut by a collective."""
+    return jax.tree.map(lambda x: x[:num], tree)
 
 
 def completion_rows(
@@ -33,7 +40,7 @@ def completion_rows(
       in nats, `token_advantage`. Numbers have four significant digits. The rewards of a row that is not `is_scored` are None.
     """
     # Sliced on the device: of a large batch, no more than what is recorded goes to the host.
-    few, adv_PGT, grpo_PG = hosts.gather_to_host(jax.tree.map(lambda x: x[:num_groups], (batch, adv_PGT, grpo_PG)))
+    few, adv_PGT, grpo_PG = hosts.gather_to_host(_first_groups((batch, adv_PGT, grpo_PG), num_groups))
     rolled, rows = few.rollout, []
     for p, g in np.ndindex(rolled.tokens_PGT.shape[:2]):
         num = int(rolled.mask_PGT[p, g].sum())

@@ -41,7 +41,9 @@ class Collect:
 
     def __init__(self, config: Config, sampler: DeviceSampler):
         self.config, self.sampler = config, sampler
-        self._push, self._pop = jax.jit(push), jax.jit(dynamic_sampling.pop, static_argnums=1)
+        # Each is one program where the task is the host's, too: an operation by itself on arrays of several processes would be
+        # a collective by itself, and many of these under way at once can wait for each other for ever.
+        self._add_round, self._is_short, self._take = map(jax.jit, (add_round, self.is_short, self.take))
 
     def __call__(self, state: TrainState) -> Collected:
         return self.finish(state, self.start(state))
@@ -62,25 +64,28 @@ class Collect:
     def collect_informative(self, state: TrainState, started: StartedRound) -> Collected:
         """Sample rounds until the buffer holds a full batch of informative groups, or the cap is spent."""
         assert state.pending is not None, "dynamic sampling without a buffer in the state"
-        P, max_rounds = self.config.rollout.num_prompts, self.config.dynamic_sampling.max_sampling_rounds
 
-        def add_round(done: SamplingCarry) -> SamplingCarry:
+        def sample_round(done: SamplingCarry) -> SamplingCarry:
             # The state stays that of the step's beginning: the round's number alone sets prompts and keys apart.
-            batch, metrics = self.sampler.finish(self.sampler.start(state, started.weights, done.rounds))
-            buffer = self._push(done.buffer, batch, is_informative(batch.task_reward_PG, batch.is_scored_PG))
-            return SamplingCarry(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
-
-        def is_short(done: SamplingCarry) -> Bool[Arrays, ""]:
-            return (done.buffer.count < P) & (done.rounds < max_rounds)
+            return self._add_round(done, *self.sampler.finish(self.sampler.start(state, started.weights, done.rounds)))
 
         # The first round is before the loop: a full buffer from last time must not leave a step without samples. It also gives
         # the loop's carry its metrics, whose names and shapes must be known before a traced loop begins.
-        batch, metrics = self.sampler.finish(started)
-        buffer = self._push(state.pending, batch, is_informative(batch.task_reward_PG, batch.is_scored_PG))
-        done = self.sampler.while_loop(is_short, add_round, SamplingCarry(buffer, jnp.int32(1), metrics))
+        first = self._add_round(SamplingCarry(state.pending, jnp.int32(0), {}), *self.sampler.finish(started))
+        done = self.sampler.while_loop(self._is_short, sample_round, first)
+        batch, buffer, metrics = self._take(done)
+        drawn = state.num_prompts_drawn + done.rounds * self.config.rollout.num_prompts
+        return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), self.sampler.narrow(batch), metrics
+
+    def is_short(self, done: SamplingCarry) -> Bool[Arrays, ""]:
+        """Tell if another round is needed and may be sampled."""
+        max_rounds = self.config.dynamic_sampling.max_sampling_rounds
+        return (done.buffer.count < self.config.rollout.num_prompts) & (done.rounds < max_rounds)
+
+    def take(self, done: SamplingCarry) -> tuple[Batch, GroupBuffer, dict[str, Metric]]:
+        """Take a batch out of the buffer; -> (the batch, what is left in the buffer, metrics of the rounds)."""
         # With all rounds spent there may be fewer than P groups; shapes are static, so the missing ones come out masked.
-        batch, buffer = self._pop(done.buffer, P)
-        batch = self.sampler.narrow(batch)
+        batch, buffer = dynamic_sampling.pop(done.buffer, self.config.rollout.num_prompts)
         one = jnp.float32(1)
         metrics = {
             **done.metrics,
@@ -88,13 +93,14 @@ class Collect:
             "groups/rounds": Mean(done.rounds.astype(jnp.float32), one),
             "groups/pending": Mean(buffer.count.astype(jnp.float32), one),
         }
-        drawn = state.num_prompts_drawn + done.rounds * P
-        return dataclasses.replace(state, pending=buffer, num_prompts_drawn=drawn), batch, metrics
+        return batch, buffer, metrics
 
 
-def push(buffer: GroupBuffer, batch: Batch, keep_P: Bool[Arrays, " P"]) -> GroupBuffer:
-    """`dynamic_sampling.push` for a batch whose prompts may be narrower than the buffer's."""
-    return dynamic_sampling.push(buffer, with_prompt_width(batch, width_of(buffer.batch)), keep_P)
+def add_round(done: SamplingCarry, batch: Batch, metrics: dict[str, Metric]) -> SamplingCarry:
+    """Put the informative groups of a round into the buffer, whose prompts may be wider than the round's."""
+    batch_wide = with_prompt_width(batch, width_of(done.buffer.batch))
+    buffer = dynamic_sampling.push(done.buffer, batch_wide, is_informative(batch.task_reward_PG, batch.is_scored_PG))
+    return SamplingCarry(buffer, done.rounds + 1, metrics_lib.merge(done.metrics, metrics))
 
 
 def width_of(batch: Batch) -> int:
