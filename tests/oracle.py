@@ -174,6 +174,18 @@ def _std(values, ddof):
     return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - ddof)) if len(values) > ddof else 0.0
 
 
+def _length_preference(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    """GRPO's advantage times G softmax((1 + r z)^lambda)."""
+    adv_BT = _by_group(_group_norm, obj, rewards_B, is_active_BT, groups)
+    for rows in groups:
+        lengths = [int(is_active_BT[i].sum()) for i in rows]
+        powers = [(1 + obj.length_spread * _standardise(n, lengths, obj)) ** obj.length_exponent for n in lengths]
+        total = sum(math.exp(power) for power in powers)
+        for i, power in zip(rows, powers, strict=True):
+            adv_BT[i] *= len(rows) * math.exp(power) / total
+    return adv_BT
+
+
 def _group_center_batch_std(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
     std = _std([rewards_B[i] for rows in groups for i in rows], obj.std_ddof)
 
@@ -328,6 +340,7 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
 # The others: (obj, rewards, mask, entropies, rows of each group, rows in O+) -> [B, T].
 OF_A_BATCH = {
     "batch_norm": _batch_norm,
+    "length_preference": _length_preference,
     "group_center_batch_norm": _group_center_batch_norm,
     "group_center_batch_std": _group_center_batch_std,
     "length_weighted_center": _length_weighted_center,

@@ -28,6 +28,8 @@ ACTIVE = {
     "gspo_token": {"clip_low": 0.1, "clip_high": 0.2},
     "luspo": {"clip_low": 0.1, "clip_high": 0.2},
     "entropy_bonus": {"entropy_coef": 0.05},
+    "adaptive_entropy": {"entropy_coef": 0.05},
+    "lambda_grpo": {"length_exponent": 4.0},
 }
 CASES = [
     *((name, ACTIVE.get(name, {})) for name in objectives.FAMILY),
@@ -43,6 +45,7 @@ CASES = [
     ("deepseek_v32", {"max_off_policy_kl": 0.0, "ratio": "sequence", "kl_estimator": "k2"}),
     ("pass_at_k_analytic", {"pass_k": 3}),
     ("gdpo", {"std_ddof": 0}),
+    ("lambda_grpo", {"length_exponent": -3.0, "length_spread": 0.25, "std_ddof": 0}),
     ("lite_ppo", {"std_ddof": 0, "adv_eps": 1e-2}),
     ("gspo_token", {"advantage": "token_entropy", "clip_low": 0.1, "clip_high": 0.2, "aggregation": "token_mean"}),
     ("gtpo_geometric", {"stat_scope": "group", "entropy_weight": 0.3}),
@@ -316,6 +319,7 @@ OFF = {"kl_coef": 0.0}
         (("gspo_token", {}), ("gspo", {})),
         (("deepseek_v32", {"max_off_policy_kl": 20.0, "kl_by_ratio": False}), ("grpo", {})),
         (("entropy_bonus", {"entropy_coef": 0.0}), ("grpo", OFF)),
+        (("adaptive_entropy", {"entropy_coef": 1e-3, "aggregation": "sequence_mean"}), ("entropy_bonus", {})),
     ],
     ids=lambda case: case[0],
 )
@@ -376,6 +380,9 @@ def test_advantages_that_equal_simpler_ones():
     analytic = objectives.get("pass_at_k_analytic", pass_k=1)
     assert_close(advantages(analytic, binary), advantages(objectives.get("grpo", std_ddof=0, adv_eps=0.0), binary))
     assert_close(advantages(objectives.get("gfpo", keep_rows=G), batch), advantages(objectives.get("dapo"), batch))
+    assert_close(advantages(objectives.get("lambda_grpo"), batch), advantages(objectives.get("dapo"), batch))
+    even_BT = advantages(objectives.get("lambda_grpo", length_exponent=9.0), equal)
+    assert_close(even_BT, advantages(objectives.get("dapo"), equal))
     assert_close(
         advantages(objectives.get("forking_tokens", token_share=1.0), batch), advantages(objectives.get("dapo"), batch)
     )

@@ -97,9 +97,10 @@ def advantages_with_grpo(
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
     """Compute the advantages of a batch from the recorded entropy, and plain GRPO's beside them.
 
-    These are the update's own numbers, with two exceptions. With learner.old_logp = "learner" the update takes the entropy
-    from a forward pass of its own, which differs from the sampler's by its numerics; and objective.kl_in_reward is not in
-    them, for the reference's log-probabilities are known inside the update only.
+    These are the update's own numbers, with three exceptions. A length exponent that is learned is the one after the update.
+    With learner.old_logp = "learner" the update takes the entropy from a forward pass of its own, which differs from the
+    sampler's by its numerics. And objective.kl_in_reward is not in them, for the reference's log-probabilities are known
+    inside the update only.
 
     Args:
       obj: the objective. batch: that was trained on. filter_truncated: as in `trained_mask`.

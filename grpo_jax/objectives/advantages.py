@@ -22,6 +22,7 @@ from grpo_jax.objectives.variants import Objective
 from grpo_jax.types import AxisName
 
 Advantage = Float[jax.Array, "P G T"] | Float[jax.Array, "P G 1"]
+MIN_LENGTH = 0.01  # of 1 + r z in `length_preference`
 
 
 def advantages(
@@ -160,6 +161,34 @@ def group_norm(obj: Objective, groups: Groups) -> Advantage:
     """A_i = (r_i - mean_g) / (std_g + eps) (arXiv 2402.03300, sec. 4.1.2)."""
     adv_PG = standardise(groups.reward_PG, groups.has_tokens_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
     return adv_PG[..., None]
+
+
+def length_preference(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = f_i (r_i - mean_g) / (std_g + eps), f_i = G softmax((1 + r z_i)^lambda) (lambda-GRPO, arXiv 2510.06870).
+
+    z_i is the standardised length of the row in its group, lambda `length_exponent`. The paper weighs rows of the loss; every
+    surrogate is linear in a positive factor of A, so it is the same here, but a KL or an entropy bonus is not weighted.
+    """
+    weight_PG, _ = length_weights(obj, groups.mask_PGT.sum(-1), groups.has_tokens_PG)
+    return group_norm(obj, groups) * weight_PG[..., None]
+
+
+def length_weights(
+    obj: Objective, lengths_PG: Float[Arrays, "P G"], rows_PG: Bool[Arrays, "P G"]
+) -> tuple[Float[jax.Array, "P G"], Float[jax.Array, "P G"]]:
+    """Compute the weights of rows by their length, whose mean over a group is 1, and how lambda moves them.
+
+    Args:
+      obj: `length_exponent` and `length_spread` are read. lengths_PG: tokens. rows_PG: False on rows that no statistic counts.
+    Returns: (f_PG, d log f / d lambda), float32.
+    """
+    z_PG = standardise(lengths_PG, rows_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
+    # Of a large group the shortest row may be further than 1 / r below the mean, where the power is not defined.
+    log_h_PG = jnp.log(jnp.maximum(1.0 + obj.length_spread * z_PG, MIN_LENGTH))
+    g_PG = jnp.exp(obj.length_exponent * log_h_PG)
+    share_PG = jax.nn.softmax(g_PG, axis=1, where=rows_PG)
+    slope_PG = g_PG * log_h_PG
+    return share_PG * rows_PG.sum(1, keepdims=True), slope_PG - (share_PG * slope_PG).sum(1, keepdims=True)
 
 
 def group_center(obj: Objective, groups: Groups) -> Advantage:
@@ -374,6 +403,7 @@ def _normalise_sides(obj: Objective, groups: Groups, up, down, success, failure,
 ADVANTAGES: Mapping[str, Function] = MappingProxyType(
     {
         "group_norm": group_norm,
+        "length_preference": length_preference,
         "group_center": group_center,
         "leave_one_out": leave_one_out,
         "batch_norm": batch_norm,

@@ -22,6 +22,7 @@ from grpo_jax.learner.train_step import TrainStep, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.objectives.adaptive import initial_adapted
 from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
@@ -41,7 +42,7 @@ from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
-from grpo_jax.types import Batch, Hyperparams, Params, TrainState, join_params
+from grpo_jax.types import Adapted, Batch, Hyperparams, Params, TrainState, join_params
 
 
 class CompiledUpdate(Protocol):
@@ -97,10 +98,13 @@ class TrainFns:
             num_prompts_drawn=jnp.int32(0),
             pending=None,
             hyperparams=hyperparams,
+            adapted=initial_adapted(config.objective),
         )
         # A copy, because every call donates the state and no buffer can be given away twice. Without a KL there is none, and
         # with adapters the frozen base is the reference: either saves the memory of all weights.
-        if config.objective.needs_reference and adapters is None:
+        if config.learner.ref_every:
+            state = dataclasses.replace(state, moving_ref=jax.tree.map(jnp.copy, trained))
+        elif config.objective.needs_reference and adapters is None:
             state = dataclasses.replace(state, ref_params=jax.tree.map(jnp.copy, weights))
         if config.dynamic_sampling.enabled:
             state = dataclasses.replace(state, pending=empty_buffer(self.example_batch(state.policy)))
@@ -117,9 +121,11 @@ class TrainFns:
         credit = rolled.mask_PGT if knows_credit(self.task) else None
         return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit)
 
-    def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+    def advantages(
+        self, hyperparams: Hyperparams, adapted: Adapted | None, batch: Batch
+    ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute `advantages_with_grpo` of a batch."""
-        obj = with_hyperparams(self.config.objective, hyperparams)
+        obj = with_hyperparams(self.config.objective, hyperparams, adapted)
         return advantages_with_grpo(obj, batch, filter_truncated=self.config.overlong.filter)
 
 
@@ -146,7 +152,7 @@ class Run:
     compile_iteration: Callable[[Iteration], Iteration]
     async_step: Iteration
     load_weights: Callable[[], Params]
-    _advantages: Callable[[Hyperparams, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
+    _advantages: Callable[[Hyperparams, Adapted | None, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
 
     @functools.cached_property
     def evaluate(self) -> Evaluate:
@@ -164,9 +170,14 @@ class Run:
         has_frozen = self.abstract_state.base is not None or self.abstract_state.ref_params is not None
         return ("model.path", "model.path.tokenizer") if has_frozen else ("model.path.tokenizer",)
 
-    def advantages(self, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
-        """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`."""
-        return self._advantages(self.hyperparams, batch)
+    def advantages(
+        self, batch: Batch, adapted: Adapted | None = None
+    ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+        """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`.
+
+        adapted: of a state; None: the numbers that the objective begins with.
+        """
+        return self._advantages(self.hyperparams, adapted, batch)
 
     def iterate_once(self, num_steps: int) -> Iteration:
         """Return a function like `iterate`, of fewer steps than config.steps_per_call; compiled when it is called."""

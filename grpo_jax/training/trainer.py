@@ -269,7 +269,7 @@ class Member:
         self.pending = pending
         if config.log.completions_every and step % config.log.completions_every == 0:
             # In every process, though only the first writes: rows of all of them are gathered.
-            adv_PGT, grpo_PG = self.run.advantages(batch)
+            adv_PGT, grpo_PG = self.run.advantages(batch, state.adapted)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
             if self.log:
                 self.log.completions(step, rows)
