@@ -53,10 +53,10 @@ def test_every_config_set_and_seed_is_a_run():
 
 @pytest.mark.parametrize(
     ("group", "function"),
-    [("task", {"task.name": "m:f", "model.path": "x"}), ("reward", {"reward.shaping": "m:f"}), ("objective", {})],
+    [("task", {"task.name": "m:f"}), ("reward", {"task.name": "m:f", "reward.shaping": "m:f"}), ("objective", {})],
 )
 def test_a_set_may_have_settings_of_functions_of_ones_own(group, function):
-    sets = {"": {**function, f"{group}.params.level": 3}}
+    sets = {"": {**function, "model.path": "x", "warm_start.num_steps": 0, f"{group}.params.level": 3}}
     (spec,) = plan.expand(sweep_of(configs=("configs/grpo.py",), sets=sets, seeds=(0,)), {})
     assert getattr(spec.config, group).params["level"] == 3
 
