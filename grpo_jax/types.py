@@ -96,6 +96,7 @@ class Batch:
     is_scored_PG: False on rows without a score: they are in no statistic and in no loss, and their rewards mean nothing.
       None, in batches made by hand: all have one.
     credit_PGT: float32, each token's true advantage, by a task that knows it (UNKNOWN where it does not); None: no task does.
+    step_reward_PGT: float32, reward of a written step at its last token, UNKNOWN elsewhere; None: the objective reads none.
     """
 
     rollout: Rollout
@@ -104,6 +105,7 @@ class Batch:
     sampled_at_P: Int[Leaf, " P"]
     is_scored_PG: Bool[Leaf, "P G"] | None = None
     credit_PGT: Float[Leaf, "P G T"] | None = None
+    step_reward_PGT: Float[Leaf, "P G T"] | None = None
 
 
 @flax.struct.dataclass

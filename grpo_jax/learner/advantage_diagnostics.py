@@ -61,6 +61,7 @@ def batch_advantages(
         group_size=G,
         task_rewards_B=batch.task_reward_PG.reshape(-1),
         reward_parts_BK=parts.reshape(P * G, -1),
+        step_rewards_BT=None if batch.step_reward_PGT is None else batch.step_reward_PGT.reshape(-1, T),
         logp_BT=None if logp_PGT is None else logp_PGT.reshape(-1, T),
         axis_name=axis_name,
     )

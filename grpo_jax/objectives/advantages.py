@@ -19,7 +19,7 @@ from grpo_jax.objectives.functions import Function, find
 from grpo_jax.objectives.groups import Groups, Tokens
 from grpo_jax.objectives.ratios import Arrays, log_ratio
 from grpo_jax.objectives.variants import Objective
-from grpo_jax.types import AxisName
+from grpo_jax.types import UNKNOWN, AxisName
 
 Advantage = Float[jax.Array, "P G T"] | Float[jax.Array, "P G 1"]
 MIN_LENGTH = 0.01  # of 1 + r z in `length_preference`
@@ -34,6 +34,7 @@ def advantages(
     group_size: int,
     task_rewards_B: Real[Arrays, " B"] | None = None,
     reward_parts_BK: Real[Arrays, "B K"] | None = None,
+    step_rewards_BT: Real[Arrays, "B T"] | None = None,
     logp_BT: Float[Arrays, "B T"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "B T"]:
@@ -44,6 +45,7 @@ def advantages(
       entropy_BT: nats, of the sampling policy; may be None where the estimator does not read it.
       group_size: G; rows of a group are contiguous. task_rewards_B: decides O+ / O- (default: rewards_B).
       reward_parts_BK: what the rewards are made of, for "reward_parts"; None: the rewards are one part.
+      step_rewards_BT: reward of a written step at its last token, UNKNOWN elsewhere; read by "step_returns" alone.
       logp_BT: nats, of the policy at the start of the update; may be None where no filter of tokens reads it.
       axis_name: mesh axis to take batch statistics over, inside `shard_map` (groups are never split over devices).
     Returns: float32[B, T], exactly 0 on masked tokens, dropped rows and what the filters drop; gradients are stopped.
@@ -52,11 +54,7 @@ def advantages(
     B, T = mask_BT.shape
     if group_size < 1 or B % group_size:
         raise ValueError(f"{B} rows do not divide into groups of group_size = {group_size}")
-    if obj.needs_entropy and entropy_BT is None:
-        name = "token_filter 'top_entropy'" if obj.token_filter == "top_entropy" else f"advantage {obj.advantage!r}"
-        raise ValueError(f"{name} needs the sampling policy's entropy_BT, got None")
-    if obj.token_filter == "low_covariance" and logp_BT is None:
-        raise ValueError(f"token_filter {obj.token_filter!r} needs logp_BT of the start of the update, got None")
+    _check_given(obj, entropy_BT, logp_BT, step_rewards_BT)
     # O+ is decided before shaping: a right answer that was punished for its length stays a success.
     if task_rewards_B is None:
         task_rewards_B = rewards_B
@@ -70,6 +68,7 @@ def advantages(
         has_tokens_PG=mask_PGT.any(-1),
         axis_name=axis_name,
         parts_PGK=_parts(reward_parts_BK, by_group),
+        step_reward_PGT=None if step_rewards_BT is None else jnp.asarray(step_rewards_BT, jnp.float32).reshape(mask_PGT.shape),
     )
     if obj.row_filter != "all":
         kept_PG = find("row_filter", obj.row_filter, ROW_FILTERS)(obj, groups)
@@ -81,6 +80,19 @@ def advantages(
         tokens = Tokens(adv_BT, mask_PGT.reshape(B, T), _finite(entropy_BT, mask_BT), _finite(logp_BT, mask_BT), axis_name)
         adv_BT = jnp.where(find("token_filter", obj.token_filter, TOKEN_FILTERS)(obj, tokens), adv_BT, 0.0)
     return jax.lax.stop_gradient(adv_BT)
+
+
+def _check_given(obj: Objective, entropy_BT, logp_BT, step_rewards_BT) -> None:
+    """Raise ValueError if an array is None that the objective reads."""
+    if obj.needs_entropy and entropy_BT is None:
+        name = "token_filter 'top_entropy'" if obj.token_filter == "top_entropy" else f"advantage {obj.advantage!r}"
+        raise ValueError(f"{name} needs the sampling policy's entropy_BT, got None")
+    if obj.token_filter == "low_covariance" and logp_BT is None:
+        raise ValueError(f"token_filter {obj.token_filter!r} needs logp_BT of the start of the update, got None")
+    if obj.needs_step_rewards and step_rewards_BT is None:
+        raise ValueError(
+            f"advantage {obj.advantage!r} needs step_rewards_BT, the reward of each step at its last token, got None"
+        )
 
 
 def penalised_tokens(
@@ -327,6 +339,19 @@ def reward_parts(obj: Objective, groups: Groups) -> Advantage:
     return (total_PG / jnp.where(std > 0, std + obj.adv_eps, 1.0))[..., None]
 
 
+def step_returns(obj: Objective, groups: Groups) -> Advantage:
+    """A_i,t = the sum of (r_k - mean) / (std + eps) over the row's steps k that end at t or later.
+
+    Mean and std are those of all steps of the group: GRPO with process supervision (arXiv 2402.03300, sec. 4.1.3). The rewards
+    of whole rows are not read.
+    """
+    assert groups.step_reward_PGT is not None, "`advantages` checks it"
+    is_step_PGT = (groups.step_reward_PGT != UNKNOWN) & (groups.mask_PGT > 0)
+    normed_PGT = standardise(groups.step_reward_PGT, is_step_PGT, (1, 2), ddof=obj.std_ddof, eps=obj.adv_eps)
+    normed_PGT = jnp.where(is_step_PGT, normed_PGT, 0.0)
+    return jnp.cumsum(normed_PGT[..., ::-1], -1)[..., ::-1]
+
+
 def token_entropy(obj: Objective, groups: Groups) -> Advantage:
     """GTPO (arXiv 2508.04349, eqs. 2-4): among successes an uncertain token earns more, among failures it loses less.
 
@@ -415,6 +440,7 @@ ADVANTAGES: Mapping[str, Function] = MappingProxyType(
         "best_of_group": best_of_group,
         "pass_at_k_analytic": pass_at_k_analytic,
         "reward_parts": reward_parts,
+        "step_returns": step_returns,
         "token_entropy": token_entropy,
         "sequence_entropy": sequence_entropy,
     }

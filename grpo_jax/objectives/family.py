@@ -146,6 +146,13 @@ FAMILY: Mapping[str, Variant] = MappingProxyType(
             "each part of the reward normalised in its group, then the batch's std",
             Objective(advantage="reward_parts", **_TOKEN_MEAN),
         ),
+        # Shao et al., sec. 4.1.3, with whatever rewards of steps the task gives.
+        "grpo_process": Variant(
+            "GRPO, process supervision",
+            "2402.03300",
+            "A of a token = sum of the normalised rewards of the steps that end at it or later",
+            Objective(advantage="step_returns", kl_coef=0.0),
+        ),
         "gspo_token": Variant(
             "GSPO-token",
             "2507.18071",

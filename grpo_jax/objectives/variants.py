@@ -180,6 +180,11 @@ class Objective:
         return self.advantage in ("token_entropy", "sequence_entropy") or self.token_filter == "top_entropy"
 
     @property
+    def needs_step_rewards(self) -> bool:
+        """The advantage is made of rewards of single steps."""
+        return self.advantage == "step_returns"
+
+    @property
     def needs_logp(self) -> bool:
         """The filter of tokens, or the choice of those to penalise, reads the log-probabilities of the start of the update."""
         return self.token_filter == "low_covariance" or self.cov_penalty > 0

@@ -119,7 +119,8 @@ class TrainFns:
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
         row, is_scored = (jax.ShapeDtypeStruct((P, G), dtype) for dtype in (jnp.float32, jnp.bool_))
         credit = rolled.mask_PGT if knows_credit(self.task) else None
-        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit)
+        steps = rolled.mask_PGT if self.config.objective.needs_step_rewards else None
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit, steps)
 
     def advantages(
         self, hyperparams: Hyperparams, adapted: Adapted | None, batch: Batch
@@ -338,6 +339,11 @@ def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainSt
 def check_task_suits(config: Config, task: Task) -> None:
     """Check that the task can be run as the config asks. Raises UserError naming the field."""
     # Not in config/validation.py: the task alone knows if it is traceable, and tests and programs bring tasks of their own.
+    if config.objective.needs_step_rewards and not hasattr(task, "step_rewards"):
+        raise UserError(
+            f"config.objective.advantage = {config.objective.advantage!r}: task {config.task.name!r} gives no rewards for "
+            "steps (`step_rewards`, as task chain does); use another advantage"
+        )
     if config.async_steps and task.is_traceable:
         raise UserError(
             f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "
