@@ -42,6 +42,7 @@ from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
+from grpo_jax.training.stacking import MEMBER_AXES, SHARED_BASE_AXES
 from grpo_jax.types import Adapted, Batch, Hyperparams, Params, TrainState, join_params
 
 
@@ -137,7 +138,7 @@ class Run:
     fns: the functions before they are compiled. abstract_state: shapes and shardings of the state.
     init, collect, update, iterate, async_step: compiled; each donates the state. Runs of one static key share them
     (`with_config`), and so jit's cache. compile_iteration: what made `iterate` of the one in `fns`.
-    load_weights: loads or warm-starts all weights but adapters.
+    load_weights: loads or warm-starts all weights but adapters. shares_base: of a vmapped run, see there.
     """
 
     config: Config
@@ -154,6 +155,7 @@ class Run:
     async_step: Iteration
     load_weights: Callable[[], Params]
     _advantages: Callable[[Hyperparams, Adapted | None, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
+    shares_base: bool = False
 
     @functools.cached_property
     def evaluate(self) -> Evaluate:
@@ -225,19 +227,27 @@ class Run:
             return trained
         return join_params(self.initial_weights(), trained)
 
-    def vmapped(self) -> Run:
-        """Return the same run with functions that advance many states of its static key, stacked on a leading axis."""
+    def vmapped(self, *, shares_base: bool = False) -> Run:
+        """Return the same run with functions that advance many states of its static key, stacked on a leading axis.
+
+        shares_base: the frozen weights under adapters are in the stacked state once, without that axis, and are read for all.
+        """
         # The axis of members is not sharded: each device has its shards of all of them, laid out as for a single run.
-        states = jax.tree.map(
-            lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), shardings_of(self.abstract_state)
-        )
-        collect, update = map(jax.vmap, (self.fns.collect, self.fns.update))
+        alone = shardings_of(self.abstract_state)
+        states = jax.tree.map(lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), alone)
+        axes = MEMBER_AXES
+        if shares_base:
+            states, axes = dataclasses.replace(states, base=alone.base), SHARED_BASE_AXES
+        collect = jax.vmap(self.fns.collect, in_axes=(axes,), out_axes=(axes, 0, 0))
+        update = jax.vmap(self.fns.update, in_axes=(axes, 0), out_axes=(axes, 0))
 
         def compile_iteration(iterate: Iteration) -> Iteration:
-            return jax.jit(jax.vmap(iterate), donate_argnums=0, out_shardings=(states, None, None))
+            over_members = jax.vmap(iterate, in_axes=(axes,), out_axes=(axes, 0, 0))
+            return jax.jit(over_members, donate_argnums=0, out_shardings=(states, None, None))
 
         return dataclasses.replace(
             self,
+            shares_base=shares_base,
             compile_iteration=compile_iteration,
             collect=jax.jit(collect, donate_argnums=0, out_shardings=(states, None, None)),
             update=jax.jit(update, donate_argnums=0, out_shardings=(states, None)),
