@@ -116,7 +116,7 @@ def loss_and_gradient(case, batch):
 
 
 def inputs_of(trainer, batch, entropy=None):
-    """Log-probabilities that the trainer's forward pass will return, and what else its loss reads. entropy: None, the batch's."""
+    """Log-probabilities that the forward pass will return, and what else the loss reads. entropy: None, the batch's."""
     tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in batch.items()}
     logp = tensors["logp"].clone().requires_grad_()
     entropy = tensors["entropy"].clone() if entropy is None else entropy
