@@ -46,6 +46,7 @@ def adapt_entropy_coef(obj: Objective, entropy: Float[Arrays, ""]) -> tuple[Floa
         the policy that sampled.
     Returns: (weight in this update, c of the next one).
     """
+    assert obj.entropy_target is not None, "validated with the objective"
     is_low = entropy <= obj.entropy_target
     step = jnp.where(is_low, obj.entropy_coef_step, -obj.entropy_coef_step)
     return jnp.where(is_low, obj.entropy_coef, 0.0), jnp.clip(obj.entropy_coef + step, 0.0, obj.entropy_coef_max)
