@@ -1,4 +1,4 @@
-"""Eight devices as data x fsdp x tensor: the numbers of one device, and in the compiled programs only the expected traffic."""
+"""Eight devices as data x fsdp x expert x tensor: the numbers of one device, and in the programs only the expected traffic."""
 
 import collections
 import dataclasses
@@ -51,7 +51,8 @@ ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
 def config_of(sizes, changes=None):
-    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    """sizes: along data, fsdp, tensor, and along expert if there is a fourth."""
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"), sizes, strict=False))
     return tiny.config_of("grpo", {"mesh.fsdp_min_elements": 65, "optimizer.warmup_steps": 0, **axes, **(changes or {})})
 
 
@@ -92,10 +93,15 @@ def batch_of(seed):
 
 @pytest.mark.parametrize(
     "sizes, num_microbatches, arch",
-    [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), (EIGHT, 2, EXPERTS), (EIGHT, 2, DELTA)]
+    [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), ((1, 2, 2, 2), 2, EXPERTS), (EIGHT, 2, DELTA)]
     + [
         pytest.param(*each, marks=pytest.mark.nightly)
-        for each in [(EIGHT, 2, TWICE), ((8, 1, 1), 2, DELTA), ((1, 8, 1), 2, DELTA)]
+        for each in [
+            (EIGHT, 2, TWICE),
+            *(((8, 1, 1), 2, arch) for arch in (DELTA, EXPERTS)),
+            *(((1, 8, 1), 2, arch) for arch in (DELTA, EXPERTS)),
+            *((sizes, 2, EXPERTS) for sizes in (EIGHT, (2, 1, 1, 4), (1, 4, 1, 2))),
+        ]
     ],
 )
 @pytest.mark.slow
