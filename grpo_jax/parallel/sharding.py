@@ -64,11 +64,11 @@ def make_mesh(wanted: Mapping[str, int]) -> Mesh:
     """Make the mesh of AXES over all devices, or the first ones.
 
     Args:
-      wanted: devices along each of AXES, -1 (one at most) for what the others leave.
+      wanted: devices along each of AXES, -1 (one at most) for what the others leave; an axis that is not named has one.
     Raises: UserError if there are not enough devices, or if on several hosts some would be left out.
     """
     num_devices = jax.device_count()
-    sizes = axis_sizes(wanted, num_devices)
+    sizes = axis_sizes({axis: wanted.get(axis, 1) for axis in AXES}, num_devices)
     # A process all of whose devices were left out would have nothing to compute, and yet must come to every collective call.
     if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
         raise UserError(f"config.mesh: {sizes} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
