@@ -100,6 +100,7 @@ class Batch:
     is_scored_PG: False on rows without a score: they are in no statistic and in no loss, and their rewards mean nothing.
       None, in batches made by hand: all have one.
     credit_PGT: float32, each token's true advantage, by a task that knows it (UNKNOWN where it does not); None: no task does.
+    step_reward_PGT: float32, reward of a written step at its last token, UNKNOWN elsewhere; None: the objective reads none.
     """
 
     rollout: Rollout
@@ -108,6 +109,7 @@ class Batch:
     sampled_at_P: Int[Leaf, " P"]
     is_scored_PG: Bool[Leaf, "P G"] | None = None
     credit_PGT: Float[Leaf, "P G T"] | None = None
+    step_reward_PGT: Float[Leaf, "P G T"] | None = None
 
 
 @flax.struct.dataclass
@@ -142,15 +144,29 @@ class Hyperparams:
 
 
 @flax.struct.dataclass
+class Adapted:
+    """Numbers of the objective that training moves by itself, one step an update; None where the objective has it fixed.
+
+    entropy_coef: float32, weight of the entropy bonus, with `objective.entropy_target`.
+    length_exponent: float32, lambda of "length_preference", with `objective.length_exponent_rate`.
+    """
+
+    entropy_coef: Float[Leaf, ""] | None = None
+    length_exponent: Float[Leaf, ""] | None = None
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that changes while a run goes on, and the frozen weights beside it.
 
     step: int32, updates done. num_prompts_drawn: int32, the data position.
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
-    ref_params: the reference policy; None without a KL, and with LoRA, whose base it is.
+    ref_params: the reference policy; None without a KL, with LoRA, whose base it is, and where it moves (moving_ref).
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
     next_batch: the batch of the next update, sampled one step early; None without async_steps.
     hyperparams: see there; None only in checkpoints and in states that nothing is trained with.
+    adapted: see there; None where the objective has all its numbers fixed.
+    moving_ref: what the policy's params were when the reference was last refreshed; None without learner.ref_every.
     Checkpoints hold all of it but `base`, `ref_params` and `hyperparams`, which never change.
     """
 
@@ -163,6 +179,8 @@ class TrainState:
     pending: GroupBuffer | None
     next_batch: Batch | None = None
     hyperparams: Hyperparams | None = None
+    adapted: Adapted | None = None
+    moving_ref: Params | None = None
 
     @property
     def policy(self) -> Params:

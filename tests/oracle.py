@@ -11,7 +11,9 @@ import numpy as np
 MAX_LOG_RATIO = 20.0  # log-ratios are clamped to +-20 before exp; a clamped one has no gradient
 
 
-def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=None, logp_BT=None, parts_BK=None):
+def advantages(
+    obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=None, logp_BT=None, parts_BK=None, steps_BT=None
+):
     """float64[B, T], 0 where masked and where a filter drops."""
     rewards_B = np.asarray(rewards_B, np.float64)
     task_rewards_B = rewards_B if task_rewards_B is None else np.asarray(task_rewards_B, np.float64)
@@ -27,6 +29,8 @@ def advantages(obj, rewards_B, mask_BT, entropy_BT, group_size, task_rewards_B=N
         is_active_BT = is_active_BT & np.array(kept)[:, None]
     if obj.advantage in OF_A_GROUP:
         adv_BT = _by_group(OF_A_GROUP[obj.advantage], obj, rewards_B, is_active_BT, groups)
+    elif obj.advantage == "step_returns":
+        adv_BT = _step_returns(obj, steps_BT, is_active_BT, groups)
     elif obj.advantage == "reward_parts":
         adv_BT = _reward_parts(obj, rewards_B[:, None] if parts_BK is None else parts_BK, is_active_BT, groups)
     else:
@@ -174,6 +178,18 @@ def _std(values, ddof):
     return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - ddof)) if len(values) > ddof else 0.0
 
 
+def _length_preference(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
+    """GRPO's advantage times G softmax((1 + r z)^lambda)."""
+    adv_BT = _by_group(_group_norm, obj, rewards_B, is_active_BT, groups)
+    for rows in groups:
+        lengths = [int(is_active_BT[i].sum()) for i in rows]
+        powers = [(1 + obj.length_spread * _standardise(n, lengths, obj)) ** obj.length_exponent for n in lengths]
+        total = sum(math.exp(power) for power in powers)
+        for i, power in zip(rows, powers, strict=True):
+            adv_BT[i] *= len(rows) * math.exp(power) / total
+    return adv_BT
+
+
 def _group_center_batch_std(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
     std = _std([rewards_B[i] for rows in groups for i in rows], obj.std_ddof)
 
@@ -229,6 +245,18 @@ def _reward_parts(obj, parts_BK, is_active_BT, groups):
     std = _std(list(total.values()), obj.std_ddof)
     mean = math.fsum(total.values()) / max(len(total), 1)
     return _by_row(lambda i, rows: (total[i] - mean) / (std + obj.adv_eps) if std else 0.0, is_active_BT, groups)
+
+
+def _step_returns(obj, steps_BT, is_active_BT, groups):
+    """Of each token: the sum of the normalised rewards of the steps that end at it or after it. -1e9: no step ends."""
+    adv_BT = np.zeros(is_active_BT.shape)
+    for rows in groups:
+        ends = {i: [t for t in np.flatnonzero(is_active_BT[i]) if steps_BT[i][t] != -1e9] for i in rows}
+        pool = [float(steps_BT[i][t]) for i in rows for t in ends[i]]
+        for i in rows:
+            for t in np.flatnonzero(is_active_BT[i]):
+                adv_BT[i, t] = sum(_standardise(float(steps_BT[i][end]), pool, obj) for end in ends[i] if end >= t)
+    return adv_BT
 
 
 def _over_tokens(obj, x_BT, is_active_BT):
@@ -328,6 +356,7 @@ def _sequence_entropy(obj, rewards_B, is_active_BT, entropy_BT, groups, plus):
 # The others: (obj, rewards, mask, entropies, rows of each group, rows in O+) -> [B, T].
 OF_A_BATCH = {
     "batch_norm": _batch_norm,
+    "length_preference": _length_preference,
     "group_center_batch_norm": _group_center_batch_norm,
     "group_center_batch_std": _group_center_batch_std,
     "length_weighted_center": _length_weighted_center,

@@ -24,6 +24,7 @@ from grpo_jax.tasks.embedded import TABLE_TASKS, make_embedded, tokenizer_of
 from grpo_jax.tasks.forks import BRANCHES, FILLERS, filler_shares
 from grpo_jax.tasks.maze import CELLS
 from grpo_jax.training import build, trainer
+from grpo_jax.training import run as run_lib
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.types import UNKNOWN, Batch, Rollout
 from tests import programs
@@ -333,3 +334,56 @@ def test_a_task_trains_evaluates_and_is_warm_started(tmp_path, name):
     names = {"policy/entropy_right", "policy/entropy_wrong", "completion/length_right", "completion/length_wrong"}
     assert names <= set(record)
     assert ("advantage/credit_correlation" in record) == (name == "forks")
+
+
+def test_each_step_of_a_chain_has_its_own_reward():
+    """Against the steps read as text: 1 where a result is the true partial sum, whatever stands before it."""
+    task, rng = task_of("chain"), random.Random(3)
+    rows, texts = [], []
+    for row in range(60):
+        terms = [int(term) for term in task.question(task._problems[row]).rstrip("=").split("+")]
+        text = task.teach(tuple(terms), rng, 0.3)
+        spoiled = [
+            text,
+            text[: rng.randrange(len(text))] + "~",
+            text + ",1+1=2",
+            text.replace("=", "+", 1),
+            ",," + text,
+            "=" + text,
+        ]
+        rows.append(row)
+        texts.append(rng.choice(spoiled))
+    tokens_PGT, mask_PGT = completions(task, texts, 80)
+    found_PGT = np.asarray(jax.jit(task.step_rewards)(jnp.asarray(rows), tokens_PGT, mask_PGT))
+    outcomes = set()
+    for row, text, found_T in zip(rows, texts, found_PGT[:, 0], strict=True):
+        terms = [int(term) for term in task.question(task._problems[row]).rstrip("=").split("+")]
+        sums = [sum(terms[: k + 2]) for k in range(len(terms) - 1)]
+        expected = np.full(80, np.float32(UNKNOWN))
+        steps, place = text.removesuffix("~").split(","), -1
+        for k, step in enumerate(steps):
+            place += len(step) + 1
+            if k < len(steps) - 1 or not text.endswith("~"):
+                written = re.search(r"=(\d+)$", step)
+                expected[place] = bool(written) and k < len(sums) and int(written[1]) == sums[k]
+        np.testing.assert_array_equal(found_T, expected)
+        outcomes |= set(found_T.tolist())
+    assert outcomes == {0.0, 1.0, float(np.float32(UNKNOWN))}
+
+
+def test_a_task_without_rewards_of_steps_is_refused_with_the_objective_that_needs_them():
+    with pytest.raises(
+        UserError, match=r"config.objective.advantage = 'step_returns': task 'forks' gives no rewards for steps"
+    ):
+        run_lib.make_run(config_of("forks", variant="grpo_process"))
+
+
+@pytest.mark.slow
+def test_chain_is_trained_with_rewards_of_its_steps(tmp_path):
+    """The advantage of an update is that of the steps as they were sampled."""
+    changes = {"warm_start.num_steps": 0, "num_steps": 2, "eval.num_prompts": 8, "rollout.num_prompts": 4, "steps_per_call": 1}
+    run = run_lib.make_run(config_of("chain", "runlocal", "grpo_process", **changes))
+    state, batch, metrics = run.iterate(run.initial_state())
+    steps_PGT = run.task.step_rewards(batch.rollout.prompts.answer, batch.rollout.tokens_PGT, batch.rollout.mask_PGT)
+    np.testing.assert_array_equal(batch.step_reward_PGT, steps_PGT)
+    assert np.isfinite(to_floats(jax.tree.map(lambda x: x[0], metrics))["loss/total"]) and int(state.step) == 1

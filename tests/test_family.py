@@ -13,9 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import objectives
 from grpo_jax.rewards import shaping
-from grpo_jax.types import Reward
+from grpo_jax.types import UNKNOWN, Reward
 from tests import oracle, tiny
-from tests.test_objectives import BUDGET, HOLED_GROUP, B, G, P, T, assert_close, f32, make_batch, replaced, rows_of
+from tests.test_objectives import BUDGET, HOLED_GROUP, B, G, P, T, assert_close, f32, make_batch, replaced, rows_of, steps_of
 
 # Each with what makes it act on a batch of 32 rows of 6 tokens: 2e-4 of so few tokens is one.
 ACTIVE = {
@@ -28,10 +28,13 @@ ACTIVE = {
     "gspo_token": {"clip_low": 0.1, "clip_high": 0.2},
     "luspo": {"clip_low": 0.1, "clip_high": 0.2},
     "entropy_bonus": {"entropy_coef": 0.05},
+    "adaptive_entropy": {"entropy_coef": 0.05},
+    "lambda_grpo": {"length_exponent": 4.0},
 }
 CASES = [
     *((name, ACTIVE.get(name, {})) for name in objectives.FAMILY),
     ("gtpo_paper", {}),
+    ("grpo_process", {"std_ddof": 0, "adv_eps": 1e-2}),
     ("sapo", {"gate_sharpness": (0.3, 4.0)}),
     ("sapo", {"ratio": "sequence_geometric"}),
     ("dppo_tv", {"max_ratio": 1.1}),
@@ -43,6 +46,7 @@ CASES = [
     ("deepseek_v32", {"max_off_policy_kl": 0.0, "ratio": "sequence", "kl_estimator": "k2"}),
     ("pass_at_k_analytic", {"pass_k": 3}),
     ("gdpo", {"std_ddof": 0}),
+    ("lambda_grpo", {"length_exponent": -3.0, "length_spread": 0.25, "std_ddof": 0}),
     ("lite_ppo", {"std_ddof": 0, "adv_eps": 1e-2}),
     ("gspo_token", {"advantage": "token_entropy", "clip_low": 0.1, "clip_high": 0.2, "aggregation": "token_mean"}),
     ("gtpo_geometric", {"stat_scope": "group", "entropy_weight": 0.3}),
@@ -58,13 +62,14 @@ def objective(name, **fields):
 
 def advantages(obj, batch, **kwargs):
     arrays = f32(batch.rewards_B), f32(batch.mask_BT), f32(batch.entropy_BT)
-    kwargs = {"task_rewards_B": f32(batch.task_B), "logp_BT": f32(batch.old_BT), **kwargs}
+    steps_BT = f32(steps_of(batch))
+    kwargs = {"task_rewards_B": f32(batch.task_B), "logp_BT": f32(batch.old_BT), "step_rewards_BT": steps_BT, **kwargs}
     return objectives.advantages(obj, *arrays, group_size=G, **kwargs)
 
 
 def oracle_advantages(obj, batch, parts_BK=None):
     arrays = batch.rewards_B, batch.mask_BT, batch.entropy_BT, G, batch.task_B
-    return oracle.advantages(obj, *arrays, logp_BT=batch.old_BT, parts_BK=parts_BK)
+    return oracle.advantages(obj, *arrays, logp_BT=batch.old_BT, parts_BK=parts_BK, steps_BT=steps_of(batch))
 
 
 def loss_and_grad(obj, batch, adv_BT):
@@ -237,7 +242,8 @@ def _of_all(axis_name, batch):
     for name in objectives.FAMILY:
         obj, mask_BT = objective(name), batch["mask_BT"]
         arrays = batch["rewards_B"], mask_BT, batch["entropy_BT"]
-        kwargs = {"task_rewards_B": batch["task_B"], "logp_BT": batch["old_BT"], "axis_name": axis_name}
+        kwargs = {"task_rewards_B": batch["task_B"], "logp_BT": batch["old_BT"], "step_rewards_BT": batch["steps_BT"]}
+        kwargs["axis_name"] = axis_name
         adv_BT = objectives.advantages(obj, *arrays, group_size=G, **kwargs)
         extra = {
             "entropy_BT": batch["entropy_BT"],
@@ -255,7 +261,7 @@ def _of_all(axis_name, batch):
 @pytest.mark.slow
 def test_eight_devices_give_the_one_device_numbers():
     batch = make_batch(seed=5, rewards="shaped")
-    inputs = {key: f32(value) for key, value in vars(batch).items()}
+    inputs = {key: f32(value) for key, value in vars(batch).items()} | {"steps_BT": f32(steps_of(batch))}
     mesh, rows, everywhere = Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"), PartitionSpec()
     specs = dict.fromkeys(objectives.FAMILY, (rows, everywhere, rows))
     sharded = jax.shard_map(functools.partial(_of_all, "data"), mesh=mesh, in_specs=(rows,), out_specs=specs)
@@ -316,6 +322,7 @@ OFF = {"kl_coef": 0.0}
         (("gspo_token", {}), ("gspo", {})),
         (("deepseek_v32", {"max_off_policy_kl": 20.0, "kl_by_ratio": False}), ("grpo", {})),
         (("entropy_bonus", {"entropy_coef": 0.0}), ("grpo", OFF)),
+        (("adaptive_entropy", {"entropy_coef": 1e-3, "aggregation": "sequence_mean"}), ("entropy_bonus", {})),
     ],
     ids=lambda case: case[0],
 )
@@ -376,9 +383,27 @@ def test_advantages_that_equal_simpler_ones():
     analytic = objectives.get("pass_at_k_analytic", pass_k=1)
     assert_close(advantages(analytic, binary), advantages(objectives.get("grpo", std_ddof=0, adv_eps=0.0), binary))
     assert_close(advantages(objectives.get("gfpo", keep_rows=G), batch), advantages(objectives.get("dapo"), batch))
+    assert_close(advantages(objectives.get("lambda_grpo"), batch), advantages(objectives.get("dapo"), batch))
+    even_BT = advantages(objectives.get("lambda_grpo", length_exponent=9.0), equal)
+    assert_close(even_BT, advantages(objectives.get("dapo"), equal))
     assert_close(
         advantages(objectives.get("forking_tokens", token_share=1.0), batch), advantages(objectives.get("dapo"), batch)
     )
+
+
+def test_rewards_of_steps_by_hand():
+    """Two rows: steps 1, 0 and 1, 1. One step a row at its last token is GRPO."""
+    no = UNKNOWN
+    steps_BT, mask_BT = f32([[1, no, 0, no], [no, 1, 1, 7]]), f32([[1, 1, 1, 1], [1, 1, 1, 0]])
+    obj = objectives.get("grpo_process", adv_eps=0.0)
+    adv_BT = objectives.advantages(obj, f32([0, 0]), mask_BT, group_size=2, step_rewards_BT=steps_BT)
+    up, down = 0.25 / 0.5, -0.75 / 0.5  # mean 3/4, variance (3 (1/4)^2 + (3/4)^2) / 3 = 1/4
+    assert_close(adv_BT, [[up + down, down, down, 0], [2 * up, 2 * up, up, 0]])
+    batch = make_batch(seed=12, rewards="graded")
+    last_BT = np.arange(T)[None] == batch.mask_BT.sum(1, keepdims=True) - 1
+    outcome_BT = np.where(last_BT, batch.rewards_B[:, None], no)
+    ours_BT = advantages(objectives.get("grpo_process"), batch, step_rewards_BT=f32(outcome_BT))
+    assert_close(ours_BT, advantages(objectives.get("grpo"), batch))
 
 
 def test_advantages_by_hand():
@@ -562,6 +587,8 @@ def test_missing_inputs_are_errors():
     arrays = f32(batch.rewards_B), f32(batch.mask_BT)
     with pytest.raises(ValueError, match="token_filter 'top_entropy' needs the sampling policy's entropy_BT"):
         objectives.advantages(objectives.get("forking_tokens"), *arrays, group_size=G)
+    with pytest.raises(ValueError, match="advantage 'step_returns' needs step_rewards_BT"):
+        objectives.advantages(objectives.get("grpo_process"), *arrays, group_size=G)
     with pytest.raises(ValueError, match="token_filter 'low_covariance' needs logp_BT"):
         objectives.advantages(objectives.get("clip_cov"), *arrays, group_size=G)
     with pytest.raises(ValueError, match=r"cov_penalty = 1.0 needs penalised_BT"):

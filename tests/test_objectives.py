@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from grpo_jax import objectives
 from grpo_jax.knobs import Knob, walk
 from grpo_jax.objectives.choices import CHOICES
+from grpo_jax.types import UNKNOWN
 from tests import oracle
 
 NAMES = tuple(objectives.ENTRIES)
@@ -109,14 +110,20 @@ def replaced(batch, **changes):
     return SimpleNamespace(**{**vars(batch), **changes})
 
 
+def steps_of(batch):
+    """Steps that end at some tokens, each with its row's reward: equal in a group where these are."""
+    return np.where(np.asarray(batch.token_adv_BT) > 0, np.asarray(batch.rewards_B)[:, None], np.float32(UNKNOWN))
+
+
 def advantages(obj, batch, group_size=G, **kwargs):
-    kwargs.setdefault("task_rewards_B", f32(batch.task_B))
+    kwargs = {"task_rewards_B": f32(batch.task_B), "step_rewards_BT": f32(steps_of(batch)), **kwargs}
     rewards_B, mask_BT, entropy_BT = f32(batch.rewards_B), f32(batch.mask_BT), f32(batch.entropy_BT)
     return objectives.advantages(obj, rewards_B, mask_BT, entropy_BT, group_size=group_size, **kwargs)
 
 
 def oracle_advantages(obj, batch, group_size=G):
-    return oracle.advantages(obj, batch.rewards_B, batch.mask_BT, batch.entropy_BT, group_size, batch.task_B)
+    arrays = batch.rewards_B, batch.mask_BT, batch.entropy_BT, group_size, batch.task_B
+    return oracle.advantages(obj, *arrays, steps_BT=steps_of(batch))
 
 
 def loss_grad_metrics(obj, batch, adv_BT, budget=BUDGET):

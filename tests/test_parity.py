@@ -12,8 +12,8 @@ from grpo_jax import objectives
 from tests.test_objectives import f32
 
 PARITY = pathlib.Path(__file__).parent / "parity"
-TRL, VERL, SKYRL, PRIME_RL = (
-    json.loads((PARITY / f"{name}.json").read_text()) for name in ("trl", "verl", "skyrl", "prime_rl")
+TRL, VERL, SKYRL, PRIME_RL, TUNIX = (
+    json.loads((PARITY / f"{name}.json").read_text()) for name in ("trl", "verl", "skyrl", "prime_rl", "tunix")
 )
 BATCH = {key: f32(value) for key, value in TRL["batch"].items()}
 OFF = {"kl_coef": 0.0}
@@ -94,7 +94,7 @@ def test_advantages_are_trls(name, variant, fields):
     close(adv_BT[:, 0], TRL["advantages"][name]["values"])
 
 
-# --- verl, SkyRL and prime-rl
+# --- verl, SkyRL, prime-rl and Tunix
 
 NO_KL: dict = {"kl_coef": 0.0}
 TOKENS = {"aggregation": "token_mean"}
@@ -133,18 +133,34 @@ PRIME_RLS = {
     "prime_rl_default": ("prime_rl_default", {}),
     "narrow": ("prime_rl_default", {"clip_low": 0.02, "clip_high": 0.05, "drift_coef": 0.1}),
 }
+# Tunix's Dr. GRPO divides by the width of the batch where the paper has the budget: compared at a budget of that width. Its
+# weights of the sampler are handed to it, and are a factor of the advantage here. Its numbers are float32.
+TUNIXS = {
+    "tunix_default": ("tunix_default", {}),
+    "grpo": ("grpo", {}),
+    "mse_kl": ("grpo", {"kl_coef": 0.3, "kl_estimator": "k2"}),
+    "dapo": ("dapo", {}),
+    "dr_grpo": ("dr_grpo", NO_KL),
+    "sequence_sum": ("grpo", {"aggregation": "sequence_sum", **NO_KL}),
+    "gspo_token": ("gspo_token", {"clip_low": 0.1, "clip_high": 0.2}),
+    "dual_clip": ("grpo", {"dual_clip": 1.5, **NO_KL, **TOKENS}),
+    "sampler_weights": ("grpo", {**NO_KL, **TOKENS}),
+}
 OTHERS = [
     *(("verl", VERL, name, *ours) for name, ours in VERLS.items()),
     *(("skyrl", SKYRL, name, *ours) for name, ours in SKYRLS.items()),
     *(("prime_rl", PRIME_RL, name, *ours) for name, ours in PRIME_RLS.items()),
+    *(("tunix", TUNIX, name, *ours) for name, ours in TUNIXS.items()),
 ]
 
 
 def test_every_number_of_the_others_is_compared():
-    for theirs, ours in ((VERL, VERLS), (SKYRL, SKYRLS), (PRIME_RL, PRIME_RLS)):
+    for theirs, ours in ((VERL, VERLS), (SKYRL, SKYRLS), (PRIME_RL, PRIME_RLS), (TUNIX, TUNIXS)):
         assert set(ours) == set(theirs["losses"]) and theirs["batch"] == TRL["batch"] and theirs["command"]
     assert (VERL["versions"]["verl"], SKYRL["versions"]["skyrl"]) == ("0.9.1", "0.3.0")
-    assert set(VERL["advantages"]) == set(VERLS_ADVANTAGES) and set(SKYRL["advantages"]) == set(SKYRLS_ADVANTAGES)
+    assert TUNIX["versions"]["google-tunix"] == "0.1.7"
+    for numbers, ours in ((VERL, VERLS_ADVANTAGES), (SKYRL, SKYRLS_ADVANTAGES), (TUNIX, TUNIXS_ADVANTAGES)):
+        assert set(numbers["advantages"]) == set(ours)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +170,18 @@ def test_loss_and_gradient_are_theirs(framework, numbers, name, variant, fields)
     obj, theirs = objectives.get(variant, **fields), numbers["losses"][name]
     is_kl_alone = name.startswith("kl_") and obj.has_kl
     adv_BT = BATCH["advantage"][:, None] * BATCH["mask"] * (not is_kl_alone)
+    budget = numbers["max_completion_length"]
+    if framework == "tunix":
+        budget = adv_BT.shape[1]
+        if name == "sampler_weights":
+            adv_BT = adv_BT * BATCH["entropy"]
     penalised_BT = None
     if obj.cov_penalty:
         penalised_BT = objectives.penalised_tokens(obj, adv_BT, BATCH["logp"], BATCH["mask"])
     rest = BATCH["old_logp"], BATCH["ref_logp"], adv_BT, BATCH["mask"]
 
     def loss_of(logp_BT):
-        kwargs = {"max_completion_length": numbers["max_completion_length"], "penalised_BT": penalised_BT}
-        return objectives.loss(obj, logp_BT, *rest, **kwargs)[0]
+        return objectives.loss(obj, logp_BT, *rest, max_completion_length=budget, penalised_BT=penalised_BT)[0]
 
     loss, grad_BT = jax.value_and_grad(loss_of)(BATCH["logp"])
     close(grad_BT, theirs["gradient"])
@@ -182,6 +202,7 @@ VERLS_ADVANTAGES = {
     "reinforce_pp_baseline": ("reinforce_pp_baseline", {"adv_eps": 0.0}),
     "gpg": ("gpg", {}),
 }
+TUNIXS_ADVANTAGES = {"grpo": ("grpo", {}), "dr_grpo": ("dr_grpo", {}), "rloo": ("rloo", {})}
 SKYRLS_ADVANTAGES = {"grpo": ("grpo", {}), "dr_grpo": ("dr_grpo", {}), "rloo": ("rloo", {}), "maxrl": ("maxrl", {})}
 
 
@@ -190,6 +211,7 @@ SKYRLS_ADVANTAGES = {"grpo": ("grpo", {}), "dr_grpo": ("dr_grpo", {}), "rloo": (
     [
         *((VERL, name, *ours) for name, ours in VERLS_ADVANTAGES.items()),
         *((SKYRL, name, *ours) for name, ours in SKYRLS_ADVANTAGES.items()),
+        *((TUNIX, name, *ours) for name, ours in TUNIXS_ADVANTAGES.items()),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -197,7 +219,10 @@ def test_advantages_are_theirs(numbers, name, variant, fields):
     obj, theirs = objectives.get(variant, **fields), np.asarray(numbers["advantages"][name]["values"])
     rewards_B = BATCH["rewards"].sum(1)
     adv_BT = objectives.advantages(obj, rewards_B, BATCH["mask"], BATCH["entropy"], group_size=numbers["group_size"])
-    adv_BT = np.broadcast_to(adv_BT, theirs.shape) * np.asarray(BATCH["mask"])
+    if theirs.ndim == 1:  # Tunix's: one a row
+        adv_BT = adv_BT[:, 0]
+    else:
+        adv_BT = np.broadcast_to(adv_BT, theirs.shape) * np.asarray(BATCH["mask"])
     if name == "gpg":
         adv_BT, theirs = adv_BT / np.abs(adv_BT).max(), theirs / np.abs(theirs).max()
     if name == "maxrl":  # SkyRL adds 1e-6 to the mean that the paper divides by

@@ -51,6 +51,16 @@ def test_every_config_set_and_seed_is_a_run():
     assert last.config.seed == 3 and last.config.num_steps == 2 and last.config.dynamic_sampling.enabled
 
 
+@pytest.mark.parametrize(
+    ("group", "function"),
+    [("task", {"task.name": "m:f"}), ("reward", {"task.name": "m:f", "reward.shaping": "m:f"}), ("objective", {})],
+)
+def test_a_set_may_have_settings_of_functions_of_ones_own(group, function):
+    sets = {"": {**function, "model.path": "x", "warm_start.num_steps": 0, f"{group}.params.level": 3}}
+    (spec,) = plan.expand(sweep_of(configs=("configs/grpo.py",), sets=sets, seeds=(0,)), {})
+    assert getattr(spec.config, group).params["level"] == 3
+
+
 def test_one_config_may_have_sets_of_its_own():
     more = {"configs/dapo.py": {"no_filter": {"dynamic_sampling.enabled": False}}}
     sweep = sweep_of(more_sets=more, sets={"": {}}, seeds=(0,))

@@ -138,6 +138,34 @@ def test_hf_tokenizer_ids_text_and_chat(tmp_path: Path) -> None:
     assert tokenizer.decode(chat) == "[system]S[user]hi[assistant]"
 
 
+@pytest.mark.parametrize("unk", ["", "<unk>"])
+def test_text_that_the_tokenizer_has_no_token_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, unk: str) -> None:
+    """Refused by the character and the row, or, where an unknown token stands for it, said and counted."""
+    special = ["<pad>", "<eos>", *filter(None, [unk])]
+    raw = RawTokenizer(models.WordLevel({token: i for i, token in enumerate([*special, *"0123456789+="])}, unk_token=unk))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    raw.add_special_tokens([AddedToken(token, special=True) for token in special])
+    (tmp_path / "model").mkdir()
+    raw.save(str(tmp_path / "model" / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
+    names |= {"unk_token": unk} if unk else {}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = HFTokenizer(str(tmp_path / "model"))
+    assert tokenizer.prompt_prefix == () and tokenizer.decode(tokenizer.encode("1+2=")) == "1+2="
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)]
+    path = write_lines(tmp_path / "sums.jsonl", [*rows, {"prompt": "2*3=", "answer": "6"}])
+    if not unk:
+        with pytest.raises(
+            UserError, match=r"sums.jsonl:9: model.path = .*: its tokenizer has no token for '\*', in the text '2\*3='"
+        ):
+            task_of(tokenizer, task__jsonl__path=path)
+        return
+    task = task_of(tokenizer, task__jsonl__path=path)
+    assert task.data_metrics["data/unknown_text"] == 1
+    task.close()
+    assert "1 prompt with text that the tokenizer has no token for" in caplog.text and "2*3=" in caplog.text
+
+
 def test_hf_tokenizer_without_pad_token_or_template(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(save_hf_tokenizer(tmp_path / "model", {"config.json": 2}))
     assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.has_chat_template) == (2, (2,), False)

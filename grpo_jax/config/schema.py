@@ -354,6 +354,10 @@ class LearnerConfig:
         "token", "the weight is of a token, of a whole row, or the mean of a row's logs", choices=SAMPLER_LEVELS
     )
     importance_outside: str = knob("truncate", "beyond the bounds the weight is the bound, or 0", choices=("truncate", "mask"))
+    ref_every: int = knob(
+        0, "the KL's reference moves to the policy every so many updates; 0: it stays", unit="steps", at_least=0
+    )
+    ref_mix: float = knob(1.0, "share of the policy in the reference when it moves; below 1: TR-DPO's", above=0, at_most=1)
 
     @property
     def microbatches(self) -> int:

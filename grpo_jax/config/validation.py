@@ -129,6 +129,11 @@ def _require_objective(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"config.{error}") from None
     obj, G = config.objective, config.rollout.group_size
+    if config.learner.ref_every and not obj.needs_reference:
+        raise UserError(
+            f"config.learner.ref_every = {config.learner.ref_every}: without a KL there is no reference to move, set it to 0, "
+            "or config.objective.kl_coef above 0"
+        )
     if obj.keep_rows >= G > 1:
         raise UserError(f"config.objective.keep_rows = {obj.keep_rows}: must be below config.rollout.group_size = {G}, or 0")
     if obj.advantage == "pass_at_k_analytic" and obj.pass_k > G:

@@ -212,6 +212,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     # token | sequence | sequence_geometric; the weight is of a token, of a whole row, or the mean of a row's logs
     config.learner.importance_level = "token"
     config.learner.importance_outside = "truncate"  # truncate | mask; beyond the bounds the weight is the bound, or 0
+    config.learner.ref_every = 0  # the KL's reference moves to the policy every so many updates; 0: it stays [steps]
+    config.learner.ref_mix = 1.0  # share of the policy in the reference when it moves; below 1: TR-DPO's
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.0006  # of AdamW, at its peak
@@ -263,7 +265,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
 def objective_of(variant: str) -> Any:
     """The fields of a variant's objective; what they mean: grpo_jax/objectives/variants.py."""
     objective: Any = ConfigDict(objectives.get(variant).to_dict())
-    for field, kind in {"entropy_clip": tuple, "dual_clip": float}.items():
+    kinds = {"entropy_clip": tuple, "dual_clip": float, "max_off_policy_kl": float, "entropy_target": float}
+    for field, kind in kinds.items():
         if objective[field] is None:  # a bare None could not be set from the command line
             objective[field] = placeholder(kind)
     return objective

@@ -61,6 +61,7 @@ def batch_advantages(
         group_size=G,
         task_rewards_B=batch.task_reward_PG.reshape(-1),
         reward_parts_BK=parts.reshape(P * G, -1),
+        step_rewards_BT=None if batch.step_reward_PGT is None else batch.step_reward_PGT.reshape(-1, T),
         logp_BT=None if logp_PGT is None else logp_PGT.reshape(-1, T),
         axis_name=axis_name,
     )
@@ -97,9 +98,10 @@ def advantages_with_grpo(
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
     """Compute the advantages of a batch from the recorded entropy, and plain GRPO's beside them.
 
-    These are the update's own numbers, with two exceptions. With learner.old_logp = "learner" the update takes the entropy
-    from a forward pass of its own, which differs from the sampler's by its numerics; and objective.kl_in_reward is not in
-    them, for the reference's log-probabilities are known inside the update only.
+    These are the update's own numbers, with three exceptions. A length exponent that is learned is the one after the update.
+    With learner.old_logp = "learner" the update takes the entropy from a forward pass of its own, which differs from the
+    sampler's by its numerics. And objective.kl_in_reward is not in them, for the reference's log-probabilities are known
+    inside the update only.
 
     Args:
       obj: the objective. batch: that was trained on. filter_truncated: as in `trained_mask`.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from grpo_jax.config import Config
 from grpo_jax.objectives import Objective, Params
-from grpo_jax.types import Hyperparams
+from grpo_jax.objectives.adaptive import with_adapted
+from grpo_jax.types import Adapted, Hyperparams
 
 T = TypeVar("T")
 
@@ -52,8 +53,13 @@ def static_key(config: Config) -> Config:
     return with_fields(config, blank | {"objective.params": dict.fromkeys(config.objective.params, 0.0)})
 
 
-def with_hyperparams(obj: Objective, hyperparams: Hyperparams) -> Objective:
-    """Return the objective with its numbers taken from the state (they may be traced)."""
+def with_hyperparams(obj: Objective, hyperparams: Hyperparams, adapted: Adapted | None = None) -> Objective:
+    """Return the objective with its numbers taken from the state (they may be traced).
+
+    Args:
+      obj: of the static key. hyperparams: the config's. adapted: those that training moves; None: there are none.
+    """
+    obj = with_adapted(obj, adapted)
     # kl_coef stays a Python 0 without a KL, because `Objective.has_kl` is a branch, which a traced number cannot decide.
     return dataclasses.replace(
         obj,

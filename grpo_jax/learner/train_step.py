@@ -24,6 +24,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config, LearnerConfig
 from grpo_jax.learner import batching
+from grpo_jax.learner.adaptation import adapt, refresh_reference
 from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, subtract_kl, trained_mask
 from grpo_jax.learner.hyperparams import with_hyperparams
 from grpo_jax.learner.logprobs import logprobs_and_routing, policy_logprobs
@@ -98,18 +99,22 @@ def make_train_step(
             lambda state, batch: make_target(model, state, batch, config, axis_name=axis_name), mesh, (parts, ROWS), ROWS
         )
         target = prepare(policies, constrain(batch, mesh, ROWS))
+        obj = with_hyperparams(config.objective, state.hyperparams, state.adapted)
+        trained = target.rollout.mask_PGT, target.rollout.entropy_PGT, target.advantage_PGT
+        adapted, next_adapted, adapted_metrics = adapt(obj, state.adapted, *trained, config.rollout.max_completion_tokens)
         shards = (parts.params, parts.base) if axis_name else None
 
         def minibatch_step(carry, minibatch: Target):
             params, opt_state = carry
-            grads, metrics = sharded_gradients(params, state.base, state.hyperparams, constrain(minibatch, mesh, ROWS))
+            numbers = state.hyperparams, adapted
+            grads, metrics = sharded_gradients(params, state.base, numbers, constrain(minibatch, mesh, ROWS))
             loss = metrics["loss/total"].total
             carry, updated = apply_gradients(optimizer, (params, opt_state), grads, loss, is_offloaded=config.optimizer.offload)
             return carry, {**metrics, **updated}
 
         sharded_gradients = shard_map_over_batch(
-            lambda params, base, hyperparams, minibatch: compute_gradients(
-                model, params, base, minibatch, with_hyperparams(config.objective, hyperparams), config, shards
+            lambda params, base, numbers, minibatch: compute_gradients(
+                model, params, base, minibatch, with_hyperparams(config.objective, *numbers), config, shards
             ),
             mesh,
             (parts.params, parts.base, REPLICATED, ROWS),
@@ -123,9 +128,10 @@ def make_train_step(
         for name in ("policy/sampler_logp_gap", "experts/sampler_differs"):
             if name in stacked:
                 metrics[name] = jax.tree.map(lambda x: x[0], stacked[name])
-        obj = with_hyperparams(config.objective, state.hyperparams)
         metrics.update(advantage_metrics(obj, batch, target.rollout.mask_PGT, target.advantage_PGT))
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+        moving_ref = refresh_reference(state.moving_ref, params, state.step + 1, config.learner)
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, adapted=next_adapted, moving_ref=moving_ref)
+        return dataclasses.replace(state, step=state.step + 1), metrics | adapted_metrics
 
     return train_step
 
@@ -179,7 +185,7 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     Returns: the Target of the batch.
     """
     assert state.hyperparams is not None
-    obj = with_hyperparams(config.objective, state.hyperparams)
+    obj = with_hyperparams(config.objective, state.hyperparams, state.adapted)
     # A smaller mask and not a smaller batch, whose shape is static: rows that are filtered out weigh nothing from here on.
     mask_PGT = trained_mask(batch, config.overlong.filter)
     rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
@@ -211,7 +217,9 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
 
 
 def reference_policy(model: ModelDef, state: TrainState) -> tuple[ModelDef, Params]:
-    """The policy that the KL penalty pulls towards: a copy of the initial weights, or LoRA's base without its adapters."""
+    """The policy that the KL penalty pulls towards: an earlier one, the initial one, or LoRA's base without its adapters."""
+    if state.moving_ref is not None:
+        return model, join_params(state.base, state.moving_ref)
     ref_params = state.ref_params if model.lora is None else state.base
     assert ref_params is not None, "a KL without a reference model in the state"
     return dataclasses.replace(model, lora=None), ref_params

@@ -19,9 +19,10 @@ from grpo_jax.objectives.functions import Function, find
 from grpo_jax.objectives.groups import Groups, Tokens
 from grpo_jax.objectives.ratios import Arrays, log_ratio
 from grpo_jax.objectives.variants import Objective
-from grpo_jax.types import AxisName
+from grpo_jax.types import UNKNOWN, AxisName
 
 Advantage = Float[jax.Array, "P G T"] | Float[jax.Array, "P G 1"]
+MIN_LENGTH = 0.01  # of 1 + r z in `length_preference`
 
 
 def advantages(
@@ -33,6 +34,7 @@ def advantages(
     group_size: int,
     task_rewards_B: Real[Arrays, " B"] | None = None,
     reward_parts_BK: Real[Arrays, "B K"] | None = None,
+    step_rewards_BT: Real[Arrays, "B T"] | None = None,
     logp_BT: Float[Arrays, "B T"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[jax.Array, "B T"]:
@@ -43,6 +45,7 @@ def advantages(
       entropy_BT: nats, of the sampling policy; may be None where the estimator does not read it.
       group_size: G; rows of a group are contiguous. task_rewards_B: decides O+ / O- (default: rewards_B).
       reward_parts_BK: what the rewards are made of, for "reward_parts"; None: the rewards are one part.
+      step_rewards_BT: reward of a written step at its last token, UNKNOWN elsewhere; read by "step_returns" alone.
       logp_BT: nats, of the policy at the start of the update; may be None where no filter of tokens reads it.
       axis_name: mesh axis to take batch statistics over, inside `shard_map` (groups are never split over devices).
     Returns: float32[B, T], exactly 0 on masked tokens, dropped rows and what the filters drop; gradients are stopped.
@@ -51,11 +54,7 @@ def advantages(
     B, T = mask_BT.shape
     if group_size < 1 or B % group_size:
         raise ValueError(f"{B} rows do not divide into groups of group_size = {group_size}")
-    if obj.needs_entropy and entropy_BT is None:
-        name = "token_filter 'top_entropy'" if obj.token_filter == "top_entropy" else f"advantage {obj.advantage!r}"
-        raise ValueError(f"{name} needs the sampling policy's entropy_BT, got None")
-    if obj.token_filter == "low_covariance" and logp_BT is None:
-        raise ValueError(f"token_filter {obj.token_filter!r} needs logp_BT of the start of the update, got None")
+    _check_given(obj, entropy_BT, logp_BT, step_rewards_BT)
     # O+ is decided before shaping: a right answer that was punished for its length stays a success.
     if task_rewards_B is None:
         task_rewards_B = rewards_B
@@ -69,6 +68,7 @@ def advantages(
         has_tokens_PG=mask_PGT.any(-1),
         axis_name=axis_name,
         parts_PGK=_parts(reward_parts_BK, by_group),
+        step_reward_PGT=None if step_rewards_BT is None else jnp.asarray(step_rewards_BT, jnp.float32).reshape(mask_PGT.shape),
     )
     if obj.row_filter != "all":
         kept_PG = find("row_filter", obj.row_filter, ROW_FILTERS)(obj, groups)
@@ -80,6 +80,19 @@ def advantages(
         tokens = Tokens(adv_BT, mask_PGT.reshape(B, T), _finite(entropy_BT, mask_BT), _finite(logp_BT, mask_BT), axis_name)
         adv_BT = jnp.where(find("token_filter", obj.token_filter, TOKEN_FILTERS)(obj, tokens), adv_BT, 0.0)
     return jax.lax.stop_gradient(adv_BT)
+
+
+def _check_given(obj: Objective, entropy_BT, logp_BT, step_rewards_BT) -> None:
+    """Raise ValueError if an array is None that the objective reads."""
+    if obj.needs_entropy and entropy_BT is None:
+        name = "token_filter 'top_entropy'" if obj.token_filter == "top_entropy" else f"advantage {obj.advantage!r}"
+        raise ValueError(f"{name} needs the sampling policy's entropy_BT, got None")
+    if obj.token_filter == "low_covariance" and logp_BT is None:
+        raise ValueError(f"token_filter {obj.token_filter!r} needs logp_BT of the start of the update, got None")
+    if obj.needs_step_rewards and step_rewards_BT is None:
+        raise ValueError(
+            f"advantage {obj.advantage!r} needs step_rewards_BT, the reward of each step at its last token, got None"
+        )
 
 
 def penalised_tokens(
@@ -160,6 +173,34 @@ def group_norm(obj: Objective, groups: Groups) -> Advantage:
     """A_i = (r_i - mean_g) / (std_g + eps) (arXiv 2402.03300, sec. 4.1.2)."""
     adv_PG = standardise(groups.reward_PG, groups.has_tokens_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
     return adv_PG[..., None]
+
+
+def length_preference(obj: Objective, groups: Groups) -> Advantage:
+    """A_i = f_i (r_i - mean_g) / (std_g + eps), f_i = G softmax((1 + r z_i)^lambda) (lambda-GRPO, arXiv 2510.06870).
+
+    z_i is the standardised length of the row in its group, lambda `length_exponent`. The paper weighs rows of the loss; every
+    surrogate is linear in a positive factor of A, so it is the same here, but a KL or an entropy bonus is not weighted.
+    """
+    weight_PG, _ = length_weights(obj, groups.mask_PGT.sum(-1), groups.has_tokens_PG)
+    return group_norm(obj, groups) * weight_PG[..., None]
+
+
+def length_weights(
+    obj: Objective, lengths_PG: Float[Arrays, "P G"], rows_PG: Bool[Arrays, "P G"]
+) -> tuple[Float[jax.Array, "P G"], Float[jax.Array, "P G"]]:
+    """Compute the weights of rows by their length, whose mean over a group is 1, and how lambda moves them.
+
+    Args:
+      obj: `length_exponent` and `length_spread` are read. lengths_PG: tokens. rows_PG: False on rows that no statistic counts.
+    Returns: (f_PG, d log f / d lambda), float32.
+    """
+    z_PG = standardise(lengths_PG, rows_PG, 1, ddof=obj.std_ddof, eps=obj.adv_eps)
+    # Of a large group the shortest row may be further than 1 / r below the mean, where the power is not defined.
+    log_h_PG = jnp.log(jnp.maximum(1.0 + obj.length_spread * z_PG, MIN_LENGTH))
+    g_PG = jnp.exp(obj.length_exponent * log_h_PG)
+    share_PG = jax.nn.softmax(g_PG, axis=1, where=rows_PG)
+    slope_PG = g_PG * log_h_PG
+    return share_PG * rows_PG.sum(1, keepdims=True), slope_PG - (share_PG * slope_PG).sum(1, keepdims=True)
 
 
 def group_center(obj: Objective, groups: Groups) -> Advantage:
@@ -298,6 +339,19 @@ def reward_parts(obj: Objective, groups: Groups) -> Advantage:
     return (total_PG / jnp.where(std > 0, std + obj.adv_eps, 1.0))[..., None]
 
 
+def step_returns(obj: Objective, groups: Groups) -> Advantage:
+    """A_i,t = the sum of (r_k - mean) / (std + eps) over the row's steps k that end at t or later.
+
+    Mean and std are those of all steps of the group: GRPO with process supervision (arXiv 2402.03300, sec. 4.1.3). The rewards
+    of whole rows are not read.
+    """
+    assert groups.step_reward_PGT is not None, "`advantages` checks it"
+    is_step_PGT = (groups.step_reward_PGT != UNKNOWN) & (groups.mask_PGT > 0)
+    normed_PGT = standardise(groups.step_reward_PGT, is_step_PGT, (1, 2), ddof=obj.std_ddof, eps=obj.adv_eps)
+    normed_PGT = jnp.where(is_step_PGT, normed_PGT, 0.0)
+    return jnp.cumsum(normed_PGT[..., ::-1], -1)[..., ::-1]
+
+
 def token_entropy(obj: Objective, groups: Groups) -> Advantage:
     """GTPO (arXiv 2508.04349, eqs. 2-4): among successes an uncertain token earns more, among failures it loses less.
 
@@ -374,6 +428,7 @@ def _normalise_sides(obj: Objective, groups: Groups, up, down, success, failure,
 ADVANTAGES: Mapping[str, Function] = MappingProxyType(
     {
         "group_norm": group_norm,
+        "length_preference": length_preference,
         "group_center": group_center,
         "leave_one_out": leave_one_out,
         "batch_norm": batch_norm,
@@ -385,6 +440,7 @@ ADVANTAGES: Mapping[str, Function] = MappingProxyType(
         "best_of_group": best_of_group,
         "pass_at_k_analytic": pass_at_k_analytic,
         "reward_parts": reward_parts,
+        "step_returns": step_returns,
         "token_entropy": token_entropy,
         "sequence_entropy": sequence_entropy,
     }

@@ -86,7 +86,7 @@ def _try(obj: Objective, field: str, function: Function) -> None:
     one = jax.ShapeDtypeStruct((P, G), jnp.float32)
 
     def groups(reward_PG: jax.Array, x_PGT: jax.Array) -> Groups:
-        return Groups(reward_PG, reward_PG > 0, x_PGT, x_PGT, reward_PG > 0, None)
+        return Groups(reward_PG, reward_PG > 0, x_PGT, x_PGT, reward_PG > 0, None, step_reward_PGT=x_PGT)
 
     def advantage(reward_PG: jax.Array, x_PGT: jax.Array) -> jax.Array:
         return jnp.broadcast_to(function(obj, groups(reward_PG, x_PGT)), (P, G, T))

@@ -84,12 +84,25 @@ FAMILY: Mapping[str, Variant] = MappingProxyType(
             "A = r - mean; A logp - (b / 2) (log w)^2, b = 0.1",
             Objective(advantage="group_center", drift_coef=0.05, aggregation="token_mean", **_REINFORCE),
         ),
-        # He et al. adapt the weight to a target; here it is fixed.
         "entropy_bonus": Variant(
             "GRPO with entropy bonus",
             "2505.22312",
             "GRPO without KL, plus 0.001 H",
             Objective(entropy_coef=1e-3, kl_coef=0.0),
+        ),
+        # He et al., Skywork-OR1; target and step are those of TRL's defaults.
+        "adaptive_entropy": Variant(
+            "Adaptive entropy control",
+            "2505.22312",
+            "GRPO's A; plus c H while H is at most 0.2, c rising by 0.005 an update then, else falling",
+            Objective(entropy_target=0.2, **_TOKEN_MEAN),
+        ),
+        # Wang et al.; lambda begins at 0, DAPO's loss. How fast it moves is ours.
+        "lambda_grpo": Variant(
+            "lambda-GRPO",
+            "2510.06870",
+            "DAPO's loss; rows weigh G softmax((1 + z / 9)^lambda) by their length's z, lambda is learned",
+            dataclasses.replace(_DAPO, advantage="length_preference", length_exponent_rate=0.1),
         ),
         "opo": Variant(
             "OPO",
@@ -132,6 +145,13 @@ FAMILY: Mapping[str, Variant] = MappingProxyType(
             "2601.05242",
             "each part of the reward normalised in its group, then the batch's std",
             Objective(advantage="reward_parts", **_TOKEN_MEAN),
+        ),
+        # Shao et al., sec. 4.1.3, with whatever rewards of steps the task gives.
+        "grpo_process": Variant(
+            "GRPO, process supervision",
+            "2402.03300",
+            "A of a token = sum of the normalised rewards of the steps that end at it or later",
+            Objective(advantage="step_returns", kl_coef=0.0),
         ),
         "gspo_token": Variant(
             "GSPO-token",

@@ -16,6 +16,7 @@ class Groups(NamedTuple):
     is_success_PG: True in O+.
     has_tokens_PG: False on dropped rows, which no statistic counts. axis_name: mesh axis of batch statistics, or None.
     parts_PGK: float32, what the reward is made of; None if it was not given.
+    step_reward_PGT: float32, the reward of a step at its last token, UNKNOWN elsewhere; None if it was not given.
     """
 
     reward_PG: jax.Array
@@ -25,6 +26,7 @@ class Groups(NamedTuple):
     has_tokens_PG: jax.Array
     axis_name: AxisName | None
     parts_PGK: jax.Array | None = None
+    step_reward_PGT: jax.Array | None = None
 
 
 class Tokens(NamedTuple):

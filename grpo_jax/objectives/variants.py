@@ -87,7 +87,23 @@ class Objective:
         at_least=0,
         at_most=1e3,
     )
-    entropy_coef: float = knob(0.0, "weight of the policy's entropy, added to the objective of each token; 0: none", at_least=0)
+    entropy_coef: Number = knob(
+        0.0, "weight of the policy's entropy, added to the objective of each token; 0: none", at_least=0, at_most=1e3
+    )
+    entropy_target: float | None = knob(
+        None,
+        "the weight rises in each update whose entropy is at most this, else it falls and is off; None: fixed",
+        unit="nats",
+    )
+    entropy_coef_step: float = knob(5e-3, "of entropy_target: how much it rises or falls", above=0, at_most=1e3)
+    entropy_coef_max: float = knob(1.0, "of entropy_target: its upper bound; the lower one is 0", above=0, at_most=1e3)
+    length_exponent: Number = knob(
+        0.0, 'lambda of "length_preference": above 0 long completions weigh more', at_least=-100, at_most=100
+    )
+    length_spread: float = knob(1 / 9, "r of the same: a completion's length counts as 1 + r z", at_least=0, at_most=1)
+    length_exponent_rate: float = knob(
+        0.0, "step size of the gradient descent that lambda takes in each update; 0: it is fixed", at_least=0, at_most=1e3
+    )
     params: Mapping[str, Any] = knob(NO_PARAMS, "numbers by name, for functions of your own: objective.params.width")
 
     def __post_init__(self) -> None:
@@ -107,6 +123,13 @@ class Objective:
                 raise ValueError(f"objective.entropy_clip = {self.entropy_clip!r}: must be None or (low, high), 0 <= low")
             object.__setattr__(self, "entropy_clip", clip)  # a list would not be hashable
         self._check_tuples()
+        if self.entropy_target is not None and not (self.entropy_target >= 0 and math.isfinite(self.entropy_target)):
+            raise ValueError(f"objective.entropy_target = {self.entropy_target!r}: must be None or a number >= 0")
+        if self.length_exponent_rate and self.advantage != "length_preference":
+            raise ValueError(
+                f"objective.length_exponent_rate = {self.length_exponent_rate}: advantage = {name_of(self.advantage)!r} has no "
+                'lambda to learn, use "length_preference", or set it to 0'
+            )
         if self.max_off_policy_kl is not None and not (self.max_off_policy_kl >= 0 and math.isfinite(self.max_off_policy_kl)):
             raise ValueError(f"objective.max_off_policy_kl = {self.max_off_policy_kl!r}: must be None or a number >= 0")
         if self.row_filter == "all" and self.keep_rows:
@@ -157,14 +180,19 @@ class Objective:
         return self.advantage in ("token_entropy", "sequence_entropy") or self.token_filter == "top_entropy"
 
     @property
+    def needs_step_rewards(self) -> bool:
+        """The advantage is made of rewards of single steps."""
+        return self.advantage == "step_returns"
+
+    @property
     def needs_logp(self) -> bool:
         """The filter of tokens, or the choice of those to penalise, reads the log-probabilities of the start of the update."""
         return self.token_filter == "low_covariance" or self.cov_penalty > 0
 
     @property
     def has_entropy_bonus(self) -> bool:
-        """The policy's entropy is part of the loss."""
-        return _is_on(self.entropy_coef)
+        """The policy's entropy is part of the loss, or may become one."""
+        return self.entropy_target is not None or _is_on(self.entropy_coef)
 
 
 def _is_on(coefficient: Any) -> bool:

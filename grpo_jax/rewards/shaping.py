@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key, Real
+from jaxtyping import Bool, Float, Int, Key, Real, Shaped
 
 from grpo_jax.config import OverlongConfig
 from grpo_jax.masking import masked_mean
@@ -95,10 +95,15 @@ def shuffle_rewards(reward: Reward, key: Key[jax.Array, ""]) -> Reward:
     """Permute the rewards over the whole batch: a control experiment, in which reward says nothing about a completion."""
     # One key for all arrays is one permutation for all, so that what belongs to a row's reward stays together.
     task_PG, shaping_PG, is_scored_PG = jax.tree.map(
-        lambda x_PG: jax.random.permutation(key, x_PG.reshape(-1)).reshape(x_PG.shape),
-        (reward.task_PG, reward.shaping_PG, reward.is_scored_PG),
+        lambda x_PG: shuffle_rows(x_PG, key), (reward.task_PG, reward.shaping_PG, reward.is_scored_PG)
     )
     return Reward(task_PG, shaping_PG, reward.metrics, is_scored_PG)
+
+
+def shuffle_rows(x_PG: Shaped[Arrays, "P G *rest"], key: Key[jax.Array, ""]) -> Shaped[jax.Array, "P G *rest"]:
+    """Permute the rows of a batch over all of its groups; what follows the row's axes stays together."""
+    P, G = x_PG.shape[:2]
+    return jax.random.permutation(key, x_PG.reshape(P * G, *x_PG.shape[2:])).reshape(x_PG.shape)
 
 
 def make_batch(

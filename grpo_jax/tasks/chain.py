@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from grpo_jax.tasks.arithmetic import without_carrying
 from grpo_jax.tasks.table import MAX_PROBLEMS, TableTask, sample_distinct, take_at
 from grpo_jax.tasks.tokenizers import NUM_SPECIAL
-from grpo_jax.types import Arrays
+from grpo_jax.types import UNKNOWN, Arrays
+
+MAX_RESULT = 10_000  # beyond every sum; a longer number is none of them either
 
 
 class ChainTask(TableTask):
@@ -33,6 +36,7 @@ class ChainTask(TableTask):
         for row, terms in enumerate(found):
             digits = [NUM_SPECIAL + int(digit) for digit in str(sum(terms))]
             self._sum_NA[row, : len(digits)] = digits
+        self._partial_sum_NK = np.cumsum(np.asarray(found, np.int32), axis=1)[:, 1:]
         return found
 
     def question(self, problem: tuple[int, ...]) -> str:
@@ -63,6 +67,46 @@ class ChainTask(TableTask):
         is_ended_PG = end_PG < tokens_PGT.shape[-1]
         return is_ended_PG & (equals_PG == self.tokenizer.encode("=")[0]) & is_digit_right_PGA.all(-1)
 
+    def step_rewards(
+        self, answer: Int[Arrays, " P"], tokens_PGT: Int[Arrays, "P G T"], mask_PGT: Shaped[Arrays, "P G T"]
+    ) -> Float[jax.Array, "P G T"]:
+        """Give each written step its own reward, at the comma or stop token behind it: 1 if its result is the true partial sum.
+
+        Args:
+          answer: int32, rows of the table. tokens_PGT, mask_PGT: completions.
+        Returns: float32, 0 or 1 where a step ends, else UNKNOWN. A step beyond the last one is wrong.
+        """
+        comma, equals = self.tokenizer.encode(",=")
+        is_end_PGT = ((tokens_PGT == comma) | jnp.isin(tokens_PGT, jnp.asarray(self.stop_ids))) & (jnp.asarray(mask_PGT) > 0)
+        result_PGT = results(jnp.asarray(tokens_PGT), equals)
+        sums_NK = jnp.asarray(self._partial_sum_NK)
+        number_PGT = jnp.cumsum(is_end_PGT, -1) - 1
+        K = sums_NK.shape[1]
+        sum_PGT = jnp.take_along_axis(sums_NK[jnp.asarray(answer)][:, None], jnp.clip(number_PGT, 0, K - 1), axis=-1)
+        is_right_PGT = (result_PGT == sum_PGT) & (number_PGT < K)
+        return jnp.where(is_end_PGT, is_right_PGT.astype(jnp.float32), UNKNOWN)
+
     def final(self, completion: str) -> str:
         """Return what stands behind the last `=`."""
         return completion.rpartition("=")[2]
+
+
+def results(tokens_PGT: Int[jax.Array, "P G T"], equals: int) -> Int[jax.Array, "P G T"]:
+    """Read the number that stands between an `=` and each token; -1 where there is none.
+
+    Args:
+      tokens_PGT: completions. equals: the id of `=`.
+    """
+
+    def read(before_PG: jax.Array, token_PG: jax.Array) -> tuple[jax.Array, jax.Array]:
+        digit_PG = token_PG - NUM_SPECIAL
+        is_digit_PG = (digit_PG >= 0) & (digit_PG <= 9)
+        # -1: no number has begun; -2: it has, without a digit so far.
+        grown_PG = jnp.minimum(jnp.maximum(before_PG, 0) * 10 + digit_PG, MAX_RESULT)
+        goes_on_PG = is_digit_PG & (before_PG != -1)
+        after_PG = jnp.where(token_PG == equals, -2, jnp.where(goes_on_PG, grown_PG, -1))
+        return after_PG, jnp.maximum(before_PG, -1)
+
+    tokens_TPG = jnp.moveaxis(tokens_PGT, -1, 0)
+    _, found_TPG = jax.lax.scan(read, jnp.full_like(tokens_TPG[0], -1), tokens_TPG)
+    return jnp.moveaxis(found_TPG, 0, -1)

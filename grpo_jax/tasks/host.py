@@ -183,6 +183,8 @@ def data_metrics_of(selection: Selection) -> dict[str, float]:
     counts = {"data/train": float(len(selection.train)), "data/held_out": float(len(selection.held_out)), **dropped}
     if selection.num_conflicts:
         counts["data/conflicts"] = float(selection.num_conflicts)
+    if selection.unknown:
+        counts["data/unknown_text"] = float(len(selection.unknown))
     return counts
 
 

@@ -36,7 +36,8 @@ class Selection(NamedTuple):
     """The questions of a task.
 
     weights: of each stream. dropped: side -> reason (of REASONS) -> how many were left out. num_conflicts: questions
-    whose text an earlier row has with another answer. num_wanted: held-out questions that were asked for.
+    whose text an earlier row has with another answer. num_wanted: held-out questions that were asked for. unknown: those
+    whose prompt has text that the tokenizer has no token for.
     """
 
     train: list[Selected]
@@ -45,6 +46,7 @@ class Selection(NamedTuple):
     dropped: Mapping[str, collections.Counter[str]]
     num_conflicts: int
     num_wanted: int
+    unknown: list[Selected]
 
 
 def select(config: TaskConfig, tokenizer: Tokenizer, sources: Sequence[Source]) -> Selection:
@@ -84,7 +86,9 @@ def select(config: TaskConfig, tokenizer: Tokenizer, sources: Sequence[Source]) 
         )
     weights = {name: weight for source in sources for name, weight in source.weights.items()}
     num_wanted = sum(source.num_eval for source in sources)
-    selection = Selection(train, held_out, weights, dropped, len(conflicting), num_wanted)
+    unknown_id = getattr(tokenizer, "unknown_id", None)
+    unknown = [each for each in (*train, *held_out) if unknown_id in each.prompt.ids]
+    selection = Selection(train, held_out, weights, dropped, len(conflicting), num_wanted, unknown)
     say(selection, config.max_prompt_tokens, conflicting)
     _check_markup(fitting, [each.question for each in (*train, *held_out)])
     return selection
@@ -212,6 +216,13 @@ def say(selection: Selection, limit: int, conflicting: Sequence[tuple[Question, 
     ]
     if left_out:
         _log.warning("questions left out: %s", ", ".join(left_out))
+    if selection.unknown:
+        _log.warning(
+            "%s with text that the tokenizer has no token for, so the model cannot read it; the first: %s %r",
+            counted(len(selection.unknown), "prompt"),
+            selection.unknown[0].question.where,
+            selection.unknown[0].question.text[:80],
+        )
     if len(selection.held_out) < selection.num_wanted:
         _log.warning(
             "held out: %s, config.eval.num_prompts = %d: there are no more that differ and fit",

@@ -87,6 +87,7 @@ class HFTokenizer:
     eos_ids: every id that ends a completion: the tokenizer's, and those of generation_config.json and config.json (chat
     models often stop at another token than the one that ends a document). pad_id: an eos id if there is no pad token.
     prompt_prefix: ids that the tokenizer itself puts before a text (BOS); empty for many. limits: of the model's input.
+    unknown_id: stands for what the vocabulary has no token for; None: there is none.
 
     Args:
       path: of the model. chat_template: file of a template to use in place of the tokenizer's own; empty: its own.
@@ -120,6 +121,9 @@ class HFTokenizer:
             pad_id = self.eos_ids[0]
         self.pad_id: int = pad_id
         self.prompt_prefix = _prompt_prefix(self._tokenizer)
+        # Some name their end token here, which stands for no unknown text: a byte-level vocabulary knows all.
+        unknown_id = self._tokenizer.unk_token_id
+        self.unknown_id: int | None = None if unknown_id in (*self.eos_ids, self.pad_id) else unknown_id
 
     @property
     def has_chat_template(self) -> bool:
@@ -134,9 +138,21 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, with no special tokens added. Raises UserError if a token has no row in the model's embedding."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise UserError(f"model.path = {self.path!r}: {self._without_token(text)}: {_line(error)}") from error
         self.check_ids(ids, f"the text {_around(text)}")
         return ids
+
+    def _without_token(self, text: str) -> str:
+        """Say which character of a text the tokenizer refuses, or that it refuses the text."""
+        for char in dict.fromkeys(text):
+            try:
+                self._tokenizer.encode(char, add_special_tokens=False)
+            except Exception:
+                return f"its tokenizer has no token for {char!r}, in the text {_around(text)}"
+        return f"its tokenizer refuses the text {_around(text)}"
 
     def encode_prompt(self, text: str) -> list[int]:
         """Text -> ids as the tokenizer itself begins a text: behind one BOS, if it writes one; never with an end token."""
@@ -250,6 +266,11 @@ def _read_template(file: str) -> str:
 def _prompt_prefix(tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that a tokenizer puts before a text of its own accord."""
     probe = "a"
+    try:
+        tokenizer.encode(probe)
+    except Exception:  # one of characters that has no letters
+        special = set(tokenizer.all_special_ids)
+        probe = tokenizer.decode([next(i for i in range(len(tokenizer)) if i not in special)])
     plain, whole = tokenizer.encode(probe, add_special_tokens=False), tokenizer.encode(probe)
     for start in range(len(whole) - len(plain) + 1):
         if plain and whole[start : start + len(plain)] == plain:

@@ -180,5 +180,6 @@ def prefetch_first_batch(collect: Callable[[TrainState], Collected], state: Trai
 def copy_sampling_state(state: TrainState) -> TrainState:
     """Copy the part of a state that `Collect` reads; the copy outlives the donated state."""
     # No rollout reads Adam's moments and the reference, and where all weights are trained they are three times the policy.
-    read = dataclasses.replace(state, params=state.policy, base=None, opt_state=None, ref_params=None, next_batch=None)
+    unread = dict.fromkeys(("base", "opt_state", "ref_params", "moving_ref", "next_batch"))
+    read = dataclasses.replace(state, params=state.policy, **unread)
     return jax.tree.map(jnp.copy, read)

@@ -22,6 +22,7 @@ from grpo_jax.learner.train_step import TrainStep, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.objectives.adaptive import initial_adapted
 from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
@@ -41,7 +42,8 @@ from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
-from grpo_jax.types import Batch, Hyperparams, Params, TrainState, join_params
+from grpo_jax.training.stacking import MEMBER_AXES, SHARED_BASE_AXES
+from grpo_jax.types import Adapted, Batch, Hyperparams, Params, TrainState, join_params
 
 
 class CompiledUpdate(Protocol):
@@ -97,10 +99,13 @@ class TrainFns:
             num_prompts_drawn=jnp.int32(0),
             pending=None,
             hyperparams=hyperparams,
+            adapted=initial_adapted(config.objective),
         )
         # A copy, because every call donates the state and no buffer can be given away twice. Without a KL there is none, and
         # with adapters the frozen base is the reference: either saves the memory of all weights.
-        if config.objective.needs_reference and adapters is None:
+        if config.learner.ref_every:
+            state = dataclasses.replace(state, moving_ref=jax.tree.map(jnp.copy, trained))
+        elif config.objective.needs_reference and adapters is None:
             state = dataclasses.replace(state, ref_params=jax.tree.map(jnp.copy, weights))
         if config.dynamic_sampling.enabled:
             state = dataclasses.replace(state, pending=empty_buffer(self.example_batch(state.policy)))
@@ -115,11 +120,14 @@ class TrainFns:
         rolled = jax.eval_shape(self.sampler.run_rollout, policy, self.task.train_prompts(0, P), jax.random.key(0))
         row, is_scored = (jax.ShapeDtypeStruct((P, G), dtype) for dtype in (jnp.float32, jnp.bool_))
         credit = rolled.mask_PGT if knows_credit(self.task) else None
-        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit)
+        steps = rolled.mask_PGT if self.config.objective.needs_step_rewards else None
+        return Batch(rolled, row, row, jax.ShapeDtypeStruct((P,), jnp.int32), is_scored, credit, steps)
 
-    def advantages(self, hyperparams: Hyperparams, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+    def advantages(
+        self, hyperparams: Hyperparams, adapted: Adapted | None, batch: Batch
+    ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
         """Compute `advantages_with_grpo` of a batch."""
-        obj = with_hyperparams(self.config.objective, hyperparams)
+        obj = with_hyperparams(self.config.objective, hyperparams, adapted)
         return advantages_with_grpo(obj, batch, filter_truncated=self.config.overlong.filter)
 
 
@@ -130,7 +138,7 @@ class Run:
     fns: the functions before they are compiled. abstract_state: shapes and shardings of the state.
     init, collect, update, iterate, async_step: compiled; each donates the state. Runs of one static key share them
     (`with_config`), and so jit's cache. compile_iteration: what made `iterate` of the one in `fns`.
-    load_weights: loads or warm-starts all weights but adapters.
+    load_weights: loads or warm-starts all weights but adapters. shares_base: of a vmapped run, see there.
     """
 
     config: Config
@@ -146,7 +154,8 @@ class Run:
     compile_iteration: Callable[[Iteration], Iteration]
     async_step: Iteration
     load_weights: Callable[[], Params]
-    _advantages: Callable[[Hyperparams, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
+    _advantages: Callable[[Hyperparams, Adapted | None, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
+    shares_base: bool = False
 
     @functools.cached_property
     def evaluate(self) -> Evaluate:
@@ -164,9 +173,14 @@ class Run:
         has_frozen = self.abstract_state.base is not None or self.abstract_state.ref_params is not None
         return ("model.path", "model.path.tokenizer") if has_frozen else ("model.path.tokenizer",)
 
-    def advantages(self, batch: Batch) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
-        """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`."""
-        return self._advantages(self.hyperparams, batch)
+    def advantages(
+        self, batch: Batch, adapted: Adapted | None = None
+    ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]:
+        """Compute the advantages of a batch, and plain GRPO's of its rows; see `advantages_with_grpo`.
+
+        adapted: of a state; None: the numbers that the objective begins with.
+        """
+        return self._advantages(self.hyperparams, adapted, batch)
 
     def iterate_once(self, num_steps: int) -> Iteration:
         """Return a function like `iterate`, of fewer steps than config.steps_per_call; compiled when it is called."""
@@ -213,19 +227,27 @@ class Run:
             return trained
         return join_params(self.initial_weights(), trained)
 
-    def vmapped(self) -> Run:
-        """Return the same run with functions that advance many states of its static key, stacked on a leading axis."""
+    def vmapped(self, *, shares_base: bool = False) -> Run:
+        """Return the same run with functions that advance many states of its static key, stacked on a leading axis.
+
+        shares_base: the frozen weights under adapters are in the stacked state once, without that axis, and are read for all.
+        """
         # The axis of members is not sharded: each device has its shards of all of them, laid out as for a single run.
-        states = jax.tree.map(
-            lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), shardings_of(self.abstract_state)
-        )
-        collect, update = map(jax.vmap, (self.fns.collect, self.fns.update))
+        alone = shardings_of(self.abstract_state)
+        states = jax.tree.map(lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), alone)
+        axes = MEMBER_AXES
+        if shares_base:
+            states, axes = dataclasses.replace(states, base=alone.base), SHARED_BASE_AXES
+        collect = jax.vmap(self.fns.collect, in_axes=(axes,), out_axes=(axes, 0, 0))
+        update = jax.vmap(self.fns.update, in_axes=(axes, 0), out_axes=(axes, 0))
 
         def compile_iteration(iterate: Iteration) -> Iteration:
-            return jax.jit(jax.vmap(iterate), donate_argnums=0, out_shardings=(states, None, None))
+            over_members = jax.vmap(iterate, in_axes=(axes,), out_axes=(axes, 0, 0))
+            return jax.jit(over_members, donate_argnums=0, out_shardings=(states, None, None))
 
         return dataclasses.replace(
             self,
+            shares_base=shares_base,
             compile_iteration=compile_iteration,
             collect=jax.jit(collect, donate_argnums=0, out_shardings=(states, None, None)),
             update=jax.jit(update, donate_argnums=0, out_shardings=(states, None)),
@@ -327,6 +349,11 @@ def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainSt
 def check_task_suits(config: Config, task: Task) -> None:
     """Check that the task can be run as the config asks. Raises UserError naming the field."""
     # Not in config/validation.py: the task alone knows if it is traceable, and tests and programs bring tasks of their own.
+    if config.objective.needs_step_rewards and not hasattr(task, "step_rewards"):
+        raise UserError(
+            f"config.objective.advantage = {config.objective.advantage!r}: task {config.task.name!r} gives no rewards for "
+            "steps (`step_rewards`, as task chain does); use another advantage"
+        )
     if config.async_steps and task.is_traceable:
         raise UserError(
             f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "

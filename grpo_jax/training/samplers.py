@@ -171,6 +171,11 @@ class DeviceSampler:
         if knows_credit(self.task):
             sampled = rolled.tokens_PGT, rolled.mask_PGT, rolled.sampler_logp_PGT
             batch = dataclasses.replace(batch, credit_PGT=self.task.token_credit(rolled.prompts.answer, *sampled))
+        if self.config.objective.needs_step_rewards:
+            step_reward_PGT = self.task.step_rewards(rolled.prompts.answer, rolled.tokens_PGT, rolled.mask_PGT)
+            if self.config.shuffle_rewards:
+                step_reward_PGT = shaping.shuffle_rows(step_reward_PGT, shuffle_key)
+            batch = dataclasses.replace(batch, step_reward_PGT=step_reward_PGT)
         metrics = {**sample_metrics(batch, self.config.objective.success_threshold), **reward.metrics}
         return constrain(batch, self.mesh, ROWS), metrics
 

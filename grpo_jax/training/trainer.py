@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import math
-import operator
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import metrics as metrics_lib
@@ -41,6 +39,7 @@ from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
 from grpo_jax.training.signals import StopSignal
+from grpo_jax.training.stacking import share_base, stack_states, unstack
 from grpo_jax.training.summary import finalize_run
 from grpo_jax.training.trackers import make_callbacks
 from grpo_jax.types import Batch, TrainState
@@ -107,7 +106,8 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
-    summaries = train_members(runs[0].vmapped(), runs, workdirs, profiler, FROM_WHERE_IT_IS)
+    fns = runs[0].vmapped(shares_base=share_base([run.config for run in runs]))
+    summaries = train_members(fns, runs, workdirs, profiler, FROM_WHERE_IT_IS)
     return [(summary or {}).get("error", "") for summary in summaries]
 
 
@@ -128,9 +128,12 @@ def train_members(
     Raises: RunError if the runs are not all at one step, or a single one cannot go on.
     """
     with contextlib.ExitStack() as stack:
-        opened = [
-            stack.enter_context(open_run(run, workdir, start, callbacks)) for run, workdir in zip(runs, workdirs, strict=True)
-        ]
+        opened = []
+        for run, workdir in zip(runs, workdirs, strict=True):
+            member, state, step = stack.enter_context(open_run(run, workdir, start, callbacks))
+            if fns.shares_base and opened:  # at once: there is never more than one copy beside the shared one
+                state = dataclasses.replace(state, base=opened[0][1].base)
+            opened.append((member, state, step))
         members, states, resumed = zip(*opened, strict=True)
         # One call advances all members, and the step of a call decides what is due after it: they must be at the same one.
         if len(set(resumed)) > 1:
@@ -269,7 +272,7 @@ class Member:
         self.pending = pending
         if config.log.completions_every and step % config.log.completions_every == 0:
             # In every process, though only the first writes: rows of all of them are gathered.
-            adv_PGT, grpo_PG = self.run.advantages(batch)
+            adv_PGT, grpo_PG = self.run.advantages(batch, state.adapted)
             rows = completion_rows(batch, adv_PGT, grpo_PG, self.run.task.tokenizer, config.log.num_groups)
             if self.log:
                 self.log.completions(step, rows)
@@ -374,7 +377,7 @@ class Loop:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
         if resumed is None:
             states = [member.begin(state) for member, state in zip(self.members, states, strict=True)]
-        state = self.stack(states)
+        state = stack_states(states, shares_base=self.fns.shares_base)
         del states  # the calls donate it
         done = resumed or 0
         for step in self.calls(resumed):
@@ -386,13 +389,13 @@ class Loop:
             with self.profiler(step):
                 state, batch, pending = self.advance(state, step, num_steps=step - done)
             done = step
-            each = zip(self.members, self.unstack(state), self.unstack(batch), pending, strict=True)
+            each = zip(self.members, self.states_of(state), self.unstack(batch), pending, strict=True)
             for member, member_state, member_batch, member_pending in each:
                 member.after_step(member_state, member_batch, member_pending)
             if all(member.error for member in self.members):
                 break
         # After a SIGTERM this is the save that was asked for; at the end of a run the step is saved already.
-        for member, member_state in zip(self.members, self.unstack(state), strict=True):
+        for member, member_state in zip(self.members, self.states_of(state), strict=True):
             member.save(member_state)
 
     def calls(self, resumed: int | None) -> range:
@@ -465,25 +468,13 @@ class Loop:
         for member in self.members:
             member.flush_pending()
 
-    def stack(self, trees: Sequence[Any]) -> Any:
-        """Stack the trees of all members on a leading axis; the tree of a single one stays as it is."""
-        # A run by itself is no batch of one: its programs are those that were not vmapped.
-        if len(trees) == 1:
-            return trees[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    def states_of(self, state: TrainState) -> list[TrainState]:
+        """Split a stacked state into the members'."""
+        return unstack(state, len(self.members), shares_base=self.fns.shares_base)
 
     def unstack(self, tree: Any) -> list[Any]:
-        """The inverse of `stack`."""
-        if len(self.members) == 1:
-            return [tree]
-        return split_leading_axis(tree, len(self.members))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def split_leading_axis(tree: Any, num: int) -> list[Any]:
-    """Split a tree of arrays [num, ...] into num trees."""
-    # Under jit all slices are one call; a state has many leaves, and each would be dispatched num times.
-    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(num)]
+        """Split a stacked batch or metrics into the members'."""
+        return unstack(tree, len(self.members))
 
 
 def finalize_member(member: Member, workdir: pathlib.Path) -> dict[str, Any]:

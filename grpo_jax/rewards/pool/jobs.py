@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from grpo_jax.rewards.calling import Request
 from grpo_jax.rewards.pool.protocol import FAILED, pack_request
 
 # What became of a completion under one scorer.
@@ -131,9 +130,9 @@ class JobBatch:
             prompt = context.prompts_P[p]
         if facts.wants_ids and context.ids_PG is not None:
             ids = list(context.ids_PG[p][g : g + num])
-        # As a plain tuple: a class in a pickle is looked up by its name every time.
-        request = Request(dict(self.items[p]), list(self.completions_PG[p][g : g + num]), prompt, ids, context.step)
-        return pack_request(number, (name, tuple(request)))
+        # A Request, as a plain tuple: a class in a pickle is looked up by its name every time.
+        request = (dict(self.items[p]), list(self.completions_PG[p][g : g + num]), prompt, ids, context.step)
+        return pack_request(number, (name, request))
 
     def next_for(self, *, is_fresh: bool) -> int | None:
         """Find the job that a worker should do, which stays in the queue; None if there is none for it.

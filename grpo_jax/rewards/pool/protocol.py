@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 REQUEST = struct.Struct("<QQ")
 REPLY = struct.Struct("<4sQII")
-MARK, LAST_MARK = b"\xffGJ1", b"\xffGJ2"
+MARKS = MARK, LAST_MARK = b"\xffGJ1", b"\xffGJ2"
 FAILED = -math.inf
 SETUP = 0  # the number of a worker's first message
 MAX_TEXT = 1 << 16  # bytes
@@ -61,11 +61,13 @@ def read_reply(data: bytearray, number: int, num_scores: int) -> Reply | None:
     Returns: the reply, or None where more of it is to come.
     Raises: ProtocolError if it is no reply to this job.
     """
-    if data[: len(MARK)] not in (MARK[: len(data)], LAST_MARK[: len(data)]):
-        raise ProtocolError("bytes that are no reply")
     if len(data) < REPLY.size:
+        if not any(mark.startswith(data[: len(mark)]) for mark in MARKS):
+            raise ProtocolError("bytes that are no reply")
         return None
     mark, got, count, length = REPLY.unpack_from(data)
+    if mark not in MARKS:
+        raise ProtocolError("bytes that are no reply")
     if got != number:
         raise ProtocolError(f"a reply to job {got}, not to {number}")
     if count not in (0, num_scores) or length > MAX_TEXT:

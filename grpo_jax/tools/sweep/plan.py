@@ -121,7 +121,7 @@ def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any], where: s
                 break
             node = node[parent]
         # Settings for functions of one's own have names that no config lists.
-        has_any_name = parents in (["reward", "params"], ["objective", "params"])
+        has_any_name = parents[-1:] == ["params"]
         if not isinstance(node, dict) or (last not in node and not has_any_name):
             raise UserError(f"{where}: {dotted!r} is no field; `grpo-jax fields` lists them all")
         node[last] = value

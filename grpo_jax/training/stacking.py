@@ -1,0 +1,66 @@
+"""States of several runs as one, for a vmapped program: stacked on a leading axis, frozen weights that all share once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import Config
+from grpo_jax.types import TrainState
+
+# Of the fields of a stacked state, the axis of its members. A base under adapters has none: all members read the same one.
+MEMBER_AXES = TrainState(*(0 for _ in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]
+SHARED_BASE_AXES = dataclasses.replace(MEMBER_AXES, base=None)
+
+
+def share_base(configs: Sequence[Config]) -> bool:
+    """Tell if runs of one static key train adapters on the very same frozen weights.
+
+    Weights of a folder are the same whatever the seed; fresh ones, and their warm start, are made from the seed.
+    """
+    first = configs[0]
+    return bool(first.lora.rank) and bool(first.model.path or len({config.seed for config in configs}) == 1)
+
+
+def stack_states(states: Sequence[TrainState], *, shares_base: bool) -> TrainState:
+    """Stack the states of all members on a leading axis.
+
+    Args:
+      states: of one structure. shares_base: their bases are the same weights, of which the first's are taken.
+    Returns: the stacked state; that of a single member as it is, since its programs were not vmapped.
+    """
+    if len(states) == 1:
+        return states[0]
+    base = states[0].base
+    if shares_base:
+        states = [dataclasses.replace(state, base=None) for state in states]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return dataclasses.replace(state, base=base) if shares_base else state
+
+
+def unstack(tree: Any, num: int, *, shares_base: bool = False) -> list[Any]:
+    """Split a stacked tree into those of its members.
+
+    Args:
+      tree: a state, a batch or metrics. num: members; 1: it is not stacked. shares_base: it is a state with one base for all.
+    Returns: a tree for each member.
+    """
+    if num == 1:
+        return [tree]
+    if not shares_base:
+        return split_leading_axis(tree, num)
+    members = split_leading_axis(dataclasses.replace(tree, base=None), num)
+    return [dataclasses.replace(member, base=tree.base) for member in members]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def split_leading_axis(tree: Any, num: int) -> list[Any]:
+    """Split a tree of arrays [num, ...] into num trees."""
+    # Under jit all slices are one call; a state has many leaves, and each would be dispatched num times.
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(num)]
