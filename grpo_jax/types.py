@@ -9,6 +9,7 @@
     F  flattened positions, P * G * T C  positions of a chunk of them    J  ranks of sorted logits, the largest first
     W  rows of a decoding loop that has fewer than B
     E  evaluations along a run        M  seeds of a setting              Z  bootstrap resamples
+    X  experts of a token, of all layers
     1  an axis of that size           x  any axes, in statistics
 
 An array's name ends in its axes: `adv_BT`, `first_logits_PV`.
@@ -26,7 +27,7 @@ import flax.struct
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Bool, Float, Int, PyTree, Shaped, UInt
 
 Arrays = jax.Array | np.ndarray  # on a device, or on the host
 # An array; but trees of the same classes also hold shapes, shardings, specs or None in its place, to compile a program or to
@@ -58,6 +59,8 @@ class Rollout:
     sampler_logp_PGT, entropy_PGT: float32, nats, of the distribution sampled from (temperature, top-k and top-p included).
     support_PGT: int32, how many tokens that distribution kept; None when it kept all (no top-k, no top-p).
     is_truncated_PG: True if the completion ran into the length limit without a stop token.
+    experts_PGTX: the experts that took each token as the sampler read it, of all layers, as `experts.choices_of` writes them; 0
+      where it read none, as of a completion's last token. None in a model without experts.
     """
 
     prompts: Prompts
@@ -67,6 +70,7 @@ class Rollout:
     entropy_PGT: Float[Leaf, "P G T"]
     support_PGT: Int[Leaf, "P G T"] | None
     is_truncated_PG: Bool[Leaf, "P G"]
+    experts_PGTX: UInt[Leaf, "P G T X"] | None = None
 
 
 @flax.struct.dataclass

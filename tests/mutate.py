@@ -411,8 +411,8 @@ BUGS = [
     (
         "a microbatch is cut one token short",
         "grpo_jax/learner/batching.py",
-        "lengths(mask_PGT).max())",
-        "lengths(mask_PGT).max() - 1)",
+        "lengths(mask_PGT).max(), (",
+        "lengths(mask_PGT).max() - 1, (",
         "tests/test_batching.py",
     ),
     (
@@ -463,6 +463,27 @@ BUGS = [
         "is_chosen &= (is_token != 0)[..., None, None]",
         "pass",
         "tests/test_experts.py -k loads",
+    ),
+    (
+        "a device answers with its own numbers of other devices' experts",
+        "grpo_jax/models/experts.py",
+        "chosen_Ak - first",
+        "chosen_Ak",
+        "tests/test_experts.py -k some_of_the_experts",
+    ),
+    (
+        "rows of experts elsewhere are read",
+        "grpo_jax/models/experts.py",
+        "rows = jnp.where(is_own, rows, 0)",
+        "pass",
+        "tests/test_experts.py -k some_of_the_experts",
+    ),
+    (
+        "the sampler's experts are those of the token before",
+        "grpo_jax/rollout/decoding.py",
+        "experts_BTX.at[:, carry.t - 1].set",
+        "experts_BTX.at[:, carry.t].set",
+        "tests/test_experts.py -k records_the_experts",
     ),
     (
         "padding fades a state",

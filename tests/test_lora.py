@@ -18,8 +18,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models.export import export_folder
 from grpo_jax.models.families import read_architecture
+from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import DELTA_TARGETS, TARGETS, LoRA, init_adapters, merge_adapters, split_adapters, targets_of
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
+from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.training import trainer
@@ -27,7 +29,7 @@ from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
 from grpo_jax.types import join_params
 from tests import programs, tiny
-from tests.hf_models import jax_logits, left_padded, load, torch_logits, torch_model
+from tests.hf_models import MODELS, jax_logits, left_padded, load, torch_logits, torch_model
 
 LORA = LoRA(rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj"))
 MODEL = ModelDef(tiny.LLAMA, lora=LORA)
@@ -137,6 +139,16 @@ def test_what_never_changes_is_not_saved_and_comes_back_as_it_was(tmp_path, rank
 # ------------------------------------------------------------------------------------------------------------- PEFT
 
 
+ADAPTED = ("qwen3 tied", "qwen3.5")
+
+
+def is_joined(target, arch):
+    """If the folders have the matrix of an attention or MLP layer as a part of another tensor."""
+    part = "attn" if target in TARGETS[:4] else "mlp"
+    name = f"layers.{part}.{target.removesuffix('_proj')}.weight"
+    return arch.period == 1 and not arch.num_experts and leaf_slot(name, arch).is_joined
+
+
 # transformers 5 warns of names that peft still uses.
 peft_warns = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -148,14 +160,19 @@ def folder(tmp_path):
 
 
 @peft_warns
-@pytest.mark.parametrize("name", ["qwen3 tied", "qwen3.5"])
+@pytest.mark.parametrize(
+    "name", [*ADAPTED, *(pytest.param(name, marks=pytest.mark.nightly) for name in MODELS if name not in ADAPTED)]
+)
 @pytest.mark.slow
 def test_peft_loads_what_we_save(tmp_path, name):
+    """Of every family, on the matrices that transformers 5 has as modules of their own: not those of experts."""
     folder = tmp_path / "base"
     torch_model(name).save_pretrained(folder)
     arch = read_architecture(folder)
-    assert targets_of(arch) == (TARGETS if name == "qwen3 tied" else (*TARGETS[:4], *DELTA_TARGETS, *TARGETS[4:]))
-    lora = LoRA(rank=4, alpha=6.0, targets=targets_of(arch))
+    assert targets_of(arch) == (TARGETS if arch.delta is None else (*TARGETS[:4], *DELTA_TARGETS, *TARGETS[4:]))
+    targets = TARGETS[:4] if arch.num_experts else targets_of(arch)
+    lora = LoRA(rank=4, alpha=6.0, targets=tuple(each for each in targets if not is_joined(each, arch)))
+    assert lora.targets == targets or name in ("phi 4", "glm", "glm 4")
     model = ModelDef(arch, lora=lora)
     adapters = random_adapters(model)
     (tmp_path / "adapter").mkdir()
@@ -166,13 +183,14 @@ def test_peft_loads_what_we_save(tmp_path, name):
     @jax.jit
     def forward(params):
         decoder = model.bind(params)
-        return jnp.einsum("btd,vd->btv", decoder(tokens_BT, mask_BT), decoder.head_VD)
+        hidden_FD = decoder(tokens_BT, mask_BT).reshape(-1, arch.dim)
+        return head_logits(hidden_FD, decoder.head_VD, decoder.logit_cap).reshape(*tokens_BT.shape, -1)
 
     theirs = torch_logits(PeftModel.from_pretrained(torch_model(name), tmp_path / "adapter"), tokens_BT, mask_BT)
     plain = jax_logits(folder, tokens_BT, mask_BT)
     assert np.abs(theirs - plain)[mask_BT].max() > 0.1, "the adapters do nothing"
     ours = np.asarray(forward(join_params(base, adapters)))
-    np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5 if arch.delta is None else 2e-4)
+    np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5 if name == "qwen3 tied" else 2e-4)
     jax.tree.map(np.testing.assert_array_equal, load_adapters(tmp_path / "adapter", model), adapters)
 
 

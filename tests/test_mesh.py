@@ -1,4 +1,4 @@
-"""Eight devices as data x fsdp x tensor: the numbers of one device, and in the compiled programs only the expected traffic."""
+"""Eight devices as data x fsdp x expert x tensor: the numbers of one device, and in the programs only the expected traffic."""
 
 import collections
 import dataclasses
@@ -51,7 +51,8 @@ ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
 def config_of(sizes, changes=None):
-    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    """sizes: along data, fsdp, tensor, and along expert if there is a fourth."""
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"), sizes, strict=False))
     return tiny.config_of("grpo", {"mesh.fsdp_min_elements": 65, "optimizer.warmup_steps": 0, **axes, **(changes or {})})
 
 
@@ -66,9 +67,9 @@ def collectives(program, kind):
 
 
 @functools.cache
-def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH):
+def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH, bucket_tokens=64):
     """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
-    config = config_of(sizes, {"learner.num_microbatches": num_microbatches})
+    config = config_of(sizes, {"learner.num_microbatches": num_microbatches, "learner.bucket_tokens": bucket_tokens})
     config = dataclasses.replace(config, objective=objectives.get(variant))
     model, mesh = ModelDef(arch), make_mesh(config.mesh.sizes)
     optimizer_of = functools.partial(make_optimizer, config.optimizer, config.num_updates)
@@ -92,10 +93,16 @@ def batch_of(seed):
 
 @pytest.mark.parametrize(
     "sizes, num_microbatches, arch",
-    [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), (EIGHT, 2, EXPERTS), (EIGHT, 2, DELTA)]
+    [(EIGHT, 2, ARCH), ((1, 1, 2), 1, ARCH), ((1, 2, 2, 2), 2, EXPERTS), (EIGHT, 2, DELTA)]
     + [
         pytest.param(*each, marks=pytest.mark.nightly)
-        for each in [(EIGHT, 2, TWICE), ((8, 1, 1), 2, DELTA), ((1, 8, 1), 2, DELTA)]
+        for each in [
+            (EIGHT, 2, TWICE),
+            *(((8, 1, 1), num, arch) for num, arch in ((2, DELTA), (1, EXPERTS))),
+            *(((1, 8, 1), num, arch) for num, arch in ((2, DELTA), (1, EXPERTS))),
+            # A group that two microbatches share has its prompt in both, and its tokens count twice in the experts' load.
+            *((sizes, num, EXPERTS) for sizes, num in ((EIGHT, 2), ((2, 1, 1, 4), 1), ((1, 4, 1, 2), 1))),
+        ]
     ],
 )
 @pytest.mark.slow
@@ -115,6 +122,16 @@ def test_three_updates_are_those_of_one_device(sizes, num_microbatches, arch, mo
         if arch.num_experts:
             assert each["experts/load_entropy"] == pytest.approx(one["experts/load_entropy"], rel=1e-5)
             assert 0 < one["experts/load_entropy"] < math.log(arch.num_experts) and one["experts/load_max"] > 1
+
+
+@pytest.mark.nightly
+def test_devices_that_exchange_tokens_take_one_width():
+    """Of completions, in a branch of the program: in another one each would wait for the others for ever."""
+    _, params, _ = updated((1, 2, 1, 4), 1, arch=EXPERTS, bucket_tokens=2)
+    _, expected, _ = updated(ONE, 1, arch=EXPERTS)
+    longest = [batch_of(seed).rollout.mask_PGT.sum(-1).max(-1) for seed in range(3)]  # of each device's one group
+    assert any(len({2 * (each > 2) + (each > 4) for each in np.asarray(of_batch).tolist()}) > 1 for of_batch in longest)
+    assert tiny.largest_difference(params, expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -164,23 +181,33 @@ ROLLOUT = RolloutConfig(group_size=4, max_completion_tokens=6)
 
 
 @functools.cache
-def sampled(sizes):
+def sampled(sizes, arch=SHALLOW, max_live_sequences=0):
     """A policy with adapters sampled from; -> (compiled program, its Rollout)."""
     config = config_of(sizes)
-    model, mesh = ModelDef(SHALLOW, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh.sizes)
+    model, mesh = ModelDef(arch, lora=LoRA(3, 5.0, ("q_proj", "down_proj"))), make_mesh(config.mesh.sizes)
     adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), split_adapters(model.param_shapes())[1])
-    policy = join_params(tiny.random_params(SHALLOW), adapters)
+    policy = join_params(tiny.random_params(arch), adapters)
     policy = jax.device_put(policy, shardings_of(with_shardings(policy, mesh, config.mesh.fsdp_min_elements)))
-    weights, run = make_sampler_weights(config, mesh), make_rollout(model, ROLLOUT, EndTokens((3, 18), 0), mesh)
+    rollout = dataclasses.replace(ROLLOUT, max_live_sequences=max_live_sequences)
+    weights, run = make_sampler_weights(config, mesh), make_rollout(model, rollout, EndTokens((3, 18), 0), mesh)
     program = jax.jit(lambda policy, prompts, key: run(weights(policy), prompts, key))
     arguments = policy, tiny.random_prompts(8, 4, ARCH.vocab_size), jax.random.key(0)
     program = program.lower(*arguments).compile()
     return program, jax.device_get(program(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "arch", "max_live_sequences"),
+    [
+        (EIGHT, SHALLOW, 0),
+        ((1, 1, 2, 4), EXPERTS, 0),  # devices whose rows have ended go on for those that need their experts
+        pytest.param((2, 1, 1, 4), EXPERTS, 3, marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.slow
-def test_a_mesh_samples_the_same_tokens():
-    rolled, expected = (sampled(sizes)[1] for sizes in (EIGHT, ONE))
+def test_a_mesh_samples_the_same_tokens(sizes, arch, max_live_sequences):
+    rolled, expected = sampled(sizes, arch, max_live_sequences)[1], sampled(ONE, arch)[1]
+    jax.tree.map(np.testing.assert_array_equal, rolled.experts_PGTX, expected.experts_PGTX)
     np.testing.assert_array_equal(rolled.tokens_PGT, expected.tokens_PGT)
     np.testing.assert_allclose(rolled.sampler_logp_PGT, expected.sampler_logp_PGT, atol=1e-5)
     assert len(np.unique(expected.tokens_PGT)) > 10 and 0 < expected.is_truncated_PG.mean() < 1

@@ -1,5 +1,6 @@
 """The planner: its bytes against real arrays and XLA's account, its traffic against compiled programs, its sums by hand."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from grpo_jax.models.architecture import Delta
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, tables, times
+from grpo_jax.training import fit
 from tests import programs, tiny
 
 # Layers enough for a loop; wide enough that what is saved outweighs XLA's copies; all matrices are cut.
@@ -34,11 +36,13 @@ PUBLISHED = {
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3.5-4b": 4_205_751_296,  # of its text, as transformers counts them
 }
+EXPERTS = dataclasses.replace(ARCH, ffn_dim=32, mlp="experts", num_experts=8, experts_per_token=2)
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
 def job_of(sizes, changes=None, arch=ARCH):
-    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+    """sizes: along data, fsdp, tensor, and along expert if there is a fourth."""
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"), sizes, strict=False))
     small = {"rollout.max_completion_tokens": 33, "mesh.fsdp_min_elements": 65, "objective.kl_coef": 0.0}
     small |= {"model.dim": ARCH.dim, "model.num_heads": ARCH.num_heads, "model.num_kv_heads": ARCH.num_kv_heads}
     config = tiny.config_of("grpo", {**small, **axes, **(changes or {})})
@@ -67,9 +71,10 @@ def test_chips_are_plausible_and_have_sources():
 
 
 def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_network():
-    chip, mesh = chips.find_chip("H100"), job.mesh_of((4, 4, 2))
+    chip, mesh = chips.find_chip("H100"), job.mesh_of((4, 4, 1, 2))
     rates = {axis: chips.axis_rate(chip, mesh, axis) for axis in mesh.shape}
-    assert rates == {"data": chip.host_bytes_per_s, "fsdp": chip.link_bytes_per_s, "tensor": chip.link_bytes_per_s}
+    within = dict.fromkeys(("fsdp", "expert", "tensor"), chip.link_bytes_per_s)
+    assert rates == {"data": chip.host_bytes_per_s, **within}
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -133,9 +138,30 @@ def shapes_of(tree, shape):
 )
 def test_the_model_of_one_device_has_the_shapes_of_its_shards(arch, changes):
     planned = job_of((1, 2, 2), changes, arch=arch)
-    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 2)), 0)
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 1, 2)), 0)
     shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
     assert shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape) == shards
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4}])
+def test_the_model_of_one_device_has_its_experts_alone(changes):
+    """But the router's rows, which are few: a device chooses among all."""
+    planned = job_of((1, 2, 2, 4), changes, arch=EXPERTS)
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 4, 2)), 0)
+    shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
+    found = shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape)
+    differ = {path: (shards[path][1], shape[1]) for path, shape in found.items() if shape != shards[path]}
+    assert differ == {("layers", "mlp", "router", "weight"): (8, 2)}
+    assert planned.local_batch.P == job_of((2, 4, 2), changes, arch=EXPERTS).local_batch.P
+
+
+def test_the_estimate_counts_the_experts_of_one_device():
+    experts = sum(leaf.size for path, leaf in flatten_dict(ModelDef(EXPERTS).param_shapes()).items() if leaf.ndim == 4)
+    model, counted = ModelDef(EXPERTS), []
+    for expert in (1, 4):
+        counted.append(fit.num_weights(model, job.mesh_of((2, 1, expert, 2))))
+    assert counted[0] == sum(x.size for x in jax.tree.leaves(model.param_shapes()))
+    assert counted[0] - counted[1] == experts * 3 / 4
 
 
 @pytest.mark.parametrize("arch", [ARCH, DELTA], ids=["attention", "delta"])
@@ -246,6 +272,21 @@ def test_loops_count_as_often_as_they_run_and_of_branches_the_busiest():
     ]
 
 
+@pytest.mark.slow
+def test_tokens_that_visit_experts_are_counted():
+    """In the compiled update of two devices along expert: gathers and scatters there and back, gradients of the rest summed."""
+    planned = job_of((1, 1, 1, 2), {"model.remat": "none", "learner.num_microbatches": 1}, arch=EXPERTS)
+    found, sent = collections.defaultdict(float), {}
+    for each in collectives.traffic(compiled.compile_update(planned).as_text()):
+        found[each.kind] += each.num_bytes
+    for each in times.sent_by(planned):
+        if each.phase == times.UPDATE:
+            sent[each.what] = sent.get(each.what, 0) + each.num_bytes
+    exchanged = found["all-gather"] + found["reduce-scatter"]
+    assert exchanged == pytest.approx(sent["tokens to experts and back"], rel=0.05)
+    assert found["all-reduce"] == pytest.approx(sent["gradients of whole weights summed"], rel=0.05)
+
+
 def test_what_a_device_sends_over_data_does_not_grow_with_the_devices():
     """Gradients of a fixed part, 2 (n - 1) / n of it: twice the part at most."""
     parts = [
@@ -277,7 +318,7 @@ def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     peaks = {other.mesh: memory.peak_bytes(memory.parts_of(other)) for other in job.allowed_meshes(planned)}
     sizes = {tuple(mesh.shape.values()) for mesh in peaks}
     assert all(math.prod(each) == 8 for each in sizes)
-    assert {t for _, _, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
+    assert {t for *_, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
     chip = dataclasses.replace(chips.find_chip("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
     ranked = tables.rank_meshes(planned, chip)
     fits = [peak <= chip.hbm_bytes for peak, _, _ in ranked]

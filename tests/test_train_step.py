@@ -262,7 +262,7 @@ def test_a_forward_pass_runs_only_for_what_is_asked(kl_coef, old_logp, passes, m
 
         return counted
 
-    for name in ("policy_logprobs", "logprobs_and_load"):
+    for name in ("policy_logprobs", "logprobs_and_routing"):
         monkeypatch.setattr(train_step, name, counting(getattr(train_step, name)))
     spec = with_fields(SPEC, {"objective.kl_coef": kl_coef, "learner.old_logp": old_logp})
     jax.eval_shape(make_train_step(BIGRAM, lambda _: SGD, spec, tiny.mesh_of(1)), start(spec), batch_of())

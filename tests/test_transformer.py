@@ -191,7 +191,7 @@ def test_a_chain_of_decode_steps_is_the_forward(arch):
         junk = jax.tree.map(lambda x: x + 7.0, decoder.empty_caches(B, T + 2))
 
         def step(caches, slot):
-            hidden_BD, caches = decoder.decode_step(layers, caches, tokens_BT[:, slot], slot, prefix)
+            hidden_BD, caches, _ = decoder.decode_step(layers, caches, tokens_BT[:, slot], slot, prefix)
             return caches, hidden_BD
 
         _, hidden_TBD = jax.lax.scan(step, junk, jnp.arange(T))

@@ -141,8 +141,8 @@ def update_config(objective, sampling=None, max_completion_tokens=5, filter_trun
 
 def mesh_of(num_devices, fsdp=1):
     """A mesh over the first devices, with the axes that the package uses."""
-    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices // fsdp, fsdp, 1)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices // fsdp, fsdp, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def config_of(variant="grpo", changes=None):
@@ -195,7 +195,7 @@ class BigramDecoder:
         of_row_BD = jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)
         return last_PD, jnp.tanh(hidden_BTD + of_row_BD[:, None]), None
 
-    def no_load(self, tokens_BT):
+    def no_routing(self, tokens_BT):
         del tokens_BT  # it has no experts
 
     def encode_prompts(self, tokens_PS, mask_PS):

@@ -203,7 +203,7 @@ def _check_async(config: Config) -> None:
 
 def _require_mesh(config: Config) -> None:
     """Check the sizes of the mesh axes among each other; whether there are so many devices, `make_mesh` knows."""
-    axes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    axes = config.mesh.sizes
     for axis, size in axes.items():
         if size < 1 and size != -1:
             raise UserError(f"config.mesh.{axis} = {size}: a number of devices, or -1 for what the other axes leave")

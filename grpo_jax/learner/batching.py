@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int, Shaped
 
+from grpo_jax.parallel.sharding import largest_in_step
 from grpo_jax.types import Prompts, Rollout
 
 Tree = TypeVar("Tree")
@@ -74,8 +75,10 @@ def run_at_bucket(
     """
     if len(choices) == 1:
         return function(tree)
-    # Lengths are data of a compiled program, so a switch on the device chooses; the update never waits for the host.
-    place = (jnp.asarray(choices) < completion_lengths(mask_PGT).max()).sum()
+    # Lengths are data of a compiled program, so a switch on the device chooses; the update never waits for the host. Devices
+    # that exchange weights or tokens in each layer take one width: they wait for each other anyway.
+    longest = largest_in_step(completion_lengths(mask_PGT).max(), ("fsdp", "expert"))
+    place = (jnp.asarray(choices) < longest).sum()
     return jax.lax.switch(place, [lambda tree, width=width: function(truncate_length(tree, width)) for width in choices], tree)
 
 

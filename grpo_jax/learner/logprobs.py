@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.models.experts import Routing
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import ModelDef
@@ -300,21 +301,21 @@ def policy_logprobs(
     Returns: (logp_PGT, entropy_PGT), float32 nats; undefined but finite where masked. Gradient flows through logp_PGT, and
       through entropy_PGT if asked.
     """
-    return logprobs_and_load(model, params, rollout, sampling, chunk_tokens, has_entropy_gradient)[:2]
+    return logprobs_and_routing(model, params, rollout, sampling, chunk_tokens, has_entropy_gradient)[:2]
 
 
-def logprobs_and_load(
+def logprobs_and_routing(
     model: ModelDef,
     params: Params,
     rollout: Rollout,
     sampling: Sampling,
     chunk_tokens: int,
     has_entropy_gradient: bool = False,
-) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Float[jax.Array, "L E"] | None]:
-    """Compute what `policy_logprobs` does, and the number of tokens that each expert took.
+) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Routing | None]:
+    """Compute what `policy_logprobs` does, and which experts took the tokens.
 
     Args: as there.
-    Returns: (logp_PGT, entropy_PGT, tokens by layer and expert; None in a model without experts).
+    Returns: (logp_PGT, entropy_PGT, the experts, of a completion's first T - 1 tokens; None in a model without experts).
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
@@ -325,15 +326,17 @@ def logprobs_and_load(
     num_read = T - 1
     if model.hardware is not None:
         num_read = T
-    load_LE = decoder.no_load(tokens_BT)
+    routing = decoder.no_routing(tokens_BT)
     if num_read == 0:  # a completion of one token has no input at all
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD, load_LE = decoder.forward_with_prefix(
+        last_PD, later_BTD, routing = decoder.forward_with_prefix(
             *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
         )
         later = [later_BTD[:, : T - 1]]
+        if routing is not None:
+            routing = dataclasses.replace(routing, chosen_BTX=routing.chosen_BTX[:, : T - 1])
     # The prompt's last state predicts the first token.
     hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
     logp_F, entropy_F = token_logprobs(
@@ -348,4 +351,4 @@ def logprobs_and_load(
         has_entropy_gradient,
         decoder.tiles,
     )
-    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), load_LE
+    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), routing

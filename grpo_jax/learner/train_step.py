@@ -27,8 +27,9 @@ from grpo_jax.learner import batching
 from grpo_jax.learner.adaptation import adapt, refresh_reference
 from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, subtract_kl, trained_mask
 from grpo_jax.learner.hyperparams import with_hyperparams
-from grpo_jax.learner.logprobs import logprobs_and_load, policy_logprobs
+from grpo_jax.learner.logprobs import logprobs_and_routing, policy_logprobs
 from grpo_jax.metrics import Max, Mean, Metric, ShareEntropy, ShareMax
+from grpo_jax.models.experts import Routing, share_elsewhere
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives import Objective
 from grpo_jax.parallel.sharding import (
@@ -124,7 +125,9 @@ def make_train_step(
         (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
         metrics = metrics_lib.reduce_stacked(stacked)
         # Only before the first optimizer step do sampler and learner hold the same weights.
-        metrics["policy/sampler_logp_gap"] = jax.tree.map(lambda x: x[0], stacked["policy/sampler_logp_gap"])
+        for name in ("policy/sampler_logp_gap", "experts/sampler_differs"):
+            if name in stacked:
+                metrics[name] = jax.tree.map(lambda x: x[0], stacked[name])
         metrics.update(advantage_metrics(obj, batch, target.rollout.mask_PGT, target.advantage_PGT))
         moving_ref = refresh_reference(state.moving_ref, params, state.step + 1, config.learner)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, adapted=next_adapted, moving_ref=moving_ref)
@@ -370,7 +373,7 @@ def microbatch_loss(
     """
     rollout = target.rollout
     T = rollout.mask_PGT.shape[-1]
-    logp_PGT, entropy_PGT, load_LE = logprobs_and_load(
+    logp_PGT, entropy_PGT, routing = logprobs_and_routing(
         model,
         params,
         rollout,
@@ -403,9 +406,30 @@ def microbatch_loss(
         "policy/learner_entropy": Mean.of(jax.lax.stop_gradient(entropy_PGT), rollout.mask_PGT),
         "policy/sampler_logp_gap": Max(jnp.where(is_fresh_PGT, gap_PGT, 0.0).max()),
     }
-    if load_LE is not None:
-        metrics["experts/load_entropy"], metrics["experts/load_max"] = ShareEntropy(load_LE), ShareMax(load_LE)
+    if routing is not None:
+        metrics |= routing_metrics(routing, target, model.arch.experts_per_token)
     return (loss_BT * rows(weight_PGT)).sum(), metrics
+
+
+def routing_metrics(routing: Routing, target: Target, experts_per_token: int) -> dict[str, Metric]:
+    """Compute how evenly experts are loaded, and how often the learner chooses others than the sampler did.
+
+    Args:
+      routing: the learner's, of the microbatch. target: the microbatch, with the sampler's. experts_per_token: k.
+    Returns: metrics by name.
+    """
+    metrics: dict[str, Metric] = {
+        "experts/load_entropy": ShareEntropy(routing.load_LE),
+        "experts/load_max": ShareMax(routing.load_LE),
+    }
+    sampled_PGTX, mask_PGT = target.rollout.experts_PGTX, target.rollout.mask_PGT
+    if sampled_PGTX is not None:
+        # The sampler read a token if there is one behind it. Older groups were sampled with other weights.
+        is_read_PGT = target.is_fresh_PG[..., None] & (mask_PGT[..., 1:] > 0)
+        sampled_BTX = sampled_PGTX[:, :, :-1].reshape(routing.chosen_BTX.shape)
+        share_BT = share_elsewhere(routing.chosen_BTX, sampled_BTX, experts_per_token)
+        metrics["experts/sampler_differs"] = Mean.of(share_BT, is_read_PGT.reshape(share_BT.shape))
+    return metrics
 
 
 def weight_by_importance(target: Target, config: LearnerConfig) -> tuple[Float[jax.Array, "P G T"], dict[str, Metric]]:

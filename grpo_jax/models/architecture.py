@@ -144,4 +144,5 @@ class Architecture:
         cut = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "ffn_dim": self.ffn_dim}
         if self.delta is not None:
             cut |= {"delta.num_key_heads": self.delta.num_key_heads, "delta.num_value_heads": self.delta.num_value_heads}
-        return {"tensor": cut, "fsdp": {"dim": self.dim}}
+        experts = {"num_experts": self.num_experts} if self.num_experts else {}
+        return {"tensor": cut, "expert": experts, "fsdp": {"dim": self.dim}}

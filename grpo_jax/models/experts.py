@@ -2,22 +2,42 @@
 
 Rows are sorted by expert, and one grouped product multiplies each run of them with its expert's matrix. No expert has a limit:
 no token is ever dropped, and what a token gets does not depend on the others in its batch.
+
+On a mesh with the axis `expert` each of its devices has some of the experts. Tokens go to all of them, which add up what their
+own experts say, and the sum comes back. Where a token takes k experts, nearly every one of up to k devices has one of them, so
+that little travels in vain; and arrays have one size whatever the router chooses.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import project
 from grpo_jax.models.lora import LoRA, adapter_of
+
+# Tokens of all devices along `expert` are answered in parts of at least so many: with fewer, weights are read too often.
+PART_TOKENS = 4096
+
+
+@flax.struct.dataclass
+class Routing:
+    """Where a pass over prompts and completions sent its tokens.
+
+    load_LE: float32, how many tokens each expert of each layer took, padding not counted. chosen_BTX: the experts of the
+    completions' tokens, layer by layer, as `choices_of` writes them.
+    """
+
+    load_LE: Float[Any, "L E"]
+    chosen_BTX: UInt[Any, "B T X"]
 
 
 class ExpertLinear(nnx.Module):
@@ -53,7 +73,7 @@ class ExpertLinear(nnx.Module):
         """Multiply.
 
         Args:
-          x_MI: rows, sorted by expert. sizes_E: how many of them each expert has.
+          x_MI: rows, sorted by expert. sizes_E: how many of them each expert has; what rows behind them become is undefined.
         """
         y = grouped_product(x_MI, self.weight[...], sizes_E)
         if self.lora is None:
@@ -68,8 +88,8 @@ def grouped_product(
     """Multiply each run of rows with its expert's matrix.
 
     Args:
-      x_MI: rows, sorted by expert. weight_EIO: the matrices. sizes_E: the lengths of the runs, M in all.
-    Returns: in the dtype of x_MI.
+      x_MI: rows, sorted by expert. weight_EIO: the matrices. sizes_E: the lengths of the runs, M in all or less.
+    Returns: in the dtype of x_MI; undefined behind the last run.
     """
     return jax.lax.ragged_dot(x_MI, weight_EIO.astype(x_MI.dtype), sizes_E)
 
@@ -119,19 +139,84 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "*lead D"]) -> tuple[Float[Array, "*lead D"], Int[Array, "*lead k"]]:
         """Return (the output, the numbers of each token's experts)."""
-        E, k = self.arch.num_experts, self.arch.experts_per_token
         x_MD = x.reshape(-1, x.shape[-1])
         weight_Mk, chosen_Mk = self.router(x_MD)
+        if self.num_held == self.arch.num_experts:
+            y_MD = self._answer(x_MD, weight_Mk, chosen_Mk)
+        else:
+            y_MD = self._answer_all(x_MD, weight_Mk, chosen_Mk)
+        return y_MD.reshape(x.shape), chosen_Mk.reshape(*x.shape[:-1], -1)
+
+    @property
+    def num_held(self) -> int:
+        """Experts whose weights this device has: a shard is known by its shape."""
+        return self.expert_gate.weight.shape[0]
+
+    def _answer(
+        self, x_MD: Float[Array, "M D"], weight_Mk: Float[Array, "M k"], chosen_Mk: Int[Array, "M k"]
+    ) -> Float[Array, "M D"]:
+        """Add up what those of the tokens' experts say that are here.
+
+        Args:
+          x_MD: tokens. weight_Mk: of each of a token's experts. chosen_Mk: their numbers among those here; any other number is
+            an expert elsewhere.
+        """
+        k, num_held = chosen_Mk.shape[1], self.num_held
         chosen = chosen_Mk.reshape(-1)
+        is_all_here = num_held == self.arch.num_experts
+        if not is_all_here:
+            chosen = jnp.where((chosen >= 0) & (chosen < num_held), chosen, num_held)  # sorted behind all runs
         order = jnp.argsort(chosen)
-        sizes_E = count_choices(chosen, None, E)
+        sizes_E = count_choices(chosen, None, num_held)
         # A permutation of the rows' copies, and its inverse: gradients are then gathered too, and sums over a token's experts
         # are in one order, where a scatter would add in any.
         rows = _permute(jnp.repeat(x_MD, k, axis=0), order)
+        is_own = (jnp.arange(len(rows)) < sizes_E.sum())[:, None]
+        if not is_all_here:  # on the way in too, for the gradient of the other rows is as undefined as their products
+            rows = jnp.where(is_own, rows, 0)
         gated = self.activation(self.expert_gate(rows, sizes_E)) * self.expert_up(rows, sizes_E)
-        y_MkD = _permute(self.expert_down(gated, sizes_E), jnp.argsort(order)).reshape(-1, k, x.shape[-1])
-        y_MD = (y_MkD.astype(jnp.float32) * weight_Mk[..., None]).sum(1).astype(x.dtype)
-        return y_MD.reshape(x.shape), chosen_Mk.reshape(*x.shape[:-1], k)
+        y = self.expert_down(gated, sizes_E)
+        if not is_all_here:
+            y = jnp.where(is_own, y, 0)
+        y_MkD = _permute(y, jnp.argsort(order)).reshape(-1, k, x_MD.shape[-1])
+        return (y_MkD.astype(jnp.float32) * weight_Mk[..., None]).sum(1).astype(x_MD.dtype)
+
+    def _answer_all(
+        self, x_MD: Float[Array, "M D"], weight_Mk: Float[Array, "M k"], chosen_Mk: Int[Array, "M k"]
+    ) -> Float[Array, "M D"]:
+        """Answer the tokens of all devices along `expert` with the experts here, and add up the answers to this one's own.
+
+        Args: this device's tokens, with the weights and numbers of their experts among all. Returns: the tokens' outputs.
+        """
+        num_devices = self.arch.num_experts // self.num_held
+        first = jax.lax.axis_index("expert") * self.num_held
+        x_AD, weight_Ak, chosen_Ak = (jax.lax.all_gather(each, "expert", tiled=True) for each in (x_MD, weight_Mk, chosen_Mk))
+        y_AD = self._answer_in_parts((x_AD, weight_Ak, chosen_Ak - first), num_parts(num_devices, len(x_MD)))
+        return jax.lax.psum_scatter(y_AD, "expert", tiled=True)
+
+    def _answer_in_parts(self, tokens: tuple[Array, Array, Array], num: int) -> Float[Array, "A D"]:
+        """Do what `_answer` does in so many parts, one after the other: its arrays are those of one part.
+
+        Each of them must have room for the case that all of a token's experts are here.
+        """
+        if num == 1:
+            return self._answer(*tokens)
+        graphdef, state = nnx.split(self)
+        # The weights' gradient is a sum over the parts, and in bfloat16 later ones would be rounded away.
+        state = jax.tree.map(lambda weight: weight.astype(jnp.float32), state)
+        parts = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), tokens)
+        y = jax.lax.map(jax.checkpoint(lambda part: nnx.merge(graphdef, state)._answer(*part)), parts)
+        return y.reshape(-1, y.shape[-1])
+
+
+def num_parts(num_devices: int, num_tokens: int) -> int:
+    """Return the number of parts that the tokens of all devices along `expert` are answered in, a divisor of the devices.
+
+    Args:
+      num_devices: along `expert`. num_tokens: of one of them.
+    """
+    least = max(1, num_devices * num_tokens // PART_TOKENS)
+    return max(num for num in range(1, num_devices + 1) if num_devices % num == 0 and num <= least)
 
 
 @jax.custom_vjp
@@ -141,6 +226,28 @@ def _permute(x: Array, order: Array) -> Array:
 
 
 _permute.defvjp(lambda x, order: (x[order], order), lambda order, dy: (dy[jnp.argsort(order)], None))
+
+
+def choices_of(chosen: Sequence[Int[Array, "*lead k"]], num_experts: int) -> UInt[Array, "*lead X"]:
+    """Write a token's experts of all layers side by side, X = L k, in the smallest type that holds their numbers.
+
+    One axis and not two: on TPUs an axis of k numbers would take the room of 128.
+    """
+    dtype = jnp.uint8 if num_experts <= 256 else jnp.uint16
+    return jnp.concatenate([each.astype(dtype) for each in chosen], axis=-1)
+
+
+def share_elsewhere(
+    chosen_BTX: UInt[Array, "B T X"], other_BTX: UInt[Array, "B T X"], experts_per_token: int
+) -> Float[Array, "B T"]:
+    """Return the share of a token's experts, over all layers, that the other choice has not: 0 if both are the same sets.
+
+    Args:
+      chosen_BTX, other_BTX: as `choices_of` writes them. experts_per_token: k.
+    """
+    left, right = (x.reshape(*x.shape[:-1], -1, experts_per_token) for x in (chosen_BTX, other_BTX))
+    is_in_both = (left[..., :, None] == right[..., None, :]).any(-1)
+    return 1 - is_in_both.mean((-2, -1), dtype=jnp.float32)
 
 
 def count_choices(chosen: Int[Array, "*any"], is_token: Array | None, num_experts: int) -> Int[Array, " E"]:

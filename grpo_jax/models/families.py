@@ -324,7 +324,7 @@ TEXT_OF = {
 # What the families of `mistral3`'s text are called as models of their own.
 CLASSES = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 SHARED = ("dtype", "torch_dtype", "eos_token_id")  # settings that the text may leave to the whole
-OF_WHOLE = ("tie_word_embeddings",)  # settings of which transformers takes the whole's
+OF_WHOLE = ("tie_word_embeddings", "quantization_config")  # settings of which transformers takes the whole's
 
 # Settings with which the decoder would compute something else -> the one value, besides null and absent, that they may have in
 # a family that does not read them. transformers ignores some of them there; but who sets one means it.

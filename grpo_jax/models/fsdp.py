@@ -56,7 +56,7 @@ def make_layer_gather(layers: Params, shapes: Params, dtype: Any) -> GatherLayer
       layers: the stacked layers' parameters [L, ...], as this device holds them. shapes: the same tree, as full shapes.
       dtype: of the gathered weights.
     """
-    axes = jax.tree.map(sharded_axis, layers, shapes)
+    axes = jax.tree_util.tree_map_with_path(sharded_axis, layers, shapes)
     if not jax.tree.leaves(axes):  # None is no leaf
         return None
     of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
@@ -72,7 +72,7 @@ def all_gather_params(shards: Params, shapes: Params, dtype: Any) -> Params:
     """
 
     def gather_leaf(path: Any, shard: Array, shape: jax.ShapeDtypeStruct) -> Array:
-        axis = sharded_axis(shard, shape)
+        axis = sharded_axis(path, shard, shape)
         if axis is None:
             return shard
         return gather(shard, axis, tensor_spec(path_names(path), shape.shape), dtype)
@@ -80,9 +80,16 @@ def all_gather_params(shards: Params, shapes: Params, dtype: Any) -> Params:
     return jax.tree_util.tree_map_with_path(gather_leaf, shards, shapes)
 
 
-def sharded_axis(shard: Array, shape: jax.ShapeDtypeStruct) -> int | None:
-    """Return the axis along which `shard` is shorter than `shape`; None: it is full."""
-    return next((i for i, sizes in enumerate(zip(shard.shape, shape.shape, strict=True)) if sizes[0] != sizes[1]), None)
+def sharded_axis(path: Any, shard: Array, shape: jax.ShapeDtypeStruct) -> int | None:
+    """Return the axis along which fsdp has made `shard` shorter than `shape`; None: it is full.
+
+    Experts that another device has are no shard of this one's: along their axis nothing is gathered.
+    """
+    axes = logical_axes(path_names(path))[-shard.ndim :]
+    for i, (name, here, full) in enumerate(zip(axes, shard.shape, shape.shape, strict=False)):
+        if here != full and LOGICAL_AXIS_RULES.get(name or "") == "fsdp":
+            return i
+    return None
 
 
 def tensor_spec(names: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:

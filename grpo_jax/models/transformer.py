@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from grpo_jax.models import exact
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Attention, AttentionView, KVCache, Prefix, make_views, select_view
-from grpo_jax.models.experts import Experts, count_choices
+from grpo_jax.models.experts import Experts, Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
@@ -224,13 +224,13 @@ class Decoder(nnx.Module):
         mask_PS: Shaped[Array, "P S"],
         tokens_BT: Int[Array, "B T"],
         mask_BT: Shaped[Array, "B T"],
-    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Float[Array, "L E"] | None]:
+    ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Routing | None]:
         """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
         Args:
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
-        Returns: (hidden_PD at each prompt's last token, hidden_BTD, how many tokens each expert of each layer took). States are
-          behind the final norm; padding is not counted; without experts there is None.
+        Returns: (hidden_PD at each prompt's last token, hidden_BTD, the tokens' experts). States are behind the final norm;
+          without experts there is None.
         """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
@@ -245,19 +245,22 @@ class Decoder(nnx.Module):
                 return (x_PSD, x_BTD), None
             E = self.arch.num_experts
             load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
-            return (x_PSD, x_BTD), load_E.astype(jnp.float32)
+            return (x_PSD, x_BTD), (load_E.astype(jnp.float32), choices_of([chosen_BTk], E))
 
-        (x_PSD, x_BTD), loads = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
-        load_LE = None
+        (x_PSD, x_BTD), kept = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        routing = None
         if self.arch.num_experts:  # those of one period are neighbours
-            load_LE = jnp.stack(loads, 1).reshape(self.arch.num_layers, -1)
-        return self.finish(x_PSD[:, -1]), self.finish(x_BTD), load_LE
+            load_LE, chosen_LBTk = (jnp.stack(each, 1).reshape(-1, *each[0].shape[1:]) for each in zip(*kept, strict=True))
+            routing = Routing(load_LE, jnp.moveaxis(chosen_LBTk, 0, 2).reshape(*tokens_BT.shape, -1))
+        return self.finish(x_PSD[:, -1]), self.finish(x_BTD), routing
 
-    def no_load(self, tokens: Int[Array, "*lead"]) -> Float[Array, "L E"] | None:
-        """Return the counts of `forward_with_prefix` before any token; they vary over the mesh axes that `tokens` do."""
-        if not self.arch.num_experts:
+    def no_routing(self, tokens_BT: Int[Array, "B T"]) -> Routing | None:
+        """Return the routing of `forward_with_prefix` before any token; it varies over the mesh axes that the tokens do."""
+        L, E, arch = self.arch.num_layers, self.arch.num_experts, self.arch
+        if not E:
             return None
-        return vary_like(jnp.zeros((self.arch.num_layers, self.arch.num_experts)), tokens)
+        none_B0X = choices_of([jnp.zeros((len(tokens_BT), 0, L * arch.experts_per_token), jnp.int32)], E)
+        return vary_like(Routing(jnp.zeros((L, E)), none_B0X), tokens_BT)
 
     def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
         """Return what causal rows see of themselves and, where they continue prompts, of those."""
@@ -338,13 +341,14 @@ class Decoder(nnx.Module):
         tokens_B: Int[Array, " B"],
         slot: int | Int[Array, "..."],
         prefix: Prefix,
-    ) -> tuple[Float[Array, "B D"], list[Kept]]:
+    ) -> tuple[Float[Array, "B D"], list[Kept], UInt[Array, "B X"] | None]:
         """Run one token of each row and write what the layers keep of it to the caches.
 
         Args:
           layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
           slot: where they are written, one for all rows or [B]. prefix: of the P prompts; B is a multiple of P.
-        Returns: (hidden_BD after the final norm, the caches with slot `slot` filled).
+        Returns: (hidden_BD after the final norm, the caches with slot `slot` filled, the tokens' experts as `choices_of`
+          writes them or None).
         """
         # Later slots are masked, not cut off: the cache's size is static, and they may hold anything.
         lengths_B1 = jnp.repeat(prefix.lengths_P, len(tokens_B) // len(prefix.lengths_P))[:, None]
@@ -355,13 +359,18 @@ class Decoder(nnx.Module):
         x_B1D = self.embed_tokens(tokens_B)[:, None]
         # A Python loop over layers: their weights are separate arrays (`unstack_layers` says why), and as each layer's kind is
         # static, its view needs no select.
-        filled = []
+        filled, choices = [], []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             block = nnx.merge(graphdefs[i % self.arch.period], weights)
             view = views[i in self.arch.local_layers]
-            x_B1D, cache, _ = exact.run_block(self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot)
+            x_B1D, cache, chosen_B1k = exact.run_block(
+                self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot
+            )
             filled.append(cache)
-        return self.finish(x_B1D)[:, 0], filled
+            if chosen_B1k is not None:
+                choices.append(chosen_B1k[:, 0])
+        chosen_BX = choices_of(choices, self.arch.num_experts) if choices else None
+        return self.finish(x_B1D)[:, 0], filled, chosen_BX
 
 
 def init_params(arch: Architecture, key: Array) -> Params:

@@ -1,8 +1,8 @@
 """The device mesh, and the shardings of rows, parameters and optimizer state on it.
 
-Rows are spread over `data` and `fsdp`; that part of a program is written by hand, in `shard_map`. Parameters, and all that
-is shaped like them, are sharded along `fsdp` and `tensor` by one table; computing on shards along `tensor` is left to the
-compiler, which adds one sum over devices after attention and one after the MLP.
+Rows are spread over `data`, `fsdp` and `expert`; that part of a program is written by hand, in `shard_map`. Parameters, and
+all that is shaped like them, are sharded along `fsdp`, `expert` and `tensor` by one table; computing on shards along `tensor`
+is left to the compiler, which adds one sum over devices after attention and one after the MLP.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from grpo_jax.errors import UserError
 
 # `tensor` last, so that its devices have successive numbers, on GPUs those of one host: they exchange activations inside every
-# layer, and the devices of the other axes no more than weights and gradients.
-AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # each of their devices has rows of its own; those of `tensor` share theirs
+# layer; those of `expert`, before it, do in layers with experts, and the devices of the other axes no more than weights and
+# gradients.
+AXES = ("data", "fsdp", "expert", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")  # each of their devices has rows of its own; those of `tensor` share theirs
 ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batches
 REPLICATED = PartitionSpec()
 
 # Logical axis of a parameter -> the mesh axis that it is sharded along. Matrices have one of each kind, so that both mesh axes
 # divide their memory; heads and FFN channels go to `tensor`, because attention and the MLP compute on each independently.
-LOGICAL_AXIS_RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
+LOGICAL_AXIS_RULES = {
+    **{"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"},
+    **{"width": "fsdp", "experts": "expert"},
+}
 # The logical axes of a layer's matrices, (out, in) and of experts (E, out, in). Their biases and adapters follow. Experts' own
 # weights are [E, in, out].
 PARAM_LOGICAL_AXES = {
@@ -45,8 +50,9 @@ PARAM_LOGICAL_AXES = {
     "rate": ("heads", "width"),
     "conv": ("heads", "taps"),
     "out": ("width", "heads"),
-    # Every device has all experts, and of each a shard: rows need not travel to where an expert is.
-    "router": ("experts", "width"),
+    # Along `expert` a device has some of the experts, along the other axes a part of each. The choice among all of them is
+    # every device's own.
+    "router": ("choices", "width"),
     "expert_gate": ("experts", "ffn", "width"),
     "expert_up": ("experts", "ffn", "width"),
     "expert_down": ("experts", "width", "ffn"),
@@ -55,19 +61,19 @@ HEAD_NUMBERS = ("log_rate", "rate_bias")  # of a gated delta net: vectors with a
 
 
 def make_mesh(wanted: Mapping[str, int]) -> Mesh:
-    """Make the mesh (data, fsdp, tensor) over all devices, or the first ones.
+    """Make the mesh of AXES over all devices, or the first ones.
 
     Args:
-      wanted: devices along each of AXES, -1 (one at most) for what the others leave.
+      wanted: devices along each of AXES, -1 (one at most) for what the others leave; an axis that is not named has one.
     Raises: UserError if there are not enough devices, or if on several hosts some would be left out.
     """
     num_devices = jax.device_count()
-    sizes = axis_sizes(wanted, num_devices)
+    sizes = axis_sizes({axis: wanted.get(axis, 1) for axis in AXES}, num_devices)
     # A process all of whose devices were left out would have nothing to compute, and yet must come to every collective call.
     if jax.process_count() > 1 and math.prod(sizes.values()) < num_devices:
         raise UserError(f"config.mesh: {sizes} leaves some of {num_devices} devices out; on several hosts take all, or one -1")
     devices = jax.devices()[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
@@ -91,11 +97,13 @@ def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
 
     Args:
       sizes: mesh axis -> {name of a size: the size}, as `Architecture.sharded_sizes` gives it.
-    Raises: UserError naming the size that does not divide.
+    Raises: UserError naming the size that does not divide, or the axis along which the model has nothing.
     """
     # `param_spec` would replicate what does not divide. For the vocabulary that is fine; for heads or width the mesh axis would
     # save no memory, silently.
     for axis, fields in sizes.items():
+        if not fields and mesh.shape[axis] > 1:
+            raise UserError(f"config.mesh.{axis} = {mesh.shape[axis]}: the model has no {axis}s; set it to 1")
         for name, size in fields.items():
             if size % mesh.shape[axis]:
                 divisor = math.gcd(*fields.values())
@@ -240,8 +248,17 @@ def drop_mesh_axis(specs: Any, axis: str) -> Any:
     return jax.tree.map(lambda spec: PartitionSpec(*(None if each == axis else each for each in spec)), specs)
 
 
+def held_specs(tree: Any, mesh: Mesh) -> Any:
+    """Return, leaf by leaf, the specs of weights that `fsdp` no longer shards, as `shard_map` over the rows takes them."""
+    # Of the axes that are manual there only `expert` is left.
+    specs = specs_of(tree, mesh, 0)
+    for axis in ("fsdp", "tensor"):
+        specs = drop_mesh_axis(specs, axis)
+    return specs
+
+
 def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype: Any) -> Any:
-    """Gather weights over fsdp as a rollout reads them at every token; they stay sharded along `tensor`.
+    """Gather weights over fsdp as a rollout reads them at every token; they stay sharded along `expert` and `tensor`.
 
     Args:
       params: sharded as `param_spec` says. mesh, min_elements: as there. dtype: the compute dtype.
@@ -259,6 +276,18 @@ def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype
         return constrain(shard, mesh, drop_mesh_axis(spec, "fsdp"))
 
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
+
+
+def largest_in_step(x: Array, axes: tuple[str, ...]) -> Array:
+    """Return the largest x, an integer or bool, among the devices of these mesh axes; outside of `shard_map` x itself.
+
+    Devices that exchange arrays inside a loop or a branch must go the same way: what decides it is made one with this.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    if not axes:
+        return x
+    return jax.lax.pmax(x.astype(jnp.int32), axes).astype(x.dtype)
 
 
 def vary_over(x: Array, axes: tuple[str, ...]) -> Array:

@@ -13,15 +13,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, UInt
 
+from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Prefix
+from grpo_jax.models.experts import choices_of
 from grpo_jax.models.flash import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, Kept
 from grpo_jax.parallel.hardware import Hardware
-from grpo_jax.parallel.sharding import vary_like
+from grpo_jax.parallel.sharding import largest_in_step, vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw
 from grpo_jax.rollout.stops import StopStrings
 
@@ -47,24 +49,30 @@ class Completions:
     """B completions of up to T tokens; pad_id and zeros where no token has been drawn.
 
     drawn: a Draw whose arrays are [B, T]. mask_BT: float32, 1 on drawn tokens. is_done_B: ended by a stop.
+    experts_BTX: as `Rollout.experts_PGTX`.
     """
 
     drawn: Draw
     mask_BT: Float[jax.Array, "B T"]
     is_done_B: Bool[jax.Array, " B"]
+    experts_BTX: UInt[jax.Array, "B T X"] | None = None
 
     @classmethod
-    def blank(cls, num_rows: int, num_tokens: int, pad_id: int) -> Completions:
+    def blank(cls, num_rows: int, num_tokens: int, pad_id: int, arch: Architecture) -> Completions:
         """Make room for tokens, none drawn yet.
 
         Args:
           num_rows: B. num_tokens: T.
-          pad_id: the token of every empty slot.
+          pad_id: the token of every empty slot. arch: says if there are experts.
         Returns: Completions with an empty mask.
         """
         shape = (num_rows, num_tokens)
         drawn = Draw(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
-        return cls(drawn, jnp.zeros(shape), jnp.zeros(num_rows, bool))
+        experts_BTX = None
+        if arch.num_experts:
+            no_choice = jnp.zeros((*shape, arch.num_layers * arch.experts_per_token), jnp.int32)
+            experts_BTX = choices_of([no_choice], arch.num_experts)
+        return cls(drawn, jnp.zeros(shape), jnp.zeros(num_rows, bool), experts_BTX)
 
 
 @flax.struct.dataclass
@@ -140,20 +148,20 @@ class DecodeContext:
 
     def next_logits(
         self, caches: list[Kept], last_B: Int[jax.Array, " B"], slot: Int[jax.Array, " *B"], prefix: Prefix
-    ) -> tuple[Float[jax.Array, "B V"], list[Kept]]:
+    ) -> tuple[Float[jax.Array, "B V"], list[Kept], UInt[jax.Array, "B X"] | None]:
         """Compute the logits of the token after `last_B`.
 
         Args:
           caches: what each layer keeps of earlier tokens. last_B: the last token of each row, which `slot` of the caches takes.
           slot: one for all rows, or one for each. prefix: the rows' prompts.
-        Returns: (float32 logits [B, V], the caches with `slot` filled).
+        Returns: (float32 logits [B, V], the caches with `slot` filled, the experts of `last_B` or None).
         """
-        hidden_BD, caches = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
-        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap, self.decoder.tiles), caches
+        hidden_BD, caches, chosen_BX = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
+        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap, self.decoder.tiles), caches, chosen_BX
 
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""
-        return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.ends.pad_id)
+        return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.ends.pad_id, self.decoder.arch)
 
 
 # -------------------------------------------------------------------------------------------------------- side by side
@@ -189,6 +197,14 @@ def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None, hardware
     return tuple(-(-num_slots * i // (4 * LANES)) * LANES for i in (1, 2, 3, 4))
 
 
+def _go_on(is_wanted: Bool[jax.Array, ""]) -> Bool[jax.Array, ""]:
+    """Say if a loop goes on: where experts are sharded, as long as one of the devices that have them wants to.
+
+    Its tokens need the experts of the others. What these draw for rows that have ended is not written.
+    """
+    return largest_in_step(is_wanted, ("expert",))
+
+
 def decode_batched(ctx: DecodeContext) -> Completions:
     """Decode all completions side by side, each in a row of its own, until the longest has ended."""
     B, T = len(ctx.keys_B), ctx.max_completion_tokens
@@ -203,7 +219,7 @@ def decode_batched(ctx: DecodeContext) -> Completions:
         carry = dataclasses.replace(carry, caches=[cache.pad_to(num_slots) for cache in carry.caches])
         end = min(num_slots + 1, T)  # a cache holds all tokens but the one that was drawn last
         carry = jax.lax.while_loop(
-            lambda c, end=end: (c.t < end) & ~c.done.is_done_B.all(), lambda c: _step_batched(ctx, c), carry
+            lambda c, end=end: _go_on((c.t < end) & ~c.done.is_done_B.all()), lambda c: _step_batched(ctx, c), carry
         )
     return carry.done
 
@@ -211,8 +227,12 @@ def decode_batched(ctx: DecodeContext) -> Completions:
 def _step_batched(ctx: DecodeContext, carry: _BatchedState) -> _BatchedState:
     """Draw one more token in every row."""
     last_B = jax.lax.dynamic_index_in_dim(carry.done.drawn.token_B, carry.t - 1, axis=1, keepdims=False)
-    logits_BV, caches = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
-    return _draw_column(ctx, dataclasses.replace(carry, caches=caches), logits_BV)
+    logits_BV, caches, chosen_BX = ctx.next_logits(carry.caches, last_B, carry.t - 1, ctx.prefix)
+    done = carry.done
+    if chosen_BX is not None and done.experts_BTX is not None:
+        chosen_BX = jnp.where(done.is_done_B[:, None], 0, chosen_BX)  # a row that has ended is read on for nothing
+        done = dataclasses.replace(done, experts_BTX=done.experts_BTX.at[:, carry.t - 1].set(chosen_BX))
+    return _draw_column(ctx, dataclasses.replace(carry, caches=caches, done=done), logits_BV)
 
 
 def _draw_column(ctx: DecodeContext, carry: _BatchedState, logits_BV: Float[jax.Array, "B V"]) -> _BatchedState:
@@ -223,7 +243,8 @@ def _draw_column(ctx: DecodeContext, carry: _BatchedState, logits_BV: Float[jax.
     # that slots behind a stop token hold pad_id and zeros. The stop token itself is still live: it is trained on.
     live_B = ~done.is_done_B
     column = jax.tree.map(lambda x, b: jnp.where(live_B, x, b), new, Draw._make((ctx.ends.pad_id, 0.0, 0.0, 0)))
-    done = Completions(
+    done = dataclasses.replace(
+        done,
         drawn=jax.tree.map(lambda old_BT, x_B: old_BT.at[:, carry.t].set(x_B), done.drawn, column),
         mask_BT=done.mask_BT.at[:, carry.t].set(live_B.astype(jnp.float32)),
         is_done_B=done.is_done_B | is_stop_B,
@@ -280,7 +301,7 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)
     return jax.lax.while_loop(
-        lambda c: (c.next_completion < B) | ~c.is_free_W.all(), lambda c: _decode_until_refill(ctx, c), carry
+        lambda c: _go_on((c.next_completion < B) | ~c.is_free_W.all()), lambda c: _decode_until_refill(ctx, c), carry
     ).done
 
 
@@ -291,7 +312,9 @@ def _decode_until_refill(ctx: DecodeContext, carry: _ContinuousState) -> _Contin
     inputs = _gather_row_inputs(ctx, carry.completion_W)
     # A refill copies prompts and a free row draws for nothing: waiting until a few rows are free keeps both small.
     most_free = jnp.where(carry.next_completion < B, -(-W // REFILL_FRACTION), W)
-    return jax.lax.while_loop(lambda c: c.is_free_W.sum() < most_free, lambda c: _step_continuous(ctx, inputs, c), carry)
+    return jax.lax.while_loop(
+        lambda c: _go_on(c.is_free_W.sum() < most_free), lambda c: _step_continuous(ctx, inputs, c), carry
+    )
 
 
 def _refill(ctx: DecodeContext, carry: _ContinuousState) -> _ContinuousState:
@@ -332,13 +355,18 @@ def _step_continuous(ctx: DecodeContext, inputs: _RowInputs, carry: _ContinuousS
     # A row's first token comes of its prompt's logits. What the decoder computes for it in that step, from the last token of
     # the completion before, is not used, and slot 0 is written again in the next step, before anything reads it.
     slot_W = jnp.maximum(carry.t_W - 1, 0)
-    logits_WV, caches = ctx.next_logits(carry.caches, carry.last_W, slot_W, inputs.prefix)
+    logits_WV, caches, chosen_WX = ctx.next_logits(carry.caches, carry.last_W, slot_W, inputs.prefix)
     logits_WV = jnp.where(carry.t_W[:, None] == 0, inputs.first_logits_WV, logits_WV)
     new, memory, is_stop_W = ctx.draw(logits_WV, inputs.keys_W, carry.t_W, carry.memory)
     # Row B does not exist and mode="drop" leaves its writes out: no spare row, and no select over [B, T] at every token.
     to_W = jnp.where(carry.is_free_W, B, carry.completion_W)
     done = carry.done
-    done = Completions(
+    if chosen_WX is not None and done.experts_BTX is not None:
+        # Of a row that has begun only: before, the token that was read was another completion's.
+        read_W = jnp.where(carry.t_W > 0, to_W, B)
+        done = dataclasses.replace(done, experts_BTX=done.experts_BTX.at[read_W, slot_W].set(chosen_WX, mode="drop"))
+    done = dataclasses.replace(
+        done,
         drawn=jax.tree.map(lambda old_BT, x_W: old_BT.at[to_W, carry.t_W].set(x_W, mode="drop"), done.drawn, new),
         mask_BT=done.mask_BT.at[to_W, carry.t_W].set(1.0, mode="drop"),
         is_done_B=done.is_done_B.at[to_W].set(is_stop_W, mode="drop"),

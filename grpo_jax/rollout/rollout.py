@@ -94,4 +94,5 @@ def rollout(
         entropy_PGT=done.drawn.entropy_B,
         support_PGT=done.drawn.support_B if sampling.is_cut else None,
         is_truncated_PG=~done.is_done_B,
+        experts_PGTX=done.experts_BTX,
     )

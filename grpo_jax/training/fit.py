@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax.config import Config
 from grpo_jax.learner.logprobs import Chunks
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel import hosts
-from grpo_jax.parallel.sharding import num_row_shards
+from grpo_jax.parallel.sharding import num_row_shards, specs_of
 from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.types import TrainState
 
@@ -42,8 +42,8 @@ class Choice:
 class Share:
     """One device's part of the work. groups, group_size: of a minibatch. prompt_tokens, tokens: slots of each row.
 
-    state_bytes: what lies there all the time. trained: numbers here that get gradients. weights: numbers of the whole policy.
-    tensor_size, fsdp_size: devices along these axes.
+    state_bytes: what lies there all the time. trained: numbers here that get gradients. weights: numbers of the whole policy,
+    of experts those of one device along `expert`. tensor_size, fsdp_size, expert_size: devices along these axes.
     """
 
     groups: int
@@ -55,6 +55,7 @@ class Share:
     weights: float
     tensor_size: int
     fsdp_size: int
+    expert_size: int = 1
 
     def tokens_of(self, num_microbatches: int) -> int:
         """Count the tokens of a microbatch, prompts once a piece of their group (`batching.split_microbatches`)."""
@@ -92,9 +93,10 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         tokens=rollout.max_completion_tokens,
         state_bytes=_local_bytes(state),
         trained=_local_numbers(state.params),
-        weights=sum(math.prod(x.shape) for x in jax.tree.leaves(model.param_shapes())),
+        weights=num_weights(model, mesh),
         tensor_size=mesh.shape["tensor"],
         fsdp_size=mesh.shape["fsdp"],
+        expert_size=mesh.shape["expert"],
     )
     choice = choose(config, model, share, memory)
     hosts.say(
@@ -165,7 +167,16 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     if share.fsdp_size > 1:  # a layer at a time, and embedding and head with their float32 gradients
         table = (1 + (not arch.tie_embeddings)) * V * D / tensor
         copies = (item + F32) * (table + (weights - table) / L)
-    return share.state_bytes + gradients + copies + item * tokens * (L * kept + layer) + logits + head
+    exchanged = (share.expert_size > 1) * 2 * share.expert_size * D  # all devices' tokens of a layer, and the answers
+    return share.state_bytes + gradients + copies + item * tokens * (L * kept + layer + exchanged) + logits + head
+
+
+def num_weights(model: ModelDef, mesh: Mesh) -> float:
+    """Count the policy's numbers, of experts those of one device along `expert`."""
+    shapes = model.param_shapes()
+    specs = jax.tree.leaves(specs_of(shapes, mesh, 0), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(shapes)]
+    return sum(size / mesh.shape["expert"] ** ("expert" in spec) for size, spec in zip(sizes, specs, strict=True))
 
 
 def _local_bytes(tree: TrainState) -> float:

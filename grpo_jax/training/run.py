@@ -391,7 +391,7 @@ def check_batch_divisible(config: Config, mesh: Mesh) -> None:
     if in_minibatch % shards:
         raise UserError(
             f"config.rollout.num_prompts = {prompts} in config.learner.num_minibatches = {learner.num_minibatches}: "
-            f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp); use a multiple, "
+            f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp x mesh.expert); use a multiple, "
             "or set config.mesh.data"
         )
     groups, num = in_minibatch // shards, learner.microbatches

@@ -25,7 +25,14 @@ from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.metrics import Max, Mean, Metric, Std
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
-from grpo_jax.parallel.sharding import REPLICATED, ROWS, constrain, gather_params_for_decoding, shard_map_over_batch
+from grpo_jax.parallel.sharding import (
+    REPLICATED,
+    ROWS,
+    constrain,
+    gather_params_for_decoding,
+    held_specs,
+    shard_map_over_batch,
+)
 from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
@@ -61,19 +68,19 @@ def make_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: 
     Returns: run(params, prompts, key) -> Rollout. params: as `gather_params_for_decoding` gives them; sharded over fsdp they
       would be gathered in every call.
     """
-    # By hand and not by the compiler: its loop would run in all devices until the last row of all had ended, and agree on that
-    # with a collective at every token.
-    sharded = shard_map_over_batch(
-        lambda params, prompts, keys_PG: rollout(model, params, prompts, keys_PG, config, ends),
-        mesh,
-        (REPLICATED, ROWS, ROWS),
-        ROWS,
-    )
 
     def run(params: Params, prompts: Prompts, key: Key[jax.Array, ""]) -> Rollout:
         # Made outside of `sharded`, where a row still has its number in the global batch: so the mesh changes no sample.
         keys_PG = row_keys(key, len(prompts.tokens_PS), config.group_size)
         prompts, keys_PG = constrain((prompts, keys_PG), mesh, ROWS)
+        # By hand and not by the compiler: its loop would run in all devices until the last row of all had ended, and agree on
+        # that with a collective at every token.
+        sharded = shard_map_over_batch(
+            lambda params, prompts, keys_PG: rollout(model, params, prompts, keys_PG, config, ends),
+            mesh,
+            (held_specs(params, mesh), ROWS, ROWS),
+            ROWS,
+        )
         return sharded(params, prompts, keys_PG)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,12 +72,14 @@ class Job:
 
     @property
     def local_model(self) -> ModelDef:
-        """The decoder that one device of `tensor` computes, as a model of its own, to be traced and counted as such.
+        """The decoder that one device of `tensor` and `expert` computes, as a model of its own, to be traced and counted.
 
-        Its parameters have the shapes of one device's shards (tests/test_plan.py): a size that is divided here and not by
-        the table of `parallel.sharding`, or the other way round, would make the plan wrong.
+        Its parameters have the shapes of one device's shards, but for the router's (tests/test_plan.py): a size that is divided
+        here and not by the table of `parallel.sharding`, or the other way round, would make the plan wrong.
         """
         arch, t = self.model.arch, self.mesh.shape["tensor"]
+        # If all experts take as many tokens, a device is asked as often as its own tokens ask.
+        num_experts = arch.num_experts // self.mesh.shape["expert"]
         vocab_size = arch.vocab_size
         if vocab_size % t == 0:  # otherwise embedding and head are replicated
             vocab_size //= t
@@ -90,6 +93,8 @@ class Job:
             num_heads=arch.num_heads // t,
             num_kv_heads=arch.num_kv_heads // t,
             ffn_dim=arch.ffn_dim // t,
+            num_experts=num_experts,
+            experts_per_token=min(arch.experts_per_token, num_experts),
             vocab_size=vocab_size,
         )
         return dataclasses.replace(self.model, arch=local)
@@ -147,7 +152,7 @@ def drop_path(model: ModelConfig, shape: str) -> ModelConfig:
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Any:
-    """Make a mesh without devices."""
+    """Make a mesh without devices. sizes: along AXES."""
     # `Auto` as in `sharding.make_mesh`: the programs that are traced for it are the same.
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -159,17 +164,19 @@ def require_allowed(job: Job) -> None:
 
 
 def allowed_meshes(job: Job) -> list[Job]:
-    """List the same job on every allowed data x fsdp x tensor of as many devices. Raises UserError if there is none."""
+    """List the same job on every allowed mesh of as many devices. Raises UserError if there is none."""
     num, found = job.mesh.size, []
-    for tensor in divisors(num):
-        for fsdp in divisors(num // tensor):
-            # The checks of a real run decide, so that a sweep never recommends a mesh that the run would refuse.
-            other = dataclasses.replace(job, mesh=mesh_of((num // tensor // fsdp, fsdp, tensor)))
-            try:
-                require_allowed(other)
-            except UserError:
-                continue
-            found.append(other)
+    for tensor, expert, fsdp in itertools.product(divisors(num), repeat=3):
+        data, rest = divmod(num, tensor * expert * fsdp)
+        if rest:
+            continue
+        # The checks of a real run decide, so that a sweep never recommends a mesh that the run would refuse.
+        other = dataclasses.replace(job, mesh=mesh_of((data, fsdp, expert, tensor)))
+        try:
+            require_allowed(other)
+        except UserError:
+            continue
+        found.append(other)
     if not found:
         raise UserError(
             f"--devices={num}: no mesh of so many suits the model and config.rollout.num_prompts; try another number"

@@ -78,7 +78,7 @@ def peak_bytes(parts: list[Part]) -> float:
 def state_like(job: Job) -> TrainState:
     """Return the shapes and shardings of the state, as `run.assemble` has them."""
     # Shapes do not depend on the mesh. Asking for them on a mesh of one lets a sweep over meshes trace them only once.
-    alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1)))
+    alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1, 1)))
     return run.abstract_state_of(job.config, job.mesh, state_shapes(alone))
 
 
@@ -157,9 +157,17 @@ def update_parts(job: Job) -> list[Part]:
     V, D = per_token(job.local_model).head_shape
     head = F32 * V * (2 * chunk + D)
     rows = job.local_batch.P * job.local_batch.G
+    choices = job.model.arch.num_layers * job.model.arch.experts_per_token
+    width = 1 + (job.model.arch.num_experts > 256)
     # About ten arrays [rows, T] of 4 bytes: tokens, masks, log-probabilities, entropies, advantages and weights.
     return [
         Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
+        Part(
+            UPDATE,
+            "experts as sampled",
+            f"{rows:g} rows x {sizes.T:g} tokens x {choices} x {width} B",
+            rows * sizes.T * choices * width,
+        ),
         Part(UPDATE, "saved for the backward pass", describe_residuals(kept, sizes), saved),
         recomputed_part(job),
         Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B", copies * gradient),
@@ -176,6 +184,7 @@ def update_parts(job: Job) -> list[Part]:
             max(0.0, (2 - copies) * gradient + offloaded - saved),
         ),
         *gather_parts(job),
+        exchange_part(job),
     ]
 
 
@@ -268,6 +277,14 @@ def with_arch(job: Job, **changes: Any) -> Job:
     return dataclasses.replace(job, model=dataclasses.replace(job.model, arch=arch))
 
 
+def exchange_part(job: Job) -> Part:
+    """Count the tokens of all devices along `expert`, and what the experts here say to them."""
+    expert, sizes = job.mesh.shape["expert"], job.local_microbatch
+    tokens, D = sizes.P * (sizes.S + sizes.G * sizes.T), job.model.arch.dim
+    how = f"2 x {expert} x {tokens:g} tokens x {D} x {job.itemsize} B"
+    return Part(UPDATE, "tokens of a layer, exchanged", how, (expert > 1) * 2 * expert * tokens * D * job.itemsize)
+
+
 def gather_parts(job: Job) -> list[Part]:
     """Count what fsdp gathers for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
@@ -285,8 +302,8 @@ def gather_parts(job: Job) -> list[Part]:
 
 def layer_and_table_numbers(job: Job) -> tuple[int, int]:
     """Count the policy's weights on one device once fsdp has gathered them: (of all layers, of everything else)."""
-    _, _, tensor = job.mesh.shape.values()
-    leaves = flatten_dict(with_shardings(job.model.param_shapes(), mesh_of((1, 1, tensor)), 0))
+    held = mesh_of((1, 1, job.mesh.shape["expert"], job.mesh.shape["tensor"]))
+    leaves = flatten_dict(with_shardings(job.model.param_shapes(), held, 0))
     # By path and not by name: a parameter that is new is in one of the two, never in none.
     layers = sum(numbers_here(leaf) for path, leaf in leaves.items() if "layers" in path)
     return layers, sum(map(numbers_here, leaves.values())) - layers

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
 
-from grpo_jax.parallel.sharding import param_spec
+from grpo_jax.parallel.sharding import ROW_AXES, param_spec
 from grpo_jax.tools.plan.chips import Chip, axis_rate
 from grpo_jax.tools.plan.job import Job
 from grpo_jax.tools.plan.memory import (
@@ -113,29 +116,21 @@ def iteration_secs(stages: list[Stage]) -> float:
 
 def sent_by(job: Job) -> list[Sent]:
     """List all traffic of an iteration, as it follows from the layout, without metrics, log-probabilities and token ids."""
-    return [each for each in (*row_traffic(job), *tensor_traffic(job)) if each.num_bytes]
+    return [each for each in (*row_traffic(job), *expert_traffic(job), *tensor_traffic(job)) if each.num_bytes]
 
 
 def row_traffic(job: Job) -> list[Sent]:
-    """List what goes over `data` and `fsdp`: weights gathered by the devices that compute with them, gradients summed."""
-    data, fsdp, _ = job.mesh.shape.values()
-    learner, item = job.config.learner, job.itemsize
+    """List what weights make: over `fsdp` they are gathered by the devices that compute with them; gradients are summed."""
+    learner, item, fsdp = job.config.learner, job.itemsize, job.mesh.shape["fsdp"]
     steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.microbatches
     state = state_like(job)
-    layers, tables, _ = sharded_numbers(job, state.policy)
+    layers, tables = gathered_numbers(job, state.policy)
     # With adapters all weights are gathered, but only the adapters have a gradient.
-    grad_layers, grad_tables, full = sharded_numbers(job, state.params)
+    grad_layers, grad_tables = gathered_numbers(job, state.params)
     share = (fsdp - 1) / fsdp
     # A layer is gathered forward and backward; a table once, what it gives is kept.
     gathers = microbatches * (steps * (2 * layers + tables) + num_scored(job) * (layers + tables))
     scatters = microbatches * steps * (grad_layers + grad_tables)
-    # A gradient of a sharded weight is scattered over fsdp first, so that data sums shards only: that is why data's share does
-    # not grow with the model's devices. What is not sharded is summed over both axes at once.
-    shards = (grad_layers + grad_tables) / fsdp
-    n = data * fsdp
-    outer = "fsdp"
-    if data > 1:
-        outer = "data"  # the sum crosses it, and it is the slower one
     return [
         Sent(
             ROLLOUT,
@@ -146,40 +141,79 @@ def row_traffic(job: Job) -> list[Sent]:
         ),
         Sent(UPDATE, "fsdp", "weights gathered", f"{gathers:,.0f} x {item} B x {share:g}", gathers * item * share),
         Sent(UPDATE, "fsdp", "gradients scattered", f"{scatters:,.0f} x {F32} B x {share:g}", scatters * F32 * share),
-        Sent(
-            UPDATE,
-            "data",
-            "gradients of parts summed",
-            f"{steps} x 2 x {shards:,.0f} x {F32} B x {(data - 1) / data:g}",
-            steps * 2 * shards * F32 * (data - 1) / data,
-        ),
-        Sent(
-            UPDATE,
-            outer,
-            "gradients of whole weights summed",
-            f"{steps} x 2 x {full:,.0f} x {F32} B x {(n - 1) / n:g}",
-            steps * 2 * full * F32 * (n - 1) / n,
-        ),
+        *(gradient_sum(job, axes, numbers, steps) for axes, numbers in summed_numbers(job, state.params).items()),
     ]
 
 
-def sharded_numbers(job: Job, params: Params) -> tuple[float, float, float]:
-    """Count the numbers of one device of `tensor`: (of layers, of tables sharded along fsdp, of all that is not sharded).
+def gradient_sum(job: Job, axes: tuple[str, ...], numbers: float, steps: int) -> Sent:
+    """Return the sum of a device's gradients over the axes that their weights are replicated over.
+
+    A gradient of a sharded weight is scattered over fsdp first, so that the other axes sum shards only: that is why data's
+    share does not grow with the model's devices.
+    """
+    n = math.prod(job.mesh.shape[axis] for axis in axes)
+    crossed = [axis for axis in axes if job.mesh.shape[axis] > 1]
+    what = "gradients of whole weights summed" if "fsdp" in axes else "gradients of parts summed"
+    how = f"{steps} x 2 x {numbers:,.0f} x {F32} B x {(n - 1) / n:g}"
+    # The first of them is the slowest.
+    return Sent(UPDATE, (*crossed, "data")[0], what, how, steps * 2 * numbers * F32 * (n - 1) / n)
+
+
+def gathered_numbers(job: Job, params: Params) -> tuple[float, float]:
+    """Count the numbers that a device has once fsdp has gathered them: (of layers, of tables), of what fsdp shards.
 
     params: sharded shapes, as `state_like` has them.
     """
-    layers = tables = full = 0.0
+    layers = tables = 0.0
+    for path, leaf, spec in _leaves(job, params):
+        if "fsdp" in spec:
+            numbers = numbers_here(leaf) * job.mesh.shape["fsdp"]
+            layers, tables = layers + numbers * ("layers" in path), tables + numbers * ("layers" not in path)
+    return layers, tables
+
+
+def summed_numbers(job: Job, params: Params) -> dict[tuple[str, ...], float]:
+    """Count {row axes that weights are replicated over: numbers of them that a device has}.
+
+    params: as in `gathered_numbers`.
+    """
+    found: dict[tuple[str, ...], float] = collections.defaultdict(float)
+    for _, leaf, spec in _leaves(job, params):
+        found[tuple(axis for axis in ROW_AXES if axis not in spec)] += numbers_here(leaf)
+    return found
+
+
+def _leaves(job: Job, params: Params) -> Iterator[tuple[tuple[str, ...], Any, PartitionSpec]]:
     leaves: dict[Any, Any] = flatten_dict(params)
     for path, leaf in leaves.items():
-        spec = param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
-        numbers = numbers_here(leaf)
-        if "fsdp" not in spec:
-            full += numbers
-        elif "layers" in path:
-            layers += numbers * job.mesh.shape["fsdp"]
-        else:
-            tables += numbers * job.mesh.shape["fsdp"]
-    return layers, tables, full
+        yield path, leaf, param_spec(path, leaf.shape, job.mesh, job.config.mesh.fsdp_min_elements)
+
+
+def expert_traffic(job: Job) -> list[Sent]:
+    """List the tokens that visit other devices' experts: each is gathered, and the answers to it are summed where it was."""
+    expert, arch, learner = job.mesh.shape["expert"], job.model.arch, job.config.learner
+    # A token in the compute dtype, and of each of its experts number and weight; the answer is a token again.
+    there, back = arch.dim * job.itemsize + arch.experts_per_token * 2 * F32, arch.dim * job.itemsize
+    # Backwards the same the other way round; layers that are computed again gather again, their answers are not asked for.
+    again = job.model.remat_policy != "none"
+    update = learner.num_epochs * ((2 + again) * there + 2 * back) + num_scored(job) * (there + back)
+    tokens = num_tokens(job)
+    return [
+        Sent(
+            phase,
+            "expert",
+            "tokens to experts and back",
+            f"{arch.num_layers} layers x {tokens:g} tokens x {width:,} B x {expert - 1}",
+            arch.num_layers * tokens * width * (expert - 1),
+        )
+        for phase, width in ((ROLLOUT, there + back), (UPDATE, update))
+    ]
+
+
+def num_tokens(job: Job) -> float:
+    """Count the tokens that a device's rows run through the layers, a prompt's once."""
+    batch = job.local_batch
+    return batch.P * batch.S + batch.P * batch.G * (batch.T - 1)
 
 
 def tensor_traffic(job: Job) -> list[Sent]:
@@ -187,12 +221,12 @@ def tensor_traffic(job: Job) -> list[Sent]:
 
     So is what a gated delta net's joined queries, keys and values take to come to their heads' devices.
     """
-    tensor, batch, item = job.mesh.shape["tensor"], job.local_batch, job.itemsize
+    tensor, item = job.mesh.shape["tensor"], job.itemsize
     repeats = job.model.arch.num_layers // job.model.arch.period  # where kinds of layers alternate, of all of them together
     if tensor == 1:
         return []
     learner, ring = job.config.learner, 2 * (tensor - 1) / tensor
-    tokens = batch.P * batch.S + batch.P * batch.G * (batch.T - 1)
+    tokens = num_tokens(job)
     forward, backward = summed_widths(job)
     num_forward = learner.num_epochs + num_scored(job)
     if job.model.remat == "full":
