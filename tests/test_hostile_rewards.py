@@ -16,7 +16,9 @@ import pytest
 from grpo_jax.config import RewardConfig, ScoringConfig
 from grpo_jax.errors import RunError
 from grpo_jax.rewards.pool import protocol
+from grpo_jax.rewards.pool.pool import ScoringPool
 from grpo_jax.rewards.pool.protocol import ProtocolError, Reply, one_line, pack_reply, read_reply
+from grpo_jax.rewards.pool.worker import Worker
 from grpo_jax.rewards.reward_function import RewardFunction
 from tests.test_scoring import ends, is_alive
 
@@ -89,6 +91,12 @@ import ctypes, os, pickle, signal, struct, subprocess, sys, tempfile, threading,
 
 def good(completion):
     return float(completion.startswith("a"))
+
+def counts_in_its_row(completion, item):
+    item["count"] = item.get("count", 0) + 1
+    if "hangs" in completion:
+        time.sleep(1000)
+    return good(completion) if item["count"] == 1 else -1.0
 
 def forks(completion, item):
     os.fork()
@@ -233,6 +241,39 @@ def test_every_score_is_the_right_one_all_the_same(hostile, tmp_path, caplog, na
         assert np.all(reward.is_scored_PG) and reward.shaping_PG.sum() == 12
     # A second answer, of a forked child, would have cost the worker.
     assert name == "closes_everything" or not [said for said in caplog.messages if "was ended" in said]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Workers get all jobs of a prompt in one message, as those of a quick scorer do."""
+    sent = []
+
+    def send(worker, jobs, frame):
+        sent.append(len(jobs))
+        return original(worker, jobs, frame)
+
+    original = Worker.send
+    monkeypatch.setattr(Worker, "send", send)
+    monkeypatch.setattr(ScoringPool, "_num_together", lambda *_: 99)
+    return sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scribbles", "kills_its_parent", "fills_memory"])
+def test_a_fault_costs_its_own_job_and_none_that_was_sent_with_it(hostile, tmp_path, together, name):
+    test_a_fault_costs_its_own_job_and_no_other(hostile, tmp_path, name)
+    assert max(together) == 4
+
+
+@pytest.mark.slow
+def test_jobs_that_are_sent_together_are_apart(hostile, tmp_path, together):
+    """Each has its own row, and those behind one that hangs are done by others."""
+    completions_PG = [["a", "b", "a hangs", "a", "b"], ["a", "a", "b", "b", "a"]]
+    reward = score(hostile("counts_in_its_row", num_workers=1, time_limit_secs=1.0), completions_PG, tmp_path / "none")
+    is_hung_PG = np.array([["hangs" in text for text in row] for row in completions_PG])
+    np.testing.assert_array_equal(np.asarray(reward.is_scored_PG), ~is_hung_PG)
+    np.testing.assert_array_equal(reward.task_PG, rights(completions_PG) * ~is_hung_PG)
+    assert together[0] == 5
 
 
 @pytest.mark.slow

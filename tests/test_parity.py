@@ -1,5 +1,6 @@
 """Losses, gradients and advantages beside the numbers of the frameworks' own code (experiments/peers/*_objectives.py)."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import objectives
+from grpo_jax.objectives.adaptive import adapt_entropy_coef
 from tests.test_objectives import f32
 
 PARITY = pathlib.Path(__file__).parent / "parity"
@@ -92,6 +94,22 @@ def test_advantages_are_trls(name, variant, fields):
     rewards = parts_BK.sum(1), BATCH["mask"], BATCH["entropy"]
     adv_BT = objectives.advantages(obj, *rewards, group_size=TRL["group_size"], reward_parts_BK=parts_BK)
     close(adv_BT[:, 0], TRL["advantages"][name]["values"])
+
+
+def test_the_entropy_bonus_is_steered_as_trls():
+    """The weight after each step. TRL applies it by the entropy of the step before, the paper and ours by that of the step."""
+    numbers = TRL["adaptive_entropy"]
+    settings, c = numbers["settings"], numbers["settings"]["entropy_coef"]
+    obj = objectives.get(
+        "adaptive_entropy",
+        entropy_target=settings["entropy_target"],
+        entropy_coef_step=settings["entropy_coef_delta"],
+        entropy_coef_max=settings["entropy_coef_max"],
+    )
+    for entropy, expected in zip(numbers["entropies"], numbers["coefs"], strict=True):
+        _, c = adapt_entropy_coef(dataclasses.replace(obj, entropy_coef=f32(c)), f32(entropy))
+        assert float(c) == pytest.approx(expected, abs=1e-7)
+    assert {0.0, settings["entropy_coef_max"]} < {round(each, 6) for each in numbers["coefs"]}
 
 
 # --- verl, SkyRL, prime-rl and Tunix

@@ -28,8 +28,8 @@ def make_batch():
     }
 
 
-def write(out: pathlib.Path, libraries, batch, losses, advantages):
-    """Write numbers with how they came about. libraries: whose versions are noted."""
+def write(out: pathlib.Path, libraries, batch, losses, advantages, **more):
+    """Write numbers with how they came about. libraries: whose versions are noted. more: further numbers by name."""
     found = {
         "command": f"python {' '.join(sys.argv)}",
         "versions": {**{name: importlib.metadata.version(name) for name in libraries}, "python": sys.version.split()[0]},
@@ -38,6 +38,7 @@ def write(out: pathlib.Path, libraries, batch, losses, advantages):
         "batch": {key: np.asarray(value).tolist() for key, value in batch.items()},
         "losses": losses,
         "advantages": advantages,
+        **more,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")

@@ -34,6 +34,15 @@ CASES = {
     "top_entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.2},
     "entropy_bonus": {"loss_type": "dapo", "entropy_coef": ENTROPY},
 }
+# Of the adaptive weight; factors: of the batch's entropies, about 1.5 nats, in each step.
+CONTROL = {
+    "entropy_coef": 0.01,
+    "entropy_target": 1.0,
+    "entropy_coef_delta": 0.02,
+    "entropy_coef_min": 0.0,
+    "entropy_coef_max": 0.06,
+    "factors": [1.0, 0.5, 0.4, 0.9, 0.3, 0.3, 0.3, 0.3, 1.2, 0.6, 2.0, 2.0, 2.0, 2.0, 0.1],
+}
 ADVANTAGES = {
     "group": {"scale_rewards": "group"},
     "batch": {"scale_rewards": "batch"},
@@ -99,10 +108,18 @@ class Metrics(dict):
 
 def loss_and_gradient(case, batch):
     """The trainer's `_compute_loss` with the model's forward pass replaced by the batch's log-probabilities."""
+    trainer = trainer_of(case)
+    logp, inputs = inputs_of(trainer, batch)
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return {"loss": loss.item(), "gradient": np.asarray(logp.grad).tolist()}
+
+
+def inputs_of(trainer, batch, entropy=None):
+    """Log-probabilities that the forward pass will return, and what else the loss reads. entropy: None, the batch's."""
     tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in batch.items()}
     logp = tensors["logp"].clone().requires_grad_()
-    entropy = tensors["entropy"].clone()
-    trainer = trainer_of(case)
+    entropy = tensors["entropy"].clone() if entropy is None else entropy
     trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logp, entropy, None)
     ids = torch.zeros((B, T), dtype=torch.long)
     inputs = {
@@ -115,9 +132,7 @@ def loss_and_gradient(case, batch):
         "ref_per_token_logps": tensors["ref_logp"],
         "num_items_in_batch": tensors["mask"].sum(),
     }
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    return {"loss": loss.item(), "gradient": np.asarray(logp.grad).tolist()}
+    return logp, inputs
 
 
 def advantages(settings, batch):
@@ -141,6 +156,21 @@ def advantages(settings, batch):
     return names["advantages"].tolist()
 
 
+def adaptive_entropy(batch):
+    """The weight of the entropy bonus after each of some steps, whose entropies are the batch's times a factor."""
+    mask, entropy = (torch.tensor(batch[key], dtype=torch.float64) for key in ("mask", "entropy"))
+    trainer = trainer_of({"loss_type": "dapo", "entropy_coef": CONTROL["entropy_coef"]})
+    trainer.use_adaptive_entropy, trainer.accelerator.sync_gradients = True, True
+    trainer._entropy_window_stats, trainer._last_world_entropy = None, 0.0
+    vars(trainer.args).update({name: value for name, value in CONTROL.items() if name not in ("entropy_coef", "factors")})
+    coefs, entropies = [], []
+    for factor in CONTROL["factors"]:
+        trainer._compute_loss(trainer.model, inputs_of(trainer, batch, entropy=entropy * factor)[1])
+        coefs.append(trainer.entropy_coef)
+        entropies.append(((entropy * factor * mask).sum() / mask.sum()).item())
+    return {"settings": CONTROL, "entropies": entropies, "coefs": coefs}
+
+
 def main():
     """Write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +179,7 @@ def main():
     batch = make_batch()
     losses = {name: {"settings": case, **loss_and_gradient(case, batch)} for name, case in CASES.items()}
     values = {name: {"settings": case, "values": advantages(case, batch)} for name, case in ADVANTAGES.items()}
-    write(args.out, ("trl", "torch", "numpy"), batch, losses, values)
+    write(args.out, ("trl", "torch", "numpy"), batch, losses, values, adaptive_entropy=adaptive_entropy(batch))
 
 
 if __name__ == "__main__":

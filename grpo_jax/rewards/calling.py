@@ -60,6 +60,11 @@ class Request(NamedTuple):
     ids: Sequence[Sequence[int]] | None = None
     step: int = 0
 
+    def of_one(self, index: int) -> Request:
+        """Return the same question about one of the completions."""
+        ids = None if self.ids is None else [self.ids[index]]
+        return self._replace(completions=[self.completions[index]], ids=ids)
+
 
 class Calling(NamedTuple):
     """The way of calling one function.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,9 +122,10 @@ class JobBatch:
             if asked is not None:
                 outcomes_PG[~asked[name]] = NOT_ASKED
 
-    def frame(self, index: int, number: int) -> bytes:
-        """Pack a job for a worker. number: that its reply must carry."""
+    def frame(self, index: int, number: int, num_jobs: int) -> bytes:
+        """Pack jobs for a worker. index: of the first. number: that its reply must carry. num_jobs: from `num_alike`."""
         name, p, g, num = self.jobs[index]
+        num *= num_jobs
         facts, context = self.facts[name], self.context
         prompt = ids = None
         if facts.wants_prompt and context.prompts_P is not None:
@@ -132,7 +134,19 @@ class JobBatch:
             ids = list(context.ids_PG[p][g : g + num])
         # A Request, as a plain tuple: a class in a pickle is looked up by its name every time.
         request = (dict(self.items[p]), list(self.completions_PG[p][g : g + num]), prompt, ids, context.step)
-        return pack_request(number, (name, request))
+        return pack_request(number, (name, request), num_jobs)
+
+    def num_alike(self, index: int, most: int) -> int:
+        """Count the jobs from this one on that wait in a row and are of its scorer and prompt: they can be sent together."""
+        first, num = self.jobs[index], 1
+        if index in self.retried or self.waiting[0] != index:
+            return 1
+        for other in itertools.islice(self.waiting, 1, most):
+            job = self.jobs[other]
+            if other != index + num or job.p != first.p or job.scorer != first.scorer or other in self.retried:
+                break
+            num += 1
+        return num
 
     def next_for(self, *, is_fresh: bool) -> int | None:
         """Find the job that a worker should do, which stays in the queue; None if there is none for it.
@@ -140,6 +154,18 @@ class JobBatch:
         is_fresh: the worker had no job yet. Only such a one gets what is tried again: if it ends too, the job is to blame.
         """
         return next((index for index in self.waiting if is_fresh or index not in self.retried), None)
+
+    def take_out(self, index: int, num: int) -> None:
+        """Take jobs out of the queue, for a worker has them now. index: of the first; of several it is the queue's first."""
+        if num == 1:
+            self.waiting.remove(index)
+        else:
+            for _ in range(num):
+                self.waiting.popleft()
+
+    def take_back(self, indices: Sequence[int]) -> None:
+        """Queue jobs that a worker was given and has not begun."""
+        self.waiting.extendleft(reversed(indices))
 
     def retry(self, index: int) -> bool:
         """Put a job back to be done by another worker, once. False if it has been."""

@@ -1,8 +1,9 @@
 """Scores completions in worker processes, so that a scorer may hang, crash or print without harming the run.
 
-Workers are fresh interpreters (no fork: JAX is multithreaded) that get one job at a time, so every fault has one job to
+Workers are fresh interpreters (no fork: JAX is multithreaded) that do one job at a time, so every fault has one job to
 be blamed on. A job is one completion and one scorer; for a scorer that takes them together, all completions of a prompt.
-What a fault costs:
+Of a scorer that takes less than milliseconds a worker gets some jobs of a prompt in one message, which is most of their cost;
+it answers each by itself, and those that it has not begun when it ends go back to the others. What a fault costs:
 
 - A job has `time_limit_secs` for each of its completions; then its process is killed and it counts as a timeout.
 - A process that ends by itself at its first job costs that job. One that does so later (a job before may have set an alarm),
@@ -39,7 +40,7 @@ from grpo_jax.rewards.pool.jobs import ERROR, TIMEOUT, Context, Facts, JobBatch,
 from grpo_jax.rewards.pool.keeper import ENDING
 from grpo_jax.rewards.pool.protocol import ProtocolError, Reply, one_line
 from grpo_jax.rewards.pool.serve import Scorer, Setup
-from grpo_jax.rewards.pool.worker import Worker
+from grpo_jax.rewards.pool.worker import SentJob, Worker
 
 __all__ = ["Context", "Scorer", "ScoringPool"]
 
@@ -48,6 +49,8 @@ FROM_OUTSIDE = [128 + number for number in ENDING]  # exit codes: some systems s
 PAUSED_SECS = 2.0  # nothing was heard for so long beyond what was waited for: this process was stopped, maybe all were
 HUNG_FRACTION = 0.02  # of the time limit, after which a spare worker starts
 MIN_SPARE_WORKERS, MAX_SPARE_WORKERS = 4, 32
+MAX_TOGETHER, TOGETHER_SECS = 16, 0.005  # jobs in a message, and what they may take
+LEARNING = 0.2  # of a job's seconds in the running mean of its scorer's
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class ScoringPool:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._num_failed_starts = 0
+        self._secs_of: dict[str, float] = {}  # scorer -> of a job, lately
         self._warned: set[str] = set()
         # To Linux, "dies with its parent" means with the thread that started it: so the pool has a thread for that.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="scoring")
@@ -159,11 +163,11 @@ class ScoringPool:
         """Skip what is left of a scorer's jobs; workers that are at one count as hung and are ended."""
         if batch.num_done[name] == batch.num_of[name]:
             return
-        batch.give_up(name)
         for worker in list(self._workers):
             if worker.index is not None and batch.jobs[worker.index].scorer == name:
                 batch.finish(worker.index, outcome=TIMEOUT)
-                self._discard(worker)
+                self._discard(worker, batch)
+        batch.give_up(name)
 
     def _kill_overdue(self, batch: JobBatch) -> None:
         """End workers whose job has run out of time. Raises UserError if importing the scorers takes too long."""
@@ -176,26 +180,37 @@ class ScoringPool:
                 job = batch.jobs[worker.index]
                 self._warn_once(job.scorer, f"ran into the limit of {worker.limit_secs:g} seconds for {job.num} completion(s)")
                 batch.finish(worker.index, outcome=TIMEOUT)
-                self._discard(worker)
+                self._secs_of[job.scorer] = worker.limit_secs
+                self._discard(worker, batch)
 
     def _hand_out(self, batch: JobBatch) -> None:
-        """Give each idle worker a job."""
+        """Give each idle worker a job, or some that are quick."""
         for worker in [worker for worker in self._workers if worker.is_idle]:
             if not batch.waiting:
                 return
-            index = batch.next_for(is_fresh=not worker.num_sent)
+            index = batch.next_for(is_fresh=not worker.num_begun)
             if index is None:
                 # What is left is for fresh workers alone: one makes room for such a one.
-                if all(each.num_sent for each in self._workers):
+                if all(each.num_begun for each in self._workers):
                     self._discard(worker)
                     return
                 continue
-            # The job leaves the queue once it has been sent: a worker that died idle has not seen it.
-            number, num = next(self._numbers), batch.jobs[index].num
-            if worker.send(index, number, batch.frame(index, number), num, num * self._config.time_limit_secs):
-                batch.waiting.remove(index)
+            scorer, _, _, num = batch.jobs[index]
+            num_jobs = batch.num_alike(index, self._num_together(scorer, len(batch.waiting)))
+            numbers = [next(self._numbers) for _ in range(num_jobs)]  # one behind the other
+            limit_secs = num * self._config.time_limit_secs
+            jobs = [SentJob(index + i, number, num, limit_secs) for i, number in enumerate(numbers)]
+            # The jobs leave the queue once they have been sent: a worker that died idle has not seen them.
+            if worker.send(jobs, batch.frame(index, numbers[0], num_jobs)):
+                batch.take_out(index, num_jobs)
             else:
                 self._count_failed_start(self._discard(worker))
+
+    def _num_together(self, scorer: str, num_waiting: int) -> int:
+        """Return how many jobs a worker may get at once: so many as take milliseconds, and no more than its share."""
+        # What a job costs beyond its scorer is its message, about 50 microseconds; more of them in one hold up the others.
+        secs = max(self._secs_of.get(scorer, TOGETHER_SECS), TOGETHER_SECS / MAX_TOGETHER)
+        return max(1, min(int(TOGETHER_SECS / secs), num_waiting // self._config.num_workers))
 
     def _start_workers(self, num_waiting: int, max_workers: int) -> None:
         """Start workers until as many are not hung as the pool should have, or as there are jobs for."""
@@ -242,33 +257,43 @@ class ScoringPool:
                 worker.send_rest()
                 continue
             try:
-                reply = worker.receive()
+                self._take_replies(worker, batch)
             except EOFError:
                 self._on_worker_exit(worker, batch)
             except ProtocolError as error:
                 self._on_nonsense(worker, str(error), batch)
-            else:
-                if reply is not None:
-                    self._on_reply(worker, reply, batch)
+
+    def _take_replies(self, worker: Worker, batch: JobBatch) -> None:
+        """Take what has come from a worker. Raises EOFError or ProtocolError, as `Worker.receive`."""
+        reply = worker.receive()
+        while reply is not None:
+            self._on_reply(worker, reply, batch)
+            if reply.is_last:
+                self._discard(worker, batch)
+                return
+            if worker.index is None:
+                if worker.has_more:
+                    self._on_nonsense(worker, "bytes behind its reply", batch)
+                return
+            reply = worker.read()
 
     def _on_reply(self, worker: Worker, reply: Reply, batch: JobBatch) -> None:
         """Take a reply: a worker's first one says how the scorers are called, each further one is a result."""
         if not worker.is_ready:
             self._on_ready(worker, reply)
+            return
+        assert worker.index is not None
+        self._num_failed_starts = 0
+        scorer = batch.jobs[worker.index].scorer
+        if reply.scores:
+            if reply.text:
+                self._warn_once(scorer, reply.text.partition("\n")[0])
+            batch.finish(worker.index, reply.scores, failure=reply.text)
         else:
-            assert worker.index is not None
-            self._num_failed_starts = 0
-            if reply.scores:
-                if reply.text:
-                    self._warn_once(batch.jobs[worker.index].scorer, reply.text.partition("\n")[0])
-                batch.finish(worker.index, reply.scores, failure=reply.text)
-            else:
-                self._fail(worker.index, reply.text, batch)
-            worker.index = None
-        if reply.is_last:
-            self._discard(worker)
-        elif worker.has_more:
-            self._on_nonsense(worker, "bytes behind its reply", batch)
+            self._fail(worker.index, reply.text, batch)
+        before, secs = self._secs_of.get(scorer, 0.0), time.monotonic() - worker.since
+        self._secs_of[scorer] = before + LEARNING * (secs - before) if before else secs
+        worker.go_on()
 
     def _on_ready(self, worker: Worker, reply: Reply) -> None:
         """Take the first reply. Raises UserError if a scorer cannot be imported or called."""
@@ -285,7 +310,7 @@ class ScoringPool:
 
     def _on_nonsense(self, worker: Worker, what: str, batch: JobBatch) -> None:
         """End a worker that sent something else than a reply; its job, which need not be the one to blame, is tried again."""
-        self._discard(worker)
+        self._discard(worker, batch)
         if worker.index is None:
             _log.warning("a scoring process was ended: it sent %s, as if a reward wrote into its pipe", one_line(what))
         elif not batch.retry(worker.index):
@@ -293,11 +318,11 @@ class ScoringPool:
 
     def _on_worker_exit(self, worker: Worker, batch: JobBatch) -> None:
         """Remove a worker that ended by itself; if it had a job, that is an error."""
-        exit_code = self._discard(worker, has_ended=True)
+        exit_code = self._discard(worker, batch, has_ended=True)
         if worker.index is None:
             self._count_failed_start(exit_code)
         # A worker dies a moment after its keeper was killed, maybe at another's job than that which did it.
-        elif not (exit_code < 0 or exit_code in FROM_OUTSIDE or worker.num_sent > 1) or not batch.retry(worker.index):
+        elif not (exit_code < 0 or exit_code in FROM_OUTSIDE or worker.num_begun > 1) or not batch.retry(worker.index):
             self._fail(worker.index, f"ended its process, exit code {exit_code}", batch)
 
     def _fail(self, index: int, failure: str, batch: JobBatch) -> None:
@@ -312,9 +337,14 @@ class ScoringPool:
         if self._num_failed_starts > 2 * self._config.num_workers + 2:
             raise UserError(f"{self._names()}: its processes end before they score, exit code {exit_code}")
 
-    def _discard(self, worker: Worker, *, has_ended: bool = False) -> int:
-        """End a worker and forget it; returns its exit code. has_ended: it went by itself."""
+    def _discard(self, worker: Worker, batch: JobBatch | None = None, *, has_ended: bool = False) -> int:
+        """End a worker and forget it; returns its exit code.
+
+        batch: what it was given and has not begun is queued there again. has_ended: it went by itself.
+        """
         self._workers.remove(worker)
+        if batch is not None:
+            batch.take_back([job.index for job in worker.ahead])
         return worker.kill(has_ended=has_ended)
 
     def _names(self) -> str:

@@ -1,7 +1,10 @@
 """Messages between the pool and its workers, and their checks.
 
-    to a worker    number, length; then a pickle: first its setup, then (scorer, Request)
+    to a worker    number, jobs, length; then a pickle: first its setup, then (scorer, Request)
     from a worker  mark, number, count, length; then `count` float32, then `length` bytes of UTF-8; another mark in its last one
+
+A message has one job, or several: then each is one of the request's completions, and each has a reply of its own, with the next
+number.
 
 A worker runs code that nobody has checked, so nothing of what it sends is unpickled, and what has not the number of the job it
 was given is not believed. NaN is "no opinion" and minus infinity "failed", for a score itself is finite; the text says how.
@@ -16,7 +19,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-REQUEST = struct.Struct("<QQ")
+REQUEST = struct.Struct("<QIQ")
 REPLY = struct.Struct("<4sQII")
 MARKS = MARK, LAST_MARK = b"\xffGJ1", b"\xffGJ2"
 FAILED = -math.inf
@@ -40,10 +43,10 @@ class Reply(NamedTuple):
     is_last: bool = False
 
 
-def pack_request(number: int, message: Any) -> bytes:
-    """Frame a message to a worker."""
+def pack_request(number: int, message: Any, num_jobs: int = 1) -> bytes:
+    """Frame a message to a worker. number: of the first of its jobs."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return REQUEST.pack(number, len(body)) + body
+    return REQUEST.pack(number, num_jobs, len(body)) + body
 
 
 def pack_reply(number: int, scores: Sequence[float], text: str = "", *, is_last: bool = False) -> bytes:

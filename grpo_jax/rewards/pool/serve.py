@@ -51,6 +51,14 @@ class Setup(NamedTuple):
     file_limit_mb: int = 0
 
 
+class Frame(NamedTuple):
+    """A message from the trainer. number: of the first of its jobs. body: pickled."""
+
+    number: int
+    num_jobs: int
+    body: bytes
+
+
 class Function(NamedTuple):
     """A scorer that can be called, and how."""
 
@@ -101,12 +109,12 @@ def serve(trainer: int, folder: str = "") -> None:
     try:
         functions = _set_up(requests, reply)
         while (frame := _read_frame(requests)) is not None:
-            number, body = frame
-            scores, text, is_disk_full = _score(functions, body)
-            # Whatever it has written is in the way of others. The keeper removes what is in the folder for temporary files.
-            reply(number, scores, text, is_last=is_disk_full)
-            if is_disk_full:
-                break
+            for job in range(frame.num_jobs):
+                scores, text, is_disk_full = _score(functions, frame, job)
+                # Whatever it has written is in the way of others. The keeper removes what is in the folder for temporary files.
+                reply(frame.number + job, scores, text, is_last=is_disk_full)
+                if is_disk_full:
+                    os._exit(0)
     except OSError:  # the trainer is gone, or a scorer has closed the pipes
         pass
     os._exit(0)  # threads that a scorer left behind must not keep the process alive
@@ -117,7 +125,7 @@ def _set_up(requests: io.BufferedReader, reply: Callable[..., None]) -> dict[str
     frame = _read_frame(requests)
     if frame is None:
         os._exit(0)
-    setup: Setup = pickle.loads(frame[1])
+    setup: Setup = pickle.loads(frame.body)
     functions = {}
     for name, (path, settings) in setup.scorers.items():
         doing = "import"
@@ -148,12 +156,16 @@ def facts_of(path: str, calling: Calling) -> dict[str, Any]:
     }
 
 
-def _score(functions: Mapping[str, Function], body: bytes) -> tuple[Sequence[float], str, bool]:
+def _score(functions: Mapping[str, Function], frame: Frame, job: int) -> tuple[Sequence[float], str, bool]:
     """Run one job -> (scores or (), the first error in one line and its traceback or "", if an error is of a full disk)."""
-    # Unpickling is inside the try too: it imports what the item's objects are made of, and a failure is that job's error.
+    # Unpickling is inside the try too: it imports what the item's objects are made of, and a failure is that job's error. Each
+    # job has its own item, whatever the one before did to it.
     try:
-        name, request = pickle.loads(body)
-        scores = call(*functions[name], Request(*request), _wait)
+        name, request = pickle.loads(frame.body)
+        request = Request(*request)
+        if frame.num_jobs > 1:
+            request = request.of_one(job)
+        scores = call(*functions[name], request, _wait)
         failures = [score for score in scores if isinstance(score, Exception)]
         text = "".join(f"{describe(error)}\n{traceback_of(error)}" for error in failures[:1])
         return [_as_float(score) for score in scores], text, any(map(_is_of_full_disk, failures))
@@ -251,13 +263,13 @@ def _private(descriptor: int, mode: str) -> Any:
     return os.fdopen(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(3, top - 16)), mode)
 
 
-def _read_frame(stream: io.BufferedReader) -> tuple[int, bytes] | None:
-    """Read (number, body) of the next message; None where the stream ends."""
+def _read_frame(stream: io.BufferedReader) -> Frame | None:
+    """Read the next message; None where the stream ends."""
     header = stream.read(REQUEST.size)
     if len(header) < REQUEST.size:
         return None
-    number, length = REQUEST.unpack(header)
+    number, num_jobs, length = REQUEST.unpack(header)
     body = stream.read(length)
     if len(body) < length:
         return None
-    return number, body
+    return Frame(number, num_jobs, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import secrets
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from grpo_jax.rewards.pool.keeper import MARK, kill, marked
 from grpo_jax.rewards.pool.protocol import SETUP, ProtocolError, Reply, pack_request, read_reply
@@ -22,10 +25,22 @@ FOLLOW_SECS = 1.0  # for it to end by itself, once the worker has
 MAX_SWEEPS = 20
 
 
+class SentJob(NamedTuple):
+    """A job as a worker is given it.
+
+    index: in its batch. number: in the pool's life. num_scores: that the reply has. limit_secs: that it may take.
+    """
+
+    index: int
+    number: int
+    num_scores: int
+    limit_secs: float
+
+
 class Worker:
     """One scoring process and what it is at: starting, idle, or busy with job `index` since `since`.
 
-    num_sent: jobs that it was given so far.
+    ahead: jobs that it has behind this one. num_begun: jobs that it was at so far.
     """
 
     def __init__(self, setup: Setup, selector: selectors.BaseSelector) -> None:
@@ -50,7 +65,8 @@ class Worker:
         self.is_ready = False
         self.index: int | None = None
         self.since, self.limit_secs = time.monotonic(), 0.0
-        self._number, self._num_scores, self.num_sent = SETUP, 1, 0
+        self._number, self._num_scores, self.num_begun = SETUP, 1, 0
+        self.ahead: collections.deque[SentJob] = collections.deque()
         # One thread serves all workers, so no pipe may make it wait: a hung worker does not read a frame larger than its pipe.
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
@@ -62,20 +78,24 @@ class Worker:
         """True if a job can be sent."""
         return self.is_ready and self.index is None
 
-    def send(self, index: int, number: int, frame: bytes, num_scores: int, limit_secs: float) -> bool:
-        """Hand over a job.
+    def send(self, jobs: Sequence[SentJob], frame: bytes) -> bool:
+        """Hand over jobs, to be done one after another. frame: `pack_request` of them.
 
-        Args:
-          index: of the job in its batch. number: of the job in the pool's life, in the frame too. frame: `pack_request`.
-          num_scores: of its completions. limit_secs: that it may take.
-        Returns: False if the process had died before, so that nobody has seen the job.
+        Returns: False if the process had died before, so that nobody has seen them.
         """
         if not self._write(frame):
             return False
-        self.index, self.since, self.limit_secs = index, time.monotonic(), limit_secs
-        self._number, self._num_scores = number, num_scores
-        self.num_sent += 1
+        self.ahead.extend(jobs)
+        self.go_on()
         return True
+
+    def go_on(self) -> None:
+        """Turn to the next job that it has; without one it is idle."""
+        self.index = None
+        if self.ahead:
+            self.index, self._number, self._num_scores, self.limit_secs = self.ahead.popleft()
+            self.since = time.monotonic()
+            self.num_begun += 1
 
     def _write(self, frame: bytes) -> bool:
         """Begin to send a frame. False if nobody reads."""
@@ -113,6 +133,10 @@ class Worker:
         if self.is_idle:
             raise ProtocolError("bytes that nobody asked for")
         self._received += data
+        return self.read()
+
+    def read(self) -> Reply | None:
+        """Return the reply to what it is at, if all of it has arrived. Raises ProtocolError."""
         return read_reply(self._received, self._number, self._num_scores)
 
     @property
