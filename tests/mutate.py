@@ -299,8 +299,8 @@ BUGS = [
     (
         "a group has the time of one completion",
         "grpo_jax/rewards/pool/pool.py",
-        "num * self._config.time_limit_secs):",
-        "self._config.time_limit_secs):",
+        "limit_secs = num * self._config.time_limit_secs",
+        "limit_secs = self._config.time_limit_secs",
         "tests/test_calling.py -k limit_of_time",
     ),
     (
