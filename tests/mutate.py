@@ -299,8 +299,8 @@ BUGS = [
     (
         "a group has the time of one completion",
         "grpo_jax/rewards/pool/pool.py",
-        "num * self._config.time_limit_secs):",
-        "self._config.time_limit_secs):",
+        "limit_secs = num * self._config.time_limit_secs",
+        "limit_secs = self._config.time_limit_secs",
         "tests/test_calling.py -k limit_of_time",
     ),
     (
@@ -446,8 +446,8 @@ BUGS = [
     (
         "rows come back from experts in their order",
         "grpo_jax/models/experts.py",
-        "jnp.argsort(order)).reshape",
-        "order).reshape",
+        "jnp.argsort(order).reshape",
+        "order.reshape",
         "tests/test_experts.py -k own_experts",
     ),
     (
@@ -474,8 +474,8 @@ BUGS = [
     (
         "rows of experts elsewhere are read",
         "grpo_jax/models/experts.py",
-        "rows = jnp.where(is_own, rows, 0)",
-        "pass",
+        "jnp.where((place_Mk < num_own)[..., None], rows_MkD, 0)",
+        "rows_MkD",
         "tests/test_experts.py -k some_of_the_experts",
     ),
     (

@@ -23,10 +23,13 @@ from grpo_jax.models.lora import DELTA_TARGETS, TARGETS, LoRA, init_adapters, me
 from grpo_jax.models.peft import CONFIG, WEIGHTS, load_adapters, save_adapters
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.sharding import shardings_of
 from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.training import trainer
+from grpo_jax.training.build import initial_params
 from grpo_jax.training.checkpoint import Checkpointer
-from grpo_jax.training.run import make_run
+from grpo_jax.training.run import assemble, make_run
 from grpo_jax.types import join_params
 from tests import programs, tiny
 from tests.hf_models import MODELS, jax_logits, left_padded, load, torch_logits, torch_model
@@ -192,6 +195,17 @@ def test_peft_loads_what_we_save(tmp_path, name):
     ours = np.asarray(forward(join_params(base, adapters)))
     np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5 if name == "qwen3 tied" else 2e-4)
     jax.tree.map(np.testing.assert_array_equal, load_adapters(tmp_path / "adapter", model), adapters)
+
+
+def test_frozen_weights_are_counted_in_the_type_that_they_are_loaded_in(folder):
+    changes = {"model.path": str(folder), "model.dtype": "bfloat16", "mesh.data": 1, "lora.rank": 2}
+    config = tiny.config_of("grpo", SMALL_RUN | changes)
+    model = ModelDef(read_architecture(folder), "bfloat16", lora=LORA)
+    task = FixedTask(np.ones((config.rollout.num_prompts, 4)), pad_id=0)
+    base = assemble(config, tiny.mesh_of(1), task, model).abstract_state.base
+    loaded = initial_params(config, model, task, shardings_of(base))
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(lambda like, leaf: np.testing.assert_equal((like.shape, like.dtype), (leaf.shape, leaf.dtype)), base, loaded)
 
 
 @peft_warns

@@ -161,25 +161,23 @@ class Experts(nnx.Module):
           x_MD: tokens. weight_Mk: of each of a token's experts. chosen_Mk: their numbers among those here; any other number is
             an expert elsewhere.
         """
-        k, num_held = chosen_Mk.shape[1], self.num_held
+        num_held, num_copies = self.num_held, chosen_Mk.size
         chosen = chosen_Mk.reshape(-1)
-        is_all_here = num_held == self.arch.num_experts
-        if not is_all_here:
-            chosen = jnp.where((chosen >= 0) & (chosen < num_held), chosen, num_held)  # sorted behind all runs
-        order = jnp.argsort(chosen)
-        sizes_E = count_choices(chosen, None, num_held)
-        # A permutation of the rows' copies, and its inverse: gradients are then gathered too, and sums over a token's experts
-        # are in one order, where a scatter would add in any.
-        rows = _permute(jnp.repeat(x_MD, k, axis=0), order)
-        is_own = (jnp.arange(len(rows)) < sizes_E.sum())[:, None]
-        if not is_all_here:  # on the way in too, for the gradient of the other rows is as undefined as their products
-            rows = jnp.where(is_own, rows, 0)
-        gated = self.activation(self.expert_gate(rows, sizes_E)) * self.expert_up(rows, sizes_E)
-        y = self.expert_down(gated, sizes_E)
-        if not is_all_here:
-            y = jnp.where(is_own, y, 0)
-        y_MkD = _permute(y, jnp.argsort(order)).reshape(-1, k, x_MD.shape[-1])
-        return (y_MkD.astype(jnp.float32) * weight_Mk[..., None]).sum(1).astype(x_MD.dtype)
+        chosen = jnp.where((chosen >= 0) & (chosen < num_held), chosen, num_held)  # those elsewhere are sorted behind all runs
+        order, sizes_E = jnp.argsort(chosen), count_choices(chosen, None, num_held)
+        place_Mk, num_own = jnp.argsort(order).reshape(chosen_Mk.shape), sizes_E.sum()
+
+        def answer(num_rows: int) -> Float[Array, "M D"]:
+            copies = order[:num_rows]
+            rows = _spread(x_MD, copies, place_Mk, num_own)
+            gated = self.activation(self.expert_gate(rows, sizes_E)) * self.expert_up(rows, sizes_E)
+            return _collect(self.expert_down(gated, sizes_E), weight_Mk, copies, place_Mk, num_own).astype(x_MD.dtype)
+
+        # Of all devices' tokens an even router sends a device its share. Rows for twice that many nearly always do.
+        num_likely = -(-2 * num_copies * num_held // self.arch.num_experts)
+        if num_likely >= num_copies:
+            return answer(num_copies)
+        return jax.lax.cond(num_own <= num_likely, lambda: answer(num_likely), lambda: answer(num_copies))
 
     def _answer_all(
         self, x_MD: Float[Array, "M D"], weight_Mk: Float[Array, "M k"], chosen_Mk: Int[Array, "M k"]
@@ -219,13 +217,61 @@ def num_parts(num_devices: int, num_tokens: int) -> int:
     return max(num for num in range(1, num_devices + 1) if num_devices % num == 0 and num <= least)
 
 
+# Copies of tokens go to rows sorted by expert, and answers back, by two gathers that are each other's derivative: sums over a
+# token's experts are then in one order, where a scatter would add in any. Copy m k + i is the one for expert i of token m.
+
+
 @jax.custom_vjp
-def _permute(x: Array, order: Array) -> Array:
-    """Return x[order], for a permutation of the rows; its derivative is the inverse permutation."""
-    return x[order]
+def _spread(
+    x_MD: Float[Array, "M D"], copies_C: Int[Array, " C"], place_Mk: Int[Array, "M k"], num_own: Int[Array, ""]
+) -> Float[Array, "C D"]:
+    """Make the rows of the experts here.
+
+    Args:
+      x_MD: tokens. copies_C: of each row its copy's number. place_Mk: of each copy its row's number; it counts below num_own.
+    """
+    return x_MD[copies_C // place_Mk.shape[1]]
 
 
-_permute.defvjp(lambda x, order: (x[order], order), lambda order, dy: (dy[jnp.argsort(order)], None))
+def _spread_gradient(residuals: tuple[Array, Array], d_rows_CD: Array) -> tuple[Array, None, None, None]:
+    d_x_MkD = _at_places(d_rows_CD, *residuals)
+    return d_x_MkD.astype(jnp.float32).sum(1).astype(d_rows_CD.dtype), None, None, None
+
+
+_spread.defvjp(lambda x, copies, place, num_own: (_spread(x, copies, place, num_own), (place, num_own)), _spread_gradient)
+
+
+@jax.custom_vjp
+def _collect(
+    y_CD: Float[Array, "C D"],
+    weight_Mk: Float[Array, "M k"],
+    copies_C: Int[Array, " C"],
+    place_Mk: Int[Array, "M k"],
+    num_own: Int[Array, ""],
+) -> Float[Array, "M D"]:
+    """Add up the answers to each token, times their weights, in float32.
+
+    Args:
+      y_CD: rows of answers. weight_Mk: of the answers. copies_C, place_Mk, num_own: as in `_spread`.
+    """
+    return (_at_places(y_CD, place_Mk, num_own).astype(jnp.float32) * weight_Mk[..., None]).sum(1)
+
+
+def _collect_gradient(residuals: tuple[Array, ...], d_out_MD: Array) -> tuple[Array, Array, None, None, None]:
+    y_CD, weight_Mk, copies_C, place_Mk, num_own = residuals
+    weight_C1 = jnp.where(jnp.arange(len(copies_C)) < num_own, weight_Mk.reshape(-1)[copies_C], 0)[:, None]
+    d_y_CD = (d_out_MD[copies_C // weight_Mk.shape[1]] * weight_C1).astype(y_CD.dtype)
+    d_weight_Mk = (_at_places(y_CD, place_Mk, num_own).astype(jnp.float32) * d_out_MD[:, None]).sum(-1)
+    return d_y_CD, d_weight_Mk, None, None, None
+
+
+_collect.defvjp(lambda *args: (_collect(*args), args), _collect_gradient)
+
+
+def _at_places(rows_CD: Array, place_Mk: Array, num_own: Array) -> Float[Array, "M k D"]:
+    """Return the row of each copy; 0 for those that have none here, whose rows are undefined if they are there at all."""
+    rows_MkD = rows_CD[jnp.minimum(place_Mk, len(rows_CD) - 1)]
+    return jnp.where((place_Mk < num_own)[..., None], rows_MkD, 0)
 
 
 def choices_of(chosen: Sequence[Int[Array, "*lead k"]], num_experts: int) -> UInt[Array, "*lead X"]:

@@ -277,6 +277,8 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     check_divisible(model.arch.sharded_sizes, mesh)
     model = dataclasses.replace(model, hardware=model.hardware or hardware_of(mesh))
     base, adapters = split_adapters(model.param_shapes())
+    if adapters and config.model.path:  # as `build.initial_params` loads them
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), base)
     hyperparams = jax.eval_shape(functools.partial(hyperparams_of, config))
     # Its shapes are the same at any number of microbatches, which depends on its size.
     shapes = jax.eval_shape(TrainFns(config, mesh, task, model).init, base, adapters or None, hyperparams)

@@ -40,7 +40,11 @@ def run_of(job: Job, mesh: Mesh | None = None) -> Run:
     learner = dataclasses.replace(job.config.learner, bucket_tokens=0)
     sizes = dataclasses.replace(job.config.mesh, **{axis: job.mesh.shape[axis] for axis in AXES})
     config = dataclasses.replace(job.config, learner=learner, mesh=sizes)
-    return assemble(config, mesh or make_mesh(config.mesh.sizes), job.task, job.model)
+    run = assemble(config, mesh or make_mesh(config.mesh.sizes), job.task, job.model)
+    state, dtype = run.abstract_state, job.model.dtype
+    # A model that is planned by its shape has no folder, but its frozen weights are taken as they would be loaded from one.
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), state.base)
+    return dataclasses.replace(run, abstract_state=dataclasses.replace(state, base=base))
 
 
 def compile_update(job: Job, mesh: Mesh | None = None) -> jax.stages.Compiled:
