@@ -149,6 +149,18 @@ def test_an_interval_that_leaves_out_0_is_not_enough_by_itself():
     assert "leaves out 0, but corrected for 5 comparisons that is not enough" in said
 
 
+def test_a_small_p_is_not_enough_by_itself():
+    gaps = 0.005 * np.array([1, 1, 2, 1, 1, 2, 1, 40])  # all of one sign, and a mean that hangs on one seed
+    study = study_of({"grpo": GRPO, "dapo": np.array(GRPO) + gaps})
+    assert study.comparisons[0].p == pytest.approx(2 / 2**8)
+    said = said_of("dapo", study)
+    assert said.startswith(
+        "No difference shown between dapo and grpo: +0.031, p = 0.0078; that alone would do, but the interval, -0.0"
+    )
+    assert "holds 0, and both must agree" in said
+    assert "(p = 0.0078, but the interval of their difference, -0.0" in verdict(study)[0]
+
+
 def test_other_cases_in_words():
     runs = runs_of("grpo", GRPO) + runs_of("dapo", GRPO, first_seed=50)
     study = analyse(runs, [], METRIC, None)

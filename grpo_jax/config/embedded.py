@@ -38,7 +38,7 @@ class CountdownConfig:
     """Numbers and a target: 03,05,09:07 is answered by 09-05=04,04+03=07, or any other way that uses each number once."""
 
     num_numbers: int = knob(3, "numbers to use, each once", at_least=2, at_most=6)
-    max_number: int = knob(12, "largest of them; num_numbers * max_number is at most 99", at_least=2)
+    max_number: int = knob(20, "largest of them; num_numbers * max_number is at most 99", at_least=2)
 
     @property
     def longest_answer(self) -> int:

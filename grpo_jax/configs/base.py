@@ -83,7 +83,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.task.chain.max_term = 4  # largest of them; more of a sum is beyond ten then, where the teacher forgets to carry
     config.task.countdown = ConfigDict()
     config.task.countdown.num_numbers = 3  # numbers to use, each once
-    config.task.countdown.max_number = 12  # largest of them; num_numbers * max_number is at most 99
+    config.task.countdown.max_number = 20  # largest of them; num_numbers * max_number is at most 99
     config.task.maze = ConfigDict()
     config.task.maze.side = 5  # cells along each side
     config.task.maze.num_walls = 7  # cells that no path may enter, given in the prompt

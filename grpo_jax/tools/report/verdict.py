@@ -72,6 +72,8 @@ def explain_no_best(first: Setting, comparison: Comparison) -> str:
     why = p_text(comparison.p)
     if comparison.smallest_p > statistics.ALPHA:
         why = f"{format_seeds(comparison.result)} cannot separate any two"
+    elif comparison.p <= statistics.ALPHA and not leaves_out_zero(comparison.result.difference):
+        why += f", but the interval of their difference, {format_span(comparison.result.difference)}, holds 0"
     if not is_ahead(first, comparison):
         why += f", and {first.name} is not ahead on the seeds they share"
     return why
@@ -131,12 +133,12 @@ def explain_not_shown(comparison: Comparison, result: Paired, num_tests: int) ->
     seen = result.difference
     # The interval is of this difference alone, p is corrected for all: the interval can leave out 0 where p is too large. That
     # is said, or else a reader of the interval would take the verdict for an error.
+    allowed = f"the interval still allows from {format_signed(seen.low)} to {format_signed(seen.high)}"
     if leaves_out_zero(seen):
         why = f"corrected for {num_tests} comparisons" if num_tests > 1 else "by the sign-flip test"
-        span = f"{format_signed(seen.low)} to {format_signed(seen.high)}"
-        allowed = f"the interval by itself, {span}, leaves out 0, but {why} that is not enough"
-    else:
-        allowed = f"the interval still allows from {format_signed(seen.low)} to {format_signed(seen.high)}"
+        allowed = f"the interval by itself, {format_span(seen)}, leaves out 0, but {why} that is not enough"
+    elif comparison.p <= statistics.ALPHA:
+        allowed = f"that alone would do, but the interval, {format_span(seen)}, holds 0, and both must agree"
     finds = ""
     if math.isfinite(comparison.detectable):
         detectable = format_number(comparison.detectable)
@@ -145,6 +147,11 @@ def explain_not_shown(comparison: Comparison, result: Paired, num_tests: int) ->
         f"No difference shown between {comparison.ours.name} and {comparison.theirs.name}: {format_signed(seen.value)}, "
         f"{p_text(comparison.p)}; {allowed}. It would take {format_seeds_needed(comparison, result)}{finds}."
     )
+
+
+def format_span(estimate: Estimate) -> str:
+    """Write the two ends of a difference's interval."""
+    return f"{format_signed(estimate.low)} to {format_signed(estimate.high)}"
 
 
 def format_seeds_needed(comparison: Comparison, result: Paired) -> str:
