@@ -58,6 +58,9 @@ def test_every_source_dtype_is_cast_exactly(tmp_path, stored, wanted):
     np.testing.assert_array_equal(ours, theirs)
 
 
+EXPERTS = {"mlp": "experts", "num_experts": 8, "experts_per_token": 2}
+
+
 def save_layer_by_layer(folder, arch, params):
     """A folder with a file a layer, and one for the rest."""
     (folder / "config.json").write_text("{}")
@@ -66,12 +69,13 @@ def save_layer_by_layer(folder, arch, params):
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def test_loading_holds_one_tensor_at_a_time(tmp_path):
-    """Beside the parameters themselves. A whole leaf of this model, all layers of it, is 12 times as large as its tensors."""
-    arch = Architecture(64, 128, 12, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=256)
+@pytest.mark.parametrize(("mlp", "leaf"), [({}, "up"), (EXPERTS, "expert_up")], ids=["dense", "experts"])
+def test_loading_holds_one_tensor_at_a_time(tmp_path, mlp, leaf):
+    """Beside the parameters themselves. A whole leaf of these models, all layers of it, is larger than any file."""
+    arch = Architecture(64, 128, 12, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=256, **mlp)
     params = tiny.random_params(arch)
     largest_file = save_layer_by_layer(tmp_path, arch, params)
-    whole_leaf = params["layers"]["mlp"]["up"]["weight"].nbytes
+    whole_leaf = params["layers"]["mlp"][leaf]["weight"].nbytes
     hf.load_params(tmp_path, arch, "float32", HERE)  # compiles
     tracemalloc.start()
     loaded = hf.load_params(tmp_path, arch, "float32", HERE)
