@@ -304,6 +304,12 @@ def test_a_job_is_not_to_blame_for_what_one_before_has_set_up(hostile, tmp_path)
 
 
 @pytest.mark.slow
+def test_what_fills_the_disk_is_out_of_the_way_of_those_that_were_sent_with_it(hostile, tmp_path, together, monkeypatch):
+    test_what_fills_the_disk_is_out_of_the_way_of_the_next(hostile, tmp_path, monkeypatch)
+    assert together[0] == 6
+
+
+@pytest.mark.slow
 def test_what_fills_the_disk_is_out_of_the_way_of_the_next(hostile, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     function = hostile("fills_the_disk", num_workers=1, file_limit_mb=1)

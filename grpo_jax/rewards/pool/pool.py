@@ -148,6 +148,7 @@ class ScoringPool:
         max_workers = num_workers + min(MAX_SPARE_WORKERS, max(MIN_SPARE_WORKERS, len(batch.jobs) // 64))
         patience = 2 * (num_workers + MIN_SPARE_WORKERS)  # timeouts
         while batch.num_left:
+            assert batch.waiting or any(worker.index is not None for worker in self._workers), "a job is nowhere"
             # Hand out before starting: what still waits then is what idle workers could not take, and only that is worth a new
             # process. Both come before listening, or the first wait would be for nobody.
             self._hand_out(batch)
@@ -268,9 +269,10 @@ class ScoringPool:
         reply = worker.receive()
         while reply is not None:
             self._on_reply(worker, reply, batch)
-            if reply.is_last:
+            if reply.is_last:  # before it turns to the next job, which would be no one's then
                 self._discard(worker, batch)
                 return
+            worker.go_on()
             if worker.index is None:
                 if worker.has_more:
                     self._on_nonsense(worker, "bytes behind its reply", batch)
@@ -293,7 +295,6 @@ class ScoringPool:
             self._fail(worker.index, reply.text, batch)
         before, secs = self._secs_of.get(scorer, 0.0), time.monotonic() - worker.since
         self._secs_of[scorer] = before + LEARNING * (secs - before) if before else secs
-        worker.go_on()
 
     def _on_ready(self, worker: Worker, reply: Reply) -> None:
         """Take the first reply. Raises UserError if a scorer cannot be imported or called."""
