@@ -87,7 +87,9 @@ def select(config: TaskConfig, tokenizer: Tokenizer, sources: Sequence[Source]) 
     weights = {name: weight for source in sources for name, weight in source.weights.items()}
     num_wanted = sum(source.num_eval for source in sources)
     unknown_id = getattr(tokenizer, "unknown_id", None)
-    unknown = [each for each in (*train, *held_out) if unknown_id in each.prompt.ids]
+    unknown = []
+    if unknown_id is not None:
+        unknown = [each for each in (*train, *held_out) if unknown_id in each.prompt.ids]
     selection = Selection(train, held_out, weights, dropped, len(conflicting), num_wanted, unknown)
     say(selection, config.max_prompt_tokens, conflicting)
     _check_markup(fitting, [each.question for each in (*train, *held_out)])

@@ -41,8 +41,8 @@ class Collect:
 
     def __init__(self, config: Config, sampler: DeviceSampler):
         self.config, self.sampler = config, sampler
-        # Each is one program where the task is the host's, too: an operation by itself on arrays of several processes would be
-        # a collective by itself, and many of these under way at once can wait for each other for ever.
+        # Each is one program where the task is the host's, too. Operation by operation many programs would be under way behind
+        # a collective, and on CPUs of several processes they can take the threads that it needs: all wait for ever.
         self._add_round, self._is_short, self._take = map(jax.jit, (add_round, self.is_short, self.take))
 
     def __call__(self, state: TrainState) -> Collected:

@@ -156,12 +156,9 @@ class JobBatch:
         return next((index for index in self.waiting if is_fresh or index not in self.retried), None)
 
     def take_out(self, index: int, num: int) -> None:
-        """Take jobs out of the queue, for a worker has them now. index: of the first; of several it is the queue's first."""
-        if num == 1:
-            self.waiting.remove(index)
-        else:
-            for _ in range(num):
-                self.waiting.popleft()
+        """Take so many jobs from this one on out of the queue, for a worker has them now."""
+        for each in range(index, index + num):
+            self.waiting.remove(each)
 
     def take_back(self, indices: Sequence[int]) -> None:
         """Queue jobs that a worker was given and has not begun."""

@@ -19,6 +19,7 @@ it answers each by itself, and those that it has not begun when it ends go back 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import logging
@@ -77,7 +78,7 @@ class ScoringPool:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._num_failed_starts = 0
-        self._secs_of: dict[str, float] = {}  # scorer -> of a job, lately
+        self._secs_of = collections.defaultdict[str, float](lambda: TOGETHER_SECS)  # scorer -> of a job, lately
         self._warned: set[str] = set()
         # To Linux, "dies with its parent" means with the thread that started it: so the pool has a thread for that.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="scoring")
@@ -210,8 +211,8 @@ class ScoringPool:
     def _num_together(self, scorer: str, num_waiting: int) -> int:
         """Return how many jobs a worker may get at once: so many as take milliseconds, and no more than its share."""
         # What a job costs beyond its scorer is its message, about 50 microseconds; more of them in one hold up the others.
-        secs = max(self._secs_of.get(scorer, TOGETHER_SECS), TOGETHER_SECS / MAX_TOGETHER)
-        return max(1, min(int(TOGETHER_SECS / secs), num_waiting // self._config.num_workers))
+        num_quick = int(TOGETHER_SECS / self._secs_of[scorer])
+        return max(1, min(MAX_TOGETHER, num_quick, num_waiting // self._config.num_workers))
 
     def _start_workers(self, num_waiting: int, max_workers: int) -> None:
         """Start workers until as many are not hung as the pool should have, or as there are jobs for."""
@@ -293,8 +294,7 @@ class ScoringPool:
             batch.finish(worker.index, reply.scores, failure=reply.text)
         else:
             self._fail(worker.index, reply.text, batch)
-        before, secs = self._secs_of.get(scorer, 0.0), time.monotonic() - worker.since
-        self._secs_of[scorer] = before + LEARNING * (secs - before) if before else secs
+        self._secs_of[scorer] += LEARNING * (time.monotonic() - worker.since - self._secs_of[scorer])
 
     def _on_ready(self, worker: Worker, reply: Reply) -> None:
         """Take the first reply. Raises UserError if a scorer cannot be imported or called."""
