@@ -45,8 +45,12 @@ with_delta = pytest.mark.parametrize("arch", [*ARCHS.values(), tiny.DELTA], ids=
 
 
 def atol_of(arch):
-    """Six layers with norms that are twice as large as usual, two of three over a state's answers: more digits are lost."""
-    return 1e-5 if arch.delta is None else 5e-5
+    """Six layers with norms that are twice as large as usual, two of three over a state's answers: more digits are lost.
+
+    Computed in float64 throughout, the forms that are compared here agree to 4e-14. In float32 each is up to 4.6e-5 from
+    that (jax 0.10.2 and 0.12.0.1, another form each time), so two of them may be twice as far from each other.
+    """
+    return 1e-5 if arch.delta is None else 1e-4
 
 
 def make_inputs(seed=0):
