@@ -180,7 +180,7 @@ def test_completions_of_long_and_of_short_prompts_are_those_of_one_width(arch, c
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_microbatches", "num_minibatches"), [(1, 1), (4, 1), (16, 2)])
 def test_an_update_of_long_and_of_short_prompts_is_that_of_one_width(num_microbatches, num_minibatches):
-    """Groups of four microbatches go two by two; of sixteen, each group is in several."""
+    """In a microbatch of four are two groups; in one of sixteen is a part of a group."""
     changes = {"learner.num_microbatches": num_microbatches, "learner.num_minibatches": num_minibatches}
     run = run_of(4, rollout__num_prompts=8, rollout__group_size=4, **{"learner.old_logp": "learner"} | changes)
     G, T = run.config.rollout.group_size, run.config.rollout.max_completion_tokens

@@ -52,13 +52,19 @@ def split_by_prompts(
     Returns: (the parts, None if there is one only; of each its tree and its number of microbatches).
     """
     P = len(rollout.tokens_PGT)
-    parts = parts_of(rollout.prompts, max(1, P // num_microbatches))
+    parts = parts_of(rollout.prompts)
     if parts is None:
         return None, ((without_long_rows(tree), num_microbatches),)
-    shares = parts.num_short, P - parts.num_short
-    return parts, tuple(
-        (part, max(1, num_microbatches * share // P)) for part, share in zip(parts.split(tree), shares, strict=True)
-    )
+
+    def num_of(num_groups: int) -> int:
+        """Return how many microbatches of equal size take so many groups, none larger than it was."""
+        if num_microbatches > P:
+            return num_groups * num_microbatches // P
+        most = P // num_microbatches
+        return next(num for num in range(1, num_groups + 1) if num_groups % num == 0 and num_groups // num <= most)
+
+    nums = num_of(parts.num_short), num_of(P - parts.num_short)
+    return parts, tuple(zip(parts.split(tree), nums, strict=True))
 
 
 def length_order(mask_PGT: Shaped[jax.Array, "P G T"]) -> Int[jax.Array, " P"]:

@@ -52,20 +52,19 @@ class PromptParts(NamedTuple):
         return self.put_back(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
 
 
-def parts_of(prompts: Prompts, multiple_of: int = 1) -> PromptParts | None:
+def parts_of(prompts: Prompts) -> PromptParts | None:
     """Return the two parts of prompts that `long_rows` speaks of.
 
     Args:
       prompts: of one device, or of any part of its rows: the promise holds there as well.
-      multiple_of: both parts have a multiple of so many rows.
     Returns: None where there is no promise, or where it leaves no short rows.
     """
     if prompts.long_rows is None:
         return None
     P, S = prompts.tokens_PS.shape
     num_long, short_tokens = prompts.long_rows
-    num_short = (P - num_long) // multiple_of * multiple_of
-    if num_short <= 0 or num_short == P or P % multiple_of or short_tokens >= S:
+    num_short = P - num_long
+    if not 0 < num_short < P or short_tokens >= S:
         return None
     first_P = jnp.argmax(prompts.mask_PS, -1)  # the slot of a row's first token: short rows have a late one
     return PromptParts(jnp.argsort(-first_P), num_short, short_tokens)
