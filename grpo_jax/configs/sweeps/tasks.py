@@ -1,7 +1,7 @@
 """The five variants on one embedded task of long completions, small enough for two cores. After the colon: the task.
 
-grpo-jax sweep --config=sweeps/tasks:forks --workdir=runs/forks                    (chain, countdown, maze, forks; 10 seeds)
-grpo-jax sweep --config=sweeps/tasks:forks_control --workdir=runs/forks_control    (3 seeds; the same, and with rewards shuffled)
+grpo-jax sweep --config=sweeps/tasks:forks --workdir=runs/forks                  (chain, countdown, maze, forks; 10 seeds)
+grpo-jax sweep --config=sweeps/tasks:forks_control --workdir=runs/forks_control  (3 seeds; the same, and with rewards shuffled)
 """
 
 from grpo_jax.configs.sweeps import base, variants
