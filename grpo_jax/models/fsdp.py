@@ -125,7 +125,8 @@ def gather(shard: Float[Array, "..."], axis: int, spec: PartitionSpec, dtype: An
 
 def _gather(shard: Array, axis: int, spec: PartitionSpec, dtype: Any) -> Array:
     def all_gather(shard: Array) -> Array:
-        return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+        # Without the barrier XLA:TPU casts the stacks of all layers before the loop over them, and holds both.
+        return jax.lax.all_gather(jax.lax.optimization_barrier(shard).astype(dtype), "fsdp", axis=axis, tiled=True)
 
     return _shard_map_over_tensor(all_gather, spec)(shard)
 

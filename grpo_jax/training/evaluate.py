@@ -20,7 +20,7 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
 from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
-from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, with_prompt_width
+from grpo_jax.training.widths import bucket_of, prompt_buckets, prompt_lengths, with_prompt_width
 from grpo_jax.types import Params, Prompts, Reward, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
@@ -132,7 +132,7 @@ def take_rows(prompts: Prompts, rows: np.ndarray, buckets: tuple[int, ...]) -> P
     Returns: numpy arrays.
     """
     batch = jax.tree.map(lambda x: x[rows], prompts)
-    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(longest_prompt(batch.mask_PS.any(0)), buckets)))
+    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(int(prompt_lengths(batch.mask_PS).max()), buckets)))
 
 
 @functools.lru_cache(maxsize=16)
