@@ -21,9 +21,9 @@ from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models import transformer
 from grpo_jax.models.fsdp import gather
-from grpo_jax.models.lora import LoRA, split_adapters
+from grpo_jax.models.lora import TARGETS, LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
-from grpo_jax.parallel.sharding import make_mesh, param_spec, shardings_of, with_shardings
+from grpo_jax.parallel.sharding import logical_axes, make_mesh, param_spec, shardings_of, with_shardings
 from grpo_jax.rollout.rollout import EndTokens
 from grpo_jax.rollout.sampling import Sampling, draw
 from grpo_jax.training.checkpoint import Checkpointer
@@ -122,6 +122,38 @@ def test_three_updates_are_those_of_one_device(sizes, num_microbatches, arch, mo
         if arch.num_experts:
             assert each["experts/load_entropy"] == pytest.approx(one["experts/load_entropy"], rel=1e-5)
             assert 0 < one["experts/load_entropy"] < math.log(arch.num_experts) and one["experts/load_max"] > 1
+
+
+@pytest.mark.slow
+def test_updates_of_sharded_adapters_are_those_of_one_device():
+    """No adapter is too small here; by default only those of real models' size are sharded along fsdp."""
+    changes = {
+        "lora.rank": 3,
+        "lora.targets": TARGETS,
+        "mesh.fsdp_min_elements": 1,
+        "model.num_kv_heads": 2,
+        "eval.num_samples": 0,
+    }
+    states = []
+    for sizes in ((1, 2, 2), ONE):
+        run = make_run(config_of(sizes, changes))
+        state = run.initial_state()
+        for seed in range(3):
+            batch = tiny.random_batch(
+                4, run.config.rollout.group_size, run.config.rollout.max_completion_tokens, seed=seed,
+                prompt_width=run.task.prompt_tokens, vocab=run.model.arch.vocab_size,
+            )  # fmt: skip
+            state, _ = run.update(state, batch)
+        states.append(state)
+    layers = states[0].params["layers"]
+    for matrix, adapter in (
+        (layers["attn"]["q"], "lora_a"),
+        (layers["attn"]["o"], "lora_b"),
+        (layers["mlp"]["down"], "lora_b"),
+    ):
+        assert "fsdp" in matrix[adapter].sharding.spec
+    for leaf, one in zip(*(jax.tree.leaves(jax.device_get(state.params)) for state in states), strict=True):
+        assert np.abs(leaf - one).max() < 1e-5 * np.abs(one).max() and np.abs(one).max() > 0
 
 
 @pytest.mark.nightly
@@ -253,13 +285,15 @@ def test_weights_travel_to_the_rollout_in_the_compute_dtype():
 def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
     """A parameter that the table of `sharding` does not know would lie whole on every device."""
     mesh = make_mesh(config_of((1, 2, 2)).mesh.sizes)
-    shapes = ModelDef(ARCH, lora=LoRA(2, 1.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
+    shapes = ModelDef(ARCH, lora=LoRA(2, 1.0, TARGETS))
     leaves = flatten_dict(shapes.param_shapes())
     for path, leaf in leaves.items():
         is_matrix = leaf.ndim - ("layers" in path) == 2
         cut = [axis for axis in param_spec(path, leaf.shape, mesh, 0) if axis]
         wanted = {"lora_a": 1, "lora_b": 1, "bias": 1}.get(path[-1], 2) if is_matrix or path[-1] == "bias" else 0
         assert len(cut) == wanted, path
+        # One name for each axis: a layer's, that has lost the first, is looked up from the end.
+        assert len(logical_axes(path)) in (0, leaf.ndim), path
     assert param_spec(("layers", "mlp", "up", "weight"), (5, 40, 16), mesh, 641) == PartitionSpec(None, "tensor")
 
 

@@ -151,7 +151,7 @@ def path_names(path: Any) -> tuple[str, ...]:
 
 
 def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Return the logical axes of a parameter by its name; () if none is sharded."""
+    """Return the logical axes of a parameter by its name, one for each of its axes; () if none is sharded."""
     # By the last two names of the path alone: an optimizer's moments have them too, and are sharded like their parameters.
     *_, module, name = ("", *names)
     if name in ("embed", "head"):
@@ -161,7 +161,7 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...]:
     if module not in PARAM_LOGICAL_AXES:
         return ()
     *experts, num_out, num_in = PARAM_LOGICAL_AXES[module]  # behind the stacked layers
-    of = {"weight": (num_out, num_in), "bias": (num_out,), "lora_a": (None, num_in), "lora_b": (num_out,)}
+    of = {"weight": (num_out, num_in), "bias": (num_out,), "lora_a": (None, num_in), "lora_b": (num_out, None)}
     if name not in of:
         return ()
     axes = of[name]

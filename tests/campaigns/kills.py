@@ -39,6 +39,8 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
 SWEEP = ("--config.configs=('grpo','dapo')", "--config.seeds=(0,1)", "--config.num_processes=2")
 LONGER = 1.05
 SHARE = 1.1  # of the time of an undisturbed run, after which the program is killed at the latest
+DURING_RESUME = 0.4  # of the kills of programs that go on: before they write their first record
+POLL_SECS = 0.05
 
 
 class Program:
@@ -98,6 +100,34 @@ def num_lines(folders: list[pathlib.Path]) -> int:
     return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
+class Waiting:
+    """Waits for programs to end, for a time of chance, and learns how long those that go on take to their first record."""
+
+    def __init__(self, program: Program, whole_secs: float, chance: random.Random):
+        self.program, self.chance = program, chance
+        self.whole_secs, self.resume_secs = whole_secs, whole_secs / 2
+
+    def wait(self, process, workdir: pathlib.Path) -> tuple[str | None, bool]:
+        """-> (what the program said, None if it was killed; whether it was resuming then: it had written no record)."""
+        before, began = num_lines(self.program.folders(workdir)), time.monotonic()
+        has_begun, goes_on = False, any(map(saved_steps, self.program.folders(workdir)))
+        limit = self.chance.uniform(0.2, SHARE) * self.whole_secs
+        if goes_on and self.chance.random() < DURING_RESUME:
+            limit = self.chance.uniform(0.05, 1.0) * self.resume_secs
+        while time.monotonic() - began < limit:
+            try:
+                return process.communicate(timeout=POLL_SECS)[0], False
+            except programs.subprocess.TimeoutExpired:
+                has_written = num_lines(self.program.folders(workdir)) > before
+                if goes_on and has_written and not has_begun:
+                    self.resume_secs = time.monotonic() - began
+                has_begun = has_written
+        kill(process)
+        if not has_begun and not goes_on:
+            self.whole_secs *= LONGER  # others may have come to this machine since it was measured
+        return None, goes_on and num_lines(self.program.folders(workdir)) <= before
+
+
 def campaign(kind: str, num: int, seed: int, more: list[str], folder: pathlib.Path) -> tuple[Tally, int]:
     """Do chains until there were `num` kills; -> (a case for each kill and each end, kills while a run resumed)."""
     chance, program = random.Random(seed), Program(kind, more, folder)
@@ -108,24 +138,17 @@ def campaign(kind: str, num: int, seed: int, more: list[str], folder: pathlib.Pa
         output, _ = program.start(folder / name).communicate()
         took = time.monotonic() - began
         assert (folder / name).exists() and "rror" not in output, output
-    expected = program.results(folder / "whole")
+    expected, waiting = program.results(folder / "whole"), Waiting(program, took, chance)
     num_kills = num_resuming = chain = 0
     while num_kills < num:
         workdir, chain = folder / f"chain{chain}", chain + 1
         while True:
-            before = num_lines(program.folders(workdir))
             process = program.start(workdir)
-            try:
-                output, _ = process.communicate(timeout=chance.uniform(0.2, SHARE) * took)
+            output, was_resuming = waiting.wait(process, workdir)
+            if output is not None:
                 break
-            except programs.subprocess.TimeoutExpired:
-                kill(process)
             num_kills += 1
-            if num_lines(program.folders(workdir)) <= before:
-                took *= LONGER  # others may have come to this machine since it was measured
-            # It had a checkpoint to go on from, and had written nothing yet: it was resuming.
-            folders = program.folders(workdir)
-            num_resuming += any(map(saved_steps, folders)) and num_lines(folders) <= before
+            num_resuming += was_resuming
             tally.add("harmless", f"kill {num_kills}")
         kind_of_end, said = "harmless", output
         if "Traceback" in output:
