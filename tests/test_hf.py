@@ -92,7 +92,7 @@ PHI = {"layout": ("joined_qkv", "joined_gate_up")}
 def test_saving_holds_one_file_at_a_time(tmp_path, monkeypatch, changes):
     """With devices that are not the host: there each tensor is copied from them, of a CPU's it is a view."""
     gather = export.hosts.gather_to_host
-    monkeypatch.setattr(export.hosts, "gather_to_host", lambda x: np.array(gather(x)))
+    monkeypatch.setattr(export.hosts, "gather_to_host", lambda tree: jax.tree.map(np.array, gather(tree)))
     arch = Architecture(64, 128, 12, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=256, **changes)
     params = tiny.random_params(arch)
     save_layer_by_layer(tmp_path, arch, params)  # compiles
