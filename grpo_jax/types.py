@@ -21,7 +21,7 @@ operations on axis 0 and a group is never torn apart by accident.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -38,17 +38,26 @@ AxisName = str | tuple[str, ...]  # one or several axes of a mesh
 Params = Any  # nested dict of arrays: the trainable part of an NNX module, as `nnx.to_pure_dict` gives it
 
 
+class LongRows(NamedTuple):
+    """A promise about the rows of prompts on each device: all but `num` have their tokens in the last `short_tokens` slots."""
+
+    num: int
+    short_tokens: int
+
+
 @flax.struct.dataclass
 class Prompts:
     """Prompts as a task hands them to the rollout.
 
     tokens_PS: int32, left-padded. mask_PS: True on real tokens (at least one a row).
     answer: whatever the task's reward needs (traceable tasks: arrays; host tasks: int32 row numbers).
+    long_rows: static; if few rows are long, programs compute the others at a width of their own (`rollout.prompt_parts`).
     """
 
     tokens_PS: Int[Leaf, "P S"]
     mask_PS: Bool[Leaf, "P S"]
     answer: Shaped[Leaf, "P ..."]
+    long_rows: LongRows | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Int, Shaped
 
 from grpo_jax.parallel.sharding import largest_in_step
+from grpo_jax.rollout.prompt_parts import PromptParts, parts_of, without_long_rows
 from grpo_jax.types import Prompts, Rollout
 
 Tree = TypeVar("Tree")
@@ -39,6 +40,31 @@ def split_microbatches(tree: Tree, rollout: Rollout, num_microbatches: int) -> T
         return x.reshape(num_microbatches, P * pieces // num_microbatches, G // pieces, *x.shape[2:])
 
     return jax.tree.map(split, tree, is_leaf=_is_prompts)
+
+
+def split_by_prompts(
+    tree: Tree, rollout: Rollout, num_microbatches: int
+) -> tuple[PromptParts | None, tuple[tuple[Tree, int], ...]]:
+    """Split leaves [P, ...] into groups with short and with long prompts, where `Prompts.long_rows` says that few are long.
+
+    Args:
+      tree: leaves [P, ...]. rollout: its prompts, as they are in the tree. num_microbatches: of all groups.
+    Returns: (the parts, None if there is one only; of each its tree and its number of microbatches).
+    """
+    P = len(rollout.tokens_PGT)
+    parts = parts_of(rollout.prompts)
+    if parts is None:
+        return None, ((without_long_rows(tree), num_microbatches),)
+
+    def num_of(num_groups: int) -> int:
+        """Return how many microbatches of equal size take so many groups, none larger than it was."""
+        if num_microbatches > P:
+            return num_groups * num_microbatches // P
+        most = P // num_microbatches
+        return next(num for num in range(1, num_groups + 1) if num_groups % num == 0 and num_groups // num <= most)
+
+    nums = num_of(parts.num_short), num_of(P - parts.num_short)
+    return parts, tuple(zip(parts.split(tree), nums, strict=True))
 
 
 def length_order(mask_PGT: Shaped[jax.Array, "P G T"]) -> Int[jax.Array, " P"]:

@@ -23,7 +23,7 @@ from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens
 from grpo_jax.types import Params, Rollout
 
 CPU_CHUNK_TOKENS = 512  # positions at a time on a CPU, where more of them leave its caches and are no faster
-# Logits that exist at a time on an accelerator: 256 MiB in float32, less than a gradient of most models.
+# Logits that exist at a time on one accelerator: 256 MiB in float32, less than a gradient of most models.
 MAX_LOGITS = 2**26
 ALIGNED = 128  # an accelerator's tile: what is cut up is cut between tiles
 
@@ -51,14 +51,16 @@ class Chunks:
             return cls(chunk_tokens)
         if model.hardware is None:
             return cls(CPU_CHUNK_TOKENS)
-        V = model.arch.vocab_size
-        tokens = even_part(num_tokens, MAX_LOGITS // V)
+        V, mesh = model.arch.vocab_size, model.hardware.mesh
+        num_parts = 1  # of the vocabulary, on as many devices
+        if mesh is not None and V % mesh.shape["tensor"] == 0:
+            num_parts = mesh.shape["tensor"]
+        tokens = even_part(num_tokens, MAX_LOGITS * num_parts // V)
         # The head's gradient is as large as the head and in float32. Over chunks of positions all of it is read and written at
         # each, which takes longer than the products; over parts of the vocabulary each part is written once, and only the
         # states' gradient, which is smaller, is added up. A vocabulary that `tensor` shards cannot be cut up once more.
-        mesh = model.hardware.mesh
         needs_all = sampling.is_cut or sampling.rules_out or sampling.has_penalty
-        if needs_all or (mesh is not None and mesh.shape["tensor"] > 1) or num_tokens >= V:
+        if needs_all or num_parts > 1 or num_tokens >= V:
             return cls(tokens)
         return cls(tokens, min(V, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
 

@@ -246,14 +246,18 @@ def logprobs_in_microbatches(
     def at_bucket(piece: Rollout) -> tuple[jax.Array, jax.Array]:
         return batching.run_at_bucket(logprobs_of, piece, piece.mask_PGT, buckets)
 
-    num_microbatches = config.learner.microbatches
-    if num_microbatches == 1:
-        return at_bucket(rollout)
-    order = batching.length_order(rollout.mask_PGT)
-    ordered = jax.tree.map(lambda x: x[order], rollout)
-    pieces = jax.lax.map(at_bucket, batching.split_microbatches(ordered, ordered, num_microbatches))
-    # The inverse permutation: group p's values go back to the place of group p.
-    return jax.tree.map(lambda x: x.reshape(shape)[jnp.argsort(order)], pieces)
+    def at_one_width(rollout: Rollout, num_microbatches: int) -> tuple[jax.Array, jax.Array]:
+        if num_microbatches == 1:
+            return at_bucket(rollout)
+        order = batching.length_order(rollout.mask_PGT)
+        ordered = jax.tree.map(lambda x: x[order], rollout)
+        pieces = jax.lax.map(at_bucket, batching.split_microbatches(ordered, ordered, num_microbatches))
+        # The inverse permutation: group p's values go back to the place of group p.
+        return jax.tree.map(lambda x: x.reshape(rollout.tokens_PGT.shape)[jnp.argsort(order)], pieces)
+
+    parts, pieces = batching.split_by_prompts(rollout, rollout, config.learner.microbatches)
+    found = tuple(at_one_width(*each) for each in pieces)
+    return found[0] if parts is None else parts.join(found)
 
 
 def buckets_of(config: Config) -> tuple[int, ...]:
@@ -320,14 +324,29 @@ def sum_over_microbatches(
 ) -> tuple[Params, dict[str, Metric]]:
     """Add up gradients over microbatches, each at the shortest bucket that holds it.
 
-    Groups are sorted by length first: neighbours then need about the same bucket, and short microbatches cost little.
+    Groups are sorted by length first: neighbours then need about the same bucket, and short microbatches cost little. Where
+    few prompts are long, microbatches have short prompts only, or long ones.
 
     Args:
       gradients_of: microbatch -> (grads, metrics). pieces: all of this device's groups, with the weights of their tokens.
       config: num_microbatches and the buckets are read.
     Returns: (sum of grads, merged metrics).
     """
-    num_microbatches, buckets = config.learner.microbatches, buckets_of(config)
+    _, parts = batching.split_by_prompts(pieces, pieces[0].rollout, config.learner.microbatches)
+    (grads, metrics), *others = (_sum_at_one_width(gradients_of, *part, buckets_of(config)) for part in parts)
+    for more_grads, more_metrics in others:
+        grads = jax.tree.map(jnp.add, grads, more_grads)
+        metrics = metrics_lib.merge(metrics, more_metrics)
+    return grads, metrics
+
+
+def _sum_at_one_width(
+    gradients_of: Callable[[Pieces], tuple[Params, dict[str, Metric]]],
+    pieces: Pieces,
+    num_microbatches: int,
+    buckets: tuple[int, ...],
+) -> tuple[Params, dict[str, Metric]]:
+    """Do `sum_over_microbatches` for groups whose prompts have one width."""
 
     def microbatch_gradients(piece_and_weight: Pieces) -> tuple[Params, dict[str, Metric]]:
         return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, buckets)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -80,10 +82,11 @@ class Prefix:
     cache: what the layers keep of the prompts (KVCache over [P, S], or DeltaState), one for each place in the period of their
     kinds, each of L / period layers; or None where it is handed on layer by layer. mask_PS: bool, True on tokens.
     lengths_P: int32, in tokens.
+    Where prompts are in parts, each of another width, keys, values and masks are tuples with an entry for each part.
     """
 
     cache: Any
-    mask_PS: jax.Array
+    mask_PS: jax.Array | tuple[jax.Array, ...]
     lengths_P: jax.Array
 
     @classmethod
@@ -91,13 +94,35 @@ class Prefix:
         """Return the prefix of prompts with this mask (True or not 0 on tokens)."""
         return cls(cache, mask_PS.astype(bool), mask_PS.astype(jnp.int32).sum(-1))
 
+    @classmethod
+    def join(cls, parts: Sequence[Prefix]) -> Prefix:
+        """Return one prefix of the prompts of all parts, one part's rows behind the other's."""
+
+        def join(of_parts: tuple[Any, ...]) -> Any:
+            if isinstance(of_parts[0], KVCache):
+                return of_parts
+            return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *of_parts)  # states, without an axis of slots: [L, P, ...]
+
+        cache = tuple(map(join, zip(*(each.cache for each in parts), strict=True)))
+        masks: Any = tuple(each.mask_PS for each in parts)
+        return cls(cache, masks, jnp.concatenate([each.lengths_P for each in parts]))
+
+    def of_masks(self, function: Callable[[Any, slice], Any]) -> Any:
+        """Return function(mask_PS, the places of its rows among the prompts): an array, or a tuple with one for each part."""
+        if not isinstance(self.mask_PS, tuple):
+            return function(self.mask_PS, slice(0, len(self.mask_PS)))
+        ends = list(itertools.accumulate(map(len, self.mask_PS)))
+        rows = map(slice, (0, *ends), ends)
+        return tuple(function(*each) for each in zip(self.mask_PS, rows, strict=True))
+
 
 @flax.struct.dataclass
 class AttentionView:
     """A layer's queries: their positions, and the keys that they see.
 
     rope: RopeTables of their positions, None where they are rotated already. mask_BTU: bool, the keys of their row that they
-    see. mask_PGTS: bool, those of their prompt, None without a prompt. The masks may have axes of size 1.
+    see. mask_PGTS: bool, those of their prompt, None without a prompt; a tuple where prompts are in parts (`Prefix`). The masks
+    may have axes of size 1.
     rows: the same in a kernel's terms, where accelerators have one; else None.
     query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
     mask_BT: bool, True on the rows' tokens, False on padding; None: there is none. Layers without attention read this alone.
@@ -105,7 +130,7 @@ class AttentionView:
 
     rope: Any
     mask_BTU: jax.Array
-    mask_PGTS: jax.Array | None
+    mask_PGTS: jax.Array | tuple[jax.Array, ...] | None
     rows: flash.CausalRows | None = None
     query_scale: jax.Array | None = None
     mask_BT: jax.Array | None = None
@@ -132,7 +157,7 @@ def make_views(
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
     mask_PGTS = None
     if prefix is not None:
-        mask_PGTS = prefix.mask_PS[:, None, None]
+        mask_PGTS = prefix.of_masks(lambda mask_PS, _: mask_PS[:, None, None])
     scale_BT11 = query_scale(positions_BT, arch.query_growth)
     tables = rope_tables(positions_BT, arch.rope, arch.head_dim)
     global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11, mask_BT)
@@ -141,11 +166,15 @@ def make_views(
     window, local_BTU = arch.sliding_window, mask_BTU
     if window is not None:
         local_BTU = mask_BTU & (positions_BT[:, :, None] - key_positions_BU[:, None, :] < window)
-    if window is not None and prefix is not None and mask_PGTS is not None:
-        P, S = prefix.mask_PS.shape
-        key_positions_PS = jnp.arange(S)[None] - (S - prefix.lengths_P[:, None])  # below 0 on padding, which is masked
-        positions_PGT = positions_BT.reshape(P, -1, positions_BT.shape[1])
-        mask_PGTS = mask_PGTS & (positions_PGT[..., None] - key_positions_PS[:, None, None] < window)
+    if window is not None and prefix is not None:
+        positions_PGT = positions_BT.reshape(len(prefix.lengths_P), -1, positions_BT.shape[1])
+
+        def near(mask_PS: Bool[Array, "P S"], rows: slice) -> Bool[Array, "P G T S"]:
+            S = mask_PS.shape[1]
+            key_positions_PS = jnp.arange(S)[None] - (S - prefix.lengths_P[rows, None])  # below 0 on padding, which is masked
+            return mask_PS[:, None, None] & (positions_PGT[rows, ..., None] - key_positions_PS[:, None, None] < window)
+
+        mask_PGTS = prefix.of_masks(near)
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
@@ -170,7 +199,7 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     own: KVCache,
     view: AttentionView,
-    prefix: KVCache | None,
+    prefix: KVCache | tuple[KVCache, ...] | None,
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -179,7 +208,8 @@ def attend(
     Args:
       q_BTNH: rotated queries; one, or causal ones, T of them over as many own keys. scale: of the scores.
       own: one layer's, N a multiple of its K. view: the masks of both kinds of keys.
-      prefix: one layer's, of the prompts, or None; rows p*G .. p*G+G-1 see prompt p.
+      prefix: one layer's, of the prompts, or None; rows p*G .. p*G+G-1 see prompt p. A tuple of parts
+        (`Prefix`) for single queries only.
       cap: scores become cap * tanh(scores / cap) before the mask; None: they stay as they are.
     Returns: the heads' outputs, in the dtype of the queries.
     """
@@ -187,6 +217,7 @@ def attend(
         assert view.rows is not None
         prompt = None
         if prefix is not None:
+            assert isinstance(prefix, KVCache), "prompts in parts are for decoding"
             prompt = prefix.k.swapaxes(2, 3), prefix.v
         q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
         return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, cap)
@@ -196,6 +227,7 @@ def attend(
     size = max(BLOCK_QUERIES, -(-T // MAX_BLOCKS))
     if size >= T:
         return _attend(scale, cap, q_BTNH, own, view, prefix)
+    assert not isinstance(prefix, tuple), "prompts in parts are for decoding"
     block = jax.checkpoint(functools.partial(_attend, scale, cap))
     outputs = []
     for start in range(0, T, size):
@@ -208,6 +240,7 @@ def attend(
 def _slice_view(view: AttentionView, start: int, end: int) -> AttentionView:
     """Return what the queries start .. end - 1 see, of their row's first `end` keys."""
     mask_PGTS = view.mask_PGTS
+    assert not isinstance(mask_PGTS, tuple), "prompts in parts are for decoding"
     if mask_PGTS is not None and mask_PGTS.shape[2] > 1:
         mask_PGTS = mask_PGTS[:, :, start:end]
     return AttentionView(None, view.mask_BTU[:, start:end, :end], mask_PGTS)
@@ -219,7 +252,7 @@ def _attend(
     q_BTNH: Float[Array, "B T N H"],
     own: KVCache,
     view: AttentionView,
-    prefix: KVCache | None,
+    prefix: KVCache | tuple[KVCache, ...] | None,
 ) -> Float[Array, "B T N H"]:
     """Attend with all queries at once.
 
@@ -235,29 +268,47 @@ def _attend(
     own_BKTRU = jnp.einsum("btkrh,bkhu->bktru", q_BTKRH, own.k, **f32)
     own_BKTRU = jnp.where(view.mask_BTU[:, None, :, None], soft_cap(own_BKTRU, cap), MASK_VALUE)
     top_BKTR = own_BKTRU.max(-1)
-    pre_PKGTRS = None
+    parts, scores = [], []  # of prompts: rows, keys and values, mask; and scores_PKGTRS
     if prefix is not None and view.mask_PGTS is not None:
-        P = len(prefix.k)
-        pre_PKGTRS = jnp.einsum("pgtkrh,pkhs->pkgtrs", q_BTKRH.reshape(P, B // P, T, K, R, H), prefix.k, **f32)
-        pre_PKGTRS = jnp.where(view.mask_PGTS[:, None, :, :, None], soft_cap(pre_PKGTRS, cap), MASK_VALUE)
-        top_BKTR = jnp.maximum(top_BKTR, _by_row(pre_PKGTRS.max(-1)))
+        parts = _parts_of_rows(prefix, view.mask_PGTS, B)
+        for rows, prompts, mask_PGTS in parts:
+            q_PGTKRH = q_BTKRH[rows].reshape(len(prompts.k), -1, T, K, R, H)
+            pre_PKGTRS = jnp.einsum("pgtkrh,pkhs->pkgtrs", q_PGTKRH, prompts.k, **f32)
+            scores.append(jnp.where(mask_PGTS[:, None, :, :, None], soft_cap(pre_PKGTRS, cap), MASK_VALUE))
+        top_BKTR = jnp.maximum(top_BKTR, _by_row([each.max(-1) for each in scores]))
     # The maximum only keeps exp from overflowing; it cancels in the quotient, so no gradient flows through it.
     top_BKTR = jax.lax.stop_gradient(top_BKTR)
     p_BKTRU = jnp.exp(own_BKTRU - top_BKTR[..., None])
     total_BKTR = p_BKTRU.sum(-1)
     out_BKTRH = jnp.einsum("bktru,bkuh->bktrh", p_BKTRU.astype(own.v.dtype), own.v, **f32)
-    if prefix is not None and pre_PKGTRS is not None:
-        p_PKGTRS = jnp.exp(pre_PKGTRS - _by_prompt(top_BKTR, len(prefix.k))[..., None])
-        total_BKTR += _by_row(p_PKGTRS.sum(-1))
-        out_BKTRH += _by_row(jnp.einsum("pkgtrs,pksh->pkgtrh", p_PKGTRS.astype(prefix.v.dtype), prefix.v, **f32))
+    totals, outs = [], []
+    for (rows, prompts, _), pre_PKGTRS in zip(parts, scores, strict=True):
+        p_PKGTRS = jnp.exp(pre_PKGTRS - _by_prompt(top_BKTR[rows], len(prompts.k))[..., None])
+        totals.append(p_PKGTRS.sum(-1))
+        outs.append(jnp.einsum("pkgtrs,pksh->pkgtrh", p_PKGTRS.astype(prompts.v.dtype), prompts.v, **f32))
+    if parts:
+        total_BKTR += _by_row(totals)
+        out_BKTRH += _by_row(outs)
     # Divided last: H numbers a query instead of one for each key.
     out_BKTRH = (out_BKTRH / total_BKTR[..., None]).astype(q_BTNH.dtype)
     return out_BKTRH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _by_row(x_PKG: Array) -> Array:
-    """[P, K, G, ...] -> [P*G, K, ...]."""
-    return jnp.swapaxes(x_PKG, 1, 2).reshape(-1, x_PKG.shape[1], *x_PKG.shape[3:])
+def _parts_of_rows(
+    prefix: KVCache | tuple[KVCache, ...], mask_PGTS: Any, num_rows: int
+) -> list[tuple[slice, KVCache, Bool[Array, "P G T S"]]]:
+    """List parts of prompts: (the rows that continue them, their keys and values, what the rows see of them)."""
+    if isinstance(prefix, KVCache):
+        return [(slice(0, num_rows), prefix, mask_PGTS)]
+    group_size = num_rows // sum(len(prompts.k) for prompts in prefix)
+    ends = list(itertools.accumulate(group_size * len(prompts.k) for prompts in prefix))
+    return list(zip(map(slice, (0, *ends), ends), prefix, mask_PGTS, strict=True))
+
+
+def _by_row(parts_PKG: Sequence[Array]) -> Array:
+    """[P, K, G, ...] of each part -> [B, K, ...]."""
+    rows = [jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]) for x in parts_PKG]
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
 
 def _by_prompt(x_BK: Array, num_prompts: int) -> Array:

@@ -6,12 +6,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Key
+from flax import nnx
+from jaxtyping import Bool, Float, Key
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.models.attention import Prefix
+from grpo_jax.models.int8 import Int8Matrix, dequantize_layers, quantize, quantize_layers
 from grpo_jax.models.linear import head_logits
-from grpo_jax.models.transformer import ModelDef
-from grpo_jax.rollout.decoding import DecodeContext, EndTokens, decode_batched, decode_continuous
+from grpo_jax.models.transformer import Decoder, ModelDef
+from grpo_jax.rollout.decoding import Completions, DecodeContext, EndTokens, decode_batched, decode_continuous
+from grpo_jax.rollout.prompt_parts import parts_of
 from grpo_jax.rollout.sampling import Sampling, occurring_tokens
 from grpo_jax.types import Params, Prompts, Rollout
 
@@ -22,8 +26,8 @@ def sampling_of(config: RolloutConfig) -> Sampling:
 
 
 def greedy(config: RolloutConfig) -> RolloutConfig:
-    """Return the same rollout with the most probable token at every position, once for each prompt."""
-    return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    """Return the same rollout with the most probable token at every position, once for each prompt, of the policy itself."""
+    return dataclasses.replace(config, weights="model", group_size=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def row_keys(key: Key[jax.Array, ""], num_prompts: int, group_size: int) -> Key[jax.Array, "P G"]:
@@ -53,38 +57,49 @@ def rollout(
 
     Args:
       model: decoder. params: its weights in any dtype; computed with in the model's.
-      prompts: [P, S], left-padded. row_keys_PG: a PRNG key for each completion, from `row_keys`.
+      prompts: [P, S], left-padded; with `long_rows` the others are computed at a width of their own.
+      row_keys_PG: a PRNG key for each completion, from `row_keys`.
       config: group size G, budget T in tokens, distribution, and how many completions are decoded at a time.
       ends: what completions end with.
     Returns: a Rollout with T = config.max_completion_tokens slots.
     """
     # Cast once here, not at every token: the loop would read float32 masters T times.
     decoder = model.bind(jax.tree.map(lambda x: x.astype(model.dtype), params))
+    layers, head = decoder.unstack_layers(), decoder.head_VD
+    if config.weights == "int8":
+        decoder, layers, head = _in_int8(decoder)
     P, G = len(prompts.tokens_PS), config.group_size
     sampling = sampling_of(config)
-    hidden_PD, prefix = decoder.encode_prompts(prompts.tokens_PS, prompts.mask_PS)
-    head_VD = decoder.head_VD
-    seen_PV = None
-    if sampling.has_penalty:
-        seen_PV = occurring_tokens(prompts.tokens_PS, prompts.mask_PS, len(head_VD))
+    # With room for all completions there is nothing to refill, and the plain loop has less to do at each token.
+    is_continuous = 0 < config.max_live_sequences < P * G
+    parts = None
+    if not is_continuous and decoder.tiles is None:  # rows that take others' places, and exact blocks, have one width
+        parts = parts_of(prompts)
+    by_width = (prompts,)
+    if parts is not None:
+        by_width, row_keys_PG = parts.split(prompts), row_keys_PG[parts.order_P]
+    hidden_PD, prefix, seen_PV = _encode(decoder, by_width, sampling)
     ctx = DecodeContext(
         decoder,
-        decoder.unstack_layers(),
-        head_VD,
+        layers,
+        head,
         prefix,
-        first_logits_PV=head_logits(hidden_PD, head_VD, decoder.logit_cap, decoder.tiles),
+        first_logits_PV=head_logits(hidden_PD, dequantize_layers(head, decoder.dtype), decoder.logit_cap, decoder.tiles),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=sampling,
         ends=ends,
         max_completion_tokens=config.max_completion_tokens,
         seen_PV=seen_PV,
     )
-    # With room for all completions there is nothing to refill, and the plain loop has less to do at each token.
-    if 0 < config.max_live_sequences < P * G:
-        done = decode_continuous(ctx, config.max_live_sequences)
-    else:
-        done = decode_batched(ctx)
+    done = decode_continuous(ctx, config.max_live_sequences) if is_continuous else decode_batched(ctx)
     done = jax.tree.map(lambda x: x.reshape(P, G, *x.shape[1:]), done)
+    if parts is not None:
+        done = parts.put_back(done)
+    return _as_rollout(prompts, done, sampling)
+
+
+def _as_rollout(prompts: Prompts, done: Completions, sampling: Sampling) -> Rollout:
+    """Return completions, all their arrays [P, G, ...], as a Rollout of their prompts."""
     # The fields of a Draw are named for one token of each row; here they hold [P, G, T].
     return Rollout(
         prompts=prompts,
@@ -96,3 +111,32 @@ def rollout(
         is_truncated_PG=~done.is_done_B,
         experts_PGTX=done.experts_BTX,
     )
+
+
+def _in_int8(decoder: Decoder) -> tuple[Decoder, list[nnx.State], Int8Matrix]:
+    """Return (the decoder with its layers' matrices rounded to int8, for the prompts; its layers and head in int8)."""
+    graphdef, layers = nnx.split(decoder.layers)
+    rounded = nnx.merge(graphdef, dequantize_layers(quantize_layers(layers), decoder.dtype))
+    in_int8 = [quantize_layers(layer) for layer in decoder.unstack_layers()]
+    head = quantize(decoder.head_VD)
+    decoder.layers = rounded
+    return decoder, in_int8, head
+
+
+def _encode(
+    decoder: Decoder, by_width: tuple[Prompts, ...], sampling: Sampling
+) -> tuple[Float[jax.Array, "P D"], Prefix, Bool[jax.Array, "P V"] | None]:
+    """Run prompts, each part at its width.
+
+    Returns: (hidden_PD and Prefix as `Decoder.encode_prompts` has them, one part's rows behind the other's; the tokens of each
+      prompt, None without a repetition penalty).
+    """
+    seen_PV = None
+    if sampling.has_penalty:
+        vocab = decoder.arch.vocab_size
+        seen_PV = jnp.concatenate([occurring_tokens(each.tokens_PS, each.mask_PS, vocab) for each in by_width])
+    parts = [decoder.encode_prompts(each.tokens_PS, each.mask_PS) for each in by_width]
+    if len(parts) == 1:
+        return *parts[0], seen_PV
+    hidden_PD = jnp.concatenate([hidden_PD for hidden_PD, _ in parts])
+    return hidden_PD, Prefix.join([prefix for _, prefix in parts]), seen_PV

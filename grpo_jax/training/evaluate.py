@@ -20,7 +20,7 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
 from grpo_jax.training.samplers import end_tokens, make_rollout, make_sampler_weights
-from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, with_prompt_width
+from grpo_jax.training.widths import bucket_of, prompt_buckets, prompt_lengths, with_prompt_width
 from grpo_jax.types import Params, Prompts, Reward, Rollout
 
 Evaluate = Callable[[Params], dict[str, Estimate]]
@@ -66,7 +66,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
     ends = end_tokens(task)
     greedily = compiled_rollout(model, greedy(config.rollout), ends, mesh)
-    sampled = compiled_rollout(model, dataclasses.replace(config.rollout, group_size=max(n, 1)), ends, mesh)
+    sampled = compiled_rollout(model, dataclasses.replace(config.rollout, weights="model", group_size=max(n, 1)), ends, mesh)
 
     def answer(rollout: Callable[..., Rollout], params: Params) -> Answers:
         batches = []
@@ -132,7 +132,7 @@ def take_rows(prompts: Prompts, rows: np.ndarray, buckets: tuple[int, ...]) -> P
     Returns: numpy arrays.
     """
     batch = jax.tree.map(lambda x: x[rows], prompts)
-    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(longest_prompt(batch.mask_PS.any(0)), buckets)))
+    return jax.tree.map(np.asarray, with_prompt_width(batch, bucket_of(int(prompt_lengths(batch.mask_PS).max()), buckets)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -34,6 +34,7 @@ from grpo_jax.parallel.sharding import (
     shardings_of,
     with_shardings,
 )
+from grpo_jax.rollout.prompt_parts import without_long_rows
 from grpo_jax.tasks import Task, knows_credit
 from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer, restore_params
@@ -308,11 +309,17 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
         compile_iteration=compile_iteration,
         async_step=make_async_step(
             fns.collect,
-            jax.jit(lambda state: fns.update(state, state.next_batch), donate_argnums=0, out_shardings=(states, everywhere)),
+            jax.jit(functools.partial(update_ahead, fns.update), donate_argnums=0, out_shardings=(states, everywhere)),
         ),
         load_weights=functools.partial(load_weights, config, model, task, like),
         _advantages=jax.jit(fns.advantages),
     )
+
+
+def update_ahead(update: TrainStep, state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
+    """Train on the batch that was sampled ahead; it stays in the state, without what it promised of its rows."""
+    assert state.next_batch is not None
+    return update(dataclasses.replace(state, next_batch=without_long_rows(state.next_batch)), state.next_batch)
 
 
 def load_weights(config: Config, model: ModelDef, task: Task, abstract_state: TrainState) -> Params:

@@ -31,6 +31,7 @@ from grpo_jax.parallel.sharding import (
     constrain,
     gather_params_for_decoding,
     held_specs,
+    num_row_shards,
     shard_map_over_batch,
 )
 from grpo_jax.rewards import shaping
@@ -40,7 +41,7 @@ from grpo_jax.rollout.stops import StopStrings, stop_strings
 from grpo_jax.tasks import Task, Tokenizer, TraceableTask, knows_credit
 from grpo_jax.tasks.host import HostTask
 from grpo_jax.tasks.tokenizers import token_texts
-from grpo_jax.training.widths import bucket_of, longest_prompt, prompt_buckets, resize_batch, resize_on_device
+from grpo_jax.training.widths import fit_prompts, prompt_buckets, prompt_lengths
 from grpo_jax.types import Arrays, Batch, Params, Prompts, Reward, Rollout, TrainState
 
 # (weights as `make_sampler_weights` gives them, prompts, key of the round) -> completions.
@@ -190,7 +191,7 @@ class HostSampler(DeviceSampler):
         self.run_rollout = jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
         self.sampler_weights = jax.jit(self.sampler_weights)
         self.make_batch = jax.jit(self.make_batch)
-        self._used_slots = jax.jit(lambda mask_PS: mask_PS.any(0), out_shardings=NamedSharding(mesh, REPLICATED))
+        self._prompt_lengths = jax.jit(prompt_lengths, out_shardings=NamedSharding(mesh, REPLICATED))
 
     @staticmethod
     def while_loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
@@ -205,28 +206,21 @@ class HostSampler(DeviceSampler):
         """Return the training prompts of a round; each process reads those of its own devices."""
         P = self.config.rollout.num_prompts
         start = int(state.num_prompts_drawn + number * P)
-        longest = [0]
-
-        def read(first: int, num: int) -> Prompts:
-            prompts = self.task.train_prompts(start + first, num)
-            longest.append(longest_prompt(np.asarray(prompts.mask_PS.any(0))))
-            return prompts
-
-        prompts = hosts.make_global_batch(read, P, self.mesh)
-        buckets = prompt_buckets(self.config, prompts.tokens_PS.shape[1])
-        if len(buckets) == 1:
-            return prompts
-        # The width decides which program runs, so all processes must take the same one.
-        of_all = hosts.process_allgather(np.asarray(max(longest)))
-        return resize_on_device(prompts, bucket_of(int(of_all.max()), buckets))
+        read = hosts.make_global_batch(lambda first, num: self.task.train_prompts(start + first, num), P, self.mesh)
+        return self._fit(read)
 
     def narrow(self, batch: Batch) -> Batch:
         """Cut the prompts of a batch, which waited at the task's width, to their bucket."""
-        mask_PS = batch.rollout.prompts.mask_PS
-        buckets = prompt_buckets(self.config, mask_PS.shape[1])
+        prompts = self._fit(batch.rollout.prompts)
+        return dataclasses.replace(batch, rollout=dataclasses.replace(batch.rollout, prompts=prompts))
+
+    def _fit(self, prompts: Prompts) -> Prompts:
+        """Give prompts the width of their bucket, and say which rows are long."""
+        buckets = prompt_buckets(self.config, prompts.tokens_PS.shape[1])
         if len(buckets) == 1:
-            return batch
-        return resize_batch(batch, bucket_of(longest_prompt(np.asarray(self._used_slots(mask_PS))), buckets))
+            return prompts
+        # Widths decide which program runs, so all processes must take the same ones: each is told all lengths.
+        return fit_prompts(prompts, np.asarray(self._prompt_lengths(prompts.mask_PS)), num_row_shards(self.mesh), buckets)
 
     def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
         """Score every completion: each process its own rows, and all processes get the rewards of all."""
