@@ -130,10 +130,15 @@ MODELS = {
 }
 
 
+def torch_config(name: str, **changes):
+    """transformers' configuration of a tiny model."""
+    family, its_own = MODELS[name]
+    return AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
+
+
 def torch_model(name: str, dtype=torch.float32, **changes):
     """A tiny model in which no bias is zero and no norm is one, so that a tensor left out or swapped shows."""
-    family, its_own = MODELS[name]
-    config = AutoConfig.for_model(family, **{**SIZES, **its_own, **changes})
+    config = torch_config(name, **changes)
     config._experts_implementation = "eager"  # the quicker ones know no float64
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
     randomise(model)

@@ -22,7 +22,7 @@ from grpo_jax.models.peft import adapter_names
 from grpo_jax.models.tensor_names import leaf_slot
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys, sampling_of
-from tests import test_mesh, tiny
+from tests import tiny
 from tests.hf_models import (
     MODELS,
     SIZES,
@@ -41,7 +41,6 @@ NEW = [("qwen3 moe", 2), ("gemma 2", 2), ("ministral 3", 2), ("qwen3.5", 3)]
 SAMPLED = [("llama 3", 2), ("qwen2, windows", 2), ("qwen3 untied", 2), ("mistral", 2), ("gemma 3", 5), *NEW]
 OTHERS = [name for name in MODELS if name not in dict(SAMPLED)]  # of their own number of layers
 TEMPERATURE = 0.7
-VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -61,9 +60,11 @@ def test_logits_equal_torch_on_left_padded_batches(pair):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance(model, tokens_BT, mask_BT))
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "llama 3", "cwm"])
 @pytest.mark.slow
-def test_logits_equal_torch_over_several_chunks(tmp_path):
-    model = torch_model("qwen3.5")
+def test_logits_equal_torch_over_several_chunks_and_beyond_the_original_context(tmp_path, name):
+    """The others' windows and contexts end within the 17 tokens above."""
+    model = torch_model(name)
     model.save_pretrained(tmp_path)
     tokens_BT, mask_BT = left_padded(2 * CHUNK_TOKENS + 9)
     ours, theirs = jax_logits(tmp_path, tokens_BT, mask_BT)[mask_BT], exact_logits(model, tokens_BT, mask_BT)
@@ -128,22 +129,6 @@ def test_sampler_learner_and_torch_agree_on_every_token(tmp_path, name, num_laye
     np.testing.assert_allclose(drawn.sampler_logp_PGT.reshape(P * G, T), theirs_BT, atol=2e-5)
     np.testing.assert_allclose(logp_PGT, drawn.sampler_logp_PGT, atol=2e-5)
     np.testing.assert_allclose(entropy_PGT, drawn.entropy_PGT, atol=2e-5)
-
-
-# A decoder knows no objective and an objective no decoder: each family meets one variant, and experts, as gated delta nets do
-# in test_gated_delta.py, all five.
-TRAINED = [(name, VARIANTS[i % len(VARIANTS)]) for i, name in enumerate(MODELS)]
-
-
-@pytest.mark.parametrize(("name", "variant"), sorted({*TRAINED, *(("qwen3 moe", variant) for variant in VARIANTS)}))
-@pytest.mark.nightly
-def test_three_updates_move_every_weight(tmp_path, name, variant):
-    torch_model(name).config.save_pretrained(tmp_path)
-    arch = read_architecture(tmp_path)
-    _, after, metrics = test_mesh.updated.__wrapped__(test_mesh.ONE, 1, variant, arch)
-    moved = jax.tree.map(lambda x, y: np.abs(x - y).max() / np.abs(y).max(), after, tiny.random_params(arch))
-    assert min(jax.tree.leaves(moved)) > 1e-5 and max(jax.tree.leaves(moved)) < 0.2
-    assert len(metrics) == 3 and all(np.isfinite(each["loss/total"]) and each["update/skipped"] == 0 for each in metrics)
 
 
 # -------------------------------------------------------------------------------------------------------- config.json

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.errors import UserError
-from grpo_jax.models import folders, hf
+from grpo_jax.models import export, folders, hf
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.export import save_weights
 from grpo_jax.models.families import read_architecture
@@ -83,6 +83,25 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, mlp, leaf):
     tracemalloc.stop()
     assert peak <= 1.3 * largest_file < whole_leaf
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+PHI = {"layout": ("joined_qkv", "joined_gate_up")}
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS, PHI], ids=["dense", "experts", "joined"])
+def test_saving_holds_one_file_at_a_time(tmp_path, monkeypatch, changes):
+    """With devices that are not the host: there each tensor is copied from them, of a CPU's it is a view."""
+    gather = export.hosts.gather_to_host
+    monkeypatch.setattr(export.hosts, "gather_to_host", lambda tree: jax.tree.map(np.array, gather(tree)))
+    arch = Architecture(64, 128, 12, num_heads=4, num_kv_heads=4, head_dim=32, ffn_dim=256, **changes)
+    params = tiny.random_params(arch)
+    save_layer_by_layer(tmp_path, arch, params)  # compiles
+    tracemalloc.start()
+    largest_file = save_layer_by_layer(tmp_path, arch, params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.9 * largest_file < peak <= 1.3 * largest_file
+    jax.tree.map(np.testing.assert_array_equal, hf.load_params(tmp_path, arch, "float32", HERE), params)
 
 
 @pytest.mark.parametrize(("spec", "dtype"), [(P(), "float32"), (P("data"), "bfloat16")], ids=["replicated", "sharded"])

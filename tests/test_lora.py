@@ -32,7 +32,7 @@ from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import assemble, make_run
 from grpo_jax.types import join_params
 from tests import programs, tiny
-from tests.hf_models import MODELS, jax_logits, left_padded, load, torch_logits, torch_model
+from tests.hf_models import MODELS, exact_logits, jax_logits, left_padded, load, logits_alone, torch_logits, torch_model
 
 LORA = LoRA(rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj"))
 MODEL = ModelDef(tiny.LLAMA, lora=LORA)
@@ -189,11 +189,15 @@ def test_peft_loads_what_we_save(tmp_path, name):
         hidden_FD = decoder(tokens_BT, mask_BT).reshape(-1, arch.dim)
         return head_logits(hidden_FD, decoder.head_VD, decoder.logit_cap).reshape(*tokens_BT.shape, -1)
 
-    theirs = torch_logits(PeftModel.from_pretrained(torch_model(name), tmp_path / "adapter"), tokens_BT, mask_BT)
+    adapted = PeftModel.from_pretrained(torch_model(name), tmp_path / "adapter")
+    theirs, exact = (logits(adapted, tokens_BT, mask_BT) for logits in (logits_alone, exact_logits))
     plain = jax_logits(folder, tokens_BT, mask_BT)
-    assert np.abs(theirs - plain)[mask_BT].max() > 0.1, "the adapters do nothing"
+    assert np.abs(exact - plain[mask_BT]).max() > 0.1, "the adapters do nothing"
+    # Adapters this large double some logits, and rounding with them: what float32 costs torch is the measure.
+    noise = np.abs(theirs - exact).max()
+    assert noise < 2e-4
     ours = np.asarray(forward(join_params(base, adapters)))
-    np.testing.assert_allclose(ours[mask_BT], theirs[mask_BT], rtol=0, atol=2e-5 if name == "qwen3 tied" else 2e-4)
+    np.testing.assert_allclose(ours[mask_BT], exact, rtol=0, atol=max(1e-5, 3 * noise))
     jax.tree.map(np.testing.assert_array_equal, load_adapters(tmp_path / "adapter", model), adapters)
 
 

@@ -223,12 +223,28 @@ def compare(folder, family, is_numeric):
     return counts
 
 
-def test_the_page_lists_every_family(capsys):
+def test_the_pages_list_every_family(capsys):
     root = pathlib.Path(__file__).parent.parent
     assert families_table.main([f"--root={root}"]) == 0, capsys.readouterr().out
-    rows = families_table.families_table()[2:] + families_table.texts_table()[2:]
+    rows = families_table.families_table(root)[2:] + families_table.texts_table(root)[2:]
     assert [row.split("`")[1] for row in rows] == [*FAMILIES, *TEXT_OF]
-    assert all(len(cell.strip()) > 3 for row in rows for cell in row.split("|")[1:-1])
+    assert all(len(cell.strip()) > 3 for row in rows for cell in row.split("|")[1:-2])
+    line = families_table.models_line()
+    assert line in (root / families_table.README).read_text() and line.count(", ") == len(FAMILIES) - 1
+
+
+def test_a_list_that_is_out_of_date_is_written_anew(tmp_path, capsys):
+    root, page = pathlib.Path(__file__).parent.parent, tmp_path / families_table.PAGE
+    for name in (families_table.PAGE, families_table.README, families_table.PUBLISHED):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((root / name).read_text())
+    page.write_text(page.read_text().replace("| Seed-OSS |", "| Sead-OSS |"))
+    assert families_table.main([f"--root={tmp_path}"]) == 1 and "docs/models.md: out of date" in capsys.readouterr().out
+    assert families_table.main([f"--root={tmp_path}", "--write"]) == 0 and families_table.main([f"--root={tmp_path}"]) == 0
+    assert page.read_text() == (root / families_table.PAGE).read_text()
+    page.write_text("")
+    with pytest.raises(UserError, match=r"docs/models.md: no <!-- families:begin -->"):
+        families_table.main([f"--root={tmp_path}"])
 
 
 @pytest.mark.parametrize(

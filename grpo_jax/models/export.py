@@ -116,9 +116,7 @@ def save_weights(folder: Path, params: Params, architecture: Architecture, dtype
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in with_progress(list(zip(files, shards, strict=True)), "writing weights"):
-        tensors = {name: _gather_tensor(parts[name], dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors' files are for their owner alone
+        _save_shard(folder / file, {name: parts[name] for name in names}, dtype)
     if len(shards) > 1:
         total = sum(num_bytes.values())
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -140,18 +138,30 @@ class _Part:
     shape: tuple[int, ...]
 
 
+def _save_shard(file: Path, parts: dict[str, list[_Part]], dtype: str) -> None:
+    """Write one file."""
+    # A function of its own, so that a file's tensors are gone from the host before the next one's are gathered.
+    save_file({name: _gather_tensor(each, dtype) for name, each in parts.items()}, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors' files are for their owner alone
+
+
 def _gather_tensor(parts: list[_Part], dtype: str) -> np.ndarray:
     """Return one stored tensor on the host."""
+
     # Part by part, cast on the device before it is gathered: neither a full float32 copy nor a stacked leaf of all layers is
     # ever in the host's memory.
-    parts = sorted(parts, key=lambda part: part.first_row)
-    rows = [
-        hosts.gather_to_host(_extract_part(part.leaf, part.place, dtype, part.is_transposed)).reshape(part.shape)
-        for part in parts
-    ]
-    if len(rows) == 1:
-        return rows[0]
-    return np.concatenate(rows)
+    def gather(part: _Part) -> np.ndarray:
+        extracted = _extract_part(part.leaf, part.place, dtype, part.is_transposed)
+        return hosts.gather_to_host(extracted).reshape(part.shape)
+
+    if len(parts) == 1:
+        return gather(parts[0])
+    # Into its place, not joined at the end: that would hold the tensor twice.
+    num_rows = sum(part.shape[0] for part in parts)
+    tensor = np.empty((num_rows, *parts[0].shape[1:]), jnp.dtype(dtype))
+    for part in parts:
+        tensor[part.first_row : part.first_row + part.shape[0]] = gather(part)
+    return tensor
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
