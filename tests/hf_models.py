@@ -204,7 +204,12 @@ def logits_alone(model, tokens_BT, mask_BT):
 
 
 def tolerance(model, tokens_BT, mask_BT):
-    """1e-5; with gated delta nets, whose answers are normed however small they are, three times what float32 costs torch."""
+    """1e-5; with gated delta nets, whose answers are normed however small they are, three times what float32 costs torch.
+
+    2e-5 for Gemma, whose residual stream is larger (post-norms, embeddings times sqrt(D)): 1.03e-5 was seen, with jax 0.7.2.
+    """
+    if model.config.model_type.startswith("gemma"):
+        return 2e-5
     if not hasattr(model.config, "linear_num_key_heads"):
         return 1e-5
     noise = np.abs(logits_alone(model, tokens_BT, mask_BT) - exact_logits(model, tokens_BT, mask_BT)).max()

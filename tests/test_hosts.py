@@ -4,6 +4,7 @@ import re
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -69,7 +70,8 @@ def pair(tmp_path_factory):
             wait_for_both(two, folder / "torn", 5)
             two[0].kill()
             statuses, outputs = ended(two)
-        assert statuses == [-signal.SIGKILL, -signal.SIGABRT], "\n".join(outputs)
+        left = 1 if jax.__version_info__ < (0, 8) else -signal.SIGABRT  # how JAX ends a process that has lost another
+        assert statuses == [-signal.SIGKILL, left], "\n".join(outputs)
         yield folder, outputs
 
 

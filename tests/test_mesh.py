@@ -297,6 +297,7 @@ def test_every_matrix_is_cut_and_every_vector_is_whole_or_cut_by_heads():
     assert param_spec(("layers", "mlp", "up", "weight"), (5, 40, 16), mesh, 641) == PartitionSpec(None, "tensor")
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="its compiler refuses this on several devices, and so do we")
 @pytest.mark.slow
 def test_offloaded_moments_wait_on_the_host_and_change_nothing(tmp_path):
     changes = {"eval.num_samples": 0, "learner.num_minibatches": 2, "objective.kl_coef": 0.0}

@@ -86,7 +86,7 @@ class Prefix:
     """
 
     cache: Any
-    mask_PS: jax.Array | tuple[jax.Array, ...]
+    mask_PS: Any
     lengths_P: jax.Array
 
     @classmethod

@@ -6,6 +6,7 @@ the same order; with one process they cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -35,7 +36,9 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     Raises: UserError if there is no cluster that JAX knows.
     """
     faulthandler.disable()  # or the message about a dead process would drown in the stacks of all threads of this one
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; the training loop has its own way
+    with contextlib.suppress(AttributeError):  # jax 0.7 has no such setting
+        # The service would swallow SIGTERM; the training loop has its own way.
+        jax.config.update("jax_enable_preemption_service", False)
     method, where = None, "--distributed"
     if coordinator:
         # Inside a Slurm job JAX would detect the cluster although it was told who is who, and leave us a single device.

@@ -348,6 +348,11 @@ def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainSt
     """
     like = with_shardings(shapes, mesh, config.mesh.fsdp_min_elements)
     if config.optimizer.offload:
+        if mesh.size > 1 and jax.__version_info__ < (0, 8):
+            raise UserError(
+                f"config.optimizer.offload = True: the compiler of jax {jax.__version__} refuses it on several devices; "
+                "install jax 0.10, or leave it out"
+            )
         like = dataclasses.replace(like, opt_state=offload_to_host(like.opt_state))
     # A batch is no weight, so the table of parameters has no axes for it: its rows are sharded, as they were when sampled.
     rows = NamedSharding(mesh, ROWS)

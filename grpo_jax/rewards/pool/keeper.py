@@ -93,15 +93,21 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def marked(mark: str) -> list[int]:
-    """List the processes whose environment began with this mark (Linux; none elsewhere)."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
+def marked(mark: str) -> tuple[list[int], bool]:
+    """List the processes whose environment began with this mark (Linux; none elsewhere).
+
+    Returns: (they; True if some process has no environment: it may have, as soon as the program that it becomes has begun).
+    """
+    wanted, found, is_one_between = f"{MARK}={mark}".encode(), [], False
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or it ended a moment ago
-            if wanted in file.read_bytes().split(b"\0"):
+            environment = file.read_bytes()
+            if wanted in environment.split(b"\0"):
                 found.append(int(file.parent.name))
-    return found
+            elif not environment:
+                os.readlink(file.with_name("exe"))  # the kernel's own processes and those that have ended have no program
+                is_one_between = True
+    return found, is_one_between
 
 
 def kill(pid: int) -> bool:

@@ -22,7 +22,7 @@ from grpo_jax.rewards.pool.serve import Setup
 
 LEAVE_SECS = 6.0  # for the keeper to end all below it, once it is asked to
 FOLLOW_SECS = 1.0  # for it to end by itself, once the worker has
-MAX_SWEEPS = 20
+MAX_SWEEPS, SWEEP_PAUSE_SECS = 20, 0.05  # for what a killed keeper has left
 
 
 class SentJob(NamedTuple):
@@ -172,8 +172,11 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for _ in range(MAX_SWEEPS):
-            if not any([kill(pid) for pid in marked(self._mark)]):
-                break
+            found, is_one_between = marked(self._mark)
+            if not any([kill(pid) for pid in found]):
+                if not is_one_between:
+                    break
+                time.sleep(SWEEP_PAUSE_SECS)
         return self._process.wait()
 
     def _wait(self, secs: float) -> int | None:
