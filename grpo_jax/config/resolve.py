@@ -20,27 +20,15 @@ def resolve(config: Config) -> Config:
     learner = config.learner
     clip = min(config.objective.clip_low, config.objective.clip_high)
     # With exact numerics the two do not differ at all.
-    is_rounded = config.rollout.weights == "int8"
-    differs = is_rounded or (config.model.dtype == "bfloat16" and config.model.numerics != "exact")
-    is_coarse = differs and clip < NARROW_CLIP
+    is_coarse = config.model.dtype == "bfloat16" and config.model.numerics != "exact" and clip < NARROW_CLIP
     old_logp = learner.old_logp
     if old_logp == "auto":
-        old_logp = "learner" if is_coarse or is_rounded or learner.importance_cap else "sampler"
+        old_logp = "learner" if is_coarse or learner.importance_cap else "sampler"
         if config.async_steps:
             old_logp = "sampler"  # the learner has moved on from the policy that sampled
     if is_coarse and old_logp == "sampler":
         raise UserError(
-            f"config.learner.old_logp = {learner.old_logp!r}: in bfloat16 or int8 sampler and learner differ by more than the "
-            f"clip range {clip:g}, which would clip tokens before the policy moves; set it "
-            f"to 'learner', or config.async_steps to 0"
-        )
-    if is_rounded and old_logp == "learner" and not learner.importance_cap:
-        raise UserError(
-            "config.rollout.weights = 'int8': the sampler is another policy than the learner; set "
-            "config.learner.importance_cap, to 2 for example, which weighs each token by what the two say of it"
-        )
-    if is_rounded and config.model.numerics == "exact":
-        raise UserError(
-            "config.rollout.weights = 'int8': numbers of other weights are not exact; set config.model.numerics to 'fast'"
+            f"config.learner.old_logp = {learner.old_logp!r}: in bfloat16 sampler and learner differ by more than the clip "
+            f"range {clip:g}, which would clip tokens before the policy moves; set it to 'learner', or config.async_steps to 0"
         )
     return dataclasses.replace(config, learner=dataclasses.replace(learner, old_logp=old_logp))

@@ -18,7 +18,6 @@ DTYPES = ("float32", "bfloat16")
 NUMERICS = ("fast", "exact")
 ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "narrow", "full")
-ROLLOUT_WEIGHTS = ("model", "int8")
 OLD_LOGP = ("auto", "sampler", "learner")
 CHOICE_ANSWERS = ("label", "index")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -290,11 +289,6 @@ class RolloutConfig:
         "a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only",
         unit="tokens",
         at_least=0,
-    )
-    weights: str = knob(
-        "model",
-        "int8: matrices are rounded for the rollout, to half of bfloat16's bytes; model: model.dtype",
-        choices=ROLLOUT_WEIGHTS,
     )
     max_live_sequences: int = knob(
         0, "decoded at a time on each device, one that ends makes room for the next; 0: all", at_least=0

@@ -182,8 +182,6 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.rollout.stop_ids = ()  # tokens that end a completion, beside the model's end tokens
     # a batch's prompts are padded to 64, 128, 256 ... tokens or the task's longest (tasks of the host); 0: that only
     config.rollout.prompt_bucket_tokens = 64
-    # model | int8; int8: matrices are rounded for the rollout, to half of bfloat16's bytes; model: model.dtype
-    config.rollout.weights = "model"
     config.rollout.max_live_sequences = 0  # decoded at a time on each device, one that ends makes room for the next; 0: all
 
     config.dynamic_sampling = ConfigDict()

@@ -26,7 +26,6 @@ from grpo_jax.models.experts import Experts, Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
-from grpo_jax.models.int8 import dequantize_layers
 from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import RMSNorm, norm_if, scaled
@@ -346,7 +345,7 @@ class Decoder(nnx.Module):
         """Run one token of each row and write what the layers keep of it to the caches.
 
         Args:
-          layers: from `unstack_layers`, maybe quantized (`int8`). caches: one a layer. tokens_B: the tokens at `slot`.
+          layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
           slot: where they are written, one for all rows or [B]. prefix: of the P prompts; B is a multiple of P.
         Returns: (hidden_BD after the final norm, the caches with slot `slot` filled, the tokens' experts as `choices_of`
           writes them or None).
@@ -362,7 +361,7 @@ class Decoder(nnx.Module):
         # static, its view needs no select.
         filled, choices = [], []
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
-            block = nnx.merge(graphdefs[i % self.arch.period], dequantize_layers(weights, self.dtype))
+            block = nnx.merge(graphdefs[i % self.arch.period], weights)
             view = views[i in self.arch.local_layers]
             x_B1D, cache, chosen_B1k = exact.run_block(
                 self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot

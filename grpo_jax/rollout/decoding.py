@@ -19,7 +19,6 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Prefix
 from grpo_jax.models.experts import choices_of
 from grpo_jax.models.flash import LANES
-from grpo_jax.models.int8 import Int8Matrix, dequantize_layers
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, Kept
@@ -92,14 +91,13 @@ class Memory:
 class DecodeContext:
     """Everything that stays the same while B = P * G completions of P encoded prompts are decoded.
 
-    layers: the weights of each layer, unstacked. head: the output matrix. Both may be in int8. first_logits_PV: float32, of the
-    token after each prompt. keys_B: a random key of each completion.
-    seen_PV: tokens of each prompt; None without a repetition penalty.
+    layers: the weights of each layer, unstacked. first_logits_PV: float32, of the token after each prompt. keys_B: a random
+    key of each completion. seen_PV: tokens of each prompt; None without a repetition penalty.
     """
 
     decoder: Decoder
     layers: list[nnx.State]
-    head: Float[jax.Array, "V D"] | Int8Matrix
+    head_VD: Float[jax.Array, "V D"]
     prefix: Prefix
     first_logits_PV: Float[jax.Array, "P V"]
     keys_B: Key[jax.Array, " B"]
@@ -159,8 +157,7 @@ class DecodeContext:
         Returns: (float32 logits [B, V], the caches with `slot` filled, the experts of `last_B` or None).
         """
         hidden_BD, caches, chosen_BX = self.decoder.decode_step(self.layers, caches, last_B, slot, prefix)
-        head_VD = dequantize_layers(self.head, self.decoder.dtype)
-        return head_logits(hidden_BD, head_VD, self.decoder.logit_cap, self.decoder.tiles), caches, chosen_BX
+        return head_logits(hidden_BD, self.head_VD, self.decoder.logit_cap, self.decoder.tiles), caches, chosen_BX
 
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""

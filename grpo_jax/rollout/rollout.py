@@ -6,12 +6,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Bool, Float, Key
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.attention import Prefix
-from grpo_jax.models.int8 import Int8Matrix, dequantize_layers, quantize, quantize_layers
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.rollout.decoding import Completions, DecodeContext, EndTokens, decode_batched, decode_continuous
@@ -26,8 +24,8 @@ def sampling_of(config: RolloutConfig) -> Sampling:
 
 
 def greedy(config: RolloutConfig) -> RolloutConfig:
-    """Return the same rollout with the most probable token at every position, once for each prompt, of the policy itself."""
-    return dataclasses.replace(config, weights="model", group_size=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    """Return the same rollout with the most probable token at every position, once for each prompt."""
+    return dataclasses.replace(config, group_size=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
 
 def row_keys(key: Key[jax.Array, ""], num_prompts: int, group_size: int) -> Key[jax.Array, "P G"]:
@@ -65,9 +63,6 @@ def rollout(
     """
     # Cast once here, not at every token: the loop would read float32 masters T times.
     decoder = model.bind(jax.tree.map(lambda x: x.astype(model.dtype), params))
-    layers, head = decoder.unstack_layers(), decoder.head_VD
-    if config.weights == "int8":
-        decoder, layers, head = _in_int8(decoder)
     P, G = len(prompts.tokens_PS), config.group_size
     sampling = sampling_of(config)
     # With room for all completions there is nothing to refill, and the plain loop has less to do at each token.
@@ -81,10 +76,10 @@ def rollout(
     hidden_PD, prefix, seen_PV = _encode(decoder, by_width, sampling)
     ctx = DecodeContext(
         decoder,
-        layers,
-        head,
+        decoder.unstack_layers(),
+        decoder.head_VD,
         prefix,
-        first_logits_PV=head_logits(hidden_PD, dequantize_layers(head, decoder.dtype), decoder.logit_cap, decoder.tiles),
+        first_logits_PV=head_logits(hidden_PD, decoder.head_VD, decoder.logit_cap, decoder.tiles),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=sampling,
         ends=ends,
@@ -111,16 +106,6 @@ def _as_rollout(prompts: Prompts, done: Completions, sampling: Sampling) -> Roll
         is_truncated_PG=~done.is_done_B,
         experts_PGTX=done.experts_BTX,
     )
-
-
-def _in_int8(decoder: Decoder) -> tuple[Decoder, list[nnx.State], Int8Matrix]:
-    """Return (the decoder with its layers' matrices rounded to int8, for the prompts; its layers and head in int8)."""
-    graphdef, layers = nnx.split(decoder.layers)
-    rounded = nnx.merge(graphdef, dequantize_layers(quantize_layers(layers), decoder.dtype))
-    in_int8 = [quantize_layers(layer) for layer in decoder.unstack_layers()]
-    head = quantize(decoder.head_VD)
-    decoder.layers = rounded
-    return decoder, in_int8, head
 
 
 def _encode(

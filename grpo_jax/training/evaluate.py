@@ -66,7 +66,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     sampler_weights = jax.jit(make_sampler_weights(config, mesh))
     ends = end_tokens(task)
     greedily = compiled_rollout(model, greedy(config.rollout), ends, mesh)
-    sampled = compiled_rollout(model, dataclasses.replace(config.rollout, weights="model", group_size=max(n, 1)), ends, mesh)
+    sampled = compiled_rollout(model, dataclasses.replace(config.rollout, group_size=max(n, 1)), ends, mesh)
 
     def answer(rollout: Callable[..., Rollout], params: Params) -> Answers:
         batches = []
