@@ -130,7 +130,7 @@ class AttentionView:
 
     rope: Any
     mask_BTU: jax.Array
-    mask_PGTS: jax.Array | tuple[jax.Array, ...] | None
+    mask_PGTS: Any
     rows: flash.CausalRows | None = None
     query_scale: jax.Array | None = None
     mask_BT: jax.Array | None = None
