@@ -39,6 +39,7 @@ LONGEST_FIRST = (
     "test_lora",
     "test_rollout",
     "test_mesh",
+    "test_widths",
     "test_beyond",
     "test_shared_program",
     "test_plan",

@@ -127,8 +127,7 @@ def _gather(shard: Array, axis: int, spec: PartitionSpec, dtype: Any) -> Array:
     def all_gather(shard: Array) -> Array:
         return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
 
-    # Without the barrier XLA:TPU casts the stacks of all layers before the loop over them, and holds both.
-    return _shard_map_over_tensor(all_gather, spec)(jax.lax.optimization_barrier(shard))
+    return _shard_map_over_tensor(all_gather, spec)(shard)
 
 
 def _forward(shard: Array, axis: int, spec: PartitionSpec, dtype: Any) -> tuple[Array, None]:

@@ -66,6 +66,13 @@ def fence_vectors(tree: Any, hardware: Hardware | None) -> Any:
     return jax.tree.map(lambda x: jax.lax.optimization_barrier(x) if x.ndim == 1 else x, tree)
 
 
+def _fence_rows(x: Float[Array, "*lead I"]) -> Float[Array, "*lead I"]:
+    """Return the rows that an adapter reads."""
+    # An adapter's gradient wants them with tokens last. Without the barrier XLA:TPU turned the stacks that all layers keep for
+    # their backward pass, whole and once a layer: 45 % of an update of Qwen2.5-7B's adapters on v6e, by its estimate.
+    return x if target_platform() == "cpu" else jax.lax.optimization_barrier(x)
+
+
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """Return cap * tanh(x / cap); x itself if there is no cap."""
     if cap is None:
@@ -117,7 +124,7 @@ class Linear(nnx.Module):
         y = project(x, self.weight[...].astype(x.dtype))
         if self.lora is not None:
             # Two thin products: W + scale * B A would build a full matrix, and its full gradient, for each layer.
-            low = project(x, self.lora_a[...].astype(x.dtype))
+            low = project(_fence_rows(x), self.lora_a[...].astype(x.dtype))
             y = y + self.lora.scale * project(low, self.lora_b[...].astype(x.dtype))
         if self.bias is not None:
             y = y + like(self.bias[...].astype(x.dtype), y)

@@ -1,12 +1,13 @@
-"""The five variants on one embedded task of long completions, 10 seeds, small enough for two cores. After the colon: the task.
+"""The five variants on one embedded task of long completions, small enough for two cores. After the colon: the task.
 
-grpo-jax sweep --config=sweeps/tasks:forks --workdir=runs/forks        (chain, countdown, maze, forks; the control:)
-grpo-jax sweep --config=sweeps/tasks:forks --set=shuffle_rewards=True --config.seeds="(0, 1, 2)" --workdir=runs/forks_shuffled
+grpo-jax sweep --config=sweeps/tasks:forks --workdir=runs/forks                  (chain, countdown, maze, forks; 10 seeds)
+grpo-jax sweep --config=sweeps/tasks:forks_control --workdir=runs/forks_control  (3 seeds; the same, and with rewards shuffled)
 """
 
-from grpo_jax.configs.sweeps import variants
+from grpo_jax.configs.sweeps import base, variants
 
-# 128 completions a step and 60 steps in calls of 20; four samples of each held-out prompt beside the greedy answer.
+# 128 completions a step, in calls of 20; four samples of each held-out prompt beside the greedy answer. Learning rates are as
+# low as lets all five learn: what noise alone does to a variant without KL grows with them (docs/tasks.md).
 SMALL = {
     "num_steps": 60,
     "steps_per_call": 20,
@@ -20,16 +21,30 @@ TASKS = {
     "chain": {},
     "countdown": {},
     "maze": {},
-    "forks": {"task.forks.filler_tokens": 2, "warm_start.batch_size": 64},
+    "forks": {
+        "task.forks.filler_tokens": 2,
+        "warm_start.num_steps": 600,
+        "warm_start.batch_size": 64,
+        "num_steps": 120,
+        "checkpoint.every": 120,
+        "optimizer.learning_rate": 1e-4,
+    },
 }
+CONTROL = "_control"
+SHORT = {"eval_every": 0, "log.completions_every": 0}  # before and after: evaluations took longer than the steps
 
 
 def get_config(task: str = "forks"):
-    if task in TASKS:
+    name = task.removesuffix(CONTROL)
+    if name in TASKS:
         config = variants.get_config("tiny")
-        config.sets = {"": {"task.name": task, **SMALL, **TASKS[task]}}
+        config.sets = {"": {"task.name": name, **SMALL, **TASKS[name]}}
+        config.seeds = tuple(range(10))
     else:  # a scale, for all four tasks
-        config = variants.get_config(task)
-        config.sets = {name: {"task.name": name} for name in TASKS}
-    config.seeds = tuple(range(10))
+        config = variants.get_config(name)
+        config.sets = {each: {"task.name": each} for each in TASKS}
+        config.seeds = tuple(range(10))
+    if task.endswith(CONTROL):
+        config.sets = base.crossed(config.sets, {"": SHORT, "shuffled": {**SHORT, "shuffle_rewards": True}})
+        config.seeds = (0, 1, 2)
     return config
