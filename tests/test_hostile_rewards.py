@@ -15,7 +15,7 @@ import pytest
 
 from grpo_jax.config import RewardConfig, ScoringConfig
 from grpo_jax.errors import RunError
-from grpo_jax.rewards.pool import protocol
+from grpo_jax.rewards.pool import keeper, protocol
 from grpo_jax.rewards.pool.pool import ScoringPool
 from grpo_jax.rewards.pool.protocol import ProtocolError, Reply, one_line, pack_reply, read_reply
 from grpo_jax.rewards.pool.worker import Worker
@@ -397,3 +397,17 @@ def test_a_limit_on_memory_below_the_configured_one_is_kept_and_said(hostile, tm
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=120)
     assert done.stdout == "[[1.0, 0.0, 0.0]] [[False, True, False]]\n", done.stderr
     assert "memory_limit_mb = 8192 is more than `ulimit -v` leaves: scoring processes have 6144 MiB each" in done.stderr
+
+
+def test_a_process_without_an_environment_yet_may_be_one_of_a_worker():
+    """Between fork and the new program's first step its environment is empty: the sweep after a killed keeper comes again."""
+    sleepers = [subprocess.Popen(["/bin/sleep", "60"], env=env) for env in ({keeper.MARK: "mine"}, {})]
+    found, deadline = ([], False), time.monotonic() + 20
+    try:
+        while found != ([sleepers[0].pid], True) and time.monotonic() < deadline:
+            found = keeper.marked("mine")
+    finally:
+        for process in sleepers:
+            process.kill()
+            process.wait()
+    assert found == ([sleepers[0].pid], True) and not keeper.marked("mine")[0]
