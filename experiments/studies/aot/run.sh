@@ -19,7 +19,7 @@ for shape in "${@:-a}"; do
     c) plan c --chip=v6e --topology=2x4 --shape=qwen2.5-7b --config.mesh.data=1 --config.mesh.fsdp=2 --config.mesh.tensor=4 --config.learner.num_microbatches=16 \
         --config.lora.rank=32 ;;
     d) plan d --chip=v5p --topology=8x8x4 --shape=llama3-70b --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=8 --config.learner.num_microbatches=8 \
-        --config.rollout.num_prompts=256 --config.model.remat=full ;;
+        --config.rollout.num_prompts=256 --config.model.remat=dots ;;
     e) plan e --chip=h100 --topology=1x1x1 --shape=qwen2.5-0.5b --config.mesh.data=1 --config.learner.num_microbatches=32 ;;
     esac
 done
