@@ -80,7 +80,12 @@ def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_networ
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}, {"optimizer.offload": True}])
+NO_OFFLOAD = pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="refused on several devices there")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora.rank": 4}, {"objective.kl_coef": 0.1}, pytest.param({"optimizer.offload": True}, marks=NO_OFFLOAD)]
+)
 @pytest.mark.slow
 def test_the_state_is_as_large_as_real_arrays_on_a_device(changes):
     planned = job_of(EIGHT, {"dynamic_sampling.enabled": True, **changes})
