@@ -41,7 +41,7 @@ class ModelConfig:
     )
     router: str = knob("trained", "of a mixture of experts, where all weights are trained", choices=ROUTERS)
     dim: int = knob(64, "width D of the fresh decoder", at_least=2, at_most=2**16)
-    num_layers: int = knob(2, "its layers L", at_least=1, at_most=1024)
+    num_layers: int = knob(2, "its layers L; decoding compiles each of them", at_least=1, at_most=256)
     num_heads: int = knob(4, "its query heads N", at_least=1, at_most=1024)
     num_kv_heads: int = knob(2, "its key and value heads K", at_least=1, at_most=1024)
     ffn_dim: int = knob(256, "width F of its feed-forward layers", at_least=1, at_most=2**20)

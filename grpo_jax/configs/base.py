@@ -39,7 +39,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model.remat = "auto"
     config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained
     config.model.dim = 64  # width D of the fresh decoder
-    config.model.num_layers = 2  # its layers L
+    config.model.num_layers = 2  # its layers L; decoding compiles each of them
     config.model.num_heads = 4  # its query heads N
     config.model.num_kv_heads = 2  # its key and value heads K
     config.model.ffn_dim = 256  # width F of its feed-forward layers
