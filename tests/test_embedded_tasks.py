@@ -241,7 +241,7 @@ def test_credit_is_the_advantage_of_every_token_by_enumeration():
     for number, taken in enumerate(branches):
         for j, branch in enumerate(taken):
             logp[number, 0, task.places[j]] = np.log(p_K[j] if branch == right_K[j] else 1 - p_K[j])
-    enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # jax 0.7
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # jax 0.7
     with enable_x64(True):
         credit = np.asarray(task.token_credit(np.full(len(texts), row), tokens, mask, logp))[:, 0]
     assert credit.dtype == np.float64
