@@ -54,7 +54,7 @@ def main(args):
     runs = sorted(path.parent for path in args.sweep.glob("runs/*/metrics.jsonl"))
     if not runs:
         raise UserError(f"{args.sweep}: no runs there; give the folder of a sweep")
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for run in runs:
         line = line_of(run)
