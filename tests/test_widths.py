@@ -85,6 +85,18 @@ def assert_same_records(left, right, **tolerance):
             assert other[name] == pytest.approx(value, nan_ok=True, **tolerance), (name, one["step"])
 
 
+def prompts_without_compiling(run):
+    """The prompts of four steps; each program was compiled once, while the run trained."""
+    state, prompts = run.initial_state(), []
+    with tiny.compilations() as compiled:
+        for _ in range(4):
+            state, batch, _ = run.collect(state)
+            prompts.append(batch.rollout.prompts)
+            state, _ = run.update(state, batch)
+    assert not compiled
+    return prompts
+
+
 def test_widths():
     config = Config(rollout=RolloutConfig(prompt_bucket_tokens=4))
     assert prompt_buckets(config, 14) == (4, 8, 14) and prompt_buckets(config, 3) == (3,)
@@ -104,13 +116,7 @@ def test_a_run_in_buckets_is_the_run_at_full_width_and_resumes_bitwise(tmp_path)
     trainer.train_run(full, tmp_path / "full")
     trainer.train_run(bucketed, tmp_path / "bucketed")
     assert_same_records(numbers(tmp_path / "full"), numbers(tmp_path / "bucketed"), rel=1e-3, abs=1e-4)
-    state, widths = bucketed.initial_state(), []
-    with tiny.compilations() as compiled:
-        for _ in range(4):
-            state, batch, _ = bucketed.collect(state)
-            widths.append(batch.rollout.prompts.tokens_PS.shape[1])
-            state, _ = bucketed.update(state, batch)
-    assert widths == [4, 4, 14, 14] and not compiled  # each program was compiled once, while the run trained
+    assert [prompts.tokens_PS.shape[1] for prompts in prompts_without_compiling(bucketed)] == [4, 4, 14, 14]
     train_in_two(bucketed, tmp_path / "torn", 3)
     assert numbers(tmp_path / "torn") == numbers(tmp_path / "bucketed")
 
@@ -205,10 +211,4 @@ def test_a_run_says_which_rows_are_long_and_compiles_no_further_program(tmp_path
     trainer.train_run(run, tmp_path / "parts")
     trainer.train_run(full, tmp_path / "full")
     assert_same_records(numbers(tmp_path / "parts"), numbers(tmp_path / "full"), rel=1e-3, abs=1e-4)
-    state, promises = run.initial_state(), []
-    with tiny.compilations() as compiled:
-        for _ in range(4):
-            state, batch, _ = run.collect(state)
-            promises.append(batch.rollout.prompts.long_rows)
-            state, _ = run.update(state, batch)
-    assert promises == [None, None, (1, 4), (1, 4)] and not compiled
+    assert [prompts.long_rows for prompts in prompts_without_compiling(run)] == [None, None, (1, 4), (1, 4)]

@@ -40,11 +40,10 @@ def get_config(task: str = "forks"):
     if name in TASKS:
         config = variants.get_config("tiny")
         config.sets = {"": {"task.name": name, **SMALL, **TASKS[name]}}
-        config.seeds = tuple(range(10))
     else:  # a scale, for all four tasks
         config = variants.get_config(name)
         config.sets = {each: {"task.name": each} for each in TASKS}
-        config.seeds = tuple(range(10))
+    config.seeds = tuple(range(10))
     if task.endswith(CONTROL):
         config.sets = base.crossed(config.sets, {"": SHORT, "shuffled": {**SHORT, "shuffle_rewards": True}})
         config.seeds = (0, 1, 2)
