@@ -11,11 +11,14 @@ import pytest
 from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import KVCache, Prefix, attend
+from grpo_jax.models.flash import attend as flash_attend
+from grpo_jax.models.flash import gpu, tpu
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
 from tests import tiny
 
-INTERPRETED = Hardware("tpu", interpret=True)
+TPU, GPU = (Hardware(platform, interpret=True) for platform in ("tpu", "gpu"))
+of_each = pytest.mark.parametrize("hardware", [TPU, GPU], ids=["tpu", "gpu"])
 P, G, K, R = 2, 2, 1, 2
 B = P * G
 
@@ -65,46 +68,89 @@ def assert_same(got, expected, tolerance=1e-5):
     [(40, 130, 64, None, None), (128, 128, 80, None, 1.5), (150, 140, 64, 9, None), (40, 130, 8, 100, 2.0)],
     ids=["any length", "any width, capped scores", "a window", "a window over the prompt's end, capped scores"],
 )
+@of_each
 @pytest.mark.slow
-def test_outputs_and_gradients_are_those_of_plain_operations(S, T, H, window, cap):
+def test_outputs_and_gradients_are_those_of_plain_operations(hardware, S, T, H, window, cap):
     arch, (arrays, mask_PS) = arch_of(H, window, cap), inputs(S, T, H)
     weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
     given = arrays, mask_PS, weight_BTNH
-    assert_same(value_and_grads(arch, INTERPRETED, *given), value_and_grads(arch, None, *given))
+    assert_same(value_and_grads(arch, hardware, *given), value_and_grads(arch, None, *given))
 
 
 @pytest.mark.slow
 def test_several_blocks_are_one_row(monkeypatch):
     """Blocks of keys whose parts of the queries' gradient are added up; one kernel for each gradient where they are many."""
-    monkeypatch.setattr(flash, "BLOCKS", {128: 1.0})
-    monkeypatch.setattr(flash, "MIN_BACKWARD_KEYS", 128)
+    monkeypatch.setattr(tpu, "BLOCKS", {128: 1.0})
+    monkeypatch.setattr(tpu, "MIN_BACKWARD_KEYS", 128)
     arch, (arrays, mask_PS) = arch_of(64, 200), inputs(260, 380, 64)
     given = arrays, mask_PS, jnp.ones_like(arrays[0]).at[:, ::2].set(-0.5)
     expected = value_and_grads(arch, None, *given)
-    assert_same(value_and_grads(arch, INTERPRETED, *given), expected)
-    monkeypatch.setattr(flash, "MAX_PARTIAL_DQ", 1)
-    assert_same(value_and_grads(arch, INTERPRETED, *given), expected)
+    assert_same(value_and_grads(arch, TPU, *given), expected)
+    assert_same(value_and_grads(arch, GPU, *given), expected)
+    monkeypatch.setattr(tpu, "MAX_PARTIAL_DQ", 1)
+    assert_same(value_and_grads(arch, TPU, *given), expected)
 
 
+@of_each
 @pytest.mark.slow
-def test_the_cotangent_of_each_part_is_that_of_the_whole(monkeypatch):
+def test_rows_that_are_padded_on_the_left(hardware):
+    """Prompts as they are read: no keys but their own, and padding before them that no token sees."""
+    arch, (arrays, _) = arch_of(64, 100), inputs(8, 260, 64)
+    mask_BT = jnp.arange(260)[None] >= jnp.array([[0], [70], [130], [259]])
+    weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32) * mask_BT[..., None, None]
+
+    def value_and_grads(hardware):
+        def weighted(q_BTNH, k_BTKH, v_BTKH):
+            view = views_of(arch, mask_BT, None, hardware)
+            out_BTNH = attend(q_BTNH, KVCache.of(k_BTKH, v_BTKH), view, None, arch.attention_scale)
+            return (out_BTNH * weight_BTNH).sum(), out_BTNH * mask_BT[..., None, None]
+
+        grads, out = jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(*arrays[:3])
+        return out, *grads
+
+    assert_same(value_and_grads(hardware), value_and_grads(None))
+
+
+def test_a_block_of_padding_is_not_run():
+    """Blocks before the first token, above the diagonal and beyond the window; what is left covers every pair that is seen."""
+    blocks = gpu.Blocks(32, 16, 4, 1)
+    for part, begin in ((gpu.Part(96, 0, None), 40), (gpu.Part(50, 50, 20), 17), (gpu.Part(50, 50, None), 0)):
+        T, U = 96, -(-part.num // 16) * 16
+        seen_TU = np.asarray(part.sees(jnp.arange(T), jnp.arange(U), begin))
+        of_queries, of_keys = np.zeros_like(seen_TU), np.zeros_like(seen_TU)
+        for start in range(0, T, 32):
+            first, end = map(int, part.keys_seen(jnp.int32(start), blocks, begin))
+            of_queries[start : start + 32, first * 16 : end * 16] = True
+        for start in range(0, U, 16):
+            first, end = map(int, part.queries_seeing(jnp.int32(start), blocks, begin, T))
+            of_keys[first * 32 : max(first, end) * 32, start : start + 16] = True
+        assert (of_queries | ~seen_TU).all() and (of_keys | ~seen_TU).all()
+        tiles = seen_TU.reshape(T // 32, 32, U // 16, 16).any((1, 3))
+        for run in (of_queries, of_keys):
+            assert (run.reshape(T // 32, 32, U // 16, 16).any((1, 3)) == tiles).all(), "no block is run for nothing"
+
+
+@of_each
+@pytest.mark.slow
+def test_the_cotangent_of_each_part_is_that_of_the_whole(monkeypatch, hardware):
     """Two calls that are merged outside of one derivative: the output is right, gradients are not. Ours must not be those."""
     arch, (arrays, mask_PS) = arch_of(64), inputs(128, 128, 64)
     given = arrays, mask_PS, jnp.ones_like(arrays[0]).at[..., ::2].set(-0.5)
     expected = value_and_grads(arch, None, *given)
-    assert_same(value_and_grads(arch, INTERPRETED, *given), expected)
-    gradients = flash._gradients
+    assert_same(value_and_grads(arch, hardware, *given), expected)
+    kernels = flash_attend._kernels(hardware)
+    gradients = kernels.backward
 
-    def of_parts_alone(static, arrays, masks):
+    def of_parts_alone(call, arrays, masks):
         """What a kernel's own derivative gives: each part's output and log-sum-exp in place of the whole's."""
         (q, own, prompt), _, lse, d_out = arrays
-        own_out, own_lse = flash._merged(static, (q, own, None), masks)
+        own_out, own_lse = kernels.forward(call, (q, own, None), masks)
         d_own_out = d_out * jnp.exp(own_lse - lse)[..., None]
-        dq, d_own, _ = gradients(static, ((q, own, None), own_out, own_lse, d_own_out), masks)
+        dq, d_own, _ = gradients(call, ((q, own, None), own_out, own_lse, d_own_out), masks)
         return dq, d_own, jax.tree.map(jnp.zeros_like, prompt)
 
-    monkeypatch.setattr(flash, "_gradients", of_parts_alone)
-    trapped = value_and_grads(arch, INTERPRETED, *given)
+    monkeypatch.setattr(kernels, "backward", of_parts_alone)
+    trapped = value_and_grads(arch, hardware, *given)
     assert_same(trapped[:1], expected[:1])
     assert all(float(jnp.abs(x - y).max()) > 0.01 for x, y in zip(trapped[1:3], expected[1:3], strict=True))
 
@@ -114,8 +160,9 @@ GEMMA = Architecture(  # a local layer below a global one: the compiled program 
 )
 
 
+@of_each
 @pytest.mark.slow
-def test_a_decoder_has_the_same_gradients():
+def test_a_decoder_has_the_same_gradients(hardware):
     """Prompts and completions through all layers, one completion with little; remat keeps what the kernel gave."""
     S, T = 130, 128
     rng = np.random.default_rng(0)
@@ -131,20 +178,21 @@ def test_a_decoder_has_the_same_gradients():
         return jax.jit(jax.value_and_grad(functools.partial(summed, ModelDef(GEMMA, **changes))))(params)
 
     value, grads = run()
-    found, found_grads = run(hardware=INTERPRETED, remat="narrow")
+    found, found_grads = run(hardware=hardware, remat="narrow")
     np.testing.assert_allclose(found, value, rtol=1e-5)
     assert tiny.largest_difference(found_grads, grads) < 1e-5
 
 
 def test_who_has_a_kernel():
-    rows = flash.CausalRows(jnp.ones((B, 128), jnp.int32), None, None, None, False, INTERPRETED)
+    rows = flash.CausalRows(jnp.ones((B, 128), jnp.int32), None, None, None, False, TPU)
     assert flash.suits(rows, 128, 128)
     assert not flash.suits(None, 128, 128)
     assert not flash.suits(rows, 127, 127) and not flash.suits(rows, 1, 128)
-    assert not flash.suits(dataclasses.replace(rows, hardware=Hardware("gpu")), 128, 128)
+    assert flash.suits(dataclasses.replace(rows, hardware=Hardware("gpu")), 128, 128)
+    assert not flash.suits(dataclasses.replace(rows, hardware=Hardware("rocm")), 128, 128)
     assert not flash.suits(dataclasses.replace(rows, window=1), 128, 128)
 
 
 @pytest.mark.parametrize(("num", "block", "length"), [(1, 128, 128), (256, 256, 256), (1023, 512, 1024), (640, 384, 768)])
 def test_blocks_cover_any_length(num, block, length):
-    assert (flash.block_of(num), flash.padded_length(num)) == (block, length)
+    assert (tpu.block_of(num), tpu.padded_length(num)) == (block, length)

@@ -88,6 +88,28 @@ def test_a_kernel_is_counted_by_hand_from_its_shapes_and_blocks():
     assert operation_secs(kernel, slow) == pytest.approx(moved / 1e6)
 
 
+GPU_KERNEL = """
+ENTRY %main.1 (q: bf16[1]) -> bf16[1] {
+  %pallas_call.5 = (bf16[1,16,512,64]{3,2,1,0}, f32[1,16,512]{2,1,0}) custom-call(%q, %k),
+ custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints={GIVEN, s32[1,1]{1,0}},
+ metadata={op_name="jit(f)/NAME/pallas_call" stack_frame_id=1}
+}
+"""
+ROWS, KEYS, NUMBERS = "bf16[1,16,512,64]{3,2,1,0}", "bf16[1,2,256,64]{3,2,1,0}", "f32[1,16,512]{2,1,0}"
+
+
+@pytest.mark.parametrize(("name", "products"), [("forward", 2), ("backward_queries", 3), ("backward_keys", 4)])
+def test_a_gpu_kernel_goes_by_its_own_name_and_counts_both_parts(name, products):
+    given = [ROWS, ROWS, NUMBERS, NUMBERS, KEYS, KEYS]
+    if name == "forward":
+        given = [ROWS, KEYS, KEYS, ROWS, ROWS]
+    text = GPU_KERNEL.replace("NAME", f"flash_{name}").replace("GIVEN", ", ".join(given))
+    (kernel,) = [each for each in Schedule(text).operations() if each.is_kernel]
+    assert kernel.kernel_name == f"flash_{name}"
+    pairs = 512 * 256 + (512 * (512 + 64) / 2 if name == "forward" else 0)
+    assert kernel_flops(kernel) == products * 2 * 16 * pairs * 64
+
+
 def test_bytes_of_types():
     assert array_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/s4[8]{0}, pred[5]{0})") == 12 + 4 + 5
     with pytest.raises(KeyError):

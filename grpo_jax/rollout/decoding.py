@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Key, UInt
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Prefix
 from grpo_jax.models.experts import choices_of
-from grpo_jax.models.flash import LANES
+from grpo_jax.models.flash.tpu import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, Kept

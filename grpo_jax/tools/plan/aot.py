@@ -201,7 +201,7 @@ def kernels_of(operations: list[Operation], chip: Chip) -> tuple[Kernel, ...]:
     """List the hand-written kernels by name; of XLA:GPU its libraries' and those that it writes in Triton, by kind."""
     found: dict[str, Kernel] = {}
     for each in operations:
-        name = each.instruction.name.split(".")[0]
+        name = each.kernel_name
         target = re.search(r'(?:custom_call_target=|"kind":)"(__cu[^"]*|__triton[^"]*)"', each.instruction.rest)
         if not each.is_kernel and not target:
             continue
@@ -219,7 +219,7 @@ def dearest_of(schedule: Schedule, operations: list[Operation], chip: Chip) -> t
     """Add the seconds up by source line, and list those that take most."""
     secs: dict[tuple[str, str], float] = {}
     for each in operations:
-        kernel = each.instruction.name.split(".")[0] if each.is_kernel else ""
+        kernel = each.kernel_name if each.is_kernel else ""
         key = schedule.source(each.instruction), kernel
         secs[key] = secs.get(key, 0.0) + each.runs * operation_secs(each, chip)
     total = sum(secs.values()) or 1.0

@@ -27,7 +27,15 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
-KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton")
+KERNELS = ('"tpu_custom_call', '"mosaic_gpu', '.gpu.triton"')  # targets
+PALLAS_NAME = re.compile(r'/([^/"]+)/pallas_call"')
+# Products of each pair of query and key in the kernels of `models.flash.gpu`, and which of their arrays are keys.
+GPU_KERNELS = {
+    "flash_forward": (2, slice(1, None, 2)),
+    "flash_backward_queries": (3, slice(2, None, 2)),
+    "flash_backward_keys": (4, slice(2, 3)),
+}
+GPU_BLOCK = 64  # what such a kernel takes of the diagonal at a time
 # The share of a matrix unit's peak that an attention kernel is taken to reach, by width of head: a width of 64 fills half of a
 # 128 x 128 unit in both of its products.
 KERNEL_SHARE = {64: 0.25, 128: 0.5}
@@ -60,7 +68,14 @@ class Operation:
     @property
     def is_kernel(self) -> bool:
         """A kernel that was written by hand (Pallas, Triton), and not a product that XLA has a library for."""
-        return self.instruction.opcode == "custom-call" and any(f'"{each}' in self.instruction.rest for each in KERNELS)
+        return self.instruction.opcode == "custom-call" and any(each in self.instruction.rest for each in KERNELS)
+
+    @property
+    def kernel_name(self) -> str:
+        """Its name in the program; XLA:GPU calls all kernels of Pallas alike, and keeps theirs beside."""
+        name = self.instruction.name.split(".")[0]
+        found = PALLAS_NAME.search(self.instruction.rest)
+        return found[1] if found and name == "pallas_call" else name
 
 
 def _cycles(operation: Operation) -> float:
@@ -202,6 +217,8 @@ def kernel_flops(operation: Operation) -> float:
     arrays = _kernel_arrays(operation)
     if len(arrays) < 2:
         return 0.0
+    if operation.kernel_name in GPU_KERNELS:
+        return _gpu_kernel_flops(operation, [shape for shape in arrays if len(shape) == 4])
     name, products = operation.instruction.name, 2
     if "dkv" in name:
         # In one kernel with the queries' gradient, which is its result with a leading axis of blocks of keys.
@@ -210,6 +227,13 @@ def kernel_flops(operation: Operation) -> float:
         products = 3
     *rows, num_queries, width = arrays[0]
     return products * 2 * math.prod(rows) * _num_pairs(operation, num_queries, arrays[1][-2]) * width
+
+
+def _gpu_kernel_flops(operation: Operation, arrays: list[tuple[int, ...]]) -> float:
+    products, which = GPU_KERNELS[operation.kernel_name]
+    *rows, T, width = arrays[0]
+    pairs = sum(T * (T + GPU_BLOCK) / 2 if keys[-2] == T else T * keys[-2] for keys in arrays[which])
+    return products * 2 * math.prod(rows) * pairs * width
 
 
 def _num_pairs(operation: Operation, num_queries: int, num_keys: int) -> float:
@@ -246,4 +270,5 @@ def operation_secs(operation: Operation, chip: Chip) -> float:
 def kernel_share(operation: Operation) -> float:
     """Return the share of the arithmetic peak that an attention kernel is taken to reach."""
     arrays = _kernel_arrays(operation)
-    return KERNEL_SHARE[64 if arrays and arrays[0][-1] <= 64 else 128]
+    fills_half = arrays and arrays[0][-1] <= 64 and operation.kernel_name not in GPU_KERNELS
+    return KERNEL_SHARE[64 if fills_half else 128]

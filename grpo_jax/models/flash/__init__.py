@@ -1,0 +1,6 @@
+"""Causal attention without scores in memory, by the kernels of accelerators."""
+
+from grpo_jax.models.flash.attend import MIN_QUERIES, SAVED_NAME, attend_causally, suits
+from grpo_jax.models.flash.call import CausalRows
+
+__all__ = ["MIN_QUERIES", "SAVED_NAME", "CausalRows", "attend_causally", "suits"]

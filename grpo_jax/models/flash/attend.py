@@ -1,0 +1,150 @@
+"""Causal attention over a row's own keys and its prompt's without scores in memory, forward and backward: on accelerators.
+
+`attention.attend` is the same in plain operations. The kernels are those of `tpu` and `gpu`: here are the layout that both
+read, and the derivative.
+
+No cotangent flows through a kernel's log-sum-exp: its own derivative drops it, and gradients of queries and keys come out wrong
+by half where parts are merged. Here one derivative covers all parts, and each part's backward kernel is given the output and
+the log-sum-exp of the whole, as ring attention does from device to device (Liu et al., arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from grpo_jax.models.flash import tpu
+from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import vary_like
+
+MIN_QUERIES = 128  # fewer fill no block: plain operations are as good
+SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them where it keeps products
+
+
+def suits(rows: CausalRows | None, num_queries: int, num_keys: int) -> bool:
+    """Decide if the kernel is the better form: on accelerators that have one, for rows that fill a block of queries."""
+    if rows is None or rows.hardware.platform not in ("tpu", "gpu"):
+        return False
+    return num_queries == num_keys >= MIN_QUERIES and rows.window != 1
+
+
+def attend_causally(
+    q_BTNH: Float[Array, "B T N H"],
+    own: KeysAndValues,
+    prompt: KeysAndValues | None,
+    rows: CausalRows,
+    cap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attend to a row's own keys and its prompt's keys, in one softmax over both.
+
+    Args:
+      q_BTNH: rotated and scaled queries. own: keys (rotated) and values [B, K, T, H] of the same tokens.
+      prompt: those of the prompts, [P, K, S, H], or None; rows p*G .. p*G+G-1 see prompt p. rows: the padding and the window.
+      cap: of the scores, as in `attention.attend`.
+    Returns: the heads' outputs, in the dtype of the queries; undefined but finite on padding.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, P, slots = own[0].shape[1], B, 0
+    kernels = _kernels(rows.hardware)
+    padded_length, width = kernels.padded_length, kernels.width_of(H)
+    if prompt is not None:
+        assert not rows.is_left_padded, "what continues a prompt has no padding before it"
+        P, slots = len(prompt[0]), prompt[0].shape[2]
+        prompt = jax.tree.map(lambda x: _pad(x, padded_length(slots), width), prompt)
+    # A prompt's G rows are more heads of it, in an order in which both parts find their keys: head (k, g, r) reads the prompt's
+    # keys k, which are those of every G * R heads, and its row's own keys (k, g), those of every R. So nothing is repeated, and
+    # queries are laid out once for both.
+    q_PTGKRH = q_BTNH.reshape(P, B // P, T, K, N // K, H)
+    q_PMTH = q_PTGKRH.transpose(0, 3, 1, 4, 2, 5).reshape(P, -1, T, H)
+    own = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(P, B // P, K, T, H), 1, 2).reshape(P, -1, T, H), own)
+    q_PMTH, own = jax.tree.map(lambda x: _pad(x, padded_length(T), width), (q_PMTH, own))
+    masks = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), (rows.own_BT, rows.prompt_PS)
+    )
+    call = Call(rows.window, rows.is_left_padded, slots, cap, rows.hardware)
+    out_PMTH: Any = _attention(call, (q_PMTH, own, prompt), (*masks, rows.is_local))
+    out_PKGRTH = out_PMTH[:, :, :T, :H].reshape(P, K, B // P, N // K, T, H)
+    return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
+
+
+def _kernels(hardware: Hardware) -> Any:
+    """Return the module of a platform's kernels."""
+    if hardware.platform == "tpu":
+        return tpu
+    from grpo_jax.models.flash import gpu  # only here: Pallas takes a second to import, and no CPU needs it
+
+    return gpu
+
+
+def _pad(x: Float[Array, "R M U H"], length: int, width: int) -> Float[Array, "R M Upad Hpad"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
+
+
+# ------------------------------------------------------------------------------------------------ one derivative for both parts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: Call, arrays: Any, masks: Any) -> Float[Array, "P M T H"]:
+    return _forward(call, arrays, masks)[0]
+
+
+def _forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Any]:
+    out_PMTH, lse_PMT = _on_devices(call, _kernels(call.hardware).forward, arrays, masks)
+    # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`); kept with the heads side by
+    # side, for a last axis of 64 channels would be padded to a register's 128.
+    kept_PTX, lse_PMT = checkpoint_name(_pack(out_PMTH), SAVED_NAME), checkpoint_name(lse_PMT, SAVED_NAME)
+    return _unpack(kept_PTX, out_PMTH.shape[1]), (arrays, masks, kept_PTX, lse_PMT)
+
+
+def _backward(call: Call, residuals: Any, d_out_PMTH: Float[Array, "P M T H"]) -> tuple[Any, None]:
+    arrays, masks, kept_PTX, lse_PMT = residuals
+    out_PMTH = _unpack(kept_PTX, d_out_PMTH.shape[1])
+    whole = arrays, out_PMTH, lse_PMT, d_out_PMTH
+    return _on_devices(call, _kernels(call.hardware).backward, whole, masks), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _pack(x_PMTH: Float[Array, "P M T H"]) -> Float[Array, "P T MH"]:
+    x_PTMH = x_PMTH.transpose(0, 2, 1, 3)
+    return x_PTMH.reshape(*x_PTMH.shape[:2], -1)
+
+
+def _unpack(x_PTX: Float[Array, "P T MH"], num_heads: int) -> Float[Array, "P M T H"]:
+    return x_PTX.reshape(*x_PTX.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
+
+
+def _on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
+    """Call function(call, arrays, masks) on each device's own heads.
+
+    Args:
+      call: its facts. function: what runs kernels; its results have heads as their second axis.
+      arrays: heads are their second axis. masks: they have none.
+    Returns: its results, which vary over the mesh axes that masks do.
+    """
+    run = functools.partial(function, call)
+    mesh = jax.sharding.get_abstract_mesh()
+    if call.hardware.interpret or (mesh.empty and call.hardware.mesh is None):
+        return run(arrays, masks)
+    # The compiler cannot shard a kernel along `tensor`, so that axis is made manual here. And JAX says of no output of
+    # its kernels over which axes it varies, which is an error wherever such types are checked: here they are not.
+    where = {}
+    if mesh.empty:
+        mesh = call.hardware.mesh
+        where = {"mesh": mesh}
+    heads = PartitionSpec()
+    if mesh.shape["tensor"] > 1:
+        heads = PartitionSpec(None, "tensor")
+    sharded = jax.shard_map(
+        run, in_specs=(heads, PartitionSpec()), out_specs=heads, axis_names={"tensor"}, check_vma=False, **where
+    )
+    return vary_like(sharded(arrays, masks), masks[0])

@@ -1,0 +1,53 @@
+"""A call of attention without scores in memory: facts that are compiled in, and masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Float
+
+from grpo_jax.parallel.hardware import Hardware
+
+
+@flax.struct.dataclass
+class CausalRows:
+    """Rows that see themselves causally, and their prompt: what a kernel is told in place of masks.
+
+    own_BT: int32, 1 on tokens. prompt_PS: int32, 1 on tokens of left-padded prompts; None without prompts. is_local: bool, the
+    window holds; None: it does where there is one. window: tokens that a query sees, itself included; None: all before it.
+    is_left_padded: padding stands before the tokens of own_BT, and must not be seen; behind them causality hides it.
+    """
+
+    own_BT: Any
+    prompt_PS: Any
+    is_local: Any
+    window: int | None = flax.struct.field(pytree_node=False)
+    is_left_padded: bool = flax.struct.field(pytree_node=False)
+    hardware: Hardware = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Facts that are compiled into a call. prompt_slots: S, before it was padded to blocks."""
+
+    window: int | None
+    is_left_padded: bool
+    prompt_slots: int
+    cap: float | None
+    hardware: Hardware
+
+
+KeysAndValues = tuple[Float[Array, "R K U H"], Float[Array, "R K U H"]]
+Masks = tuple[Any, Any, Any]  # own_BT, prompt_PS, is_local of `CausalRows`
+
+
+def by_kind(call: Call, masks: Masks, run: Callable[[int | None], Any]) -> Any:
+    """Run with the window or without; where only the compiled program knows which, it chooses."""
+    is_local = masks[2]
+    if is_local is None or call.window is None:
+        return run(call.window)
+    return jax.lax.cond(is_local, lambda: run(call.window), lambda: run(None))

@@ -1,0 +1,55 @@
+"""Programs by XLA:GPU's compiler for an H100, on a machine without one; skipped where jax[cuda12] is not installed."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.tools.plan import aot, chips, job
+from grpo_jax.tools.plan.schedule import Schedule, arrays_of
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+        reason="jax[cuda12] is not installed",
+    ),
+]
+G, S, T, VOCAB = 8, 384, 512, 4096  # lengths that are no other size
+ARCH = Architecture(VOCAB, 128, 5, 4, 2, 64, 192, qk_norm=True)
+LOCAL = dataclasses.replace(
+    ARCH, head_dim=256, sliding_window=200, local_layers=(0, 2, 4), local_rope=Rope(1e6), score_cap=30.0
+)
+
+
+def compiled(variant, changes, arch, name):
+    sizes = {"rollout.num_prompts": 4, "rollout.group_size": G, "rollout.max_completion_tokens": T}
+    learner = {"learner.num_microbatches": 2, "learner.logprob_chunk_tokens": 256, "model.dtype": "bfloat16"}
+    planned = job.make_job(tiny.config_of(variant, {**sizes, **learner, **changes}), "", S, 1)
+    planned = dataclasses.replace(planned, model=dataclasses.replace(planned.model, arch=arch))
+    program = aot.compile_program(
+        name, planned, aot.make_mesh(planned, aot.devices_of("h100", "1x1x1")), chips.find_chip("h100")
+    )
+    assert not program.error
+    return program, {each.name for each in program.kernels}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "arch"),
+    [("dapo", {}, ARCH), ("grpo", {"objective.kl_coef": 0.1, "lora.rank": 8}, LOCAL)],
+    ids=["heads of 64", "windows, capped scores, heads of 256"],
+)
+def test_the_update_compiles_with_its_kernels(variant, changes, arch):
+    update, names = compiled(variant, changes, arch, "update")
+    assert {"flash_forward", "flash_backward_queries", "flash_backward_keys"} <= names
+    arrays = [shape for op in Schedule(update.hlo).operations() for _, shape in arrays_of(op.instruction.result)]
+    # A row's scores have two axes of tokens, its own or its prompt's.
+    scores = [shape for shape in arrays if len([size for size in shape if size in (S, T)]) > 1]
+    assert arrays and not scores
+
+
+def test_the_rollout_reads_prompts_by_the_kernel():
+    _, names = compiled("dapo", {}, ARCH, "rollout")
+    assert "flash_forward" in names
