@@ -68,7 +68,9 @@ def programs_of(name):
 
     plain(params, tokens, mask, slope_BT) -> logp of the completions' tokens, norm of the gradient of sum(slope * logp).
     """
-    model, ends = model_of(name), EndTokens(tuple(range(1, SIZES["vocab_size"], 6)), 0)
+    # Gemma's tied and enlarged embeddings make it repeat a prompt's last token, so more of them must end a completion.
+    stride = 2 if name == "gemma" else 6
+    model, ends = model_of(name), EndTokens(tuple(range(1, SIZES["vocab_size"], stride)), 0)
     config = RolloutConfig(group_size=G, max_completion_tokens=T, temperature=TEMPERATURE)
 
     @jax.jit

@@ -104,6 +104,7 @@ FAMILIES = {
         beside="sliding window in every layer, or none",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
         windows="all",
+        has_layer_types=True,  # transformers takes one that has them for a Ministral
     ),
     "qwen2": Family(
         models="Qwen2, Qwen2.5, QwQ, DeepSeek-R1-Distill-Qwen",
