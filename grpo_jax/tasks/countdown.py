@@ -51,11 +51,11 @@ class CountdownTask(TableTask):
         return f"{','.join(f'{number:02d}' for number in numbers)}:{target:02d}"
 
     def teach(self, problem: Problem, rng: random.Random, label_noise: float) -> str:
-        """Write one of the answers; with probability `label_noise` a difference in the last step becomes a sum."""
+        """Write one of the answers; with probability `label_noise` the last step has the other sign."""
         steps = rng.choice(self._answers[problem])
-        before, (left, sign, right) = steps[: 1 - STEP], (steps[1 - STEP : -6], steps[-6], steps[-5:-3])
-        if sign == "-" and rng.random() < label_noise:
-            return f"{before}{left}+{right}={int(left) + int(right):02d}"
+        before, left, sign, right = steps[: 1 - STEP], steps[1 - STEP : -6], steps[-6], steps[-5:-3]
+        if rng.random() < label_noise:
+            return f"{before}{write_step(int(left), '-' if sign == '+' else '+', int(right))}"
         return steps
 
     def is_right(
@@ -94,13 +94,17 @@ def walk(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int]:
     while len(there) > 1:
         rng.shuffle(there)
         left, right = there.pop(), there.pop()
-        sign = rng.choice("+-")
-        if sign == "-":
-            left, right = max(left, right), min(left, right)
-        result = left + right if sign == "+" else left - right
-        steps.append(f"{left:02d}{sign}{right:02d}={result:02d}")
-        there.append(result)
+        steps.append(write_step(left, rng.choice("+-"), right))
+        there.append(int(steps[-1][-2:]))
     return ",".join(steps), there[0]
+
+
+def write_step(left: int, sign: str, right: int) -> str:
+    """Write `09-05=04`, of a difference the larger number first."""
+    if sign == "-":
+        left, right = max(left, right), min(left, right)
+    result = left + right if sign == "+" else left - right
+    return f"{left:02d}{sign}{right:02d}={result:02d}"
 
 
 def two_digits(token_PG2: Int[jax.Array, "P G 2"]) -> Int[jax.Array, "P G"]:

@@ -20,7 +20,7 @@ SMALL = {
 }
 TASKS = {
     "chain": {},
-    "countdown": {},
+    "countdown": {"num_steps": 120, "checkpoint.every": 120},
     "maze": {},
     "forks": {
         "task.forks.filler_tokens": 2,
