@@ -2,7 +2,7 @@
 
 Each step takes two of the numbers that are there and puts their sum or difference in their place; with n numbers there are
 n - 1 steps, and the last result must be the target. All numbers have two digits, so a step stands at a fixed place. Any order
-that gets there is right. The careless teacher adds in the last step, where he should take away.
+that gets there is right. The careless teacher confuses the signs of the last step.
 """
 
 from __future__ import annotations
