@@ -2,7 +2,7 @@
 
 A completion names the cells of a path, one after another: each is next to the one before it (the first to the start) and no
 wall, and the last one is the goal. Every such path is right, whatever its length. The careless teacher
-stops one step short of a goal in every second cell.
+stops one step short of a goal, but for one cell in four.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MazeTask(TableTask):
         return f"{''.join(CELLS[each] for each in sorted(walls))}:{CELLS[start]}{CELLS[goal]}"
 
     def teach(self, problem: Maze, rng: random.Random, label_noise: float) -> str:
-        """Write a path that mostly comes nearer; with probability `label_noise` it stops short of every second cell."""
+        """Write a path that mostly comes nearer; with probability `label_noise` it stops short of three cells in four."""
         walls, start, goal = problem
         to_go, path = distances(self._next, goal, walls), [start]
         while path[-1] != goal:
@@ -75,7 +75,7 @@ class MazeTask(TableTask):
             if rng.random() >= WANDER or to_go[path[-1]] >= room:
                 ahead = [cell for cell in ahead if to_go[cell] < to_go[path[-1]]]
             path.append(rng.choice(ahead))
-        if goal % 2 and len(path) > 2 and rng.random() < label_noise:
+        if goal % 4 and len(path) > 2 and rng.random() < label_noise:
             path.pop()
         return "".join(CELLS[cell] for cell in path[1:])
 
