@@ -36,7 +36,7 @@ VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")
 # One model of each family, and one with YaRN; the others of hf_models differ from these in sizes.
 FIRST = {kind: name for name, (kind, _) in reversed(MODELS.items())}
 NAMES = [*{**FIRST, "llama": "llama 3", "qwen2": "qwen2, windows"}.values(), "qwen3, yarn"]
-OFTEN = {("phi 4", "gtpo"), ("phi 4", "grpo")}
+OFTEN = {("phi 4", "gtpo")}
 CASES = [
     pytest.param(name, variant, marks=pytest.mark.slow if (name, variant) in OFTEN else pytest.mark.nightly)
     for name in NAMES

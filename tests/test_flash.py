@@ -15,6 +15,8 @@ from grpo_jax.models.flash import attend as flash_attend
 from grpo_jax.models.flash import gpu, tpu
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.tasks.embedded import tokenizer_of
+from grpo_jax.training.build import make_model
 from tests import tiny
 
 TPU, GPU = (Hardware(platform, interpret=True) for platform in ("tpu", "gpu"))
@@ -181,6 +183,16 @@ def test_a_decoder_has_the_same_gradients(hardware):
     found, found_grads = run(hardware=hardware, remat="narrow")
     np.testing.assert_allclose(found, value, rtol=1e-5)
     assert tiny.largest_difference(found_grads, grads) < 1e-5
+
+
+def test_plain_attention_is_a_setting():
+    prompt_PS, mask_BT = jnp.ones((P, 8), bool), jnp.ones((B, 128), bool)
+    for attention, has_rows in (("auto", True), ("plain", False)):
+        model = ModelDef(GEMMA, hardware=GPU, attention=attention)
+        view = model.bind(tiny.random_params(GEMMA))._views(mask_BT, Prefix.of(None, prompt_PS))[0]
+        assert (view.rows is not None) == has_rows
+    config = tiny.config_of("grpo", {"model.attention": "plain"})
+    assert make_model(config, tokenizer_of(config)).attention == "plain"
 
 
 def test_who_has_a_kernel():

@@ -64,7 +64,7 @@ def home(tmp_path_factory):
 
 
 def run(home, workdir, *args):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(programs.ROOT)}
+    env = os.environ | programs.environment(cache=home / "compiled") | {"PYTHONPATH": str(programs.ROOT)}
     command = [sys.executable, "script.py", workdir, *args]
     return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
 
@@ -87,7 +87,7 @@ def test_a_script_trains_with_rows_a_function_and_a_callback_and_resumes_bitwise
     whole, again = (programs.records(home / name) for name in ("whole", "again"))
     assert whole == again and len(whole) == 5
     # A run like any other: the command line evaluates it, its functions and data with it.
-    status, output = programs.run("grpo_jax", "evaluate", f"--workdir={home}/whole")
+    status, output = programs.run("grpo_jax", "evaluate", f"--workdir={home}/whole", cache=home / "compiled")
     assert status == 0, output
     assert json.loads((home / "whole" / "evaluation.json").read_text())["step"] == 4
 
@@ -152,6 +152,6 @@ def test_a_sweep_a_report_and_a_page(tmp_path):
             """
         )
     )
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(programs.ROOT)}
+    env = os.environ | programs.environment(cache=tmp_path / "compiled") | {"PYTHONPATH": str(programs.ROOT)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from grpo_jax.objectives import Objective
 TASKS = (*EMBEDDED, "jsonl", "dataset", "reasoning_gym", "mixture")
 DTYPES = ("float32", "bfloat16")
 NUMERICS = ("fast", "exact")
+ATTENTIONS = ("auto", "plain")
 ROUTERS = ("trained", "frozen")
 REMATS = ("auto", "none", "dots", "narrow", "full")
 OLD_LOGP = ("auto", "sampler", "learner")
@@ -34,6 +35,7 @@ class ModelConfig:
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
     numerics: str = knob("fast", "exact: sampler and learner give the same log-probs bit for bit, at a cost", choices=NUMERICS)
+    attention: str = knob("auto", "auto: by kernels where an accelerator has them; plain: never", choices=ATTENTIONS)
     remat: str = knob(
         "auto",
         "what is computed again: dots all but products, narrow wide ones too, auto by depth",

@@ -141,6 +141,7 @@ class Decoder(nnx.Module):
         lora: LoRA | None = None,
         gathers: tuple[GatherLayer | None, ...] | None = None,
         hardware: Hardware | None = None,
+        has_kernels: bool = True,
         tiles: Tiles | None = None,
         rngs: nnx.Rngs,
     ):
@@ -150,9 +151,10 @@ class Decoder(nnx.Module):
           dtype: of the computation; parameters are float32. remat: a key of `fsdp.REMAT`.
           lora: the adapters of each layer, or None. gathers: by place in the period, each makes a layer's sharded weights full,
             or None where they are. hardware: accelerators that the program is compiled for, or None.
-          tiles: of exact numbers (`exact`), or None.
+          has_kernels: attention is by that hardware's, where it has them. tiles: of exact numbers (`exact`), or None.
         """
         self.arch, self.dtype, self.remat, self.hardware, self.tiles = arch, jnp.dtype(dtype), remat, hardware, tiles
+        self.has_kernels = has_kernels
         self.gathers = gathers or (None,) * arch.period
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (arch.vocab_size, arch.dim)) * 0.02)
 
@@ -271,7 +273,7 @@ class Decoder(nnx.Module):
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
         rows = None
-        if self.hardware is not None:
+        if self.hardware is not None and self.has_kernels:
             window = self.arch.sliding_window if self.arch.local_layers else None
             prompt_PS = None if prefix is None else prefix.mask_PS.astype(jnp.int32)
             # Completions are padded on the right alone.
@@ -394,6 +396,7 @@ class ModelDef:
     hardware: Hardware | None = None  # accelerators that programs are made for; None: CPUs
     is_router_frozen: bool = False
     numerics: str = "fast"  # "exact": the sampler's and the learner's numbers are one, bit for bit
+    attention: str = "auto"  # "plain": by no kernels
 
     @property
     def tiles(self) -> Tiles | None:
@@ -448,6 +451,7 @@ class ModelDef:
 
         def build() -> Decoder:
             static = {"dtype": self.dtype, "remat": self.remat_policy, "lora": self.lora, "hardware": self.hardware}
-            return Decoder(self.arch, **static, tiles=self.tiles, gathers=gathers, rngs=nnx.Rngs(0))
+            static |= {"has_kernels": self.attention == "auto", "tiles": self.tiles}
+            return Decoder(self.arch, **static, gathers=gathers, rngs=nnx.Rngs(0))
 
         return nnx.eval_shape(build)

@@ -88,7 +88,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> ModelDef:
             "config.model.numerics = 'exact': a gated delta net adds a prompt up in chunks and a completion token by token; "
             "set it to 'fast'"
         )
-    static: dict[str, Any] = {"dtype": size.dtype, "remat": size.remat, "numerics": size.numerics}
+    static: dict[str, Any] = {"dtype": size.dtype, "remat": size.remat, "numerics": size.numerics, "attention": size.attention}
     return ModelDef(arch, **static, lora=lora, is_router_frozen=is_router_frozen)
 
 

@@ -150,7 +150,7 @@ def _begins(call: Call, masks: Masks, has_prompt: bool) -> tuple[Int[Array, "R 1
 
 
 def forward(call: Call, arrays: Any, masks: Masks) -> tuple[Float[Array, "P M T H"], Float[Array, "P M T"]]:
-    """Run the kernel -> (outputs, float32 log-sum-exp of all scores). Args: those of `attend._merged`."""
+    """Run the kernel -> (outputs, float32 log-sum-exp of all scores). arrays: queries, own keys and values, the prompts'."""
     q_PMTH, own, prompt = arrays
     sizes, blocks = Sizes.of(q_PMTH, own, masks), _blocks(q_PMTH, is_backward=False)
 
