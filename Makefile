@@ -29,9 +29,9 @@ test-nightly: $(VENV)/.installed-test
 test-oldest:
 	PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) VENV=.venv-oldest test
 
-# The TPU's compiler runs on any machine; one process at a time compiles with it.
+# The TPU's compiler runs on any machine; one process at a time compiles with it. The H100's too, where .[aot-gpu] is installed.
 test-aot: $(VENV)/.installed-aot
-	$(BIN)/python -m pytest tests/test_aot.py
+	$(BIN)/python -m pytest tests/test_aot.py tests/test_aot_gpu.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
