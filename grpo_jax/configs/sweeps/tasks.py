@@ -21,7 +21,7 @@ SMALL = {
 TASKS = {
     "chain": {},
     "countdown": {"num_steps": 120, "checkpoint.every": 120},
-    "maze": {},
+    "maze": {"num_steps": 100, "checkpoint.every": 100},
     "forks": {
         "task.forks.filler_tokens": 2,
         "warm_start.num_steps": 600,
