@@ -17,18 +17,17 @@ from grpo_jax.training.run import make_run
 # Task -> settings, from hard to easy.
 SETTINGS = {
     "chain": [{"task.chain.num_terms": 9}, {}, {"warm_start.label_noise": 0.2}],
-    "countdown": [{}, {"warm_start.label_noise": 0.4}, {"task.countdown.num_numbers": 2, "warm_start.label_noise": 0.1}],
+    "countdown": [
+        {},
+        {"warm_start.label_noise": 0.4},
+        {"task.countdown.num_numbers": 2, "eval.num_prompts": 128, "warm_start.label_noise": 0.1},  # 420 problems
+    ],
     "maze": [
         {"task.maze.side": 6, "task.maze.min_distance": 6, "warm_start.label_noise": 1.0},
         {},
         {"task.maze.side": 4, "task.maze.num_walls": 3, "task.maze.min_distance": 2, "warm_start.label_noise": 0.1},
     ],
-    "forks": [
-        {"task.forks.hard_digits": 5},
-        {},
-        {"task.forks.hard_digits": 1},
-        {"task.forks.num_forks": 2, "task.forks.hard_digits": 1},
-    ],
+    "forks": [{"task.forks.hard_digits": 5}, {}, {"task.forks.hard_digits": 1}, {"warm_start.label_noise": 0.2}],
 }
 
 

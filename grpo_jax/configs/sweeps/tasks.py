@@ -6,9 +6,9 @@ grpo-jax sweep --config=sweeps/tasks:forks_control --workdir=runs/forks_control 
 
 from grpo_jax.configs.sweeps import base, variants
 
-# 128 completions a step, in calls of 20; four samples of each held-out prompt beside the greedy answer. The learning rate of
-# "forks" is low because what noise alone does to a variant without KL grows with it (docs/tasks.md); that all five learn at it
-# has not been shown: GRPO does (two seeds), and GTPO with 200 steps.
+# 128 completions a step, in calls of 20; four samples of each held-out prompt beside the greedy answer. All five variants learn
+# at these settings (experiments/studies/tasks). The learning rate of "forks" is low because what noise alone does to a variant
+# without KL grows with it (docs/tasks.md).
 SMALL = {
     "num_steps": 60,
     "steps_per_call": 20,
