@@ -217,10 +217,17 @@ def test_llama_3_of_old_config_files(read):
     assert arch.rope == Rope(1e4, factor=8.0, llama3=(1.0, 4.0, 2048))
 
 
+def test_a_mistral_whose_layers_are_of_two_kinds_is_a_ministral(read):
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+    mistral, ministral = (read(model_type=name, **kinds) for name in ("mistral", "ministral"))
+    assert mistral == ministral and mistral.local_layers == (0, 2) and mistral.sliding_window == 5
+    assert read(model_type="mistral", sliding_window=5).local_layers == (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 3}, ["layer_types", "sliding_attention"]),
+        ({"model_type": "llama", "layer_types": ["sliding_attention"] * 3}, ["layer_types", "sliding_attention"]),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, ["layer_types", "full_attention"]),
         ({"model_type": "gemma3_text", "layer_types": ["chunked"] * 3}, ["chunked", "full_attention, sliding_attention"]),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2}, ["2 entries", "num_hidden_layers = 3"]),
