@@ -20,14 +20,24 @@ SETTINGS = {
     "countdown": [
         {},
         {"warm_start.label_noise": 0.4},
-        {"task.countdown.num_numbers": 2, "eval.num_prompts": 128, "warm_start.label_noise": 0.1},  # 420 problems
+        {
+            "task.countdown.num_numbers": 2,
+            "task.countdown.max_number": 40,
+            "warm_start.label_noise": 0.1,
+            "warm_start.num_steps": 2400,
+        },
     ],
     "maze": [
         {"task.maze.side": 6, "task.maze.min_distance": 6, "warm_start.label_noise": 1.0},
         {},
         {"task.maze.side": 4, "task.maze.num_walls": 3, "task.maze.min_distance": 2, "warm_start.label_noise": 0.1},
     ],
-    "forks": [{"task.forks.hard_digits": 5}, {}, {"task.forks.hard_digits": 1}, {"warm_start.label_noise": 0.2}],
+    "forks": [
+        {"task.forks.hard_digits": 5},
+        {},
+        {"task.forks.hard_digits": 1},
+        {"warm_start.label_noise": 0.2, "warm_start.num_steps": 900},
+    ],
 }
 
 
