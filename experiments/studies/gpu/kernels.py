@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models.flash import CausalRows, attend_causally
+from grpo_jax.models.architecture import Architecture
+from grpo_jax.models.attention import AttentionView, KVCache, Prefix, attend, make_views
+from grpo_jax.models.flash import CausalRows
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.tools.plan import chips
 
@@ -52,34 +54,28 @@ LARGE = (
 SMALL = (Shape(1, 2, 40, 160, 1, 2, 64), Shape(1, 2, 40, 160, 1, 2, 128, 100, 30.0))
 
 
-def arrays_of(shape: Shape, dtype) -> tuple[tuple[jax.Array, ...], CausalRows]:
-    """Draw queries, keys and values, and prompts of which one has padding before it."""
+def arrays_of(shape: Shape, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Draw queries, keys and values, the prompts' keys and values, and a mask of prompts of which one has padding before it."""
     rng = np.random.default_rng(0)
     B = shape.P * shape.G
-    sizes = [(B, shape.T, shape.K * shape.R, shape.H), *[(B, shape.K, shape.T, shape.H)] * 2]
-    sizes += [(shape.P, shape.K, shape.S, shape.H)] * 2
+    sizes = [(B, shape.T, shape.K * shape.R, shape.H), *[(B, shape.T, shape.K, shape.H)] * 2]
+    sizes += [(shape.P, shape.S, shape.K, shape.H)] * 2
     arrays = tuple(jnp.asarray(rng.normal(size=size) * (0.3 if place == 0 else 1.0), dtype) for place, size in enumerate(sizes))
-    prompt_PS = jnp.arange(shape.S)[None] >= jnp.where(jnp.arange(shape.P) == 0, shape.S // 3, 0)[:, None]
-    return arrays, CausalRows(
-        jnp.ones((B, shape.T), jnp.int32), prompt_PS.astype(jnp.int32), None, shape.window, False, Hardware("cpu")
-    )
+    return arrays, jnp.arange(shape.S)[None] >= jnp.where(jnp.arange(shape.P) == 0, shape.S // 3, 0)[:, None]
 
 
-def plain(arrays, rows: CausalRows, cap: float | None) -> jax.Array:
-    """Attend with all scores in memory, in the dtype of the arrays but for the softmax."""
-    q_BTNH, own_k, own_v, prompt_k, prompt_v = arrays
-    B, T, N, H = q_BTNH.shape
-    G, K, S = B // len(prompt_k), own_k.shape[1], prompt_k.shape[2]
-    keys, values = (jnp.concatenate([jnp.repeat(x, G, 0), y], 2) for x, y in ((prompt_k, own_k), (prompt_v, own_v)))
-    score = jnp.einsum("btkrh,bkuh->bkrtu", q_BTNH.reshape(B, T, K, N // K, H), keys, preferred_element_type=jnp.float32)
-    if cap is not None:
-        score = cap * jnp.tanh(score / cap)
-    distance_TU = S + jnp.arange(T)[:, None] - jnp.arange(S + T)[None]
-    seen_TU = (distance_TU >= 0) & (distance_TU < (rows.window or S + T))
-    is_key_BU = jnp.concatenate([jnp.repeat(rows.prompt_PS, G, 0), rows.own_BT], 1) > 0
-    share = jax.nn.softmax(jnp.where(seen_TU & is_key_BU[:, None, None, None], score, -1e30), -1)
-    out = jnp.einsum("bkrtu,bkuh->btkrh", share.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+def view_of(shape: Shape, mask_PS: jax.Array, hardware: Hardware | None) -> AttentionView:
+    """Return what a layer's completions see. hardware: whose kernels are to run; None: plain operations."""
+    local = {"sliding_window": shape.window, "local_layers": (0,)} if shape.window else {}
+    arch = Architecture(1, shape.H, 1, shape.K * shape.R, shape.K, shape.H, 1, **local)
+    prefix, B = Prefix.of(None, mask_PS), shape.P * shape.G
+    positions_BT = jnp.repeat(prefix.lengths_P, shape.G)[:, None] + jnp.arange(shape.T)
+    rows = None
+    if hardware is not None:
+        own_BT = jnp.ones((B, shape.T), jnp.int32)
+        rows = CausalRows(own_BT, mask_PS.astype(jnp.int32), None, shape.window, False, hardware)
+    causal_1TT = jnp.tril(jnp.ones((1, shape.T, shape.T), bool))
+    return make_views(arch, positions_BT, positions_BT, causal_1TT, prefix, rows)[0]
 
 
 def timed(function, *args):
@@ -100,22 +96,19 @@ def difference(found, expected) -> float:
 
 def measure(shape: Shape, hardware: Hardware, dtype, peak_flops: float | None) -> dict:
     """Compare the kernels with the plain form in float32, and with its seconds in `dtype`."""
-    arrays, rows = arrays_of(shape, dtype)
-    rows = dataclasses.replace(rows, hardware=hardware)
+    arrays, mask_PS = arrays_of(shape, dtype)
     weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
 
-    def kernel(q_BTNH, own_k, own_v, prompt_k, prompt_v):
-        return attend_causally(q_BTNH, (own_k, own_v), (prompt_k, prompt_v), rows, shape.cap)
-
-    def value_and_grads(form):
-        def weighted(*arrays):
-            out_BTNH = form(*arrays)
+    def value_and_grads(hardware: Hardware | None):
+        def weighted(q_BTNH, own_k, own_v, prompt_k, prompt_v):
+            own, prompt, view = KVCache.of(own_k, own_v), KVCache.of(prompt_k, prompt_v), view_of(shape, mask_PS, hardware)
+            out_BTNH = attend(q_BTNH, own, view, prompt, 1.0, shape.cap)
             return (out_BTNH.astype(jnp.float32) * weight_BTNH).sum(), out_BTNH
 
         return jax.jit(jax.grad(weighted, tuple(range(5)), has_aux=True))
 
-    grads_of_plain = value_and_grads(lambda *arrays: plain(arrays, rows, shape.cap))
-    (grads, out), secs = timed(value_and_grads(kernel), *arrays)
+    grads_of_plain = value_and_grads(None)
+    (grads, out), secs = timed(value_and_grads(hardware), *arrays)
     (plain_grads, plain_out), plain_secs = timed(grads_of_plain, *arrays)
     with jax.default_matmul_precision("highest"):
         exact_grads, exact_out = jax.jit(grads_of_plain)(*(x.astype(jnp.float32) for x in arrays))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -293,43 +293,46 @@ def _scores(q: Any, k: Any, cap: float | None) -> tuple[Any, Any]:
     return tanh_QU * (cap * LOG2E), 1.0 - tanh_QU * tanh_QU
 
 
-def _forward_kernel(parts: tuple[Part, ...], cap: float | None, blocks: Blocks, q_ref: Any, *refs: Any) -> None:
+def _over_keys(parts: tuple[Part, ...], blocks: Blocks, refs: Any, turn: Callable[..., Any], carry: Any) -> Any:
+    """Call turn(k_UH, v_UH, seen_QU, carry) -> carry for each block of keys that this program's queries see, part after part.
+
+    Args:
+      refs: keys and values of each part, then begins.
+    """
     start = pl.program_id(0) * blocks.queries
     query_Q = start + jnp.arange(blocks.queries)
+    for place, part in enumerate(parts):
+        k_ref, v_ref, begin = refs[2 * place], refs[2 * place + 1], refs[2 * len(parts) + place][0, 0]
+
+        def of_block(block: Any, carry: Any, part=part, k_ref=k_ref, v_ref=v_ref, begin=begin) -> Any:
+            piece = pl.ds(block * blocks.keys, blocks.keys)
+            seen_QU = part.sees(query_Q, block * blocks.keys + jnp.arange(blocks.keys), begin)
+            return turn(k_ref[piece, :], v_ref[piece, :], seen_QU, carry)
+
+        carry = jax.lax.fori_loop(*part.keys_seen(start, blocks, begin), of_block, carry)
+    return carry
+
+
+def _forward_kernel(parts: tuple[Part, ...], cap: float | None, blocks: Blocks, q_ref: Any, *refs: Any) -> None:
     q_QH = q_ref[...]
     *keys_and_begins, out_ref, lse_ref = refs
-    carry = (
-        jnp.full(blocks.queries, MASK_VALUE, jnp.float32),
-        jnp.zeros(blocks.queries, jnp.float32),
-        jnp.zeros(q_QH.shape, jnp.float32),
-    )
-    for part, k_ref, v_ref, begin_ref in _each_part(parts, keys_and_begins):
-        begin = begin_ref[0, 0]
 
-        def turn(block: Any, carry: Any, part=part, k_ref=k_ref, v_ref=v_ref, begin=begin) -> Any:
-            top_Q, total_Q, sum_QH = carry
-            piece = pl.ds(block * blocks.keys, blocks.keys)
-            score_QU, _ = _scores(q_QH, k_ref[piece, :], cap)
-            seen_QU = part.sees(query_Q, block * blocks.keys + jnp.arange(blocks.keys), begin)
-            # A finite value: what a query gathers of a block in which it sees no key is later multiplied with exp(-1e30).
-            score_QU = jnp.where(seen_QU, score_QU, MASK_VALUE)
-            higher_Q = jnp.maximum(top_Q, score_QU.max(-1))
-            p_QU, shrunk_Q = jnp.exp2(score_QU - higher_Q[:, None]), jnp.exp2(top_Q - higher_Q)
-            v_UH = v_ref[piece, :]
-            sum_QH = sum_QH * shrunk_Q[:, None] + _dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
-            return higher_Q, total_Q * shrunk_Q + p_QU.sum(-1), sum_QH
+    def turn(k_UH: Any, v_UH: Any, seen_QU: Any, carry: Any) -> Any:
+        top_Q, total_Q, sum_QH = carry
+        score_QU, _ = _scores(q_QH, k_UH, cap)
+        # A finite value: what a query gathers of a block in which it sees no key is later multiplied with exp(-1e30).
+        score_QU = jnp.where(seen_QU, score_QU, MASK_VALUE)
+        higher_Q = jnp.maximum(top_Q, score_QU.max(-1))
+        p_QU, shrunk_Q = jnp.exp2(score_QU - higher_Q[:, None]), jnp.exp2(top_Q - higher_Q)
+        sum_QH = sum_QH * shrunk_Q[:, None] + _dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
+        return higher_Q, total_Q * shrunk_Q + p_QU.sum(-1), sum_QH
 
-        carry = jax.lax.fori_loop(*part.keys_seen(start, blocks, begin), turn, carry)
-    top_Q, total_Q, sum_QH = carry
+    top_Q = jnp.full(blocks.queries, MASK_VALUE, jnp.float32)
+    carry = top_Q, jnp.zeros(blocks.queries, jnp.float32), jnp.zeros(q_QH.shape, jnp.float32)
+    top_Q, total_Q, sum_QH = _over_keys(parts, blocks, keys_and_begins, turn, carry)
     total_Q = jnp.maximum(total_Q, 1.0)  # no other than it was, but where a block of padding has seen no key at all
     out_ref[...] = (sum_QH / total_Q[:, None]).astype(out_ref.dtype)
     lse_ref[...] = (top_Q + jnp.log2(total_Q)) / LOG2E
-
-
-def _each_part(parts: tuple[Part, ...], refs: Any) -> Iterator[tuple[Part, Any, Any, Any]]:
-    """Yield (part, keys, values, begin) of the refs: keys and values of each part, then begins."""
-    for place, part in enumerate(parts):
-        yield part, refs[2 * place], refs[2 * place + 1], refs[2 * len(parts) + place]
 
 
 def _probabilities(q: Any, k: Any, cap: float | None, lse_Q: Any, seen_QU: Any) -> tuple[Any, Any]:
@@ -346,23 +349,15 @@ def _score_gradient(p_QU: Any, factor_QU: Any, d_out_QH: Any, v_UH: Any, delta_Q
 def _queries_kernel(
     parts: Any, cap: float | None, blocks: Blocks, q_ref: Any, d_out_ref: Any, lse_ref: Any, delta_ref: Any, *refs: Any
 ) -> None:
-    start = pl.program_id(0) * blocks.queries
-    query_Q = start + jnp.arange(blocks.queries)
     q_QH, d_out_QH, lse_Q, delta_Q = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
     *keys_and_begins, dq_ref = refs
-    dq_QH = jnp.zeros(q_QH.shape, jnp.float32)
-    for part, k_ref, v_ref, begin_ref in _each_part(parts, keys_and_begins):
-        begin = begin_ref[0, 0]
 
-        def turn(block: Any, dq_QH: Any, part=part, k_ref=k_ref, v_ref=v_ref, begin=begin) -> Any:
-            piece = pl.ds(block * blocks.keys, blocks.keys)
-            k_UH = k_ref[piece, :]
-            seen_QU = part.sees(query_Q, block * blocks.keys + jnp.arange(blocks.keys), begin)
-            p_QU, factor_QU = _probabilities(q_QH, k_UH, cap, lse_Q, seen_QU)
-            d_score_QU = _score_gradient(p_QU, factor_QU, d_out_QH, v_ref[piece, :], delta_Q)
-            return dq_QH + _dot(d_score_QU.astype(k_UH.dtype), k_UH, (1, 0))
+    def turn(k_UH: Any, v_UH: Any, seen_QU: Any, dq_QH: Any) -> Any:
+        p_QU, factor_QU = _probabilities(q_QH, k_UH, cap, lse_Q, seen_QU)
+        d_score_QU = _score_gradient(p_QU, factor_QU, d_out_QH, v_UH, delta_Q)
+        return dq_QH + _dot(d_score_QU.astype(k_UH.dtype), k_UH, (1, 0))
 
-        dq_QH = jax.lax.fori_loop(*part.keys_seen(start, blocks, begin), turn, dq_QH)
+    dq_QH = _over_keys(parts, blocks, keys_and_begins, turn, jnp.zeros(q_QH.shape, jnp.float32))
     dq_ref[...] = dq_QH.astype(dq_ref.dtype)
 
 
