@@ -87,6 +87,18 @@ def test_the_update_compiles_with_its_kernels(devices, name):
     assert not copies, "a prompt is repeated for its completions"
 
 
+def test_completions_spread_over_devices_are_attended_to_by_kernels(devices):
+    """Forward and backward round the ring: keys and values travel, and no device has a row's whole scores."""
+    spread = {"mesh.tensor": 1, "mesh.context": 2, "rollout.max_completion_tokens": 8 * T, "learner.num_microbatches": 4}
+    planned = job_of("gtpo", (2, 1, 2), spread, ARCH)
+    update = aot.compile_program("update", planned, aot.make_mesh(planned, devices), V5E)
+    assert not update.error and "collective-permute" in update.hlo
+    names = {each.name for each in update.kernels}
+    assert {"splash_mha_fwd_residuals", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_no_residuals"} <= names
+    arrays = [shape for op in Schedule(update.hlo).operations() for _, shape in arrays_of(op.instruction.result)]
+    assert arrays and not [shape for shape in arrays if len([size for size in shape if size in (4 * T, 8 * T)]) > 1]
+
+
 def test_the_rollout_compiles_and_a_report_has_its_fields(devices):
     planned = job_of(*CASES["dapo"])
     mesh = aot.make_mesh(planned, devices)

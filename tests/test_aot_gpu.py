@@ -24,13 +24,13 @@ LOCAL = dataclasses.replace(
 )
 
 
-def compiled(variant, changes, arch, name):
+def compiled(variant, changes, arch, name, num_devices=1):
     sizes = {"rollout.num_prompts": 4, "rollout.group_size": G, "rollout.max_completion_tokens": T}
     learner = {"learner.num_microbatches": 2, "learner.logprob_chunk_tokens": 256, "model.dtype": "bfloat16"}
-    planned = job.make_job(tiny.config_of(variant, {**sizes, **learner, **changes}), "", S, 1)
+    planned = job.make_job(tiny.config_of(variant, {**sizes, **learner, **changes}), "", S, num_devices)
     planned = dataclasses.replace(planned, model=dataclasses.replace(planned.model, arch=arch))
     program = aot.compile_program(
-        name, planned, aot.make_mesh(planned, aot.devices_of("h100", "1x1x1")), chips.find_chip("h100")
+        name, planned, aot.make_mesh(planned, aot.devices_of("h100", f"1x1x{num_devices}")), chips.find_chip("h100")
     )
     assert not program.error
     return program, {each.name for each in program.kernels}
@@ -48,6 +48,12 @@ def test_the_update_compiles_with_its_kernels(variant, changes, arch):
     # A row's scores have two axes of tokens, its own or its prompt's.
     scores = [shape for shape in arrays if len([size for size in shape if size in (S, T)]) > 1]
     assert arrays and not scores
+
+
+def test_completions_spread_over_devices_are_attended_to_by_the_kernels():
+    update, names = compiled("gtpo", {"mesh.context": 2}, ARCH, "update", 2)
+    assert {"flash_forward", "flash_backward_queries", "flash_backward_keys"} <= names
+    assert "collective-permute" in update.hlo
 
 
 def test_the_rollout_reads_prompts_by_the_kernel():

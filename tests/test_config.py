@@ -229,8 +229,14 @@ def test_unknown_scale_lists_the_known_ones():
         ({"rollout.num_prompts": 12}, r"config\.rollout\.num_prompts = 12 .* do not divide over 8 devices"),
         ({"rollout.num_prompts": 16, "learner.num_minibatches": 4}, r"4 groups do not divide over 8 devices"),
         ({"rollout.num_prompts": 16, "learner.num_microbatches": 3}, r"config\.learner\.num_microbatches = 3"),
-        ({"mesh.data": 9}, r"config\.mesh: data = 9, fsdp = 1, expert = 1, tensor = 1 needs 9 devices, there are 8"),
-        ({"mesh.fsdp": 3}, r"config\.mesh: data = -1, fsdp = 3, expert = 1, tensor = 1: 8 devices do not divide by 3"),
+        (
+            {"mesh.data": 9},
+            r"config\.mesh: data = 9, fsdp = 1, expert = 1, context = 1, tensor = 1 needs 9 devices, there are 8",
+        ),
+        (
+            {"mesh.fsdp": 3},
+            r"config\.mesh: data = -1, fsdp = 3, expert = 1, context = 1, tensor = 1: 8 devices do not divide by 3",
+        ),
         ({"mesh.data": 1, "mesh.tensor": 8}, r"config\.mesh\.tensor = 8: does not divide the model's num_heads = 4; .* of 2"),
         ({"mesh.expert": 2}, r"config\.mesh\.expert = 2: the model has no experts; set it to 1"),
         ({"mesh.data": 1, "mesh.fsdp": 3, "rollout.num_prompts": 9}, r"config\.mesh\.fsdp = 3: does not divide .* dim = 32"),

@@ -122,7 +122,7 @@ def test_devices_with_some_of_the_experts_answer_like_one_with_all(monkeypatch, 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Experts(arch, jax.nn.silu, rngs=nnx.Rngs(0))))
     weights = jax.tree.map(lambda x: x[0], tiny.random_params(arch)["layers"]["mlp"])
     x_MD = jax.random.normal(jax.random.key(0), (24, arch.dim)) + 2 * weights["router"]["weight"][:2].sum(0)[None]
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 1, 4, 1), AXES)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 1, 4, 1, 1), AXES)
     specs = jax.tree.map(lambda x: PartitionSpec("expert") if x.ndim == 3 else PartitionSpec(), weights)
 
     def answers(weights, x_MD):
@@ -181,7 +181,7 @@ def test_sampler_and_learner_choose_the_same_experts(monkeypatch):
 
 def test_experts_are_loaded_in_shards_and_saved_as_they_were(tmp_path):
     """Each stored tensor is turned round on its way, and so is its sharding."""
-    mesh, arch = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 2, 2), AXES), dataclasses.replace(ARCH, num_experts=6)
+    mesh, arch = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 2, 1, 2), AXES), dataclasses.replace(ARCH, num_experts=6)
     params, shapes = tiny.random_params(arch), ModelDef(arch).param_shapes()
     save_weights(tmp_path, params, arch, "float32", 10**9)
     stored = load_file(tmp_path / SINGLE)

@@ -41,8 +41,8 @@ ONE, EIGHT = (1, 1, 1), (2, 2, 2)
 
 
 def job_of(sizes, changes=None, arch=ARCH):
-    """sizes: along data, fsdp, tensor, and along expert if there is a fourth."""
-    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"), sizes, strict=False))
+    """sizes: along data, fsdp, tensor, and along expert and context if there are more."""
+    axes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.context"), sizes, strict=False))
     small = {"rollout.max_completion_tokens": 33, "mesh.fsdp_min_elements": 65, "objective.kl_coef": 0.0}
     small |= {"model.dim": ARCH.dim, "model.num_heads": ARCH.num_heads, "model.num_kv_heads": ARCH.num_kv_heads}
     config = tiny.config_of("grpo", {**small, **axes, **(changes or {})})
@@ -71,9 +71,9 @@ def test_chips_are_plausible_and_have_sources():
 
 
 def test_an_axis_within_a_slice_has_its_links_and_one_beyond_it_the_hosts_network():
-    chip, mesh = chips.find_chip("H100"), job.mesh_of((4, 4, 1, 2))
+    chip, mesh = chips.find_chip("H100"), job.mesh_of({"data": 4, "fsdp": 4, "tensor": 2})
     rates = {axis: chips.axis_rate(chip, mesh, axis) for axis in mesh.shape}
-    within = dict.fromkeys(("fsdp", "expert", "tensor"), chip.link_bytes_per_s)
+    within = dict.fromkeys(("fsdp", "expert", "context", "tensor"), chip.link_bytes_per_s)
     assert rates == {"data": chip.host_bytes_per_s, **within}
 
 
@@ -150,7 +150,7 @@ def shapes_of(tree, shape):
 )
 def test_the_model_of_one_device_has_the_shapes_of_its_shards(arch, changes):
     planned = job_of((1, 2, 2), changes, arch=arch)
-    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 1, 2)), 0)
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of({"tensor": 2}), 0)
     shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
     assert shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape) == shards
 
@@ -159,7 +159,7 @@ def test_the_model_of_one_device_has_the_shapes_of_its_shards(arch, changes):
 def test_the_model_of_one_device_has_its_experts_alone(changes):
     """But the router's rows, which are few: a device chooses among all."""
     planned = job_of((1, 2, 2, 4), changes, arch=EXPERTS)
-    whole = with_shardings(planned.model.param_shapes(), job.mesh_of((1, 1, 4, 2)), 0)
+    whole = with_shardings(planned.model.param_shapes(), job.mesh_of({"expert": 4, "tensor": 2}), 0)
     shards = shapes_of(whole, lambda leaf: leaf.sharding.shard_shape(leaf.shape))
     found = shapes_of(planned.local_model.param_shapes(), lambda leaf: leaf.shape)
     differ = {path: (shards[path][1], shape[1]) for path, shape in found.items() if shape != shards[path]}
@@ -171,7 +171,7 @@ def test_the_estimate_counts_the_experts_of_one_device():
     experts = sum(leaf.size for path, leaf in flatten_dict(ModelDef(EXPERTS).param_shapes()).items() if leaf.ndim == 4)
     model, counted = ModelDef(EXPERTS), []
     for expert in (1, 4):
-        counted.append(fit.num_weights(model, job.mesh_of((2, 1, expert, 2))))
+        counted.append(fit.num_weights(model, job.mesh_of({"data": 2, "expert": expert, "tensor": 2})))
     assert counted[0] == sum(x.size for x in jax.tree.leaves(model.param_shapes()))
     assert counted[0] - counted[1] == experts * 3 / 4
 
@@ -192,7 +192,7 @@ def test_states_are_counted_for_every_prompt_and_row():
     planned, delta = job_of((1, 1, 2), arch=DELTA), DELTA.delta
     state = 4 * (delta.num_value_heads * delta.key_dim * delta.value_dim + 3 * delta.num_channels) // 2
     parts = {part.what: part.num_bytes for part in memory.rollout_parts(planned)}
-    batch = planned.local_batch
+    batch = planned.sampled_batch
     of_layer = parts["prompts' states"] / batch.P, parts["completions' states"] / (batch.P * batch.G)
     assert of_layer == (state * DELTA.num_layers // 2,) * 2
     live = job_of((1, 1, 2), {"rollout.max_live_sequences": 20}, DELTA)
@@ -297,6 +297,23 @@ def test_tokens_that_visit_experts_are_counted():
     exchanged = found["all-gather"] + found["reduce-scatter"]
     assert exchanged == pytest.approx(sent["tokens to experts and back"], rel=0.05)
     assert found["all-reduce"] == pytest.approx(sent["gradients of whole weights summed"], rel=0.05)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_keys_and_values_that_go_round_the_devices_of_context_are_counted(num_devices):
+    """In the compiled update; and what each device holds is what was planned for its part of the tokens."""
+    changes = {"model.remat": "none", "learner.num_microbatches": 2}
+    changes |= {"rollout.max_completion_tokens": 256, "rollout.num_prompts": 8}
+    planned, whole = job_of((1, 1, 1, 1, num_devices), changes), job_of((1, 1, 1), changes)
+    update = compiled.compile_update(planned)
+    found = collections.Counter({each.kind: each.num_bytes for each in collectives.traffic(update.as_text())})
+    sent = {each.what: each.num_bytes for each in times.sent_by(planned) if each.phase == times.UPDATE}
+    assert found["collective-permute"] == pytest.approx(sent["keys and values round the ring"], rel=0.05)
+    # Beside them log-probabilities and entropies are summed, which no plan counts, and which beside so small a model are much.
+    assert 1 <= found["all-reduce"] / sent["gradients of whole weights summed"] < 1.2
+    assert_planned(memory.phase_bytes(memory.parts_of(planned), memory.UPDATE), compiled.temporary_bytes(update))
+    assert (planned.local_batch.T, planned.local_batch.P) == (whole.local_batch.T / num_devices, whole.local_batch.P)
+    assert (planned.sampled_batch.T, planned.sampled_batch.P) == (whole.sampled_batch.T, whole.sampled_batch.P / num_devices)
 
 
 def test_what_a_device_sends_over_data_does_not_grow_with_the_devices():

@@ -141,7 +141,7 @@ def update_config(objective, sampling=None, max_completion_tokens=5, filter_trun
 
 def mesh_of(num_devices, fsdp=1):
     """A mesh over the first devices, with the axes that the package uses."""
-    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices // fsdp, fsdp, 1, 1)
+    devices = np.array(jax.devices()[:num_devices]).reshape(num_devices // fsdp, fsdp, 1, 1, 1)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -392,13 +392,15 @@ class MeshConfig:
     data: int = knob(-1, "devices that rows are sharded over; -1 (of one axis at most): all that the others leave")
     fsdp: int = knob(1, "devices that rows and the weights with their optimizer state are sharded over")
     expert: int = knob(1, "devices that rows and the experts of a mixture are sharded over; tokens travel between them")
+    context: int = knob(1, "devices that share a completion in the update, each with some of its tokens: for very long ones")
     tensor: int = knob(1, "devices that share a row: attention heads, feed-forward width and vocabulary are sharded")
     fsdp_min_elements: int = knob(2**16, "a layer's weight of fewer numbers is replicated over fsdp", at_least=0)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Mesh axis -> devices along it, as `parallel.sharding.make_mesh` takes them."""
-        return {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert}
+        return {**sizes, "context": self.context, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,6 +233,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.mesh.data = -1  # devices that rows are sharded over; -1 (of one axis at most): all that the others leave
     config.mesh.fsdp = 1  # devices that rows and the weights with their optimizer state are sharded over
     config.mesh.expert = 1  # devices that rows and the experts of a mixture are sharded over; tokens travel between them
+    config.mesh.context = 1  # devices that share a completion in the update, each with some of its tokens: for very long ones
     config.mesh.tensor = 1  # devices that share a row: attention heads, feed-forward width and vocabulary are sharded
     config.mesh.fsdp_min_elements = 65_536  # a layer's weight of fewer numbers is replicated over fsdp
 

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax.models.experts import Routing
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
-from grpo_jax.models.transformer import ModelDef
+from grpo_jax.models.transformer import Decoder, ModelDef
+from grpo_jax.parallel.context import Share, share_of
 from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, repetition_factor, score, support_like
 from grpo_jax.types import Params, Rollout
@@ -91,8 +92,8 @@ class Past(NamedTuple):
         return occurring_tokens(self.tokens_BX[self.row_F], is_before_FX & self.mask_BX[self.row_F], vocab)
 
 
-def past_of(rollout: Rollout, sampling: Sampling) -> Past | None:
-    """Return what stands before each of the P * G * T tokens of a rollout; None if `sampling` does not ask for it."""
+def past_of(rollout: Rollout, sampling: Sampling, t_X: Int[jax.Array, " X"]) -> Past | None:
+    """Return what stands before the tokens t_X of each completion, in P * G * X places; None if `sampling` asks for none."""
     if not (sampling.rules_out or sampling.has_penalty):
         return None
     P, G, T = rollout.tokens_PGT.shape
@@ -101,10 +102,10 @@ def past_of(rollout: Rollout, sampling: Sampling) -> Past | None:
     def join(of_prompts_PS: jax.Array, of_completions_PGT: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.repeat(of_prompts_PS, G, axis=0), of_completions_PGT.reshape(P * G, T)], axis=1)
 
-    t_F = jnp.tile(jnp.arange(T), P * G)
+    t_F = jnp.tile(t_X, P * G)
     return Past(
         t_F=t_F,
-        row_F=jnp.repeat(jnp.arange(P * G), T),
+        row_F=jnp.repeat(jnp.arange(P * G), len(t_X)),
         num_before_F=t_F + S,
         tokens_BX=join(rollout.prompts.tokens_PS, rollout.tokens_PGT),
         mask_BX=join(rollout.prompts.mask_PS, rollout.mask_PGT > 0),
@@ -321,36 +322,63 @@ def logprobs_and_routing(
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
-    tokens_BT = rollout.tokens_PGT.reshape(P * G, T)
+    share = share_of(T)
+    hidden_BXD, t_X, routing = _predicting_states(decoder, rollout, share, is_aligned=model.hardware is not None)
+
+    def here(x_PGT: jax.Array) -> jax.Array:
+        """Return what belongs to the tokens t_X of all rows."""
+        if share is None:
+            return x_PGT.reshape(-1)
+        return x_PGT.reshape(P * G, T)[:, t_X].reshape(-1)
+
+    num = P * G * len(t_X)
+    found = token_logprobs(
+        hidden_BXD.reshape(num, -1),
+        decoder.head_VD,
+        here(rollout.tokens_PGT),
+        jax.tree.map(here, rollout.support_PGT),  # None stays None
+        sampling,
+        Chunks.of(model, chunk_tokens, num, sampling),
+        decoder.logit_cap,
+        past_of(rollout, sampling, t_X),
+        has_entropy_gradient,
+        decoder.tiles,
+    )
+    if share is not None:
+        found = tuple(share.spread(x.reshape(P * G, -1), t_X) for x in found)
+    logp, entropy = found
+    return logp.reshape(P, G, T), entropy.reshape(P, G, T), routing
+
+
+def _predicting_states(
+    decoder: Decoder, rollout: Rollout, share: Share | None, *, is_aligned: bool
+) -> tuple[Float[jax.Array, "B X D"], Int[jax.Array, " X"], Routing | None]:
+    """Run the layers -> (the states that predict the tokens t_X of each completion, t_X, experts of the first T - 1 tokens).
+
+    share: slots that this device runs; None: all, and t_X is 0 .. T - 1. is_aligned: layers take all T slots.
+    """
+    P, G, T = rollout.tokens_PGT.shape
+    tokens_BT, mask_BT = rollout.tokens_PGT.reshape(P * G, T), rollout.mask_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
+    if share is not None:
+        last_PD, read_BXD, routing = decoder.forward_with_prefix(*prompts, tokens_BT, mask_BT, share)
+        # A slot's state predicts the next token. The row's last slot predicts none, so in its place stands the prompt's last
+        # state, which predicts the first token.
+        is_end_X1 = (share.slots_X == T - 1)[:, None]
+        return jnp.where(is_end_X1, jnp.repeat(last_PD, G, axis=0)[:, None], read_BXD), (share.slots_X + 1) % T, routing
     # The last token of a completion predicts nothing, so it is no input. On accelerators it is one, and its state is dropped:
     # T is a multiple of a tile where T - 1 is not, and every array of a layer would be padded to it.
     num_read = T - 1
-    if model.hardware is not None:
+    if is_aligned:
         num_read = T
     routing = decoder.no_routing(tokens_BT)
     if num_read == 0:  # a completion of one token has no input at all
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD, routing = decoder.forward_with_prefix(
-            *prompts, tokens_BT[:, :num_read], rollout.mask_PGT.reshape(P * G, T)[:, :num_read]
-        )
+        last_PD, later_BTD, routing = decoder.forward_with_prefix(*prompts, tokens_BT[:, :num_read], mask_BT[:, :num_read])
         later = [later_BTD[:, : T - 1]]
         if routing is not None:
             routing = dataclasses.replace(routing, chosen_BTX=routing.chosen_BTX[:, : T - 1])
     # The prompt's last state predicts the first token.
-    hidden_BTD = jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1)
-    logp_F, entropy_F = token_logprobs(
-        hidden_BTD.reshape(P * G * T, -1),
-        decoder.head_VD,
-        tokens_BT.reshape(-1),
-        jax.tree.map(lambda x: x.reshape(-1), rollout.support_PGT),  # None stays None
-        sampling,
-        Chunks.of(model, chunk_tokens, P * G * T, sampling),
-        decoder.logit_cap,
-        past_of(rollout, sampling),
-        has_entropy_gradient,
-        decoder.tiles,
-    )
-    return logp_F.reshape(P, G, T), entropy_F.reshape(P, G, T), routing
+    return jnp.concatenate([jnp.repeat(last_PD, G, axis=0)[:, None], *later], axis=1), jnp.arange(T), routing

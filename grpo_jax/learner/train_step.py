@@ -3,8 +3,8 @@
 batch -> advantages (whole groups, global statistics), old and reference log-probs      once per update
       -> epochs x minibatches: weights and ONE denominator -> sum of microbatch gradients -> one psum -> AdamW
 
-Rows are sharded over the mesh axes data and fsdp. Weights that fsdp shards are gathered layer by layer (`models.fsdp`), and
-their gradients are scattered again; AdamW works on shards.
+Rows are sharded over the mesh axes data, fsdp and expert, tokens over context. Weights that fsdp shards are gathered layer by
+layer (`models.fsdp`), and their gradients are scattered again; AdamW works on shards.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from grpo_jax.metrics import Max, Mean, Metric, ShareEntropy, ShareMax
 from grpo_jax.models.experts import Routing, share_elsewhere
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives import Objective
+from grpo_jax.parallel import context
 from grpo_jax.parallel.hardware import target_platform
 from grpo_jax.parallel.sharding import (
     REPLICATED,
@@ -367,7 +368,7 @@ def _sum_at_one_width(
     # The sum begins at zeros and not at the first microbatch, which would be compiled a second time outside of the scan.
     shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    zeros = vary_like(zeros, rollout.tokens_PGT)
+    zeros = vary_like(zeros, rollout.tokens_PGT + context.rank_here())
 
     def accumulate(total, piece):
         grads, metrics = microbatch_gradients(piece)
@@ -378,8 +379,9 @@ def _sum_at_one_width(
 
 
 def replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """Return the row axes that a weight is replicated over."""
-    return tuple(axis for axis in ROW_AXES if axis not in spec)
+    """Return the axes over which devices have a weight's gradient by rows or tokens of their own."""
+    axes = (*ROW_AXES, context.AXIS) if context.num_devices_here() > 1 else ROW_AXES
+    return tuple(axis for axis in axes if axis not in spec)
 
 
 def microbatch_loss(

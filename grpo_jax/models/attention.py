@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from grpo_jax.models import flash
+from grpo_jax.models import flash, ring
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.linear import Linear, soft_cap
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import norm_if
+from grpo_jax.models.ring import NO_WINDOW, Ring
 from grpo_jax.models.rope import RopeTables, query_scale, rope_tables, rotate
 
 # A masked attention score. Finite, so that a row with nothing to attend to stays finite: with -inf its maximum would be -inf,
@@ -126,6 +127,7 @@ class AttentionView:
     rows: the same in a kernel's terms, where accelerators have one; else None.
     query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
     mask_BT: bool, True on the rows' tokens, False on padding; None: there is none. Layers without attention read this alone.
+    ring: where the rows' tokens are spread over devices, what these queries see, in place of the masks; else None.
     """
 
     rope: Any
@@ -134,6 +136,7 @@ class AttentionView:
     rows: flash.CausalRows | None = None
     query_scale: jax.Array | None = None
     mask_BT: jax.Array | None = None
+    ring: Ring | None = None
 
 
 def make_views(
@@ -144,6 +147,7 @@ def make_views(
     prefix: Prefix | None,
     rows: flash.CausalRows | None = None,
     mask_BT: Bool[Array, "B T"] | None = None,
+    ring: Ring | None = None,
 ) -> tuple[AttentionView, AttentionView]:
     """Return what global layers see, and what local ones see; twice the same object if all layers are of one kind.
 
@@ -152,6 +156,7 @@ def make_views(
       positions_BT, key_positions_BU: of the queries and of their row's keys, counted in tokens from the prompt's first.
       mask_BTU: bool, causal and without padding, broadcastable over B. prefix: of the rows' prompts, or None.
       rows: the same for a kernel, or None. mask_BT: of the rows' tokens, None: all are.
+      ring: of rows whose tokens are spread over devices, without its window, or None.
     Returns: (view of global layers, view of local layers).
     """
     # Made once for all layers, outside the scan over them: masks and rotary tables depend on no weights.
@@ -160,7 +165,7 @@ def make_views(
         mask_PGTS = prefix.of_masks(lambda mask_PS, _: mask_PS[:, None, None])
     scale_BT11 = query_scale(positions_BT, arch.query_growth)
     tables = rope_tables(positions_BT, arch.rope, arch.head_dim)
-    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11, mask_BT)
+    global_view = AttentionView(tables, mask_BTU, mask_PGTS, rows, scale_BT11, mask_BT, ring)
     if not arch.local_layers:
         return global_view, global_view
     window, local_BTU = arch.sliding_window, mask_BTU
@@ -178,7 +183,12 @@ def make_views(
     rope = global_view.rope
     if arch.local_rope is not None:
         rope = rope_tables(positions_BT, arch.local_rope, arch.head_dim)
-    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11, mask_BT)
+    near_ring = ring
+    if ring is not None and window is not None:
+        # A number in both, so that a layer of a kind that is data can choose one.
+        near_ring = dataclasses.replace(ring, window=jnp.int32(window))
+        global_view = dataclasses.replace(global_view, ring=dataclasses.replace(ring, window=jnp.int32(NO_WINDOW)))
+    local_view = AttentionView(rope, local_BTU, mask_PGTS, rows, scale_BT11, mask_BT, near_ring)
     if len(arch.local_layers) == arch.num_layers:
         return local_view, local_view
     return global_view, local_view
@@ -213,6 +223,11 @@ def attend(
       cap: scores become cap * tanh(scores / cap) before the mask; None: they stay as they are.
     Returns: the heads' outputs, in the dtype of the queries.
     """
+    if view.ring is not None:
+        assert isinstance(prefix, KVCache), "completions that are spread over devices continue prompts"
+        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+        of_row, of_prompt = ((each.k.swapaxes(2, 3), each.v) for each in (own, prefix))
+        return ring.attend(q_BTNH, of_row, of_prompt, view.ring, cap)
     if flash.suits(view.rows, q_BTNH.shape[1], own.num_slots):
         assert view.rows is not None
         prompt = None

@@ -29,8 +29,10 @@ from grpo_jax.models.gated_delta import DeltaState, GatedDelta
 from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import RMSNorm, norm_if, scaled
+from grpo_jax.models.ring import Ring
 from grpo_jax.models.rope import RopeTables
 from grpo_jax.models.tiles import Tiles, tiles_of
+from grpo_jax.parallel.context import Share
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import logical_axes, path_names, vary_like
 from grpo_jax.types import Params
@@ -226,18 +228,22 @@ class Decoder(nnx.Module):
         mask_PS: Shaped[Array, "P S"],
         tokens_BT: Int[Array, "B T"],
         mask_BT: Shaped[Array, "B T"],
+        share: Share | None = None,
     ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Routing | None]:
         """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
         Args:
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
+          share: the completions' slots that this device runs, T of them in the result; None: all.
         Returns: (hidden_PD at each prompt's last token, hidden_BTD, the tokens' experts). States are behind the final norm;
           without experts there is None.
         """
         # A layer takes prompts and completions together, so that its weights are read, gathered over fsdp and given their
         # gradient once. Two passes would gather every matrix twice, and keep all layers' prompt keys in between.
         tokens_PS, mask_PS = exact.pad_prompts(self.tiles, tokens_PS, mask_PS)
-        prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS))
+        prompt_views, views = self._views(mask_PS), self._views(mask_BT, Prefix.of(None, mask_PS), share)
+        if share is not None:
+            tokens_BT = tokens_BT[:, share.slots_X]
 
         def layer(block: Block, x, is_local):
             x_PSD, x_BTD = x
@@ -264,13 +270,21 @@ class Decoder(nnx.Module):
         none_B0X = choices_of([jnp.zeros((len(tokens_BT), 0, L * arch.experts_per_token), jnp.int32)], E)
         return vary_like(Routing(jnp.zeros((L, E)), none_B0X), tokens_BT)
 
-    def _views(self, mask_BT, prefix: Prefix | None = None) -> tuple[AttentionView, AttentionView]:
-        """Return what causal rows see of themselves and, where they continue prompts, of those."""
+    def _views(self, mask_BT, prefix: Prefix | None = None, share: Share | None = None) -> tuple[AttentionView, AttentionView]:
+        """Return what causal rows, or this device's slots of them, see of themselves and of their prompts, if any."""
         mask_BT = mask_BT.astype(bool)
         # Positions count tokens, not slots: padding on the left must not turn the first token.
         positions_BT = jnp.maximum(jnp.cumsum(mask_BT, -1) - 1, 0)
         if prefix is not None:
             positions_BT = positions_BT + jnp.repeat(prefix.lengths_P, len(mask_BT) // len(prefix.lengths_P))[:, None]
+        if share is not None:
+            assert prefix is not None
+            slots_X, all_111 = share.slots_X, jnp.ones((1, 1, 1), bool)
+            positions_BX, mask_BX = positions_BT[:, slots_X], mask_BT[:, slots_X]
+            hardware = self.hardware if self.has_kernels else None
+            masks = (x.astype(jnp.int32) for x in (mask_BX, prefix.mask_PS))
+            ring = Ring(share, *masks, hardware=hardware)
+            return make_views(self.arch, positions_BX, positions_BX, all_111, prefix, None, mask_BX, ring)
         causal_TT = jnp.tril(jnp.ones((mask_BT.shape[1],) * 2, bool))
         rows = None
         if self.hardware is not None and self.has_kernels:

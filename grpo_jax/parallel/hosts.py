@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once
-from grpo_jax.parallel.sharding import ROWS
+from grpo_jax.parallel.sharding import SAMPLED_ROWS
 
 HEARTBEAT_TIMEOUT_SECS = 30  # a process that was not heard of for so long is dead, and all others end
 
@@ -125,7 +125,7 @@ def make_global_batch(function: Callable[[int, int], Any], num_rows: int, mesh: 
       function: (first, number) -> a tree of numpy arrays with these rows. num_rows: of all processes.
     Returns: the tree, of global arrays [num_rows, ...].
     """
-    sharding = NamedSharding(mesh, ROWS)
+    sharding = NamedSharding(mesh, SAMPLED_ROWS)
     # A set: the devices of `tensor` share their rows, which are made once for all of them.
     spans = {row_bounds(index, num_rows) for index in sharding.addressable_devices_indices_map((num_rows,)).values()}
     made = {(first, end): function(first, end - first) for first, end in sorted(spans)}

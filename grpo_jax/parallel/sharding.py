@@ -1,8 +1,9 @@
 """The device mesh, and the shardings of rows, parameters and optimizer state on it.
 
-Rows are spread over `data`, `fsdp` and `expert`; that part of a program is written by hand, in `shard_map`. Parameters, and
-all that is shaped like them, are sharded along `fsdp`, `expert` and `tensor` by one table; computing on shards along `tensor`
-is left to the compiler, which adds one sum over devices after attention and one after the MLP.
+Rows are spread over `data`, `fsdp` and `expert`, their tokens, in the update, over `context` (`parallel.context`); that part of
+a program is written by hand, in `shard_map`. Parameters, and all that is shaped like them, are sharded along `fsdp`, `expert`
+and `tensor` by one table; computing on shards along `tensor` is left to the compiler, which adds one sum over devices after
+attention and one after the MLP.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from grpo_jax.errors import UserError
+from grpo_jax.parallel import context
 
 # `tensor` last, so that its devices have successive numbers, on GPUs those of one host: they exchange activations inside every
-# layer; those of `expert`, before it, do in layers with experts, and the devices of the other axes no more than weights and
-# gradients.
-AXES = ("data", "fsdp", "expert", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # each of their devices has rows of its own; those of `tensor` share theirs
-ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of prompts, rollouts and batches
+# layer; those of `context`, before it, keys and values, those of `expert` tokens in layers with experts, and the devices of the
+# other axes no more than weights and gradients.
+AXES = ("data", "fsdp", "expert", context.AXIS, "tensor")
+ROW_AXES = ("data", "fsdp", "expert")  # each of their devices has rows of its own; those of `context` and `tensor` share theirs
+ROWS = PartitionSpec(ROW_AXES)  # the prompt axis of batches, and of all that an update takes
+# A row is sampled by one device: there the devices of `context` have rows of their own too.
+SAMPLED_ROWS = PartitionSpec((*ROW_AXES, context.AXIS))  # the prompt axis of prompts and rollouts
 REPLICATED = PartitionSpec()
 
 # Logical axis of a parameter -> the mesh axis that it is sharded along. Matrices have one of each kind, so that both mesh axes
@@ -88,8 +92,13 @@ def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Return the number of shards of the row axis."""
+    """Return the number of shards of the row axis, in an update."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def num_sampling_shards(mesh: Mesh) -> int:
+    """Return the number of shards of the row axis, in a rollout."""
+    return num_row_shards(mesh) * mesh.shape[context.AXIS]
 
 
 def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
@@ -114,24 +123,24 @@ def check_divisible(sizes: Mapping[str, Mapping[str, int]], mesh: Mesh) -> None:
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...] | None:
-    """Return the axes that a sum over all rows goes over; None where rows are not sharded."""
-    if num_row_shards(mesh) == 1:
+    """Return the axes that a sum over all rows goes over; None where neither rows nor their tokens are sharded."""
+    if num_sampling_shards(mesh) == 1:
         return None
     return ROW_AXES
 
 
 def shard_map_over_batch(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Apply `shard_map` over the devices that have rows of their own; `tensor`, where it is used, stays with the compiler.
+    """Apply `shard_map` over the devices that have rows or tokens of their own; `tensor`, where used, stays with the compiler.
 
     Args:
       function: of this device's shards. in_specs, out_specs: of its arguments and results, as `shard_map` takes them.
-    Returns: the function of global arrays; `function` itself where rows are not sharded: the axes have no names in it then.
+    Returns: the function of global arrays; `function` itself where nothing is sharded so: the axes have no names in it then.
     """
     if row_axes(mesh) is None:
         return function
     manual_axes = set(AXES)
     if mesh.shape["tensor"] > 1:
-        manual_axes = set(ROW_AXES)
+        manual_axes -= {"tensor"}
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual_axes)
 
 

@@ -15,7 +15,7 @@ from grpo_jax.analysis.estimates import Estimate, estimate, majority, pass_at_k
 from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel import hosts
-from grpo_jax.parallel.sharding import ROWS, num_row_shards
+from grpo_jax.parallel.sharding import SAMPLED_ROWS, num_sampling_shards
 from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import EndTokens, greedy
 from grpo_jax.tasks import Task
@@ -57,7 +57,7 @@ def make_evaluate(config: Config, task: Task, model: ModelDef, mesh: Mesh) -> Ev
     num = len(prompts.tokens_PS)
     # One width for all batches, so that the rollout compiles once, and a multiple of the shards, so that rows divide evenly.
     # The last batch is filled up with repeats of the last prompt; `answer` drops them before anything is averaged.
-    shards = num_row_shards(mesh)
+    shards = num_sampling_shards(mesh)
     width = -(-min(config.eval.batch_size, num) // shards) * shards
     buckets = prompt_buckets(config, prompts.tokens_PS.shape[1])
     if task.is_traceable:
@@ -144,7 +144,7 @@ def compiled_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, me
     Returns: run(params, prompts, key) -> Rollout, its rows sharded over the mesh.
     """
     # The runs of a sweep in this process differ in numbers that no rollout depends on; jit's cache belongs to the function.
-    return jax.jit(make_rollout(model, config, ends, mesh), out_shardings=NamedSharding(mesh, ROWS))
+    return jax.jit(make_rollout(model, config, ends, mesh), out_shardings=NamedSharding(mesh, SAMPLED_ROWS))
 
 
 def ks(num_samples: int) -> list[int]:

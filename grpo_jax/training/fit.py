@@ -90,7 +90,7 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         groups=rollout.num_prompts // learner.num_minibatches // num_row_shards(mesh),
         group_size=rollout.group_size,
         prompt_tokens=prompt_tokens,
-        tokens=rollout.max_completion_tokens,
+        tokens=rollout.max_completion_tokens // mesh.shape["context"],
         state_bytes=_local_bytes(state),
         trained=_local_numbers(state.params),
         weights=num_weights(model, mesh),

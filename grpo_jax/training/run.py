@@ -18,11 +18,12 @@ from grpo_jax.errors import UserError
 from grpo_jax.learner.advantage_diagnostics import advantages_with_grpo
 from grpo_jax.learner.hyperparams import hyperparams_of, static_key, with_hyperparams
 from grpo_jax.learner.optimizer import make_optimizer
-from grpo_jax.learner.train_step import TrainStep, make_train_step
+from grpo_jax.learner.train_step import TrainStep, buckets_of, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives.adaptive import initial_adapted
+from grpo_jax.parallel import context
 from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
@@ -30,6 +31,7 @@ from grpo_jax.parallel.sharding import (
     check_divisible,
     make_mesh,
     num_row_shards,
+    num_sampling_shards,
     offload_to_host,
     shardings_of,
     with_shardings,
@@ -276,6 +278,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     check_task_suits(config, task)
     check_token_ids(config, task, model.arch.vocab_size)
     check_divisible(model.arch.sharded_sizes, mesh)
+    check_context(config, mesh, model)
     model = dataclasses.replace(model, hardware=model.hardware or hardware_of(mesh))
     base, adapters = split_adapters(model.param_shapes())
     if adapters and config.model.path:  # as `build.initial_params` loads them
@@ -397,8 +400,18 @@ def check_token_ids(config: Config, task: Task, vocab_size: int) -> None:
         raise UserError(f"config.rollout.forced_prefix_ids: {ends[0]} ends a completion; leave it out")
 
 
+def check_context(config: Config, mesh: Mesh, model: ModelDef) -> None:
+    """Check that completions can be spread over the mesh axis `context`. Raises UserError naming the field and the fix."""
+    refusals = {
+        "the state of a gated delta net, which goes from token to token,": "gated_delta" in model.arch.mixers,
+        "the tokens of a mixture of experts": bool(model.arch.num_experts),
+        'model.numerics = "exact", whose blocks of keys are the sampler\'s,': config.model.numerics == "exact",
+    }
+    context.check(mesh.shape[context.AXIS], buckets_of(config), refusals)
+
+
 def check_batch_divisible(config: Config, mesh: Mesh) -> None:
-    """Check that in every minibatch and microbatch each device has equally many whole groups. Raises UserError."""
+    """Check that in every rollout, minibatch and microbatch each device has equally many whole groups. Raises UserError."""
     # Not in config/validation.py: with mesh.data = -1 the machine decides how many devices there are.
     prompts, learner = config.rollout.num_prompts, config.learner
     in_minibatch, shards = prompts // learner.num_minibatches, num_row_shards(mesh)
@@ -407,6 +420,11 @@ def check_batch_divisible(config: Config, mesh: Mesh) -> None:
             f"config.rollout.num_prompts = {prompts} in config.learner.num_minibatches = {learner.num_minibatches}: "
             f"{in_minibatch} groups do not divide over {shards} devices (mesh.data x mesh.fsdp x mesh.expert); use a multiple, "
             "or set config.mesh.data"
+        )
+    if prompts % num_sampling_shards(mesh):
+        raise UserError(
+            f"config.rollout.num_prompts = {prompts}: does not divide over the {num_sampling_shards(mesh)} devices that sample "
+            "(mesh.data x mesh.fsdp x mesh.expert x mesh.context); use a multiple"
         )
     groups, num = in_minibatch // shards, learner.microbatches
     # Microbatches may be smaller than a group, as each token's advantage and weight are known before the batch is split.

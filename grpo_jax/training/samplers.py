@@ -28,14 +28,17 @@ from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import (
     REPLICATED,
     ROWS,
+    SAMPLED_ROWS,
     constrain,
     gather_params_for_decoding,
     held_specs,
     num_row_shards,
+    num_sampling_shards,
     shard_map_over_batch,
 )
 from grpo_jax.rewards import shaping
 from grpo_jax.rng import key_for
+from grpo_jax.rollout.prompt_parts import without_long_rows
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from grpo_jax.rollout.stops import StopStrings, stop_strings
 from grpo_jax.tasks import Task, Tokenizer, TraceableTask, knows_credit
@@ -73,14 +76,14 @@ def make_rollout(model: ModelDef, config: RolloutConfig, ends: EndTokens, mesh: 
     def run(params: Params, prompts: Prompts, key: Key[jax.Array, ""]) -> Rollout:
         # Made outside of `sharded`, where a row still has its number in the global batch: so the mesh changes no sample.
         keys_PG = row_keys(key, len(prompts.tokens_PS), config.group_size)
-        prompts, keys_PG = constrain((prompts, keys_PG), mesh, ROWS)
+        prompts, keys_PG = constrain((prompts, keys_PG), mesh, SAMPLED_ROWS)
         # By hand and not by the compiler: its loop would run in all devices until the last row of all had ended, and agree on
         # that with a collective at every token.
         sharded = shard_map_over_batch(
             lambda params, prompts, keys_PG: rollout(model, params, prompts, keys_PG, config, ends),
             mesh,
-            (held_specs(params, mesh), ROWS, ROWS),
-            ROWS,
+            (held_specs(params, mesh), SAMPLED_ROWS, SAMPLED_ROWS),
+            SAMPLED_ROWS,
         )
         return sharded(params, prompts, keys_PG)
 
@@ -188,7 +191,7 @@ class HostSampler(DeviceSampler):
         super().__init__(config, task, run_rollout, mesh)
         # No program holds a whole round, since prompts and rewards need the host, so each of the parts is one. The sharding of
         # the rollout is fixed: `addressable_rows` asks which rows are this process's.
-        self.run_rollout = jax.jit(run_rollout, out_shardings=NamedSharding(mesh, ROWS))
+        self.run_rollout = jax.jit(run_rollout, out_shardings=NamedSharding(mesh, SAMPLED_ROWS))
         self.sampler_weights = jax.jit(self.sampler_weights)
         self.make_batch = jax.jit(self.make_batch)
         self._prompt_lengths = jax.jit(prompt_lengths, out_shardings=NamedSharding(mesh, REPLICATED))
@@ -220,7 +223,13 @@ class HostSampler(DeviceSampler):
         if len(buckets) == 1:
             return prompts
         # Widths decide which program runs, so all processes must take the same ones: each is told all lengths.
-        return fit_prompts(prompts, np.asarray(self._prompt_lengths(prompts.mask_PS)), num_row_shards(self.mesh), buckets)
+        prompts = fit_prompts(
+            prompts, np.asarray(self._prompt_lengths(prompts.mask_PS)), num_sampling_shards(self.mesh), buckets
+        )
+        if num_sampling_shards(self.mesh) > num_row_shards(self.mesh):
+            # The few long ones are counted by shards of a rollout, and an update's are larger.
+            prompts = without_long_rows(prompts)
+        return prompts
 
     def reward(self, rolled: Rollout, step: Int[Arrays, ""]) -> Reward:
         """Score every completion: each process its own rows, and all processes get the rewards of all."""

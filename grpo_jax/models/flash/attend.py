@@ -51,28 +51,61 @@ def attend_causally(
       cap: of the scores, as in `attention.attend`.
     Returns: the heads' outputs, in the dtype of the queries; undefined but finite on padding.
     """
-    B, T, N, H = q_BTNH.shape
-    K, P, slots = own[0].shape[1], B, 0
-    kernels = _kernels(rows.hardware)
-    padded_length, width = kernels.padded_length, kernels.width_of(H)
+    B, T, _, H = q_BTNH.shape
+    K = own[0].shape[1]
+    slots = 0
     if prompt is not None:
         assert not rows.is_left_padded, "what continues a prompt has no padding before it"
-        P, slots = len(prompt[0]), prompt[0].shape[2]
-        prompt = jax.tree.map(lambda x: _pad(x, padded_length(slots), width), prompt)
+        slots = prompt[0].shape[2]
+    arrays = pad(rows.hardware, lay_out(q_BTNH, own, prompt))
+    masks = [pad_mask(rows.hardware, mask) for mask in (rows.own_BT, rows.prompt_PS)]
+    call = Call(rows.hardware, slots, cap, rows.window, rows.is_left_padded)
+    out_PMTH: Any = _attention(call, arrays, (*masks, rows.is_local))
+    return lay_out_rows(out_PMTH[:, :, :T, :H], K, B)
+
+
+def lay_out(
+    q_BTNH: Float[Array, "B T N H"], own: KeysAndValues, prompt: KeysAndValues | None
+) -> tuple[Float[Array, "P M T H"], KeysAndValues, KeysAndValues | None]:
+    """Return queries, own keys and values and the prompts' as kernels take them; arguments as in `attend_causally`."""
     # A prompt's G rows are more heads of it, in an order in which both parts find their keys: head (k, g, r) reads the prompt's
     # keys k, which are those of every G * R heads, and its row's own keys (k, g), those of every R. So nothing is repeated, and
     # queries are laid out once for both.
+    B, T, N, H = q_BTNH.shape
+    K, P = own[0].shape[1], B if prompt is None else len(prompt[0])
     q_PTGKRH = q_BTNH.reshape(P, B // P, T, K, N // K, H)
     q_PMTH = q_PTGKRH.transpose(0, 3, 1, 4, 2, 5).reshape(P, -1, T, H)
     own = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(P, B // P, K, T, H), 1, 2).reshape(P, -1, T, H), own)
-    q_PMTH, own = jax.tree.map(lambda x: _pad(x, padded_length(T), width), (q_PMTH, own))
-    masks = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, padded_length(x.shape[1]) - x.shape[1]))), (rows.own_BT, rows.prompt_PS)
-    )
-    call = Call(rows.window, rows.is_left_padded, slots, cap, rows.hardware)
-    out_PMTH: Any = _attention(call, (q_PMTH, own, prompt), (*masks, rows.is_local))
-    out_PKGRTH = out_PMTH[:, :, :T, :H].reshape(P, K, B // P, N // K, T, H)
-    return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
+    return q_PMTH, own, prompt
+
+
+def lay_out_rows(out_PMTH: Float[Array, "P M T H"], num_keys: int, num_rows: int) -> Float[Array, "B T N H"]:
+    """Undo `lay_out`. num_keys: K heads of keys. num_rows: B."""
+    P, _, T, H = out_PMTH.shape
+    out_PKGRTH = out_PMTH.reshape(P, num_keys, num_rows // P, -1, T, H)
+    return out_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(num_rows, T, -1, H)
+
+
+def pad(hardware: Hardware, arrays: Any) -> Any:
+    """Pad tokens and channels [.., U, H] to whole blocks."""
+    kernels = _kernels(hardware)
+
+    def pad(x: Array) -> Array:
+        *_, length, width = x.shape
+        more = kernels.padded_length(length) - length, kernels.width_of(width) - width
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
+
+    return jax.tree.map(pad, arrays)
+
+
+def pad_mask(hardware: Hardware, mask: Any) -> Any:
+    """Pad a mask [rows, U], or None, as `pad` does."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded_length(hardware, x.shape[1]) - x.shape[1]))), mask)
+
+
+def padded_length(hardware: Hardware, num: int) -> int:
+    """Return a length in tokens rounded up to whole blocks of the kernels."""
+    return _kernels(hardware).padded_length(num)
 
 
 def _kernels(hardware: Hardware) -> Any:
@@ -84,10 +117,6 @@ def _kernels(hardware: Hardware) -> Any:
     return gpu
 
 
-def _pad(x: Float[Array, "R M U H"], length: int, width: int) -> Float[Array, "R M Upad Hpad"]:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, width - x.shape[3])))
-
-
 # ------------------------------------------------------------------------------------------------ one derivative for both parts
 
 
@@ -97,7 +126,7 @@ def _attention(call: Call, arrays: Any, masks: Any) -> Float[Array, "P M T H"]:
 
 
 def _forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Any]:
-    out_PMTH, lse_PMT = _on_devices(call, _kernels(call.hardware).forward, arrays, masks)
+    out_PMTH, lse_PMT = forward(call, arrays, masks)
     # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`); kept with the heads side by
     # side, for a last axis of 64 channels would be padded to a register's 128.
     kept_PTX, lse_PMT = checkpoint_name(_pack(out_PMTH), SAVED_NAME), checkpoint_name(lse_PMT, SAVED_NAME)
@@ -107,8 +136,7 @@ def _forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H
 def _backward(call: Call, residuals: Any, d_out_PMTH: Float[Array, "P M T H"]) -> tuple[Any, None]:
     arrays, masks, kept_PTX, lse_PMT = residuals
     out_PMTH = _unpack(kept_PTX, d_out_PMTH.shape[1])
-    whole = arrays, out_PMTH, lse_PMT, d_out_PMTH
-    return _on_devices(call, _kernels(call.hardware).backward, whole, masks), None
+    return backward(call, (arrays, out_PMTH, lse_PMT, d_out_PMTH), masks), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -123,13 +151,27 @@ def _unpack(x_PTX: Float[Array, "P T MH"], num_heads: int) -> Float[Array, "P M 
     return x_PTX.reshape(*x_PTX.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
 
 
+def forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Float[Array, "P M T"]]:
+    """Run the kernels -> (outputs, float32 log-sum-exp). arrays: laid out and padded. masks: of `CausalRows`, padded."""
+    return _on_devices(call, _kernels(call.hardware).forward, arrays, masks)
+
+
+def backward(call: Call, arrays: Any, masks: Any) -> Any:
+    """Run them backward -> gradients like (q, own, prompt).
+
+    Args: as in `forward`; arrays: those there, then outputs and log-sum-exp over all keys, also over those of other calls, and
+      the cotangent of that output.
+    """
+    return _on_devices(call, _kernels(call.hardware).backward, arrays, masks)
+
+
 def _on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
     """Call function(call, arrays, masks) on each device's own heads.
 
     Args:
       call: its facts. function: what runs kernels; its results have heads as their second axis.
       arrays: heads are their second axis. masks: they have none.
-    Returns: its results, which vary over the mesh axes that masks do.
+    Returns: its results, which vary over the mesh axes that arrays and masks do.
     """
     run = functools.partial(function, call)
     mesh = jax.sharding.get_abstract_mesh()
@@ -147,4 +189,5 @@ def _on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: An
     sharded = jax.shard_map(
         run, in_specs=(heads, PartitionSpec()), out_specs=heads, axis_names={"tensor"}, check_vma=False, **where
     )
-    return vary_like(sharded(arrays, masks), masks[0])
+    first, mask = (x.ravel()[:1].astype(jnp.int32) for x in (jax.tree.leaves(arrays)[0], masks[0]))
+    return vary_like(sharded(arrays, masks), first + mask)

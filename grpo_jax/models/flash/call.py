@@ -32,13 +32,18 @@ class CausalRows:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Facts that are compiled into a call. prompt_slots: S, before it was padded to blocks."""
+    """Facts that are compiled into a call.
 
-    window: int | None
-    is_left_padded: bool
+    hardware, window, is_left_padded: as in `CausalRows`. prompt_slots: S, before it was padded to blocks. cap: of the scores.
+    is_before: rows' keys, of any number, are of earlier tokens than all queries.
+    """
+
+    hardware: Hardware
     prompt_slots: int
     cap: float | None
-    hardware: Hardware
+    window: int | None = None
+    is_left_padded: bool = False
+    is_before: bool = False
 
 
 KeysAndValues = tuple[Float[Array, "R K U H"], Float[Array, "R K U H"]]

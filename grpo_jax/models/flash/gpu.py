@@ -130,8 +130,9 @@ class Sizes:
         return cls(P, M, T, H, group_size, M // own[0].shape[1])
 
 
-def _parts(call: Call, sizes: Sizes, window: int | None, has_prompt: bool) -> tuple[Part, ...]:
-    own = Part(sizes.T, 0, window)
+def _parts(call: Call, num_keys: int, window: int | None, has_prompt: bool) -> tuple[Part, ...]:
+    """num_keys: of rows; where they are before all queries, these stand behind the last of them."""
+    own = Part(num_keys, num_keys if call.is_before else 0, window)
     return (Part(call.prompt_slots, call.prompt_slots, window), own) if has_prompt else (own,)
 
 
@@ -155,7 +156,7 @@ def forward(call: Call, arrays: Any, masks: Masks) -> tuple[Float[Array, "P M T 
     sizes, blocks = Sizes.of(q_PMTH, own, masks), _blocks(q_PMTH, is_backward=False)
 
     def run(window: int | None) -> tuple[Array, Array]:
-        parts = _parts(call, sizes, window, prompt is not None)
+        parts = _parts(call, own[0].shape[2], window, prompt is not None)
         keys, begins = _given(own, prompt), _begins(call, masks, prompt is not None)
         return pl.pallas_call(
             functools.partial(_forward_kernel, parts, call.cap, blocks),
@@ -182,7 +183,7 @@ def backward(call: Call, arrays: Any, masks: Masks) -> tuple[Any, Any, Any]:
     of_queries = q_PMTH, d_out_PMTH, lse_PMT, delta_PMT
 
     def run(window: int | None) -> tuple[Any, Any, Any]:
-        parts = _parts(call, sizes, window, prompt is not None)
+        parts = _parts(call, own[0].shape[2], window, prompt is not None)
         keys, begins = _given(own, prompt), _begins(call, masks, prompt is not None)
         dq_PMTH = _queries_gradient(call, sizes, blocks, parts, of_queries, keys, begins)
         d_own = _keys_gradient(call, sizes, blocks, parts[-1], of_queries, own, begins[-1], sizes.group_size)

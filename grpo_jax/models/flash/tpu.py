@@ -47,7 +47,8 @@ def forward(call: Call, arrays: Any, masks: Masks) -> tuple[Float[Array, "P M T 
     own_BT, prompt_PS, _ = masks
 
     def run(window: int | None) -> tuple[Array, Array]:
-        out_PMTH, lse_PMT = _run_forward(_own_kernel(call, q_PMTH, window), q_PMTH, own, _own_segments(call, own_BT))
+        kernel = _own_kernel(call, q_PMTH, own[0].shape[2], window)
+        out_PMTH, lse_PMT = _run_forward(kernel, q_PMTH, own, _own_segments(call, own_BT))
         if prompt is None:
             return out_PMTH, lse_PMT
         kernel, segments = _prompt_kernel(call, q_PMTH, prompt_PS, window), _prompt_segments(q_PMTH, prompt_PS)
@@ -57,7 +58,9 @@ def forward(call: Call, arrays: Any, masks: Masks) -> tuple[Float[Array, "P M T 
         if window is not None:
             # A block of queries that sees no key of the prompt is never run: its output is 0 / 0.
             moved_PMTH = jnp.where(share_PMT1 > 0, moved_PMTH, 0.0)
-        return (out_PMTH + moved_PMTH).astype(q_PMTH.dtype), jnp.logaddexp(lse_PMT, seen_lse_PMT)
+        # Fenced: the layout in which outputs are kept is not that of a kernel, and XLA would turn both parts' float32 copies.
+        merged_PMTH = (out_PMTH + moved_PMTH).astype(q_PMTH.dtype)
+        return jax.lax.optimization_barrier(merged_PMTH), jnp.logaddexp(lse_PMT, seen_lse_PMT)
 
     return by_kind(call, masks, run)
 
@@ -68,7 +71,7 @@ def backward(call: Call, arrays: Any, masks: Masks) -> Any:
     own_BT, prompt_PS, _ = masks
 
     def run(window: int | None) -> tuple[Array, Any, Any]:
-        kernel = _own_kernel(call, q_PMTH, window)
+        kernel = _own_kernel(call, q_PMTH, own[0].shape[2], window)
         dq_PMTH, *d_own = _run_backward(kernel, q_PMTH, own, _own_segments(call, own_BT), whole)
         if prompt is None:
             return dq_PMTH, tuple(d_own), None
@@ -89,10 +92,12 @@ def _library() -> tuple[Any, Any]:
     return splash_attention_kernel, splash_attention_mask
 
 
-def _own_kernel(call: Call, q_PMTH: Array, window: int | None) -> Any:
-    """Return the kernel of rows that see themselves."""
+def _own_kernel(call: Call, q_PMTH: Array, num_keys: int, window: int | None) -> Any:
+    """Return the kernel of rows that see themselves, or keys before all of them."""
     _, masks = _library()
     T = q_PMTH.shape[2]
+    if call.is_before:
+        return _make_kernel(call, masks.FullMask((T, num_keys)), q_PMTH)
     mask = masks.CausalMask((T, T))
     if window is not None and window < T:
         mask = masks.LocalMask((T, T), (window - 1, 0), 0)

@@ -31,8 +31,8 @@ from grpo_jax.tools.plan import collectives, compiled
 from grpo_jax.tools.plan.chips import Chip
 from grpo_jax.tools.plan.job import Job
 from grpo_jax.tools.plan.schedule import Operation, Schedule, kernel_flops, kernel_share, operation_secs
-from grpo_jax.tools.plan.times import num_scored
-from grpo_jax.tools.roofline import decode_bytes, forward_flops
+from grpo_jax.tools.plan.times import forward_of_update, num_scored
+from grpo_jax.tools.roofline import decode_bytes
 
 TPU_CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # Of a process that has no device: libtpu asks the machine for none, and several may load it at once.
@@ -298,7 +298,7 @@ def update_flops(job: Job) -> float:
     """Count the arithmetic of a device's update, once each: what is computed again does not count."""
     # Frozen weights need no gradient: a third less.
     passes = (3 - (job.model.lora is not None)) * job.config.learner.num_epochs + num_scored(job)
-    return passes * forward_flops(cpu_model(job).local_model, job.local_batch)
+    return passes * forward_of_update(cpu_model(job))
 
 
 def least_token_secs(job: Job, chip: Chip) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,12 +15,12 @@ from grpo_jax.config import Config, ModelConfig
 from grpo_jax.errors import UserError
 from grpo_jax.models.architecture import Architecture, Delta, Rope
 from grpo_jax.models.transformer import ModelDef
-from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards
+from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards, num_sampling_shards
 from grpo_jax.tasks.embedded import tokenizer_of
 from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.tools.roofline import Sizes
 from grpo_jax.training import build
-from grpo_jax.training.run import check_batch_divisible
+from grpo_jax.training.run import check_batch_divisible, check_context
 
 # Written down, so that a model can be planned on a machine that does not have it.
 # Public architecture numbers, from each model's config.json.
@@ -101,15 +102,22 @@ class Job:
 
     @property
     def local_batch(self) -> Sizes:
+        """The completions that one device trains on, all of the budget used; along `context` it has a part of their tokens."""
+        rollout = self.config.rollout
+        groups, tokens = rollout.num_prompts // num_row_shards(self.mesh), rollout.max_completion_tokens
+        return Sizes(groups, rollout.group_size, self.prompt_tokens, tokens // self.mesh.shape["context"])
+
+    @property
+    def sampled_batch(self) -> Sizes:
         """The completions that one device samples, all of the budget used."""
         rollout = self.config.rollout
-        groups = rollout.num_prompts // num_row_shards(self.mesh)
+        groups = rollout.num_prompts // num_sampling_shards(self.mesh)
         return Sizes(groups, rollout.group_size, self.prompt_tokens, rollout.max_completion_tokens)
 
     @property
     def live_batch(self) -> Sizes:
         """The completions that one device decodes side by side: all, or `rollout.max_live_sequences`."""
-        batch, num_live = self.local_batch, self.config.rollout.max_live_sequences
+        batch, num_live = self.sampled_batch, self.config.rollout.max_live_sequences
         if not 0 < num_live < batch.P * batch.G:
             return batch
         # Rows that take one after another no longer stand with their group: each has a copy of its prompt's cache.
@@ -135,7 +143,7 @@ def make_job(config: Config, shape: str, prompt_tokens: int, num_devices: int) -
       num_devices: of the machine; a mesh axis of -1 takes what the others leave.
     Raises: UserError if the shape is unknown or the mesh needs more devices.
     """
-    mesh = mesh_of(tuple(axis_sizes(config.mesh.sizes, num_devices).values()))
+    mesh = mesh_of(axis_sizes(config.mesh.sizes, num_devices))
     model = build.make_model(dataclasses.replace(config, model=drop_path(config.model, shape)), tokenizer_of(config))
     if shape:
         model = dataclasses.replace(model, arch=SHAPES[shape])
@@ -151,27 +159,29 @@ def drop_path(model: ModelConfig, shape: str) -> ModelConfig:
     return dataclasses.replace(model, path="")
 
 
-def mesh_of(sizes: tuple[int, ...]) -> Any:
-    """Make a mesh without devices. sizes: along AXES."""
+def mesh_of(wanted: Mapping[str, int]) -> Any:
+    """Make a mesh without devices. wanted: devices along each of AXES; an axis that is not named has one."""
     # `Auto` as in `sharding.make_mesh`: the programs that are traced for it are the same.
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(tuple(wanted.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def require_allowed(job: Job) -> None:
     """Check that decoder and batch can be sharded as the mesh asks. Raises UserError."""
     check_divisible(job.model.arch.sharded_sizes, job.mesh)
     check_batch_divisible(job.config, job.mesh)
+    check_context(job.config, job.mesh, job.model)
 
 
 def allowed_meshes(job: Job) -> list[Job]:
     """List the same job on every allowed mesh of as many devices. Raises UserError if there is none."""
     num, found = job.mesh.size, []
-    for tensor, expert, fsdp in itertools.product(divisors(num), repeat=3):
-        data, rest = divmod(num, tensor * expert * fsdp)
+    for tensor, context, expert, fsdp in itertools.product(divisors(num), repeat=4):
+        data, rest = divmod(num, tensor * context * expert * fsdp)
         if rest:
             continue
+        sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
         # The checks of a real run decide, so that a sweep never recommends a mesh that the run would refuse.
-        other = dataclasses.replace(job, mesh=mesh_of((data, fsdp, expert, tensor)))
+        other = dataclasses.replace(job, mesh=mesh_of(sizes))
         try:
             require_allowed(other)
         except UserError:

@@ -78,7 +78,7 @@ def peak_bytes(parts: list[Part]) -> float:
 def state_like(job: Job) -> TrainState:
     """Return the shapes and shardings of the state, as `run.assemble` has them."""
     # Shapes do not depend on the mesh. Asking for them on a mesh of one lets a sweep over meshes trace them only once.
-    alone = dataclasses.replace(job, mesh=mesh_of((1, 1, 1, 1)))
+    alone = dataclasses.replace(job, mesh=mesh_of({}))
     return run.abstract_state_of(job.config, job.mesh, state_shapes(alone))
 
 
@@ -156,12 +156,12 @@ def update_parts(job: Job) -> list[Part]:
     chunk = min(chunks.tokens, num_tokens)
     V, D = per_token(job.local_model).head_shape
     head = F32 * V * (2 * chunk + D)
-    rows = job.local_batch.P * job.local_batch.G
+    rows, slots = job.local_batch.P * job.local_batch.G, job.config.rollout.max_completion_tokens
     choices = job.model.arch.num_layers * job.model.arch.experts_per_token
     width = 1 + (job.model.arch.num_experts > 256)
     # About ten arrays [rows, T] of 4 bytes: tokens, masks, log-probabilities, entropies, advantages and weights.
     return [
-        Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {sizes.T:g} tokens x {F32} B", 10 * rows * sizes.T * F32),
+        Part(UPDATE, "batch and targets", f"10 x {rows:g} rows x {slots} tokens x {F32} B", 10 * rows * slots * F32),
         Part(
             UPDATE,
             "experts as sampled",
@@ -302,7 +302,7 @@ def gather_parts(job: Job) -> list[Part]:
 
 def layer_and_table_numbers(job: Job) -> tuple[int, int]:
     """Count the policy's weights on one device once fsdp has gathered them: (of all layers, of everything else)."""
-    held = mesh_of((1, 1, job.mesh.shape["expert"], job.mesh.shape["tensor"]))
+    held = mesh_of({axis: job.mesh.shape[axis] for axis in ("expert", "tensor")})
     leaves = flatten_dict(with_shardings(job.model.param_shapes(), held, 0))
     # By path and not by name: a parameter that is new is in one of the two, never in none.
     layers = sum(numbers_here(leaf) for path, leaf in leaves.items() if "layers" in path)
@@ -374,7 +374,7 @@ def trace_sampler(model: ModelDef, prompts_shape: tuple[int, int], num_rows: int
 
 def rollout_parts(job: Job) -> list[Part]:
     """Count what comes on top of the state while completions are sampled."""
-    sizes, live, item = job.local_batch, job.live_batch, job.itemsize
+    sizes, live, item = job.sampled_batch, job.live_batch, job.itemsize
     rows, slots = int(live.P * live.G), cache_sizes(int(sizes.T))[-1]
     copies = rows * (live != sizes)  # a row that is refilled has its prompt's keys and values for itself
     layers, tables = layer_and_table_numbers(job)

@@ -62,7 +62,7 @@ class Stage:
 
 def stages_of(job: Job, chip: Chip) -> list[Stage]:
     """List the stages of an iteration, all completions as long as the budget."""
-    model, batch, live, learner = job.local_model, job.local_batch, job.live_batch, job.config.learner
+    model, batch, live, learner = job.local_model, job.sampled_batch, job.live_batch, job.config.learner
     # Where fewer rows are live than there are completions, the loop runs as often as it takes to decode them all: each turn
     # reads the weights again, and that is the price of the smaller caches.
     turns = batch.P * batch.G / (live.P * live.G)
@@ -91,11 +91,20 @@ def stages_of(job: Job, chip: Chip) -> list[Stage]:
         Stage(
             UPDATE,
             f"{steps} optimizer steps of {microbatches} microbatches",
-            passes(job) * everything / chip.flops_per_s,
+            passes(job) * forward_of_update(job) / chip.flops_per_s,
             steps * (touched + microbatches * (6 * weights + 2 * saved)) / chip.hbm_bytes_per_s,
             sent[UPDATE],
         ),
     ]
+
+
+def forward_of_update(job: Job) -> float:
+    """Count the arithmetic of running a device's batch of the update forward once."""
+    parts = job.mesh.shape["context"]
+    batch = job.local_batch
+    # Devices of `context` run the prompts each for itself, and an equal part of the completions' attention, not of short ones.
+    prompts = forward_flops(job.local_model, Sizes(batch.P, 0, batch.S, 1))
+    return prompts + (forward_flops(job.local_model, dataclasses.replace(batch, T=batch.T * parts)) - prompts) / parts
 
 
 def passes(job: Job) -> float:
@@ -116,7 +125,8 @@ def iteration_secs(stages: list[Stage]) -> float:
 
 def sent_by(job: Job) -> list[Sent]:
     """List all traffic of an iteration, as it follows from the layout, without metrics, log-probabilities and token ids."""
-    return [each for each in (*row_traffic(job), *expert_traffic(job), *tensor_traffic(job)) if each.num_bytes]
+    traffic = *row_traffic(job), *expert_traffic(job), *context_traffic(job), *tensor_traffic(job)
+    return [each for each in traffic if each.num_bytes]
 
 
 def row_traffic(job: Job) -> list[Sent]:
@@ -173,13 +183,13 @@ def gathered_numbers(job: Job, params: Params) -> tuple[float, float]:
 
 
 def summed_numbers(job: Job, params: Params) -> dict[tuple[str, ...], float]:
-    """Count {row axes that weights are replicated over: numbers of them that a device has}.
+    """Count {axes of rows and tokens that weights are replicated over: numbers of them that a device has}.
 
     params: as in `gathered_numbers`.
     """
     found: dict[tuple[str, ...], float] = collections.defaultdict(float)
     for _, leaf, spec in _leaves(job, params):
-        found[tuple(axis for axis in ROW_AXES if axis not in spec)] += numbers_here(leaf)
+        found[tuple(axis for axis in (*ROW_AXES, "context") if axis not in spec)] += numbers_here(leaf)
     return found
 
 
@@ -197,7 +207,7 @@ def expert_traffic(job: Job) -> list[Sent]:
     # Backwards the same the other way round; layers that are computed again gather again, their answers are not asked for.
     again = job.model.remat_policy != "none"
     update = learner.num_epochs * ((2 + again) * there + 2 * back) + num_scored(job) * (there + back)
-    tokens = num_tokens(job)
+    tokens = num_tokens(job.local_batch)
     return [
         Sent(
             phase,
@@ -210,9 +220,25 @@ def expert_traffic(job: Job) -> list[Sent]:
     ]
 
 
-def num_tokens(job: Job) -> float:
-    """Count the tokens that a device's rows run through the layers, a prompt's once."""
+def context_traffic(job: Job) -> list[Sent]:
+    """List the keys and values that go round the devices of `context`, and the float32 gradients that come round with them."""
+    num, arch, item, learner = job.mesh.shape["context"], job.model.arch, job.itemsize, job.config.learner
+    if num == 1:
+        return []
     batch = job.local_batch
+    numbers = batch.P * batch.G * batch.T * 2 * arch.num_kv_heads * arch.head_dim / job.mesh.shape["tensor"]
+    # Round once forward, and once more backward with their gradients. With remat "full" a layer's attention is computed again.
+    forward = learner.num_epochs * (1 + (job.model.remat == "full")) + num_scored(job)
+    # The last hop of keys and values serves nobody; of two devices it is the second one, which the compiler leaves out.
+    hops = num - (num == 2)
+    each = (forward + learner.num_epochs) * hops * item + learner.num_epochs * num * F32
+    L = arch.num_attention_layers
+    how = f"{L} layers x {numbers:,.0f} x {each:g} B"
+    return [Sent(UPDATE, "context", "keys and values round the ring", how, L * numbers * each)]
+
+
+def num_tokens(batch: Sizes) -> float:
+    """Count the tokens that a device's rows run through the layers, a prompt's once."""
     return batch.P * batch.S + batch.P * batch.G * (batch.T - 1)
 
 
@@ -226,7 +252,6 @@ def tensor_traffic(job: Job) -> list[Sent]:
     if tensor == 1:
         return []
     learner, ring = job.config.learner, 2 * (tensor - 1) / tensor
-    tokens = num_tokens(job)
     forward, backward = summed_widths(job)
     num_forward = learner.num_epochs + num_scored(job)
     if job.model.remat == "full":
@@ -238,10 +263,10 @@ def tensor_traffic(job: Job) -> list[Sent]:
             phase,
             "tensor",
             "activations summed",
-            f"{num} x {repeats} layers x {tokens:g} tokens x {width} x {item} B x {ring:g}",
-            num * repeats * tokens * width * item * ring,
+            f"{num} x {repeats} layers x {num_tokens(batch):g} tokens x {width} x {item} B x {ring:g}",
+            num * repeats * num_tokens(batch) * width * item * ring,
         )
-        for phase, sums in ((ROLLOUT, forward), (UPDATE, updates))
+        for phase, sums, batch in ((ROLLOUT, forward, job.sampled_batch), (UPDATE, updates, job.local_batch))
         for width, num in sums.items()
     ]
 
