@@ -87,6 +87,16 @@ def test_the_update_compiles_with_its_kernels(devices, name):
     assert not copies, "a prompt is repeated for its completions"
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_where_no_rows_are_sharded_it_compiles(devices, tensor):
+    """On one chip alone, say. No program is inside of `shard_map` then, but for its kernels."""
+    planned = job_of("dapo", (1, 1, tensor), {}, ARCH)
+    mesh = aot.make_mesh(planned, devices)
+    for name in ("update", "rollout"):
+        program = aot.compile_program(name, planned, mesh, V5E)
+        assert not program.error and program.kernels
+
+
 def test_completions_spread_over_devices_are_attended_to_by_kernels(devices):
     """Forward and backward round the ring: keys and values travel, and no device has a row's whole scores."""
     spread = {"mesh.tensor": 1, "mesh.context": 2, "rollout.max_completion_tokens": 8 * T, "learner.num_microbatches": 4}

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 
+from experiments.studies.exact import hlo
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.tools.plan import aot, chips, job
 from grpo_jax.tools.plan.schedule import Schedule, arrays_of
@@ -59,3 +60,10 @@ def test_completions_spread_over_devices_are_attended_to_by_the_kernels():
 def test_the_rollout_reads_prompts_by_the_kernel():
     _, names = compiled("dapo", {}, ARCH, "rollout")
     assert "flash_forward" in names
+
+
+def test_exact_numbers_are_the_same_operations_in_sampler_and_learner():
+    """Every result of a tile that the rollout computes, its operations, shapes and layouts, is in the update too."""
+    sampler, learner = (hlo.Tiles(text, has_layouts=True).found for text in hlo.compiled_texts("h100", "1x1x1"))
+    assert len(sampler) > 40
+    assert not sampler.keys() - learner.keys()

@@ -312,8 +312,8 @@ def test_keys_and_values_that_go_round_the_devices_of_context_are_counted(num_de
     # Beside them log-probabilities and entropies are summed, which no plan counts, and which beside so small a model are much.
     assert 1 <= found["all-reduce"] / sent["gradients of whole weights summed"] < 1.2
     assert_planned(memory.phase_bytes(memory.parts_of(planned), memory.UPDATE), compiled.temporary_bytes(update))
-    assert (planned.local_batch.T, planned.local_batch.P) == (whole.local_batch.T / num_devices, whole.local_batch.P)
-    assert (planned.sampled_batch.T, planned.sampled_batch.P) == (whole.sampled_batch.T, whole.sampled_batch.P / num_devices)
+    assert (whole.local_batch.T / num_devices, whole.local_batch.P) == (planned.local_batch.T, planned.local_batch.P)
+    assert (whole.sampled_batch.T, whole.sampled_batch.P / num_devices) == (planned.sampled_batch.T, planned.sampled_batch.P)
 
 
 def test_what_a_device_sends_over_data_does_not_grow_with_the_devices():

@@ -20,7 +20,7 @@ from grpo_jax.models import attention
 from grpo_jax.models.attention import MASK_VALUE, AttentionView, KVCache
 from grpo_jax.models.flash import SAVED_NAME
 from grpo_jax.models.linear import soft_cap
-from grpo_jax.models.tiles import Tiles, in_tiles
+from grpo_jax.models.tiles import SCOPE, Tiles, in_tiles
 from grpo_jax.parallel.sharding import vary_like
 
 
@@ -167,7 +167,8 @@ def _add_blocks(
         mask_BQC = jax.lax.dynamic_slice_in_dim(mask_BQU, i * size, size, axis=2)
         mask_BQC = jnp.broadcast_to(mask_BQC, (B, num_queries, size))
         given = jax.lax.optimization_barrier((q_BKMH, block, mask_BQC, sums))
-        return jax.lax.optimization_barrier(_add_block(cap, *given))
+        with jax.named_scope(SCOPE):
+            return jax.lax.optimization_barrier(_add_block(cap, *given))
 
     return jax.lax.fori_loop(first, end, add, sums)
 

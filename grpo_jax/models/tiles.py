@@ -18,6 +18,7 @@ from jaxtyping import Float, PyTree
 
 from grpo_jax.parallel.hardware import Hardware
 
+SCOPE = "exact_tile"  # of its operations' names in a compiled program (experiments/studies/exact/hlo.py)
 Rows = PyTree[Float[jax.Array, "M ..."]]
 
 
@@ -71,7 +72,9 @@ def _in_tiles(function, size, weights, rows):
 
     def tile(rows):
         # Nothing outside may be fused with what is inside, even where the loop has one turn and is none any more.
-        return jax.lax.optimization_barrier(function(weights, jax.lax.optimization_barrier(rows)))
+        rows = jax.lax.optimization_barrier(rows)
+        with jax.named_scope(SCOPE):
+            return jax.lax.optimization_barrier(function(weights, rows))
 
     done = jax.lax.map(tile, jax.tree.map(split, rows))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], done)

@@ -179,15 +179,13 @@ def _on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: An
         return run(arrays, masks)
     # The compiler cannot shard a kernel along `tensor`, so that axis is made manual here. And JAX says of no output of
     # its kernels over which axes it varies, which is an error wherever such types are checked: here they are not.
-    where = {}
-    if mesh.empty:
+    manual: dict[str, Any] = {"axis_names": {"tensor"}}
+    if mesh.empty:  # no rows are sharded, and a TPU's kernels want every axis manual that the mesh has
         mesh = call.hardware.mesh
-        where = {"mesh": mesh}
+        manual = {"mesh": mesh, "axis_names": set(mesh.axis_names)}
     heads = PartitionSpec()
     if mesh.shape["tensor"] > 1:
         heads = PartitionSpec(None, "tensor")
-    sharded = jax.shard_map(
-        run, in_specs=(heads, PartitionSpec()), out_specs=heads, axis_names={"tensor"}, check_vma=False, **where
-    )
+    sharded = jax.shard_map(run, in_specs=(heads, PartitionSpec()), out_specs=heads, check_vma=False, **manual)
     first, mask = (x.ravel()[:1].astype(jnp.int32) for x in (jax.tree.leaves(arrays)[0], masks[0]))
     return vary_like(sharded(arrays, masks), first + mask)
