@@ -139,7 +139,12 @@ def devices_of(chip_name: str, topology: str) -> list[Any]:
     """List the devices of a slice that is not there. Raises UserError if there is no such slice."""
     try:
         if chip_name in TPU_CHIPS:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip_name}:{topology}").devices)
+            options = {}
+            sizes = [int(size) for size in topology.split("x")]
+            if math.prod(sizes) < 4:  # a host of fewer chips than most: of Colab's, say
+                options["chips_per_host_bounds"] = (*sizes, 1, 1)[:3]
+            name = f"{chip_name}:{topology}"
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         made = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology=topology)
         return list(made.devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
@@ -156,10 +161,14 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
     """Compile the update or the rollout and read what its compiler says.
 
     Args:
-      name: "update" or "rollout". job: what is compiled. mesh: of absent devices. chip: its peaks.
+      name: "update", "rollout" or "iteration". job: what is compiled. mesh: of absent devices. chip: its peaks.
     Returns: the program's figures, or the compiler's refusal in `error`.
     """
-    compilers = {"update": compiled.compile_update, "rollout": compiled.compile_rollout}
+    compilers = {
+        "update": compiled.compile_update,
+        "rollout": compiled.compile_rollout,
+        "iteration": compiled.compile_iteration,
+    }
     began = time.perf_counter()
     try:
         with compiling_for(mesh):
@@ -231,10 +240,11 @@ def report(job: Job, chip_name: str, chip: Chip, topology: str, programs: list[C
     """Put everything into one dict for scripts. Seconds and shares are estimates by the compiler.
 
     Args:
-      job: what was compiled. chip_name, chip, topology: for what. programs: the update and the rollout.
+      job: what was compiled. chip_name, chip, topology: for what. programs: the update, the rollout, and the iteration if it
+        was compiled.
     Returns: of numbers, texts and lists; None where the compiler says nothing.
     """
-    update, rollout = programs
+    update, rollout, *others = programs
     fullest = max(each.held_bytes for each in programs)
     token_secs = None if rollout.secs is None else rollout.secs / max(1, job.config.rollout.max_completion_tokens - 1)
     return {
@@ -248,7 +258,7 @@ def report(job: Job, chip_name: str, chip: Chip, topology: str, programs: list[C
         "free_bytes": chip.hbm_bytes - fullest,
         "argument_bytes": update.argument_bytes,
         "temporary_bytes": update.temporary_bytes,
-        "update_secs": update.secs,
+        **{f"{each.name}_secs": each.secs for each in (update, *others)},
         "token_secs": token_secs,
         "update_peak_share": share_of(update_flops(job) / chip.flops_per_s, update.secs),
         "token_memory_share": share_of(least_token_secs(job, chip), token_secs),

@@ -72,6 +72,12 @@ def compile_rollout(job: Job, mesh: Mesh | None = None) -> jax.stages.Compiled:
     return program.lower(run.abstract_state.policy, prompts, key).compile()
 
 
+def compile_iteration(job: Job, mesh: Mesh | None = None) -> jax.stages.Compiled:
+    """Compile a whole iteration in one call, rollout, rewards and update, as a traceable task has it. mesh: as in `run_of`."""
+    run = run_of(job, mesh)
+    return run.iterate.lower(run.abstract_state).compile()
+
+
 def temporary_bytes(program: jax.stages.Compiled) -> float:
     """Read the bytes that a device holds beside arguments and results while the program runs, by XLA's own account."""
     analysis = program.memory_analysis()

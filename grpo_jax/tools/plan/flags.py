@@ -15,5 +15,6 @@ PROMPT_TOKENS = flags.DEFINE_integer(
 SWEEP = flags.DEFINE_bool("sweep", False, "rank all meshes of that many devices")
 COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for simulated devices")
 TOPOLOGY = flags.DEFINE_string("topology", "", "--compile for a slice of --chip that is not here: 4x4, 2x2x1; h100: 1x1x8")
-HLO = flags.DEFINE_string("hlo", "", "with --topology: write the compiled text to <hlo>.update and <hlo>.rollout")
+ITERATION = flags.DEFINE_bool("iteration", False, "with --topology: compile a whole iteration in one call too")
+HLO = flags.DEFINE_string("hlo", "", "with --topology: write the compiled text to <hlo>.update, <hlo>.rollout and so on")
 JSON = flags.DEFINE_bool("json", False, "with --topology: print one JSON object and nothing else")

@@ -16,7 +16,7 @@ from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools import cli
 from grpo_jax.tools.plan import aot, collectives, compiled, memory, times
 from grpo_jax.tools.plan.chips import Chip, find_chip
-from grpo_jax.tools.plan.flags import CHIP, COMPILE, DEVICES, HLO, JSON, PROMPT_TOKENS, SHAPE, SWEEP, TOPOLOGY
+from grpo_jax.tools.plan.flags import CHIP, COMPILE, DEVICES, HLO, ITERATION, JSON, PROMPT_TOKENS, SHAPE, SWEEP, TOPOLOGY
 from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
 
 
@@ -61,7 +61,8 @@ def compile_for_chip(config: Config, chip: Chip) -> None:
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, len(devices))
     require_allowed(job)
     job, mesh = memory.fitted(job, chip), aot.make_mesh(job, devices)
-    programs = [aot.compile_program(each, job, mesh, chip) for each in ("update", "rollout")]
+    names = ("update", "rollout", *(["iteration"] if ITERATION.value else []))
+    programs = [aot.compile_program(each, job, mesh, chip) for each in names]
     if HLO.value:
         aot.write_hlo(HLO.value, programs)
     found = aot.report(aot.on_hardware(job, mesh), name, chip, TOPOLOGY.value, programs)
@@ -75,7 +76,7 @@ def chip_tables(job: Job, found: dict[str, Any], programs: list[aot.Compiled]) -
     """Show a report of `aot`: what fits, what is dear, what travels. All seconds are estimates.
 
     Args:
-      job: what was compiled. found: of `aot.report`. programs: the update and the rollout.
+      job: what was compiled. found: of `aot.report`. programs: those that it was made of.
     """
     chip = f"{CHIP.value} {TOPOLOGY.value}"
     table = table_of(
@@ -94,7 +95,7 @@ def chip_tables(job: Job, found: dict[str, Any], programs: list[aot.Compiled]) -
             table.add_row(each.name, "", "", "", "", each.error, f"{each.compile_secs:.0f}")
             continue
         bytes_held = map(gigabytes, (each.argument_bytes, each.temporary_bytes, each.held_bytes))
-        table.add_row(each.name, *bytes_held, number(each.secs), percent(shares[each.name]), f"{each.compile_secs:.0f}")
+        table.add_row(each.name, *bytes_held, number(each.secs), percent(shares.get(each.name)), f"{each.compile_secs:.0f}")
     table.add_section()
     verdict = "fits" if found["fits"] else "does not fit"
     table.add_row("", "", verdict, f"{gigabytes(found['free_bytes'])} free", f"{number(found['token_secs'])} a token", "", "")
