@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.flash import SAVED_NAME
-from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names
+from grpo_jax.parallel.sharding import LOGICAL_AXIS_RULES, logical_axes, path_names, vary_like
 from grpo_jax.types import Params
 
 GatherLayer = Callable[[nnx.State], nnx.State]  # one layer's weights as this device holds them -> in full
@@ -144,6 +144,36 @@ def _backward(axis: int, spec: PartitionSpec, dtype: Any, _: None, d_full: Array
 
 
 gather.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(shard_VE: Float[Array, "V E"], tokens: Int[Array, "*lead"], dtype: Any) -> Float[Array, "*lead D"]:
+    """Return the rows of an embedding whose columns are spread over the devices of `fsdp`, which nobody gathers.
+
+    Args:
+      shard_VE: float32, this device's columns. tokens: this device's, as many as any other's. dtype: of what travels.
+    Returns: the tokens' rows in full. The gradient of the columns is summed in float32, over the tokens of all devices.
+    """
+    # The devices tell each other their tokens, each looks all of them up in its columns, and what it finds goes to those that
+    # asked: a few thousand rows in place of a table.
+    rows = shard_VE[jax.lax.all_gather(tokens, "fsdp")].astype(dtype)
+    return jax.lax.all_to_all(rows, "fsdp", 0, rows.ndim - 1, tiled=True)[0]
+
+
+def _look_up_forward(shard_VE: Array, tokens: Array, dtype: Any) -> tuple[Array, Any]:
+    return look_up(shard_VE, tokens, dtype), (shard_VE, tokens)
+
+
+def _look_up_backward(dtype: Any, residuals: Any, d_rows: Array) -> tuple[Array, None]:
+    del dtype
+    shard_VE, tokens = residuals
+    asked = jax.lax.all_gather(tokens, "fsdp")
+    d_found = jax.lax.all_to_all(d_rows[None], "fsdp", d_rows.ndim, 0, tiled=True).astype(jnp.float32)
+    zeros_VE = vary_like(jnp.zeros(shard_VE.shape, jnp.float32), d_rows.astype(jnp.int32))
+    return zeros_VE.at[asked].add(d_found), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _shard_map_over_tensor(function: Callable[[Any], Any], spec: PartitionSpec) -> Callable[[Any], Any]:

@@ -24,7 +24,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Attention, AttentionView, KVCache, Prefix, make_views, select_view
 from grpo_jax.models.experts import Experts, Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
-from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, make_layer_gather
+from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, look_up, make_layer_gather
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
 from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
@@ -190,7 +190,10 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
         """Return what enters the first layer, in the compute dtype."""
-        x = self.embed[...].astype(self.dtype)[tokens]
+        if self.embed.shape[-1] != self.arch.dim:
+            x = jnp.asarray(look_up(self.embed[...], tokens, self.dtype))
+        else:
+            x = self.embed[...].astype(self.dtype)[tokens]
         if self.arch.embed_scale != 1:
             # Rounded to the compute dtype first, as Gemma's own code does: in bfloat16 sqrt(640) = 25.298 is 25.25.
             x = x * jnp.asarray(self.arch.embed_scale, self.dtype)
@@ -434,13 +437,19 @@ class ModelDef:
     def bind(self, params: Params) -> Decoder:
         """Return the decoder with these parameters (cheap: call it inside the traced function).
 
-        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here.
+        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here. An embedding that is not
+        the head too stays as it is: its rows come from where they are.
         """
         # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
         shapes, layers = self.param_shapes(), params["layers"]
         places = zip(*map(self.arch.split_places, (layers, shapes.pop("layers"))), strict=True)
         abstract = self._abstract(tuple(make_layer_gather(own, full, self.dtype) for own, full in places))
-        others = all_gather_params({name: params[name] for name in shapes}, shapes, self.dtype)
+        kept = () if self.arch.tie_embeddings else ("embed",)
+
+        def wanted(tree: Params) -> Params:
+            return {name: tree[name] for name in shapes if name not in kept}
+
+        others = all_gather_params(wanted(params), wanted(shapes), self.dtype) | {name: params[name] for name in kept}
         if self.hardware is not None and not any(abstract.gathers):
             layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
         if self.is_router_frozen:

@@ -164,9 +164,9 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     gradients = F32 * share.trained * (1 + (num_microbatches > 1))
     weights = share.weights / tensor
     copies = item * weights
-    if share.fsdp_size > 1:  # a layer at a time, and embedding and head with their float32 gradients
-        table = (1 + (not arch.tie_embeddings)) * V * D / tensor
-        copies = (item + F32) * (table + (weights - table) / L)
+    if share.fsdp_size > 1:  # a layer at a time, and the head with its float32 gradient
+        tables = (1 + (not arch.tie_embeddings)) * V * D / tensor
+        copies = (item + F32) * (V * D / tensor + (weights - tables) / L)
     exchanged = (share.expert_size > 1) * 2 * share.expert_size * D  # all devices' tokens of a layer, and the answers
     return share.state_bytes + gradients + copies + item * tokens * (L * kept + layer + exchanged) + logits + head
 

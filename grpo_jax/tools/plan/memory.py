@@ -289,21 +289,32 @@ def gather_parts(job: Job) -> list[Part]:
     """Count what fsdp gathers for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
         return []
-    # Embedding and head are gathered before the layers and needed until the end; of the layers one at a time is full.
+    # The head is gathered before the layers and needed until the end; of the layers one at a time is full. Of an embedding that
+    # is not the head rows are fetched, which come in the compute dtype and whose gradient goes in float32.
     _, table = layer_and_table_numbers(job)
     each = F32 + job.itemsize
-    arch = job.model.arch
+    arch, sizes = job.model.arch, job.local_microbatch
+    rows = 0.0
+    if not arch.tie_embeddings:
+        table -= numbers_here(held_weights(job)["embed",])
+        rows = (sizes.P * (sizes.S + sizes.G * sizes.T)) * arch.dim
     layer = max(layer_and_table_numbers(with_arch(job, num_layers=1, mixers=(kind,)))[0] for kind in sorted(set(arch.mixers)))
     return [
-        Part(UPDATE, "embedding and head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
+        Part(UPDATE, "head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
+        Part(UPDATE, "rows of the embedding, exchanged", f"{rows:,.0f} numbers x ({job.itemsize} + {F32}) B", rows * each),
         Part(UPDATE, "a layer's weights, gathered", f"{layer:,} numbers x ({job.itemsize} + {F32}) B", layer * each),
     ]
 
 
+def held_weights(job: Job) -> dict[tuple[str, ...], Any]:
+    """Return the shapes of the policy's weights on one device once fsdp has gathered them, by path."""
+    held = mesh_of({axis: job.mesh.shape[axis] for axis in ("expert", "tensor")})
+    return flatten_dict(with_shardings(job.model.param_shapes(), held, 0))
+
+
 def layer_and_table_numbers(job: Job) -> tuple[int, int]:
     """Count the policy's weights on one device once fsdp has gathered them: (of all layers, of everything else)."""
-    held = mesh_of({axis: job.mesh.shape[axis] for axis in ("expert", "tensor")})
-    leaves = flatten_dict(with_shardings(job.model.param_shapes(), held, 0))
+    leaves = held_weights(job)
     # By path and not by name: a parameter that is new is in one of the two, never in none.
     layers = sum(numbers_here(leaf) for path, leaf in leaves.items() if "layers" in path)
     return layers, sum(map(numbers_here, leaves.values())) - layers

@@ -135,11 +135,17 @@ def row_traffic(job: Job) -> list[Sent]:
     steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.microbatches
     state = state_like(job)
     layers, tables = gathered_numbers(job, state.policy)
+    # Of an embedding that is not the head an update fetches the tokens' rows (`fsdp.look_up`), and sends their gradient back.
+    looked_up = gathered_numbers(job, {"embed": state.policy["embed"]})[1] * (not job.model.arch.tie_embeddings)
+    rows = num_tokens(job.local_batch) * job.model.arch.dim * (looked_up > 0) * (2 * steps + num_scored(job))
     # With adapters all weights are gathered, but only the adapters have a gradient.
-    grad_layers, grad_tables = gathered_numbers(job, state.params)
+    grad_layers, grad_tables = gathered_numbers(
+        job, {name: x for name, x in state.params.items() if name != "embed" or not looked_up}
+    )
     share = (fsdp - 1) / fsdp
     # A layer is gathered forward and backward; a table once, what it gives is kept.
-    gathers = microbatches * (steps * (2 * layers + tables) + num_scored(job) * (layers + tables))
+    table = tables - looked_up
+    gathers = microbatches * (steps * (2 * layers + table) + num_scored(job) * (layers + table))
     scatters = microbatches * steps * (grad_layers + grad_tables)
     return [
         Sent(
@@ -150,6 +156,7 @@ def row_traffic(job: Job) -> list[Sent]:
             (layers + tables) * item * share,
         ),
         Sent(UPDATE, "fsdp", "weights gathered", f"{gathers:,.0f} x {item} B x {share:g}", gathers * item * share),
+        Sent(UPDATE, "fsdp", "rows of the embedding", f"{rows:,.0f} x {item} B x {share:g}", rows * item * share),
         Sent(UPDATE, "fsdp", "gradients scattered", f"{scatters:,.0f} x {F32} B x {share:g}", scatters * F32 * share),
         *(gradient_sum(job, axes, numbers, steps) for axes, numbers in summed_numbers(job, state.params).items()),
     ]
