@@ -23,9 +23,11 @@ from grpo_jax.models import transformer
 from grpo_jax.models.fsdp import gather
 from grpo_jax.models.lora import TARGETS, LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import logical_axes, make_mesh, param_spec, shardings_of, with_shardings
 from grpo_jax.rollout.rollout import EndTokens
 from grpo_jax.rollout.sampling import Sampling, draw
+from grpo_jax.training import build
 from grpo_jax.training.checkpoint import Checkpointer
 from grpo_jax.training.run import make_run
 from grpo_jax.training.samplers import make_rollout, make_sampler_weights
@@ -349,3 +351,19 @@ def test_a_state_is_born_in_parts_and_its_checkpoint_moves_between_meshes(tmp_pa
         assert shardings_of(after) == shardings_of(here.abstract_state)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
         state = after
+
+
+def test_a_warm_start_is_each_processs_own(monkeypatch):
+    """A kernel over the whole mesh would wait for the other processes."""
+    run = make_run(config_of(EIGHT, {"model.num_kv_heads": 2, "warm_start.num_steps": 1}))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, hardware=Hardware("tpu", run.mesh)))
+    decoders = []
+
+    def make_warm_start(decoder, *_):
+        decoders.append(decoder)
+        return lambda params, seed: params
+
+    monkeypatch.setattr(build, "make_warm_start", make_warm_start)
+    build.initial_params(run.config, run.model, run.task, shardings_of(run.abstract_state.params))
+    (decoder,) = decoders
+    assert decoder.hardware == Hardware("tpu")

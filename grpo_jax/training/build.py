@@ -127,8 +127,10 @@ def initial_params(config: Config, model: ModelDef, task: Task, shardings: PyTre
     if not config.warm_start.num_steps:
         return jax.jit(init, out_shardings=shardings)(key)
     # All weights take part in a warm start: adapters come on top of what it has taught.
-    # There is no sampler to agree with, so its numbers need not be exact.
-    decoder = dataclasses.replace(model, lora=None, numerics="fast")
+    # There is no sampler to agree with, so its numbers need not be exact. Its kernels are those of one device: those of the run
+    # would take part in a program of all processes.
+    hardware = model.hardware and dataclasses.replace(model.hardware, mesh=None)
+    decoder = dataclasses.replace(model, lora=None, numerics="fast", hardware=hardware)
     warm_start = make_warm_start(decoder, task, config.warm_start, config.learner.logprob_chunk_tokens)
     # Each process has made it on a device of its own. Arrays over several processes must be the same in all of them, so the
     # result of the first counts.
