@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int, Shaped
 
-from grpo_jax.parallel.sharding import largest_in_step
+from grpo_jax.parallel import context
+from grpo_jax.parallel.sharding import ROW_AXES, largest_in_step
 from grpo_jax.rollout.prompt_parts import PromptParts, parts_of, without_long_rows
 from grpo_jax.types import Prompts, Rollout
 
@@ -103,7 +104,9 @@ def run_at_bucket(
         return function(tree)
     # Lengths are data of a compiled program, so a switch on the device chooses; the update never waits for the host. Devices
     # that exchange weights or tokens in each layer take one width: they wait for each other anyway.
-    longest = largest_in_step(completion_lengths(mask_PGT).max(), ("fsdp", "expert"))
+    # Keys that go round the devices of `context` travel in one step of all devices, whatever their other axes.
+    axes = ("fsdp", "expert") if context.num_devices_here() == 1 else ROW_AXES
+    longest = largest_in_step(completion_lengths(mask_PGT).max(), axes)
     place = (jnp.asarray(choices) < longest).sum()
     return jax.lax.switch(place, [lambda tree, width=width: function(truncate_length(tree, width)) for width in choices], tree)
 
