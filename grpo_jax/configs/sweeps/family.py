@@ -14,7 +14,7 @@ NAMES = ("cispo", "dppo_tv", "gpg", "gspo", "lite_ppo", "maxrl", "opo", "pass_at
 def get_config(task: str = "countdown"):
     config = tasks.get_config(task)
     config.configs = ("grpo",)
-    config.seeds = tuple(range(8))
+    config.seeds = tasks.seeds_for(task)
     objectives = {"": {}, "no_kl": {"objective.kl_coef": 0.0}, **{name: settings.changes_to(name) for name in NAMES}}
     config.sets = base.crossed(base.crossed(config.sets, {"": {"learner.num_minibatches": 4}}), objectives)
     return config

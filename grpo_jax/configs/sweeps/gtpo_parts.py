@@ -11,7 +11,7 @@ from grpo_jax.configs.sweeps import base, tasks
 
 def get_config(task: str = "maze"):
     config = tasks.get_config(task)
-    config.configs = ("grpo",)
+    config.configs, config.seeds = ("grpo",), tasks.seeds_for(task)
     gtpo = settings.changes_to("gtpo")
     no_weight, of_group = {"objective.entropy_weight": 0.0}, {"objective.stat_scope": "group"}
     parts = {

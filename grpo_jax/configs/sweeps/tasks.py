@@ -35,6 +35,11 @@ CONTROL = "_control"
 SHORT = {"eval_every": 0, "log.completions_every": 0}  # before and after: evaluations took longer than the steps
 
 
+def seeds_for(task: str) -> tuple[int, ...]:
+    """Return seeds that can show something about a dozen settings: of one task, or of a scale's four tasks together."""
+    return tuple(range(10 if task in TASKS else 12))
+
+
 def get_config(task: str = "forks"):
     name = task.removesuffix(CONTROL)
     if name in TASKS:
