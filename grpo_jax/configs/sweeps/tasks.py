@@ -7,8 +7,8 @@ grpo-jax sweep --config=sweeps/tasks:forks_control --workdir=runs/forks_control 
 from grpo_jax.configs.sweeps import base, variants
 
 # 128 completions a step, in calls of 20; four samples of each held-out prompt beside the greedy answer. All five variants learn
-# at these settings (experiments/studies/tasks). The learning rate of "forks" is low because what noise alone does to a variant
-# without KL grows with it (docs/tasks.md).
+# at these settings (experiments/studies/tasks). The learning rates of "chain" and "forks" are low because what noise alone does
+# grows with them (docs/tasks.md).
 SMALL = {
     "num_steps": 60,
     "steps_per_call": 20,
@@ -19,7 +19,7 @@ SMALL = {
     "rollout.num_prompts": 16,
 }
 TASKS = {
-    "chain": {},
+    "chain": {"optimizer.learning_rate": 3e-4},
     "countdown": {"num_steps": 120, "checkpoint.every": 120},
     "maze": {"num_steps": 100, "checkpoint.every": 100},
     "forks": {
