@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 STUDIES = pathlib.Path(__file__).parent.parent
 TASKS = {
@@ -46,7 +47,7 @@ def differences(study: str) -> dict[str, tuple[float, float, float, bool]]:
 def main(path: str) -> None:
     """Draw and save it."""
     figure, axes = plt.subplots(figsize=(9, 4.2), constrained_layout=True)
-    colors = dict(zip(VARIANTS, plt.get_cmap("tab10").colors, strict=False))
+    colors: dict[str, str] = {name: f"C{place}" for place, name in enumerate(VARIANTS)}
     for place, (_, study) in enumerate(TASKS.items()):
         for name, (middle, low, high, is_shown) in differences(study).items():
             y = -place - (VARIANTS.index(name) - 1.5) * WIDTH
@@ -56,7 +57,7 @@ def main(path: str) -> None:
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set_yticks([-place for place in range(len(TASKS))], list(TASKS))
     axes.set_xlabel("held-out success minus GRPO's, 95 % interval over paired seeds; filled: shown after Holm's correction")
-    handles = [plt.Line2D([], [], marker="o", color=colors[name], markerfacecolor="white", label=name) for name in VARIANTS]
+    handles = [Line2D([], [], marker="o", color=colors[name], markerfacecolor="white", label=name) for name in VARIANTS]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=8)
     axes.grid(axis="x", color="0.9")
     for side in ("top", "right"):
