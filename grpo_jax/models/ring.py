@@ -24,7 +24,6 @@ from grpo_jax.parallel.context import Share
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 
-MASK_VALUE = -1e30  # as in `attention`: finite, so that a query that sees nothing stays finite
 NO_WINDOW = 2**30  # tokens
 
 Scored = tuple[Float[Array, "P M X H"], Float[Array, "P M X"]]  # outputs, and log-sum-exp of the scores; float32
@@ -153,7 +152,7 @@ def _score_visitor(cap: float | None, q: Array, visitor: KeysAndValues, ring: Ri
     arrays = q[:, :, queries], jax.tree.map(lambda x: x[:, :, keys], visitor), None
     out, lse = _score(cap, arrays, ring, owner, queries, keys)
     unseen = ((0, 0), (0, 0), (queries.start, 0))
-    return jnp.pad(out, (*unseen, (0, 0))), jnp.pad(lse, unseen, constant_values=MASK_VALUE)
+    return jnp.pad(out, (*unseen, (0, 0))), jnp.pad(lse, unseen, constant_values=plain.MASK_VALUE)
 
 
 def _differentiate_visitor(

@@ -10,7 +10,6 @@ those of one alone are printed, with what they come to where layouts are left ou
 """
 
 import argparse
-import collections
 import functools
 import hashlib
 import os
@@ -52,14 +51,13 @@ def job_of() -> job.Job:
 
 
 class Tiles:
-    """The results that are computed inside of tiles of one program. found: {expression: how often it is written there}."""
+    """The results that are computed inside of tiles of one program. found: {expression: how it is shown}."""
 
     def __init__(self, hlo: str, has_layouts: bool):
         self.computations, self.has_layouts = Schedule(hlo).computations, has_layouts
         self.by_name = {name: {each.name: each for each in body} for name, body in self.computations.items()}
         self.expression = functools.cache(self._expression)
-        self.found: collections.Counter[str] = collections.Counter()
-        self.shown: dict[str, str] = {}
+        self.found: dict[str, str] = {}
         for computation, body in self.computations.items():
             for each in body:
                 if is_in_tile(each):
@@ -75,8 +73,7 @@ class Tiles:
                 roots = [(called, self.by_name[called][name]) for name in NAME.findall(root.rest.split(")")[0])]
         for place, root in roots:
             words = self.expression(place, root.name)
-            self.found[words] += 1
-            self.shown[words] = f"{root.opcode} {self._type(root.result)} of {words[:300]}"
+            self.found[words] = f"{root.opcode} {self._type(root.result)} of {words[:300]}"
 
     def _type(self, result: str) -> str:
         result = PLACE.sub("", result)
@@ -90,7 +87,7 @@ class Tiles:
         rest = NO_NUMBERS.sub("", each.rest)
         if each.opcode == "constant":
             return f"{self._type(each.result)}={rest}"
-        is_inner = computation.startswith(("fused", "region")) or "fused" in computation
+        is_inner = "fused" in computation or computation.startswith("region")
         operands, _, attributes = rest.partition(")")
         inner = [
             self.expression(computation, operand) if is_inner else self._type(self.by_name[computation][operand].result)
@@ -145,7 +142,7 @@ def main() -> None:
             f"{'' if has_layouts else ', whatever their layouts'}; versions {aot.versions(args.chip)}"
         )
         for name, words in sorted(alone):
-            print(f"  {name}: {(sampler if name == 'sampler' else learner).shown[words]}")
+            print(f"  {name}: {(sampler if name == 'sampler' else learner).found[words]}")
 
 
 if __name__ == "__main__":
