@@ -172,7 +172,8 @@ class TrainState:
     params: what is trained: all weights, or LoRA's adapters. base: the frozen weights under the adapters, else None.
     ref_params: the reference policy; None without a KL, with LoRA, whose base it is, and where it moves (moving_ref).
     pending: groups that dynamic sampling found beyond the batch; None when it is off.
-    next_batch: the batch of the next update, sampled one step early; None without async_steps.
+    next_batch: the batch of the next update, sampled async_steps earlier; None without them.
+    later_batches: those behind it, in their order.
     hyperparams: see there; None only in checkpoints and in states that nothing is trained with.
     adapted: see there; None where the objective has all its numbers fixed.
     moving_ref: what the policy's params were when the reference was last refreshed; None without learner.ref_every.
@@ -187,6 +188,7 @@ class TrainState:
     num_prompts_drawn: Int[jax.Array, ""]
     pending: GroupBuffer | None
     next_batch: Batch | None = None
+    later_batches: tuple[Batch, ...] = ()
     hyperparams: Hyperparams | None = None
     adapted: Adapted | None = None
     moving_ref: Params | None = None

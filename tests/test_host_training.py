@@ -260,9 +260,9 @@ def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path,
         assert 0 < parts["my_rewards:late"] < 1 and record["reward/errors"] == parts["format"] == 0
 
 
-def test_batches_scored_while_another_is_trained_on_are_one_step_old_and_the_run_resumes(tmp_path, config, monkeypatch):
+def test_batches_scored_while_another_is_trained_on_are_as_old_as_asked_for_and_the_run_resumes(tmp_path, config, monkeypatch):
     """Against the same steps one after another, which no donated buffer can spoil."""
-    config.reward.task, config.async_steps = "my_rewards:late", 1
+    config.reward.task, config.async_steps = "my_rewards:late", 2
     config.dynamic_sampling.enabled, config.optimizer.schedule = True, "constant"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
     with run_of(config) as run:
@@ -277,14 +277,18 @@ def test_batches_scored_while_another_is_trained_on_are_one_step_old_and_the_run
         score = run.task.reward
         monkeypatch.setattr(run.task, "reward", lambda *args: events.append("scored") or score(*args))
         state = run.initial_state()
-        held, batch, _ = run.collect(dataclasses.replace(state, step=state.step - 1))
-        state = dataclasses.replace(held, step=state.step)
+        waiting = []
+        for step in (-2, -1):
+            held, batch, _ = run.collect(dataclasses.replace(state, step=jnp.int32(step)))
+            state = dataclasses.replace(held, step=jnp.int32(0))
+            waiting.append(batch)
         for step in range(4):
             held, ahead, _ = run.collect(jax.tree.map(jnp.copy, state))
-            assert int(batch.sampled_at_P.max()) == step - 1
+            batch = waiting.pop(0)
+            assert int(batch.sampled_at_P.max()) == step - 2
             state, _ = run.update(state, batch)
             state = dataclasses.replace(state, num_prompts_drawn=held.num_prompts_drawn, pending=held.pending)
-            batch = ahead
+            waiting.append(ahead)
         jax.tree.map(np.testing.assert_array_equal, state.params, run.restore_policy(tmp_path / "torn", 4))
         del events[:]
 
@@ -292,7 +296,7 @@ def test_batches_scored_while_another_is_trained_on_are_one_step_old_and_the_run
             events.append("trained")
             return run.update(state, jax.tree.map(jnp.copy, state.next_batch))
 
-        make_async_step(run.fns.collect, update)(dataclasses.replace(state, next_batch=batch))
+        make_async_step(run.fns.collect, update)(dataclasses.replace(state, next_batch=waiting[0], later_batches=(waiting[1],)))
         assert events[:2] == ["trained", "scored"]
 
 

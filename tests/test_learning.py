@@ -3,6 +3,8 @@
 The task is to repeat the prompt's only token: learnt from nothing in seconds, and impossible to learn by accident.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from grpo_jax.rng import key_for
 from grpo_jax.tasks.tokenizers import CharTokenizer
 from grpo_jax.training import build, trainer
 from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.training.iteration import prefetch_first_batches
 from grpo_jax.training.run import make_run
 from grpo_jax.types import Prompts, Reward
 from tests import programs, tiny
@@ -119,3 +122,34 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(tmp_path):
     for name, value in (("steps_per_call", 3), ("log.completions_every", 1)):
         with pytest.raises(UserError, match="must be a multiple of"):
             tiny.config_of("dr_grpo", changes | {"steps_per_call": 2, name: value})
+
+
+@pytest.mark.parametrize("learner", [{}, {"old_logp": "learner", "importance_cap": 2.0}])
+def test_in_one_call_batches_are_as_old_as_asked_for_and_the_steps_are_those_one_by_one(learner):
+    """Two steps old, as a host's would be: each trained on when two more have been sampled; any number of steps in a call."""
+    changes = {
+        "async_steps": 2,
+        "steps_per_call": 3,
+        "num_steps": 3,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 0,
+    }
+    changes |= {"overlong.cache_tokens": 6, "eval_every": 0, "checkpoint.every": 0, "log.completions_every": 0}
+    changes |= {f"learner.{name}": value for name, value in learner.items()}
+    config = tiny.config_of("dr_grpo", changes)
+    run = make_run(config)
+    state, _ = prefetch_first_batches(run.collect, run.initial_state())
+    waiting = [state.next_batch, *state.later_batches]
+    assert [int(batch.sampled_at_P.max()) for batch in waiting] == [-2, -1]
+    whole, _, metrics = run.iterate(jax.tree.map(jnp.copy, state))
+    assert "policy/sampler_logp_gap" not in metrics
+
+    alone, waiting = state, [jax.tree.map(jnp.copy, batch) for batch in waiting]
+    for step in range(3):
+        held, newest, _ = run.collect(jax.tree.map(jnp.copy, alone))
+        assert int(newest.sampled_at_P.max()) == step
+        waiting.append(newest)
+        alone, _ = run.update(alone, waiting.pop(0))
+        alone = dataclasses.replace(alone, num_prompts_drawn=held.num_prompts_drawn)
+    assert tiny.largest_difference(whole.params, alone.params) < 1e-6
+    assert [int(batch.sampled_at_P.max()) for batch in (whole.next_batch, *whole.later_batches)] == [1, 2]

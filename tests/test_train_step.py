@@ -431,6 +431,13 @@ def test_truncated_importance_weighs_each_token_by_learner_over_sampler():
     jax.tree.map(np.testing.assert_array_equal, after.params, plain_after.params)
     assert floats(metrics) == {**floats(plain_metrics), "policy/importance_weight": 1.0, "policy/importance_capped": 0.0}
 
+    # Sampled a step early on purpose, it weighs what the policy has moved since; an older one has waited in the buffer.
+    asynchronous = step_of(with_fields(corrected, {"async_steps": 1}))
+    expected = step_of(corrected)(state, skewed)[0]
+    jax.tree.map(np.testing.assert_array_equal, asynchronous(state, waited)[0].params, expected.params)
+    older = skewed.replace(sampled_at_P=jnp.full(P, -2))
+    jax.tree.map(np.testing.assert_array_equal, asynchronous(state, older)[0].params, plain_after.params)
+
 
 def test_sampler_gap_is_over_fresh_groups_only():
     """A group that waited in the buffer was sampled by an older policy: its gap says nothing about numerics."""

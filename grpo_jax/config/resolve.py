@@ -23,9 +23,9 @@ def resolve(config: Config) -> Config:
     is_coarse = config.model.dtype == "bfloat16" and config.model.numerics != "exact" and clip < NARROW_CLIP
     old_logp = learner.old_logp
     if old_logp == "auto":
-        old_logp = "learner" if is_coarse or learner.importance_cap else "sampler"
-        if config.async_steps:
-            old_logp = "sampler"  # the learner has moved on from the policy that sampled
+        # With async_steps the learner has moved on from the policy that sampled: without a weight the ratio has to know of it.
+        is_learner = learner.importance_cap or (is_coarse and not config.async_steps)
+        old_logp = "learner" if is_learner else "sampler"
     if is_coarse and old_logp == "sampler":
         raise UserError(
             f"config.learner.old_logp = {learner.old_logp!r}: in bfloat16 sampler and learner differ by more than the clip "

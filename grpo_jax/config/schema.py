@@ -345,7 +345,8 @@ class LearnerConfig:
     )
     old_logp: str = knob(
         "auto",
-        "learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip",
+        "whose word is the ratio's denominator; learner: that of the policy before the update, by one more forward pass; "
+        "auto: in bfloat16 with narrow clip, and with an importance_cap",
         choices=OLD_LOGP,
     )
     importance_cap: float = knob(
@@ -448,9 +449,9 @@ class Config:
     )
     async_steps: int = knob(
         0,
-        "1: tasks on the host score the next batch while this one is trained on; it is a step old then",
+        "age of a batch when it is trained on; 1: tasks on the host score one while another is trained on",
         unit="steps",
-        choices=(0, 1),
+        at_least=0,
     )
     shuffle_rewards: bool = knob(False, "control experiment: rewards go to the wrong rows, nothing may be learnt")
     objective: Objective = GRPO

@@ -72,7 +72,6 @@ def validate(config: Config) -> None:
     _require_checkpoints(config)
     _require_adapters(config)
     _check_steps_per_call(config)
-    _check_async(config)
     _require_mesh(config)
     _require_trackers(config)
     if config.warm_start.num_steps and config.task.name not in EMBEDDED:
@@ -171,7 +170,7 @@ def _require_importance(config: Config) -> None:
             "config.learner.importance_cap = 0: with it importance_floor, importance_level and importance_outside do nothing; "
             "set a cap, or leave them at 0, 'token' and 'truncate'"
         )
-    if cap and (old_logp == "sampler" or config.async_steps):
+    if cap and old_logp == "sampler":
         raise UserError(
             f"config.learner.importance_cap = {cap}: there is nothing to weigh with config.learner.old_logp = {old_logp!r}, "
             "set that to 'learner'"
@@ -184,21 +183,6 @@ def _check_steps_per_call(config: Config) -> None:
         value = _field(config, name)
         if config.steps_per_call and value % config.steps_per_call:
             raise UserError(f"config.{name} = {value}: must be a multiple of config.steps_per_call = {config.steps_per_call}")
-
-
-def _check_async(config: Config) -> None:
-    """Check settings that do not go together with batches sampled one step ahead."""
-    # When such a batch is trained on, the weights that sampled it are gone: old_logp cannot be computed again.
-    if config.async_steps and config.steps_per_call:
-        raise UserError(
-            f"config.async_steps = {config.async_steps}, config.steps_per_call = {config.steps_per_call}: one is for tasks of "
-            "the host, the other for tasks of the device; set one of them to 0"
-        )
-    if config.async_steps and config.learner.old_logp == "learner":
-        raise UserError(
-            f"config.learner.old_logp = {config.learner.old_logp!r}: with config.async_steps = {config.async_steps} "
-            "the learner has moved on from the policy that sampled, set it to 'sampler'"
-        )
 
 
 def _require_mesh(config: Config) -> None:

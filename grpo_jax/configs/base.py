@@ -25,7 +25,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.num_steps = 800  # iterations of rollout and update; -1: as suits the embedded task [steps]
     config.eval_every = 100  # steps between held-out evaluations; 0: only before and after
     config.steps_per_call = 0  # steps in one compiled call (traceable tasks); 0: rollout and update are called and timed apart
-    # 0 | 1; 1: tasks on the host score the next batch while this one is trained on; it is a step old then [steps]
+    # age of a batch when it is trained on; 1: tasks on the host score one while another is trained on [steps]
     config.async_steps = 0
     config.shuffle_rewards = False  # control experiment: rewards go to the wrong rows, nothing may be learnt
 
@@ -206,7 +206,8 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.learner.bucket_tokens = 64
     # positions whose [chunk, V] logits exist at a time; 0: what suits the device [tokens]
     config.learner.logprob_chunk_tokens = 0
-    # auto | sampler | learner; learner: one more forward pass for the ratio's denominator; auto: in bfloat16 with narrow clip
+    # auto | sampler | learner; whose word is the ratio's denominator; learner: that of the policy before the update, by one
+    # more forward pass; auto: in bfloat16 with narrow clip, and with an importance_cap
     config.learner.old_logp = "auto"
     config.learner.importance_cap = 0.0  # tokens weigh min(exp(old_logp - sampler_logp), cap); 0: 1. Needs old_logp "learner"
     config.learner.importance_floor = 0.0  # the same weight is at least this

@@ -95,7 +95,7 @@ def make_train_step(
         assert state.hyperparams is not None, "a state to train with has its hyperparams"
         optimizer = make_optimizer(state.hyperparams)
         # Into shard_map goes only what the log-probabilities read. Its specs name the axes that are manual there: data, fsdp.
-        policies = dataclasses.replace(state, opt_state=None, pending=None, next_batch=None)
+        policies = dataclasses.replace(state, opt_state=None, pending=None, next_batch=None, later_batches=())
         parts = drop_mesh_axis(specs_of(policies, mesh, min_elements), "tensor")
         prepare = shard_map_over_batch(
             lambda state, batch: make_target(model, state, batch, config, axis_name=axis_name), mesh, (parts, ROWS), ROWS
@@ -201,13 +201,12 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     is_fresh_PG = jnp.broadcast_to((batch.sampled_at_P == state.step)[:, None], (P, G))
     old_logp_PGT, entropy_PGT = rollout.sampler_logp_PGT, rollout.entropy_PGT
     if config.learner.old_logp == "learner":
-        # Recomputed, they are the current policy's. Groups that waited in the buffer were sampled by an older one, and the
-        # ratio must be over that: for them the recorded values are used.
+        # Recomputed, they are the current policy's; `importance_cap` weighs what has changed since sampling (decoupled PPO,
+        # Hilton et al. 2022). Groups that waited in the buffer have the ratio over the policy that sampled them: the recorded.
+        is_due_P1 = (batch.sampled_at_P >= state.step - config.async_steps)[:, None]
         recomputed = logprobs_in_microbatches(model, state.policy, rollout, config)
         recorded = (old_logp_PGT, entropy_PGT)
-        old_logp_PGT, entropy_PGT = (
-            jnp.where(is_fresh_PG[..., None], *pair) for pair in zip(recomputed, recorded, strict=True)
-        )
+        old_logp_PGT, entropy_PGT = (jnp.where(is_due_P1[..., None], *pair) for pair in zip(recomputed, recorded, strict=True))
     ref_logp_PGT = None
     if obj.needs_reference:
         ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, config)

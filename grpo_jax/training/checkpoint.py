@@ -299,7 +299,8 @@ def as_today(restored: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
     return jax.tree_util.tree_map_with_path(take, dict(like))
 
 
-_BLANK = TrainState(*(None for field in dataclasses.fields(TrainState)))  # pyright: ignore[reportArgumentType]
+_NOTHING = {field.name: None for field in dataclasses.fields(TrainState)} | {"later_batches": ()}
+_BLANK = TrainState(**_NOTHING)  # pyright: ignore[reportArgumentType]
 
 
 def saved_fields(state: TrainState) -> dict[str, Any]:
@@ -308,4 +309,7 @@ def saved_fields(state: TrainState) -> dict[str, Any]:
     # disk already. The hyperparams come from the config, so that a run resumed with --allow_config_change has the new ones.
     frozen = ("base", "ref_params", "hyperparams")
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if name not in frozen and value is not None}
+    absent = [name for name, value in fields.items() if value is None]
+    if not state.later_batches:
+        absent.append("later_batches")
+    return {name: value for name, value in fields.items() if name not in (*frozen, *absent)}

@@ -113,13 +113,18 @@ def make_iterations(collect: Callable[[TrainState], Collected], train_step: Trai
 
     Args:
       collect, train_step: the two halves of a step. num_steps: steps in a call.
-    Returns: iterate(state) -> (state, the last batch, metrics with a leading axis of steps).
+    Returns: iterate(state) -> (state, the batch sampled last, metrics with a leading axis of steps).
     """
 
     def step(state: TrainState) -> Collected:
-        state, batch, sampled = collect(state)
+        state, sampled_batch, sampled = collect(state)
+        batch = sampled_batch
+        if state.next_batch is not None:
+            state, batch = take_oldest(state, sampled_batch)
         state, updated = train_step(state, batch)
-        return state, batch, metrics_lib.merge(sampled, updated)
+        if state.next_batch is not None:
+            del updated["policy/sampler_logp_gap"]  # as in `make_async_step`
+        return state, sampled_batch, metrics_lib.merge(sampled, updated)
 
     def iterate(state: TrainState) -> Collected:
         def next_step(carry: tuple[TrainState, Batch], _: None):
@@ -138,8 +143,8 @@ def make_iterations(collect: Callable[[TrainState], Collected], train_step: Trai
 def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[TrainState, dict[str, Metric]]]) -> Iteration:
     """Collect and update side by side, for a task of the host: while the device trains on one batch, the next is scored.
 
-    The next batch is sampled with the weights that this update begins with, so it is one step old when its turn comes; its
-    old log-probs are its sampler's, and the ratio corrects for the step between.
+    A batch is sampled with the weights that this update begins with, so it is config.async_steps old when its turn comes. Its
+    old log-probs are its sampler's, and the ratio corrects for the steps between (or its weight, see learner.old_logp).
 
     Args:
       collect: of a host's sampler. update: trains on `state.next_batch` and donates the state.
@@ -160,26 +165,37 @@ def make_async_step(collect: Collect, update: Callable[[TrainState], tuple[Train
         state, updated = update(state)
         seen, batch, sampled = collect.finish(seen, started)
         del updated["policy/sampler_logp_gap"]  # the learner has moved on since: there is nothing to compare
-        ahead = resize_batch(batch, width)
-        moved_on = {"num_prompts_drawn": seen.num_prompts_drawn, "pending": seen.pending, "next_batch": ahead}
-        return dataclasses.replace(state, **moved_on), batch, metrics_lib.merge(sampled, updated)
+        state, _ = take_oldest(state, resize_batch(batch, width))
+        state = dataclasses.replace(state, num_prompts_drawn=seen.num_prompts_drawn, pending=seen.pending)
+        return state, batch, metrics_lib.merge(sampled, updated)
 
     return async_step
 
 
-def prefetch_first_batch(collect: Callable[[TrainState], Collected], state: TrainState) -> tuple[TrainState, dict[str, Metric]]:
-    """Sample the first batch of an async run by itself; -> (the state at step 0 with it, metrics of all sampled)."""
-    # Sampled as if at step -1: step 0 samples the batch of step 1 with its own randomness. It also marks the batch as one step
-    # old, as all later ones are.
-    before = dataclasses.replace(state, step=state.step - 1)
-    after, batch, sampled = collect(before)
+def take_oldest(state: TrainState, newest: Batch) -> tuple[TrainState, Batch]:
+    """Take the batch whose turn it is from those that wait, and put the newest behind them."""
     assert state.next_batch is not None
-    return dataclasses.replace(after, step=state.step, next_batch=resize_batch(batch, width_of(state.next_batch))), sampled
+    oldest, following, *later = (state.next_batch, *state.later_batches, newest)
+    return dataclasses.replace(state, next_batch=following, later_batches=tuple(later)), oldest
+
+
+def prefetch_first_batches(
+    collect: Callable[[TrainState], Collected], state: TrainState
+) -> tuple[TrainState, dict[str, Metric]]:
+    """Sample the first batches of an async run by themselves; -> (the state at step 0 with them, metrics of all sampled)."""
+    assert state.next_batch is not None
+    width, metrics = width_of(state.next_batch), {}
+    # Sampled as if before step 0, which samples with its own randomness. It also marks them as old as all later ones are.
+    for early in range(1 + len(state.later_batches), 0, -1):
+        after, batch, sampled = collect(dataclasses.replace(state, step=state.step - early))
+        state, _ = take_oldest(dataclasses.replace(after, step=after.step + early), resize_batch(batch, width))
+        metrics = metrics_lib.merge(metrics, sampled)
+    return state, metrics
 
 
 def copy_sampling_state(state: TrainState) -> TrainState:
     """Copy the part of a state that `Collect` reads; the copy outlives the donated state."""
     # No rollout reads Adam's moments and the reference, and where all weights are trained they are three times the policy.
     unread = dict.fromkeys(("base", "opt_state", "ref_params", "moving_ref", "next_batch"))
-    read = dataclasses.replace(state, params=state.policy, **unread)
+    read = dataclasses.replace(state, params=state.policy, later_batches=(), **unread)
     return jax.tree.map(jnp.copy, read)

@@ -23,7 +23,7 @@ from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives.adaptive import initial_adapted
-from grpo_jax.parallel import context
+from grpo_jax.parallel import context, hosts
 from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
     REPLICATED,
@@ -114,7 +114,8 @@ class TrainFns:
             state = dataclasses.replace(state, pending=empty_buffer(self.example_batch(state.policy)))
         if config.async_steps:
             blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.example_batch(state.policy))
-            state = dataclasses.replace(state, next_batch=blank)
+            later = tuple(jax.tree.map(jnp.copy, blank) for _ in range(config.async_steps - 1))
+            state = dataclasses.replace(state, next_batch=blank, later_batches=later)
         return state
 
     def example_batch(self, policy: Params) -> Batch:
@@ -276,6 +277,7 @@ def assemble(config: Config, mesh: Mesh, task: Task, model: ModelDef) -> Run:
     Raises: UserError if the task or the model cannot do what the config asks.
     """
     check_task_suits(config, task)
+    say_if_uncorrected(config)
     check_token_ids(config, task, model.arch.vocab_size)
     check_divisible(model.arch.sharded_sizes, mesh)
     check_context(config, mesh, model)
@@ -359,8 +361,9 @@ def abstract_state_of(config: Config, mesh: Mesh, shapes: TrainState) -> TrainSt
         like = dataclasses.replace(like, opt_state=offload_to_host(like.opt_state))
     # A batch is no weight, so the table of parameters has no axes for it: its rows are sharded, as they were when sampled.
     rows = NamedSharding(mesh, ROWS)
-    next_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), like.next_batch)
-    return dataclasses.replace(like, next_batch=next_batch)
+    waiting = (like.next_batch, like.later_batches)
+    next_batch, later = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), waiting)
+    return dataclasses.replace(like, next_batch=next_batch, later_batches=later)
 
 
 def check_task_suits(config: Config, task: Task) -> None:
@@ -371,14 +374,23 @@ def check_task_suits(config: Config, task: Task) -> None:
             f"config.objective.advantage = {config.objective.advantage!r}: task {config.task.name!r} gives no rewards for "
             "steps (`step_rewards`, as task chain does); use another advantage"
         )
-    if config.async_steps and task.is_traceable:
+    if config.async_steps and task.is_traceable and not config.steps_per_call:
         raise UserError(
-            f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, there is "
-            "nothing to wait for; set it to 0"
+            f"config.async_steps = {config.async_steps}: task {config.task.name!r} is scored on the device, where it wins "
+            "no time; to study batches that are so old set config.steps_per_call to 1 or more, else async_steps to 0"
         )
     if config.steps_per_call and not task.is_traceable:
         raise UserError(
             f"config.steps_per_call = {config.steps_per_call}: task {config.task.name!r} is scored on the host, set it to 0"
+        )
+
+
+def say_if_uncorrected(config: Config) -> None:
+    """Say that nothing corrects for the steps between sampling and training, where that is so."""
+    if config.async_steps and config.learner.old_logp == "learner" and not config.learner.importance_cap:
+        hosts.say(
+            f"note: config.async_steps = {config.async_steps}, learner.old_logp = 'learner': nothing weighs how far the policy "
+            "has moved since a batch was sampled; set learner.importance_cap, or old_logp to 'sampler'"
         )
 
 

@@ -30,7 +30,7 @@ from grpo_jax.training.data_record import note_data, pin_template_date
 from grpo_jax.training.disk import faults_in_one_line, require_place, require_room
 from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps, find_fault
-from grpo_jax.training.iteration import prefetch_first_batch
+from grpo_jax.training.iteration import prefetch_first_batches
 from grpo_jax.training.lock import Lock, held
 from grpo_jax.training.memory import require_memory
 from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
@@ -250,11 +250,11 @@ class Member:
         self.learning_rates = learning_rates(self.run.config)
 
     def begin(self, state: TrainState) -> TrainState:
-        """Evaluate a fresh run before its first step; with async_steps sample its first batch, with nothing beside it."""
+        """Evaluate a fresh run before its first step; with async_steps sample its first batches, with nothing beside them."""
         with phase("held-out evaluation before training, sampling compiled"):
             values = {**data_metrics(self.run.task), **to_metrics(self.run.evaluate(state.policy))}
         if self.run.config.async_steps:
-            state, sampled = prefetch_first_batch(self.run.collect, state)
+            state, sampled = prefetch_first_batches(self.run.collect, state)
             values |= metrics_lib.to_floats(sampled)
         self.write(0, values)
         return state

@@ -105,7 +105,7 @@ def state_parts(job: Job) -> list[Part]:
         state_part("optimizer state", state.opt_state),
         state_part("reference policy", (state.ref_params, state.moving_ref)),
         state_part("groups waiting (dynamic sampling)", state.pending),
-        state_part("the batch sampled ahead (async_steps)", state.next_batch),
+        state_part("batches sampled ahead (async_steps)", (state.next_batch, state.later_batches)),
         state_part("the weights that sample it", sampling),
     ]
 
