@@ -17,6 +17,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import RolloutConfig
 from grpo_jax.learner.hyperparams import hyperparams_of
+from grpo_jax.learner.logprobs import Chunks, token_logprobs
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
 from grpo_jax.models import transformer
@@ -207,6 +208,35 @@ def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_flo
     (gathered,), (scattered,) = (re.findall(rf"{name}.*?-> tensor<\w+x(\w+)>", grads.as_text(), re.S) for name in OPS)
     assert (gathered, scattered) == ("bf16", "f32")
     np.testing.assert_array_equal(grads.compile()(weight, slope_8)[1], np.full((16, 24), 1 + 7 * 2.0**-8))
+
+
+@pytest.mark.parametrize("vocab_tokens", [7, 10])
+def test_a_head_that_is_gathered_by_parts_of_the_vocabulary_is_never_there_in_full(vocab_tokens):
+    """Values and gradients of one device, where each of eight has its own positions and its own columns of the head."""
+    mesh, rng = make_mesh(config_of((1, 8, 1)).mesh.sizes), np.random.default_rng(0)
+    hidden_FD, head_VD, weight_F = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 16), (28, 16), 40))
+    targets_F = jnp.asarray(rng.integers(0, 28, 40), jnp.int32)
+
+    def weighed(hidden_FD, head_VD, targets_F, weight_F):
+        chunks = Chunks(5, vocab_tokens)
+        logp_F, entropy_F = token_logprobs(
+            hidden_FD, head_VD, targets_F, None, Sampling(0.7), chunks, 3.0, has_entropy_gradient=True
+        )
+        return weight_F * (logp_F + 0.5 * entropy_F)
+
+    def total(of_device):
+        return lambda hidden_FD, head_VD: of_device(hidden_FD, head_VD, targets_F, weight_F).sum()
+
+    rows, columns = PartitionSpec("fsdp"), PartitionSpec(None, "fsdp")
+    shared = jax.shard_map(weighed, mesh=mesh, in_specs=(rows, columns, rows, rows), out_specs=rows)
+    program = jax.jit(
+        jax.value_and_grad(total(shared), (0, 1)), in_shardings=(NamedSharding(mesh, rows), NamedSharding(mesh, columns))
+    )
+    program = program.lower(hidden_FD, head_VD).compile()
+    found, expected = program(hidden_FD, head_VD), jax.value_and_grad(total(weighed), (0, 1))(hidden_FD, head_VD)
+    assert tiny.largest_difference(found, expected) < 1e-5
+    sizes = {tuple(map(int, dims.split(","))) for _, dims, name, _ in COLLECTIVE.findall(program.as_text())}
+    assert {(vocab_tokens, 16), (vocab_tokens, 2)} <= sizes and (28, 16) not in sizes
 
 
 # ---------------------------------------------------------------------------------------------------------- the rollout

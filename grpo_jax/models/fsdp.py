@@ -146,6 +146,16 @@ def _backward(axis: int, spec: PartitionSpec, dtype: Any, _: None, d_full: Array
 gather.defvjp(_forward, _backward)
 
 
+def gather_columns(shard: Float[Array, "U E"]) -> Float[Array, "U D"]:
+    """Gather a few rows of a matrix whose columns are spread over fsdp, without a derivative (`scatter_columns` is its)."""
+    return jax.lax.all_gather(shard, "fsdp", axis=1, tiled=True)
+
+
+def scatter_columns(d_rows: Float[Array, "U D"]) -> Float[Array, "U E"]:
+    """Sum such rows over the devices of fsdp, each of which gets its columns of the sum. d_rows: float32."""
+    return jax.lax.psum_scatter(d_rows, "fsdp", scatter_dimension=1, tiled=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(shard_VE: Float[Array, "V E"], tokens: Int[Array, "*lead"], dtype: Any) -> Float[Array, "*lead D"]:
     """Return the rows of an embedding whose columns are spread over the devices of `fsdp`, which nobody gathers.

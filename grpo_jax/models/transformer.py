@@ -24,7 +24,15 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Attention, AttentionView, KVCache, Prefix, make_views, select_view
 from grpo_jax.models.experts import Experts, Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
-from grpo_jax.models.fsdp import GatherLayer, all_gather_params, apply_remat, look_up, make_layer_gather
+from grpo_jax.models.fsdp import (
+    GatherLayer,
+    all_gather_params,
+    apply_remat,
+    gather,
+    look_up,
+    make_layer_gather,
+    tensor_spec,
+)
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
 from grpo_jax.models.linear import Linear, fence_vectors
 from grpo_jax.models.lora import LoRA, adapter_of
@@ -174,9 +182,18 @@ class Decoder(nnx.Module):
 
     @property
     def head_VD(self) -> Float[Array, "V D"]:
-        """The output matrix, in the compute dtype."""
-        matrix = self.embed if self.head is None else self.head
-        return matrix[...].astype(self.dtype)
+        """The output matrix, in the compute dtype; gathered, where fsdp shards it."""
+        here = self.head_here
+        if here.shape[-1] == self.arch.dim:
+            return here
+        name = "embed" if self.head is None else "head"
+        return gather(here, 1, tensor_spec((name,), (self.arch.vocab_size, self.arch.dim)), self.dtype)
+
+    @property
+    def head_here(self) -> Float[Array, "V E"]:
+        """The output matrix, in the compute dtype; where fsdp shards it this device's columns, in float32."""
+        matrix = (self.embed if self.head is None else self.head)[...]
+        return matrix if matrix.shape[-1] != self.arch.dim else matrix.astype(self.dtype)
 
     @property
     def logit_cap(self) -> float | None:
@@ -437,14 +454,14 @@ class ModelDef:
     def bind(self, params: Params) -> Decoder:
         """Return the decoder with these parameters (cheap: call it inside the traced function).
 
-        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here. An embedding that is not
-        the head too stays as it is: its rows come from where they are.
+        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here. Embedding and head stay as
+        they are: rows come from where they are, and the head is gathered where it is asked for.
         """
         # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
         shapes, layers = self.param_shapes(), params["layers"]
         places = zip(*map(self.arch.split_places, (layers, shapes.pop("layers"))), strict=True)
         abstract = self._abstract(tuple(make_layer_gather(own, full, self.dtype) for own, full in places))
-        kept = () if self.arch.tie_embeddings else ("embed",)
+        kept = ("embed",) if self.arch.tie_embeddings else ("embed", "head")
 
         def wanted(tree: Params) -> Params:
             return {name: tree[name] for name in shapes if name not in kept}
