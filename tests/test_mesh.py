@@ -25,7 +25,15 @@ from grpo_jax.models.fsdp import gather
 from grpo_jax.models.lora import TARGETS, LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.hardware import Hardware
-from grpo_jax.parallel.sharding import logical_axes, make_mesh, param_spec, shardings_of, with_shardings
+from grpo_jax.parallel.sharding import (
+    logical_axes,
+    make_mesh,
+    param_spec,
+    shard_map_over_batch,
+    shardings_of,
+    vary_like,
+    with_shardings,
+)
 from grpo_jax.rollout.rollout import EndTokens
 from grpo_jax.rollout.sampling import Sampling, draw
 from grpo_jax.training import build
@@ -210,33 +218,35 @@ def test_parts_travel_in_the_compute_dtype_and_their_gradients_are_summed_in_flo
     np.testing.assert_array_equal(grads.compile()(weight, slope_8)[1], np.full((16, 24), 1 + 7 * 2.0**-8))
 
 
-@pytest.mark.parametrize("vocab_tokens", [7, 10])
-def test_a_head_that_is_gathered_by_parts_of_the_vocabulary_is_never_there_in_full(vocab_tokens):
-    """Values and gradients of one device, where each of eight has its own positions and its own columns of the head."""
-    mesh, rng = make_mesh(config_of((1, 8, 1)).mesh.sizes), np.random.default_rng(0)
+@pytest.mark.parametrize(
+    ("sizes", "vocab_tokens"), [((1, 8, 1), 7), ((1, 8, 1), 10), ((1, 4, 2), 7), ((2, 1, 4), 3), ((2, 2, 2), 5)]
+)
+def test_a_head_worked_on_by_parts_of_the_vocabulary_is_never_there_in_full(sizes, vocab_tokens):
+    """Values and gradients of one device, where each has its own positions, and its own columns and rows of the head."""
+    mesh, rng = make_mesh(config_of(sizes).mesh.sizes), np.random.default_rng(0)
     hidden_FD, head_VD, weight_F = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 16), (28, 16), 40))
     targets_F = jnp.asarray(rng.integers(0, 28, 40), jnp.int32)
 
     def weighed(hidden_FD, head_VD, targets_F, weight_F):
-        chunks = Chunks(5, vocab_tokens)
-        logp_F, entropy_F = token_logprobs(
-            hidden_FD, head_VD, targets_F, None, Sampling(0.7), chunks, 3.0, has_entropy_gradient=True
-        )
+        head_VD = vary_like(head_VD, targets_F)  # its gradient is summed over data at the end, as an update does
+        given = hidden_FD, head_VD, targets_F, None, Sampling(0.7), Chunks(5, vocab_tokens), 3.0
+        logp_F, entropy_F = token_logprobs(*given, has_entropy_gradient=True)
         return weight_F * (logp_F + 0.5 * entropy_F)
 
     def total(of_device):
         return lambda hidden_FD, head_VD: of_device(hidden_FD, head_VD, targets_F, weight_F).sum()
 
-    rows, columns = PartitionSpec("fsdp"), PartitionSpec(None, "fsdp")
-    shared = jax.shard_map(weighed, mesh=mesh, in_specs=(rows, columns, rows, rows), out_specs=rows)
-    program = jax.jit(
-        jax.value_and_grad(total(shared), (0, 1)), in_shardings=(NamedSharding(mesh, rows), NamedSharding(mesh, columns))
-    )
+    rows, columns = PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp")
+    shared = shard_map_over_batch(weighed, mesh, (rows, columns, rows, rows), rows)
+    places = NamedSharding(mesh, rows), NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    program = jax.jit(jax.value_and_grad(total(shared), (0, 1)), in_shardings=places, out_shardings=(None, places))
     program = program.lower(hidden_FD, head_VD).compile()
     found, expected = program(hidden_FD, head_VD), jax.value_and_grad(total(weighed), (0, 1))(hidden_FD, head_VD)
     assert tiny.largest_difference(found, expected) < 1e-5
-    sizes = {tuple(map(int, dims.split(","))) for _, dims, name, _ in COLLECTIVE.findall(program.as_text())}
-    assert {(vocab_tokens, 16), (vocab_tokens, 2)} <= sizes and (28, 16) not in sizes
+    travelled = {tuple(map(int, dims.split(","))) for _, dims, *_ in COLLECTIVE.findall(program.as_text())}
+    if sizes[1] > 1:
+        assert {(vocab_tokens, 16), (vocab_tokens, 16 // sizes[1])} <= travelled
+    assert not [size for size in travelled if size[0] == 28 or size[0] == 28 // sizes[2]]
 
 
 # ---------------------------------------------------------------------------------------------------------- the rollout

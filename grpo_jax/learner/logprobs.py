@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.learner.vocab_parts import HeadWork, backward_by_vocab, num_shards_here, num_vocab_shards, score_by_vocab
 from grpo_jax.models.experts import Routing
-from grpo_jax.models.fsdp import gather_columns, scatter_columns
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, ModelDef
@@ -54,18 +53,17 @@ class Chunks:
         if model.hardware is None:
             return cls(CPU_CHUNK_TOKENS)
         V, mesh = model.arch.vocab_size, model.hardware.mesh
-        num_parts = 1  # of the vocabulary, on as many devices
-        if mesh is not None and V % mesh.shape["tensor"] == 0:
-            num_parts = mesh.shape["tensor"]
+        num_parts = 1 if mesh is None else num_vocab_shards(V, mesh.shape["tensor"])
         tokens = even_part(num_tokens, MAX_LOGITS * num_parts // V)
         # The head's gradient is as large as the head and in float32. Over chunks of positions all of it is read and written at
         # each, which takes longer than the products; over parts of the vocabulary each part is written once, and only the
         # states' gradient, which is smaller, is added up. A head that fsdp shards is never gathered in full then, nor is its
-        # gradient. A vocabulary that `tensor` shards cannot be cut up once more.
+        # gradient. Where `tensor` shards the vocabulary, each device goes through its own.
         needs_all = sampling.is_cut or sampling.rules_out or sampling.has_penalty
-        if needs_all or num_parts > 1 or num_tokens >= V:
+        is_left_to_compiler = num_parts != num_shards_here(V)  # it would put the vocabulary together to cut it up
+        if needs_all or is_left_to_compiler or num_tokens >= V // num_parts:
             return cls(tokens)
-        return cls(tokens, min(V, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
+        return cls(tokens, min(V // num_parts, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
 
 
 def even_part(total: int, wanted: int) -> int:
@@ -147,26 +145,10 @@ def token_logprobs(
 
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
-    work = _Work(sampling, cap, chunks.vocab, tiles, has_entropy_gradient)
+    work = HeadWork(sampling, cap, chunks.vocab, tiles, has_entropy_gradient)
     logp, entropy = _chunked(work, hidden, head_VD, fixed, past and past[3:])  # pyright: ignore[reportGeneralTypeIssues]
     logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
     return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What is static of `token_logprobs`; the fields are its arguments. vocab: of its chunks."""
-
-    sampling: Sampling
-    cap: float | None
-    vocab: int
-    tiles: Tiles | None
-    has_entropy_gradient: bool
-
-    @property
-    def is_by_vocab(self) -> bool:
-        """The forward pass takes parts of the vocabulary as well; exact numbers are the sampler's, which takes all of it."""
-        return self.vocab > 0 and self.tiles is None
 
 
 class _Distribution(NamedTuple):
@@ -202,11 +184,11 @@ def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fix
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(work: _Work, hidden, head_VD, fixed, rows):
+def _chunked(work: HeadWork, hidden, head_VD, fixed, rows):
     return _forward(work, hidden, head_VD, fixed, rows)[0]
 
 
-def _forward(work: _Work, hidden, head_VD, fixed, rows):
+def _forward(work: HeadWork, hidden, head_VD, fixed, rows):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
 
     def chunk(_, xs):
@@ -215,19 +197,19 @@ def _forward(work: _Work, hidden, head_VD, fixed, rows):
         return None, score(of.logits_CV, of.keep_CV, fixed_C[0], work.tiles)
 
     if work.is_by_vocab:
-        logp, entropy, log_z = _score_by_vocab(work, hidden, head_VD, fixed[0])
+        logp, entropy, log_z = score_by_vocab(work, hidden, head_VD, fixed[0])
     else:
         _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
     return (logp, entropy), (hidden, head_VD, fixed, rows, log_z, entropy if work.has_entropy_gradient else None)
 
 
-def _backward(work: _Work, residuals, cotangents):
+def _backward(work: HeadWork, residuals, cotangents):
     """Go through the chunks once more: d logp / d logits = onehot - p on the support, which counts as fixed."""
     d_logp, d_entropy = cotangents
     if not work.has_entropy_gradient:
         d_entropy = None
     if work.vocab:
-        return _backward_by_vocab(work, residuals, d_logp, d_entropy)
+        return backward_by_vocab(work, residuals, d_logp, d_entropy)
     sampling, cap = work.sampling, work.cap
     hidden, head_VD, fixed, rows, log_z, entropy = residuals
 
@@ -259,101 +241,6 @@ def _backward(work: _Work, residuals, cotangents):
     zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0])
     d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp, entropy, d_entropy))
     return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
-
-
-def _score_by_vocab(work: _Work, hidden, head_VD, targets):
-    """Do what `score` does, by parts of the vocabulary, all positions at once: sums that grow from part to part."""
-    hidden_FD, targets_F1 = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, 1)
-
-    def part(sums, head_UD, first):
-        highest_F, z_F, weighted_F, target_F = sums
-        logits_FU = head_logits(hidden_FD, head_UD, work.cap) / work.sampling.temperature
-        higher_F = jnp.maximum(highest_F, logits_FU.max(-1))
-        below_FU = logits_FU - higher_F[:, None]
-        weight_FU, drop_F = jnp.exp(below_FU), highest_F - higher_F
-        shrunk_F = jnp.exp(drop_F)
-        is_target_FU = first + jnp.arange(len(head_UD))[None] == targets_F1
-        sums = (
-            higher_F,
-            z_F * shrunk_F + weight_FU.sum(-1),
-            (weighted_F + drop_F * z_F) * shrunk_F + (weight_FU * below_FU).sum(-1),
-            target_F + jnp.where(is_target_FU, logits_FU, 0.0).sum(-1),
-        )
-        return sums, None
-
-    zeros_F = vary_like(jnp.zeros(targets.size, jnp.float32), targets)
-    # Not minus infinity: what the first part takes away from it must be a number.
-    sums = (jnp.full_like(zeros_F, -1e30), zeros_F, zeros_F, zeros_F)
-    (highest_F, z_F, weighted_F, target_F), _ = _over_vocab(work, hidden_FD, head_VD, part, sums)
-    log_z_F = highest_F + jnp.log(z_F)
-    found = target_F - log_z_F, jnp.log(z_F) - weighted_F / z_F, log_z_F
-    return tuple(x_F.reshape(targets.shape) for x_F in found)
-
-
-def _backward_by_vocab(work: _Work, residuals, d_logp, d_entropy):
-    """Go through parts of the vocabulary, all positions at once.
-
-    The log-partition is known, so each part's share of p is; a cut distribution has no such parts.
-    """
-    hidden, head_VD, (targets, _, _), _, log_z, entropy = residuals
-    temperature, cap = work.sampling.temperature, work.cap
-    hidden_FD, targets_F = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    scale_F1 = (d_logp.reshape(-1) / temperature)[:, None]
-    log_z_F1 = log_z.reshape(-1)[:, None]
-    is_sharded = _is_sharded(hidden_FD, head_VD)
-
-    def part(d_hidden_FD, head_UD, first):
-        logits_FU = head_logits(hidden_FD, head_UD, cap) / temperature
-        is_target_FU = first + jnp.arange(len(head_UD))[None] == targets_F[:, None]
-        below_FU = logits_FU - log_z_F1
-        p_FU = jnp.exp(below_FU)
-        d_logits_FU = (is_target_FU - p_FU) * scale_F1
-        if d_entropy is not None:
-            surprise_FU = below_FU + entropy.reshape(-1)[:, None]
-            d_logits_FU -= p_FU * surprise_FU * (d_entropy.reshape(-1) / temperature)[:, None]
-        if cap is not None:  # the slope of tanh
-            d_logits_FU *= 1 - jnp.square(logits_FU * (temperature / cap))
-        d_logits_FU = d_logits_FU.astype(head_UD.dtype)
-        d_hidden_FD += jnp.einsum("fu,ud->fd", d_logits_FU, head_UD, preferred_element_type=jnp.float32)
-        if is_sharded:
-            d_head_UD = jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD, preferred_element_type=jnp.float32)
-            return d_hidden_FD, scatter_columns(d_head_UD)
-        return d_hidden_FD, jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD)
-
-    zeros_FD = vary_like(jnp.zeros(hidden_FD.shape, jnp.float32), targets)
-    d_hidden_FD, d_head_VD = _over_vocab(work, hidden_FD, head_VD, part, zeros_FD)
-    return d_hidden_FD.astype(hidden.dtype).reshape(hidden.shape), d_head_VD.astype(head_VD.dtype), None, None
-
-
-def _is_sharded(hidden_FD: jax.Array, head_VD: jax.Array) -> bool:
-    """Tell if a head is this device's columns alone; its shape is the only sign of it."""
-    return head_VD.shape[-1] != hidden_FD.shape[-1]
-
-
-def _over_vocab(work: _Work, hidden_FD: jax.Array, head_VD: jax.Array, part: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
-    """Call part(carry, head_UD, first) -> (carry, result) for parts of the vocabulary; what is left over is one of its own.
-
-    Args:
-      head_VD: in the compute dtype, or this device's columns, of which each part is gathered by itself.
-      part: with its tokens' rows of the head, and the first token's number. carry: of the first call.
-    Returns: (the last carry, the results of all parts, one behind the other).
-    """
-    V, size = len(head_VD), work.vocab
-    here_VD = head_VD.astype(hidden_FD.dtype)
-
-    def call(carry: Any, first: Any, rows: jax.Array) -> tuple[Any, Any]:
-        return part(carry, gather_columns(rows) if _is_sharded(hidden_FD, rows) else rows, first)
-
-    def step(carry: Any, i: jax.Array) -> tuple[Any, Any]:
-        return call(carry, i * size, jax.lax.dynamic_slice_in_dim(here_VD, i * size, size))
-
-    carry, results = jax.lax.scan(step, carry, jnp.arange(V // size))
-    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-    done = V // size * size
-    if done < V:
-        carry, rest = call(carry, done, here_VD[done:])
-        results = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, rest)
-    return carry, results
 
 
 _chunked.defvjp(_forward, _backward)
