@@ -439,9 +439,30 @@ BUGS = [
     (
         "the batch sampled ahead is never taken",
         "grpo_jax/training/iteration.py",
-        '"pending": seen.pending, "next_batch": ahead}',
-        '"pending": seen.pending}',
+        "return dataclasses.replace(state, next_batch=following, later_batches=tuple(later)), oldest",
+        "return state, oldest",
         "tests/test_host_training.py -k scored_while",
+    ),
+    (
+        "a head's part that is gathered is the first one each time",
+        "grpo_jax/learner/vocab_parts.py",
+        "jax.lax.dynamic_slice_in_dim(here_VD, i * size, size)",
+        "jax.lax.dynamic_slice_in_dim(here_VD, 0 * i, size)",
+        "tests/test_mesh.py -k parts_of_the_vocabulary",
+    ),
+    (
+        "a device takes its part of the vocabulary for the first one",
+        "grpo_jax/learner/vocab_parts.py",
+        'jax.lax.axis_index("tensor") * len(head_VD)',
+        '0 * jax.lax.axis_index("tensor") * len(head_VD)',
+        "tests/test_mesh.py -k parts_of_the_vocabulary",
+    ),
+    (
+        "a batch that is old on purpose counts as one from the buffer",
+        "grpo_jax/learner/train_step.py",
+        "batch.sampled_at_P >= state.step - config.async_steps",
+        "batch.sampled_at_P >= state.step",
+        "tests/test_train_step.py -k importance",
     ),
     (
         "YaRN's ramp is over channels, not over pairs",

@@ -25,7 +25,7 @@ VOCAB_SHARD = PartitionSpec("tensor", None)
 
 @dataclasses.dataclass(frozen=True)
 class HeadWork:
-    """What is static of `token_logprobs`; the fields are its arguments. vocab: of its chunks."""
+    """The static part of `token_logprobs`: fields are its arguments, vocab is of its chunks."""
 
     sampling: Sampling
     cap: float | None
