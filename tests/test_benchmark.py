@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from experiments import benchmark, synthetic
 from experiments.peers import compare, workload
 from grpo_jax.learner.logprobs import policy_logprobs
-from grpo_jax.models import transformer
+from grpo_jax.models import block
 from grpo_jax.models.architecture import Delta
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.transformer import Architecture, ModelDef, init_params
@@ -73,12 +73,12 @@ def test_the_products_of_a_gated_delta_net_are_counted():
     assert states > 0.2 * 2 * roofline.per_token(model).layer_weights, "too few to be seen"
 
 
-class TwoGates(transformer.MLP):
+class TwoGates(block.MLP):
     """A new kind of layer: one matrix more, which no table and no formula of ours has heard of."""
 
     def __init__(self, arch, *, lora=None, rngs):
         super().__init__(arch, lora=lora, rngs=rngs)
-        self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
+        self.second = block.Linear(arch.dim, arch.dim, rngs=rngs)
 
     def __call__(self, x):
         y, chosen = super().__call__(x)
@@ -90,7 +90,7 @@ def test_a_new_matrix_of_a_layer_is_counted(monkeypatch):
     model = ModelDef(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
     sizes, tokens = Sizes(P, 1, S, T), P * S + P * (T - 1)
     plain_flops, plain_bytes = forward_flops(MODEL, sizes), step_bytes(MODEL, sizes, 2)
-    monkeypatch.setitem(transformer.MLPS, "dense", TwoGates)
+    monkeypatch.setitem(block.MLPS, "dense", TwoGates)
     _, rollout = one_each(P, S, T)
     xla = counted_by_xla(functools.partial(logp, model=model), model.param_shapes(), rollout)
     assert with_masked_half(P, S, T, model) == pytest.approx(xla, rel=0.02)

@@ -20,7 +20,7 @@ from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.logprobs import Chunks, token_logprobs
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import make_train_step
-from grpo_jax.models import transformer
+from grpo_jax.models import grad_sums, transformer
 from grpo_jax.models.fsdp import gather
 from grpo_jax.models.lora import TARGETS, LoRA, split_adapters
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
@@ -50,6 +50,7 @@ ARCH = dataclasses.replace(
 EXPERTS = dataclasses.replace(
     ARCH, num_layers=1, ffn_dim=10, qkv_bias=False, mlp="experts", num_experts=4, experts_per_token=2, is_router_normalised=True
 )
+EXPERTS_DEEP = dataclasses.replace(EXPERTS, num_layers=MAX_UNROLLED + 1)
 DELTA = dataclasses.replace(
     tiny.DELTA, vocab_size=ARCH.vocab_size, num_layers=2, mixers=("gated_delta", "attention"), norm_eps=0.1
 )
@@ -78,8 +79,11 @@ def collectives(program, kind):
 
 
 @functools.cache
-def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH, bucket_tokens=64):
-    """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch."""
+def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH, bucket_tokens=64, in_place=False):
+    """Three updates of the decoder; -> (compiled program, parameters, metrics). gtpo has statistics over the batch.
+
+    in_place: it was made with gradients that are added up in place, as on accelerators.
+    """
     config = config_of(sizes, {"learner.num_microbatches": num_microbatches, "learner.bucket_tokens": bucket_tokens})
     config = dataclasses.replace(config, objective=objectives.get(variant))
     model, mesh = ModelDef(arch), make_mesh(config.mesh.sizes)
@@ -100,6 +104,22 @@ def updated(sizes, num_microbatches, variant="gtpo", arch=ARCH, bucket_tokens=64
 
 def batch_of(seed):
     return tiny.random_batch(8, 4, 5, vocab=ARCH.vocab_size, seed=seed)
+
+
+@pytest.mark.parametrize("arch, bucket_tokens", [(ARCH, 64), (EXPERTS_DEEP, 2)], ids=["llama", "experts, widths"])
+@pytest.mark.slow
+def test_gradients_that_are_added_up_in_place_are_the_same(arch, bucket_tokens, monkeypatch):
+    """As accelerators add them, over microbatches, with all of a layer's weights sharded."""
+    _, expected, metrics = updated(EIGHT, 2, arch=arch, bucket_tokens=bucket_tokens)
+    monkeypatch.setattr(ModelDef, "adds_gradients_in_place", True)
+    calls, scan = [], grad_sums.scan_layers
+    monkeypatch.setattr(transformer, "scan_layers", lambda *given: calls.append(given) or scan(*given))
+    _, params, in_place_metrics = updated(EIGHT, 2, arch=arch, bucket_tokens=bucket_tokens, in_place=True)
+    assert calls
+    for leaf, one in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        assert np.abs(leaf - one).max() < 1e-5 * np.abs(one).max()
+    for each, one in zip(in_place_metrics, metrics, strict=True):
+        assert each["grad/norm"] == pytest.approx(one["grad/norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.errors import UserError
-from grpo_jax.models import transformer
+from grpo_jax.models import block
 from grpo_jax.models.architecture import Delta
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
@@ -207,10 +207,10 @@ def test_states_are_counted_for_every_prompt_and_row():
 def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
     """One [D, D] more in each layer, which no table shards: each device holds it in full, and reads it at every token."""
 
-    class TwoGates(transformer.MLP):
+    class TwoGates(block.MLP):
         def __init__(self, arch, *, lora=None, rngs):
             super().__init__(arch, lora=lora, rngs=rngs)
-            self.second = transformer.Linear(arch.dim, arch.dim, rngs=rngs)
+            self.second = block.Linear(arch.dim, arch.dim, rngs=rngs)
 
         def __call__(self, x):
             y, chosen = super().__call__(x)
@@ -230,7 +230,7 @@ def test_a_new_matrix_is_planned_with_the_rest(monkeypatch):
         return [*(parts[name] for name in names), prompts.memory * chips.find_chip("h100").hbm_bytes_per_s, whole.num_bytes]
 
     before = planned(ARCH)
-    monkeypatch.setitem(transformer.MLPS, "dense", TwoGates)
+    monkeypatch.setitem(block.MLPS, "dense", TwoGates)
     after = planned(dataclasses.replace(ARCH, norm_eps=1e-4))  # counts are kept by the architecture: one of its own
     layer, all_layers = ARCH.dim**2 * 4, ARCH.dim**2 * 4 * ARCH.num_layers
     more = [all_layers, all_layers, all_layers, 2 * layer, all_layers, 2 * all_layers * 3 / 4]

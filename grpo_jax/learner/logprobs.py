@@ -276,16 +276,17 @@ def logprobs_and_routing(
     sampling: Sampling,
     chunk_tokens: int,
     has_entropy_gradient: bool = False,
+    sums: Params | None = None,
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Routing | None]:
     """Compute what `policy_logprobs` does, and which experts took the tokens.
 
-    Args: as there.
+    Args: as there. sums: as in `Decoder.forward_with_prefix`.
     Returns: (logp_PGT, entropy_PGT, the experts, of a completion's first T - 1 tokens; None in a model without experts).
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
     share = share_of(T)
-    hidden_BXD, t_X, routing = _predicting_states(decoder, rollout, share, is_aligned=model.hardware is not None)
+    hidden_BXD, t_X, routing = _predicting_states(decoder, rollout, share, sums, is_aligned=model.hardware is not None)
 
     def here(x_PGT: jax.Array) -> jax.Array:
         """Return what belongs to the tokens t_X of all rows."""
@@ -314,17 +315,17 @@ def logprobs_and_routing(
 
 
 def _predicting_states(
-    decoder: Decoder, rollout: Rollout, share: Share | None, *, is_aligned: bool
+    decoder: Decoder, rollout: Rollout, share: Share | None, sums: Params | None, *, is_aligned: bool
 ) -> tuple[Float[jax.Array, "B X D"], Int[jax.Array, " X"], Routing | None]:
     """Run the layers -> (the states that predict the tokens t_X of each completion, t_X, experts of the first T - 1 tokens).
 
-    share: slots that this device runs; None: all, and t_X is 0 .. T - 1. is_aligned: layers take all T slots.
+    share: slots that this device runs; None: all, and t_X is 0 .. T - 1. sums: see there. is_aligned: layers take all T slots.
     """
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(P * G, T), rollout.mask_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
     if share is not None:
-        last_PD, read_BXD, routing = decoder.forward_with_prefix(*prompts, tokens_BT, mask_BT, share)
+        last_PD, read_BXD, routing = decoder.forward_with_prefix(*prompts, tokens_BT, mask_BT, share, sums)
         # A slot's state predicts the next token. The row's last slot predicts none, so in its place stands the prompt's last
         # state, which predicts the first token.
         is_end_X1 = (share.slots_X == T - 1)[:, None]
@@ -339,7 +340,8 @@ def _predicting_states(
         last_PD, _ = decoder.encode_prompts(*prompts)
         later = []
     else:
-        last_PD, later_BTD, routing = decoder.forward_with_prefix(*prompts, tokens_BT[:, :num_read], mask_BT[:, :num_read])
+        read = tokens_BT[:, :num_read], mask_BT[:, :num_read]
+        last_PD, later_BTD, routing = decoder.forward_with_prefix(*prompts, *read, sums=sums)
         later = [later_BTD[:, : T - 1]]
         if routing is not None:
             routing = dataclasses.replace(routing, chosen_BTX=routing.chosen_BTX[:, : T - 1])

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import objectives
 from grpo_jax.config import Config, LearnerConfig
-from grpo_jax.learner import batching
+from grpo_jax.learner import batching, microbatches
 from grpo_jax.learner.adaptation import adapt, refresh_reference
 from grpo_jax.learner.advantage_diagnostics import advantage_metrics, batch_advantages, subtract_kl, trained_mask
 from grpo_jax.learner.hyperparams import with_hyperparams
@@ -44,7 +44,6 @@ from grpo_jax.parallel.sharding import (
     shard_map_over_batch,
     specs_of,
     to_memory_space,
-    vary_like,
     vary_over,
 )
 from grpo_jax.rng import key_for
@@ -306,17 +305,19 @@ def compute_gradients(
         # in every microbatch. Weights that fsdp shards are summed over that axis anyway, as they leave their layer.
         params, base = jax.tree.map(lambda x, spec: vary_over(x, replicated_axes(spec)), (params, base), shards)
 
-    def gradients_of(piece_and_weight):
+    def gradients_of(piece_and_weight: Pieces, total: Params | None) -> tuple[Params, dict[str, Metric]]:
         piece, weight_PGT = piece_and_weight
-        (loss, metrics), grads = jax.value_and_grad(
-            lambda trained: microbatch_loss(model, join_params(base, trained), piece, weight_PGT, obj, config), has_aux=True
-        )(params)
+
+        def loss_of(trained: Params, sums: Params | None = None) -> tuple[jax.Array, dict[str, Metric]]:
+            return microbatch_loss(model, join_params(base, trained), piece, weight_PGT, obj, config, sums)
+
+        (loss, metrics), grads = microbatches.add_gradients(loss_of, params, total, in_place=model.adds_gradients_in_place)
         # The loss is a sum over microbatches and devices, where other metrics are means: it is counted once, after all sums.
         metrics["loss/total"] = Mean(loss, jnp.zeros_like(loss))
         return grads, metrics
 
     pieces = (target, (weight_BT / denom).reshape(mask_PGT.shape))
-    grads, metrics = sum_over_microbatches(gradients_of, pieces, config)
+    grads, metrics = microbatches.sum_over(gradients_of, pieces, config.learner.microbatches, buckets_of(config))
     if shards:
         # Over the axes that a weight is replicated over, and no other: along fsdp a sharded weight's gradient has been summed
         # and scattered already, as the transpose of its gather.
@@ -324,57 +325,6 @@ def compute_gradients(
         metrics = metrics_lib.psum(metrics, ROW_AXES)
     metrics["loss/total"] = dataclasses.replace(metrics["loss/total"], count=jnp.float32(1))
     return grads, metrics
-
-
-def sum_over_microbatches(
-    gradients_of: Callable[[Pieces], tuple[Params, dict[str, Metric]]], pieces: Pieces, config: Config
-) -> tuple[Params, dict[str, Metric]]:
-    """Add up gradients over microbatches, each at the shortest bucket that holds it.
-
-    Groups are sorted by length first: neighbours then need about the same bucket, and short microbatches cost little. Where
-    few prompts are long, microbatches have short prompts only, or long ones.
-
-    Args:
-      gradients_of: microbatch -> (grads, metrics). pieces: all of this device's groups, with the weights of their tokens.
-      config: num_microbatches and the buckets are read.
-    Returns: (sum of grads, merged metrics).
-    """
-    _, parts = batching.split_by_prompts(pieces, pieces[0].rollout, config.learner.microbatches)
-    (grads, metrics), *others = (_sum_at_one_width(gradients_of, *part, buckets_of(config)) for part in parts)
-    for more_grads, more_metrics in others:
-        grads = jax.tree.map(jnp.add, grads, more_grads)
-        metrics = metrics_lib.merge(metrics, more_metrics)
-    return grads, metrics
-
-
-def _sum_at_one_width(
-    gradients_of: Callable[[Pieces], tuple[Params, dict[str, Metric]]],
-    pieces: Pieces,
-    num_microbatches: int,
-    buckets: tuple[int, ...],
-) -> tuple[Params, dict[str, Metric]]:
-    """Do `sum_over_microbatches` for groups whose prompts have one width."""
-
-    def microbatch_gradients(piece_and_weight: Pieces) -> tuple[Params, dict[str, Metric]]:
-        return batching.run_at_bucket(gradients_of, piece_and_weight, piece_and_weight[0].rollout.mask_PGT, buckets)
-
-    if num_microbatches == 1:
-        return microbatch_gradients(pieces)
-    rollout = pieces[0].rollout
-    order = batching.length_order(rollout.mask_PGT)
-    pieces = jax.tree.map(lambda x: x[order], pieces)
-    pieces = batching.split_microbatches(pieces, rollout, num_microbatches)
-    # The sum begins at zeros and not at the first microbatch, which would be compiled a second time outside of the scan.
-    shapes = jax.eval_shape(microbatch_gradients, jax.tree.map(lambda x: x[0], pieces))[0]
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    zeros = vary_like(zeros, rollout.tokens_PGT + context.rank_here())
-
-    def accumulate(total, piece):
-        grads, metrics = microbatch_gradients(piece)
-        return jax.tree.map(jnp.add, total, grads), metrics
-
-    grads, stacked = jax.lax.scan(accumulate, zeros, pieces)
-    return grads, metrics_lib.reduce_stacked(stacked)
 
 
 def replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
@@ -390,12 +340,14 @@ def microbatch_loss(
     weight_PGT: Float[jax.Array, "P G T"],
     obj: Objective,
     config: Config,
+    sums: Params | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, Metric]]:
     """Compute sum(loss * weight) of one microbatch, the weight being its share of the global loss.
 
     Args:
       model, params: the policy. target: the microbatch. weight_PGT: float32, each token's weight over the global denominator.
       obj: the objective with the state's numbers. config: learner and the rollout's distribution are read.
+      sums: what the layers' gradient is added to, as in `Decoder.forward_with_prefix`.
     Returns: (scalar, metrics by name).
     """
     rollout = target.rollout
@@ -407,6 +359,7 @@ def microbatch_loss(
         sampling_of(config.rollout),
         config.learner.logprob_chunk_tokens,
         obj.has_entropy_bonus,
+        sums,
     )
 
     def rows(x: Any) -> Any:

@@ -83,14 +83,14 @@ class Architecture:
     qk_norm_spans_heads: bool = False  # one norm over all heads' channels; else one a head
     qkv_bias: bool = False
     o_bias: bool = False
-    mixers: tuple[str, ...] = ("attention",)  # the layers' kinds, again and again: keys of transformer.MIXERS
+    mixers: tuple[str, ...] = ("attention",)  # the layers' kinds, again and again: keys of block.MIXERS
     delta: Delta | None = None  # of layers of the kind "gated_delta"
     has_output_gate: bool = False  # heads' outputs of attention are multiplied by sigmoids, of the input, channel by channel
-    mlp: str = "dense"  # a key of transformer.MLPS
+    mlp: str = "dense"  # a key of block.MLPS
     num_experts: int = 0  # "experts": E, of which each token takes `experts_per_token`
     experts_per_token: int = 0
     is_router_normalised: bool = False  # the chosen experts' weights are divided by their sum
-    activation: str = "silu"  # of the gate; a key of transformer.ACTIVATIONS
+    activation: str = "silu"  # of the gate; a key of block.ACTIVATIONS
     norm_plus_one: bool = False  # norms multiply by 1 + weight, before rounding to the compute dtype
     norm_rounds_last: bool = False  # norms multiply by the weight before rounding to the compute dtype
     pre_norms: bool = True  # what enters attention and MLP is normed

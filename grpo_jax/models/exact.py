@@ -56,7 +56,7 @@ def run_block(
 ) -> tuple[Float[Array, "B T D"], Any, Int[Array, "B T k"] | None]:
     """Run a layer.
 
-    Args: as `transformer.Block.__call__` has them, which is called if tiles is None; else slots of cache and prefix are whole
+    Args: as `block.Block.__call__` has them, which is called if tiles is None; else slots of cache and prefix are whole
       blocks of keys.
     Returns: what it does.
     """

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from grpo_jax.models import exact
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.attention import Attention, AttentionView, KVCache, Prefix, make_views, select_view
-from grpo_jax.models.experts import Experts, Routing, choices_of, count_choices
+from grpo_jax.models.attention import AttentionView, KVCache, Prefix, make_views, select_view
+from grpo_jax.models.block import Block, Kept
+from grpo_jax.models.experts import Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import (
     GatherLayer,
@@ -33,12 +34,12 @@ from grpo_jax.models.fsdp import (
     make_layer_gather,
     tensor_spec,
 )
-from grpo_jax.models.gated_delta import DeltaState, GatedDelta
-from grpo_jax.models.linear import Linear, fence_vectors
-from grpo_jax.models.lora import LoRA, adapter_of
-from grpo_jax.models.norms import RMSNorm, norm_if, scaled
+from grpo_jax.models.gated_delta import DeltaState
+from grpo_jax.models.grad_sums import scan_layers
+from grpo_jax.models.linear import fence_vectors
+from grpo_jax.models.lora import LoRA
+from grpo_jax.models.norms import RMSNorm, scaled
 from grpo_jax.models.ring import Ring
-from grpo_jax.models.rope import RopeTables
 from grpo_jax.models.tiles import Tiles, tiles_of
 from grpo_jax.parallel.context import Share
 from grpo_jax.parallel.hardware import Hardware
@@ -48,84 +49,6 @@ from grpo_jax.types import Params
 # So few layers are unrolled: a scan would stack, and so copy, what the backward pass needs of each. A deep model is scanned
 # all the same, because the time to compile it would grow with its layers.
 MAX_UNROLLED = 4
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class MLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU."""
-
-    def __init__(self, arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs):
-        self.arch = arch
-        adapter = functools.partial(adapter_of, lora)
-        self.gate = Linear(arch.dim, arch.ffn_dim, lora=adapter("gate_proj"), rngs=rngs)
-        self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
-        self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
-
-    def __call__(self, x: Float[Array, "*lead D"]) -> tuple[Float[Array, "*lead D"], None]:
-        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x)), None
-
-
-def _experts(arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs) -> Experts:
-    return Experts(arch, ACTIVATIONS[arch.activation], lora=lora, rngs=rngs)
-
-
-# `Architecture.mlp` -> what makes it. It returns its output, and the numbers of each token's experts if it has such.
-MLPS = {"dense": MLP, "experts": _experts}
-# Each of `Architecture.mixers` -> what makes it: the part of a layer in which tokens meet. It returns its output, and what it
-# keeps of the tokens for later ones.
-MIXERS: dict[str, Any] = {"attention": Attention, "gated_delta": GatedDelta}
-Kept = KVCache | DeltaState
-
-
-class Block(nnx.Module):
-    """One layer. What enters attention and MLP is normed (`pre_norms`), or what they add (`post_norms`), or both."""
-
-    def __init__(self, arch: Architecture, kind: str = "attention", *, lora: LoRA | None = None, rngs: nnx.Rngs):
-        """Draw fresh parameters.
-
-        Args:
-          arch: the decoder's. kind: a key of MIXERS; whichever it is, it is called `attn`. lora: the adapters, or None.
-        """
-        self.attn_norm = norm_if(arch.pre_norms, arch.dim, arch)
-        self.attn = MIXERS[kind](arch, lora=lora, rngs=rngs)
-        self.attn_post_norm = norm_if(arch.post_norms, arch.dim, arch)
-        self.mlp_norm = norm_if(arch.pre_norms, arch.dim, arch)
-        self.mlp = MLPS[arch.mlp](arch, lora=lora, rngs=rngs)
-        self.mlp_post_norm = norm_if(arch.post_norms, arch.dim, arch)
-        self.residual_scale = arch.residual_scale
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        view: AttentionView,
-        prefix: Kept | None = None,
-        cache: Kept | None = None,
-        slot: int | Int[Array, "..."] = 0,
-    ) -> tuple[Float[Array, "B T D"], Kept, Int[Array, "B T k"] | None]:
-        """Run the layer.
-
-        Args: as `Attention.__call__` or `GatedDelta.__call__` has them; x_BTD is the residual stream.
-        Returns: (the residual stream after the layer, what its kind keeps of the tokens, its tokens' experts or None).
-        """
-        attn_BTD, kept = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
-        x_BTD, chosen_BTk = self._add(x_BTD, attn_BTD)
-        return x_BTD, kept, chosen_BTk
-
-    def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array, Array | None]:
-        """Return what `Attention.project` does, of the residual stream: what a row does by itself before attention."""
-        return self.attn.project(self.attn_norm(x_BTD), rope, query_scale)
-
-    def leave(
-        self, x_BTD: Array, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None
-    ) -> tuple[Array, Int[Array, "B T k"] | None]:
-        """Return (the residual stream with the heads' outputs and the MLP's, the tokens' experts or None)."""
-        return self._add(x_BTD, self.attn.close(out_BTNH, gate_BTNH))
-
-    def _add(self, x_BTD: Array, attn_BTD: Array) -> tuple[Array, Int[Array, "B T k"] | None]:
-        """Add what attention gives to the residual stream, then what the MLP makes of that."""
-        x_BTD = x_BTD + scaled(self.attn_post_norm(attn_BTD), self.residual_scale)
-        mlp_BTD, chosen_BTk = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + scaled(self.mlp_post_norm(mlp_BTD), self.residual_scale), chosen_BTk
 
 
 class _Places(nnx.Module):
@@ -249,12 +172,14 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         mask_BT: Shaped[Array, "B T"],
         share: Share | None = None,
+        sums: Params | None = None,
     ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Routing | None]:
         """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
         Args:
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
           share: the completions' slots that this device runs, T of them in the result; None: all.
+          sums: like the layers' parameters, what their gradient is added to (`grad_sums.scan_layers`); None: it is a new one.
         Returns: (hidden_PD at each prompt's last token, hidden_BTD, the tokens' experts). States are behind the final norm;
           without experts there is None.
         """
@@ -275,7 +200,7 @@ class Decoder(nnx.Module):
             load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
             return (x_PSD, x_BTD), (load_E.astype(jnp.float32), choices_of([chosen_BTk], E))
 
-        (x_PSD, x_BTD), kept = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)))
+        (x_PSD, x_BTD), kept = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)), sums)
         routing = None
         if self.arch.num_experts:  # those of one period are neighbours
             load_LE, chosen_LBTk = (jnp.stack(each, 1).reshape(-1, *each[0].shape[1:]) for each in zip(*kept, strict=True))
@@ -315,17 +240,22 @@ class Decoder(nnx.Module):
         mask_BTU = causal_TT[None] & mask_BT[:, None, :]
         return make_views(self.arch, positions_BT, positions_BT, mask_BTU, prefix, rows, mask_BT)
 
-    def _scan_layers(self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any) -> tuple[Any, tuple[Any, ...]]:
+    def _scan_layers(
+        self, layer: Callable[[Block, Any, Any], tuple[Any, Any]], x: Any, sums: Params | None = None
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Run layer(block, x, is_local as `select_view` takes it) -> (x, what to keep) for one layer after the other.
 
+        sums: as in `forward_with_prefix`.
         Returns: (x, what is kept by place in the period, stacked).
         """
         L, local, period = self.arch.num_layers, self.arch.local_layers, self.arch.period
         is_unrolled = L <= MAX_UNROLLED
-        graphdefs, stacks = zip(*map(nnx.split, self.arch.split_places(self.layers)), strict=True)
+        graphdefs, states = zip(*map(nnx.split, self.arch.split_places(self.layers)), strict=True)
+        stacks = tuple(map(nnx.to_pure_dict, states))
 
         def run(graphdef: Any, gather: GatherLayer | None, x: Any, weights_and_kind: Any) -> tuple[Any, Any]:
             weights, is_local = weights_and_kind
+            weights = nnx.State(weights)
             if gather is not None:
                 weights = gather(weights)
             return layer(nnx.merge(graphdef, weights), x, is_local)
@@ -346,6 +276,10 @@ class Decoder(nnx.Module):
         kinds = [None] * period
         if 0 < len(local) < L:  # one program for all layers: their kind is data
             kinds = list(jnp.isin(jnp.arange(L), jnp.asarray(local)).reshape(-1, period).T)
+        assert sums is None or not is_unrolled, "unrolled layers have no sums: see `adds_gradients_in_place`"
+        if sums is not None:
+            by_place = tuple(self.arch.split_places(sums))
+            return scan_layers(lambda x, *given: step(x, tuple(zip(*given, strict=True))), x, stacks, tuple(kinds), by_place)
         return jax.lax.scan(step, x, tuple(zip(stacks, kinds, strict=True)), unroll=is_unrolled)
 
     def unstack_layers(self) -> list[nnx.State]:
@@ -450,6 +384,15 @@ class ModelDef:
         if self.hardware is not None:
             return "narrow"
         return "dots"
+
+    @property
+    def adds_gradients_in_place(self) -> bool:
+        """A microbatch's gradients of the layers can be added to a sum as they are made (`grad_sums.scan_layers`).
+
+        Not those of few layers, which are unrolled, nor where some of their weights are not trained.
+        """
+        is_scanned = self.arch.num_layers > MAX_UNROLLED
+        return self.hardware is not None and is_scanned and self.lora is None and not self.is_router_frozen
 
     def bind(self, params: Params) -> Decoder:
         """Return the decoder with these parameters (cheap: call it inside the traced function).

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int, Key, UInt
 
 from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Prefix
+from grpo_jax.models.block import Kept
 from grpo_jax.models.experts import choices_of
 from grpo_jax.models.flash.tpu import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
-from grpo_jax.models.transformer import Decoder, Kept
+from grpo_jax.models.transformer import Decoder
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import largest_in_step, vary_like
 from grpo_jax.rollout.sampling import Draw, Sampling, draw

@@ -20,10 +20,11 @@ from flax.traverse_util import flatten_dict
 from grpo_jax.learner.hyperparams import hyperparams_of
 from grpo_jax.learner.logprobs import Chunks, policy_logprobs
 from grpo_jax.models.attention import KVCache
+from grpo_jax.models.block import Kept
 from grpo_jax.models.gated_delta import DeltaState
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.lora import split_adapters
-from grpo_jax.models.transformer import Kept, ModelDef
+from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import with_shardings
 from grpo_jax.rollout.decoding import DecodeContext, EndTokens, cache_sizes
