@@ -159,14 +159,18 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     kept = {"full": D, "narrow": narrow, "dots": narrow + wide, "none": narrow + 2 * wide + 4 * D}[remat]
     layer = 0 if remat == "none" else 6 * D + 3 * heads + 2 * wide
     chunks = Chunks.of(model, config.learner.logprob_chunk_tokens, tokens, sampling_of(config.rollout))
-    logits = 2 * F32 * chunks.tokens * V / tensor
-    head = V * D / tensor * (item if chunks.vocab else F32) + tokens * D * (F32 + item)
-    gradients = F32 * share.trained * (1 + (num_microbatches > 1))
-    weights = share.weights / tensor
+    logits, head = 2 * F32 * chunks.tokens * V / tensor, V * D / tensor * F32
+    if chunks.vocab:  # parts of it, all positions at once; under fsdp no more of it is gathered
+        part = chunks.vocab * D * (item + F32) if share.fsdp_size > 1 else V * D / tensor * item
+        logits, head = 2 * F32 * tokens * chunks.vocab, part
+    head += tokens * D * (F32 + item)
+    weights, tables = share.weights / tensor, (1 + (not arch.tie_embeddings)) * V * D / tensor
+    # The sum of those so far, and a microbatch's: all of it, or only what no layer has.
+    again = tables / share.fsdp_size if model.adds_gradients_in_place else share.trained
+    gradients = F32 * (share.trained + (num_microbatches > 1) * again)
     copies = item * weights
     if share.fsdp_size > 1:  # a layer at a time, and the head with its float32 gradient
-        tables = (1 + (not arch.tie_embeddings)) * V * D / tensor
-        copies = (item + F32) * (V * D / tensor + (weights - tables) / L)
+        copies = (item + F32) * ((not chunks.vocab) * V * D / tensor + (weights - tables) / L)
     exchanged = (share.expert_size > 1) * 2 * share.expert_size * D  # all devices' tokens of a layer, and the answers
     return share.state_bytes + gradients + copies + item * tokens * (L * kept + layer + exchanged) + logits + head
 

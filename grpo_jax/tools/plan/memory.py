@@ -149,14 +149,20 @@ def update_parts(job: Job) -> list[Part]:
     kept = saved_for_backward(job, job.model.remat)
     saved = sum(map(num_bytes, kept))
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
-    gradient = local_bytes(state_like(job).params)
-    copies = 1 + (job.config.learner.microbatches > 1)
+    params = state_like(job).params
+    gradient = local_bytes(params)
+    again = 0.0  # a microbatch's own gradients, beside the sum of those so far: all of them, or only those of no layer
+    if job.config.learner.microbatches > 1:
+        again = local_bytes({**params, "layers": ()}) if job.model.adds_gradients_in_place else gradient
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     num_tokens = int(sizes.P * sizes.G * sizes.T)
     chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
     chunk = min(chunks.tokens, num_tokens)
     V, D = per_token(job.local_model).head_shape
-    head = F32 * V * (2 * chunk + D)
+    head, how_head = F32 * V * (2 * chunk + D), f"{F32} B x {V:,} x (2 x {chunk} + {D})"
+    if chunks.vocab:  # parts of the vocabulary, all positions at once, whose states have a gradient in float32
+        head = F32 * num_tokens * (2 * chunks.vocab + D)
+        how_head = f"{F32} B x {num_tokens} x (2 x {chunks.vocab} + {D})"
     rows, slots = job.local_batch.P * job.local_batch.G, job.config.rollout.max_completion_tokens
     choices = job.model.arch.num_layers * job.model.arch.experts_per_token
     width = 1 + (job.model.arch.num_experts > 256)
@@ -171,18 +177,18 @@ def update_parts(job: Job) -> list[Part]:
         ),
         Part(UPDATE, "saved for the backward pass", describe_residuals(kept, sizes), saved),
         recomputed_part(job),
-        Part(UPDATE, "gradients", f"{copies} x {gradient:,.0f} B", copies * gradient),
+        Part(UPDATE, "gradients", f"{gradient:,.0f} + {again:,.0f} B", gradient + again),
         Part(
             UPDATE,
             "logits of a chunk, beyond a gradient",
-            f"{F32} B x {V:,} x (2 x {chunk} + {D}) - {gradient:,.0f} B",
+            f"{how_head} - {gradient:,.0f} B",
             max(0.0, head - gradient),
         ),
         Part(
             UPDATE,
             "the optimizer's turn, beyond the backward pass",
             f"2 x {gradient:,.0f} B + {offloaded:,.0f} B from the host - gradients and saved",
-            max(0.0, (2 - copies) * gradient + offloaded - saved),
+            max(0.0, gradient - again + offloaded - saved),
         ),
         *gather_parts(job),
         exchange_part(job),
@@ -290,16 +296,19 @@ def gather_parts(job: Job) -> list[Part]:
     """Count what fsdp gathers for a while, in the compute dtype, and its gradient in float32."""
     if job.mesh.shape["fsdp"] == 1:
         return []
-    # The head is gathered before the layers and needed until the end; of the layers one at a time is full. Of an embedding that
-    # is not the head rows are fetched, which come in the compute dtype and whose gradient goes in float32.
+    # The head is gathered behind the layers, of which one at a time is full. Of the embedding rows are fetched, in the compute
+    # dtype, whose gradient goes in float32.
     _, table = layer_and_table_numbers(job)
     each = F32 + job.itemsize
     arch, sizes = job.model.arch, job.local_microbatch
-    rows = 0.0
+    rows = (sizes.P * (sizes.S + sizes.G * sizes.T)) * arch.dim
     if not arch.tie_embeddings:
         table -= numbers_here(held_weights(job)["embed",])
-        rows = (sizes.P * (sizes.S + sizes.G * sizes.T)) * arch.dim
     layer = max(layer_and_table_numbers(with_arch(job, num_layers=1, mixers=(kind,)))[0] for kind in sorted(set(arch.mixers)))
+    tokens = int(sizes.P * sizes.G * sizes.T)
+    chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, tokens, sampling_of(job.config.rollout))
+    if chunks.vocab and job.model.tiles is None:  # no more of it is full at a time
+        table = chunks.vocab * arch.dim
     return [
         Part(UPDATE, "head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
         Part(UPDATE, "rows of the embedding, exchanged", f"{rows:,.0f} numbers x ({job.itemsize} + {F32}) B", rows * each),
