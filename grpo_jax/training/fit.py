@@ -27,6 +27,12 @@ F32 = 4  # bytes
 FREE = 0.1  # of the memory, which the count leaves alone
 # Fewer rows than these leave matrix units idle: rather more is computed again.
 MIN_TOKENS = 4096
+# What each remat computes again, as a share of forward and backward pass: nothing, an MLP's wide products, all of a layer.
+AGAIN = {"none": 0.0, "dots": 0.02, "narrow": 0.2, "full": 1 / 3}
+# What a microbatch costs beside its tokens, in tokens: a weight's 14 bytes (two readings in bfloat16, its gradient and the sum
+# of them in float32), at 240 products for a byte, over a token's six for a weight; with fsdp 6 bytes over links of a tenth of
+# the memory's speed too, half of it hidden.
+MICROBATCH_TOKENS, GATHERED_TOKENS = 560, 1200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,7 @@ def with_microbatches(config: Config, num: int) -> Config:
 
 
 def choose(config: Config, model: ModelDef, share: Share, memory_bytes: float) -> Choice:
-    """Choose what computes least again, then the fewest microbatches, among what the memory holds.
+    """Choose the cheapest among what the memory holds: what computes little again, in few microbatches.
 
     Args:
       config: what is given there stays. model: its shape, precision and remat count. share: of a device.
@@ -128,9 +134,14 @@ def choose(config: Config, model: ModelDef, share: Share, memory_bytes: float) -
     ]
     fitting = [each for each in found if each.num_bytes <= (1 - FREE) * memory_bytes]
     full = [each for each in fitting if share.tokens_of(each.num_microbatches) >= MIN_TOKENS]
+    each_tokens = MICROBATCH_TOKENS + (share.fsdp_size > 1) * GATHERED_TOKENS
+
+    def cost(choice: Choice) -> float:
+        return share.tokens_of(1) * (1 + AGAIN[choice.remat]) + choice.num_microbatches * each_tokens
+
     for choices in (full, fitting):
         if choices:
-            return choices[0]
+            return min(choices, key=cost)
     return min(found, key=lambda each: each.num_bytes)
 
 

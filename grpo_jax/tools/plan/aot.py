@@ -23,10 +23,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from grpo_jax.errors import UserError
-from grpo_jax.learner.logprobs import Chunks
 from grpo_jax.parallel.hardware import compiling_for, hardware_of
 from grpo_jax.parallel.sharding import AXES
-from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.tools.plan import collectives, compiled
 from grpo_jax.tools.plan.chips import Chip
 from grpo_jax.tools.plan.job import Job
@@ -288,9 +286,7 @@ def versions(chip_name: str) -> dict[str, str]:
 
 def choices(job: Job) -> dict[str, Any]:
     """Return what was chosen for the update: by the config, or by `auto` for these devices."""
-    learner, sizes = job.config.learner, job.local_microbatch
-    num_tokens = int(sizes.P * sizes.G * sizes.T)
-    chunks = Chunks.of(job.model, learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
+    learner, chunks = job.config.learner, job.chunks
     return {
         "remat": job.model.remat_policy,
         "num_microbatches": learner.microbatches,

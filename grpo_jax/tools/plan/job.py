@@ -13,9 +13,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from grpo_jax.config import Config, ModelConfig
 from grpo_jax.errors import UserError
+from grpo_jax.learner.logprobs import Chunks
 from grpo_jax.models.architecture import Architecture, Delta, Rope
 from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import AXES, axis_sizes, check_divisible, num_row_shards, num_sampling_shards
+from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.tasks.embedded import tokenizer_of
 from grpo_jax.tools.plan.fixed_task import FixedTask
 from grpo_jax.tools.roofline import Sizes
@@ -54,12 +57,26 @@ class Job:
     """A run to be planned.
 
     mesh: an AbstractMesh; where only sizes are asked for, it does as well as a Mesh. prompt_tokens: S, with padding.
+    chips: that it is planned for. Its programs are traced as a CPU's all the same: `model` has no hardware.
     """
 
     config: Config
     model: ModelDef
     mesh: Any
     prompt_tokens: int
+    chips: Hardware | None = None
+
+    @property
+    def model_on_chips(self) -> ModelDef:
+        """The model as a run on the chips has it, to be asked what it chooses there."""
+        return dataclasses.replace(self.model, hardware=self.chips and dataclasses.replace(self.chips, mesh=self.mesh))
+
+    @property
+    def chunks(self) -> Chunks:
+        """The pieces that the head works on in a microbatch."""
+        sizes, learner = self.local_microbatch, self.config.learner
+        num_tokens = int(sizes.P * sizes.G * sizes.T)
+        return Chunks.of(self.model_on_chips, learner.logprob_chunk_tokens, num_tokens, sampling_of(self.config.rollout))
 
     @property
     def itemsize(self) -> int:

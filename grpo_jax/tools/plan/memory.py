@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.learner.hyperparams import hyperparams_of
-from grpo_jax.learner.logprobs import Chunks, policy_logprobs
+from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.attention import KVCache
 from grpo_jax.models.block import Kept
 from grpo_jax.models.gated_delta import DeltaState
@@ -58,8 +58,8 @@ def parts_of(job: Job) -> list[Part]:
 
 def fitted(job: Job, chip: Chip) -> Job:
     """Return the job with the microbatches and the remat that a run on these chips would choose (`training.fit`)."""
-    model = dataclasses.replace(job.model, hardware=Hardware(chip.platform, memory_bytes=chip.hbm_bytes))
-    config, model = fit(job.config, job.mesh, model, state_like(job), job.prompt_tokens)
+    job = dataclasses.replace(job, chips=Hardware(chip.platform, memory_bytes=chip.hbm_bytes))
+    config, model = fit(job.config, job.mesh, job.model_on_chips, state_like(job), job.prompt_tokens)
     return dataclasses.replace(job, config=config, model=dataclasses.replace(job.model, remat=model.remat))
 
 
@@ -153,10 +153,10 @@ def update_parts(job: Job) -> list[Part]:
     gradient = local_bytes(params)
     again = 0.0  # a microbatch's own gradients, beside the sum of those so far: all of them, or only those of no layer
     if job.config.learner.microbatches > 1:
-        again = local_bytes({**params, "layers": ()}) if job.model.adds_gradients_in_place else gradient
+        again = local_bytes({**params, "layers": ()}) if job.model_on_chips.adds_gradients_in_place else gradient
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     num_tokens = int(sizes.P * sizes.G * sizes.T)
-    chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, num_tokens, sampling_of(job.config.rollout))
+    chunks = job.chunks
     chunk = min(chunks.tokens, num_tokens)
     V, D = per_token(job.local_model).head_shape
     head, how_head = F32 * V * (2 * chunk + D), f"{F32} B x {V:,} x (2 x {chunk} + {D})"
@@ -305,10 +305,8 @@ def gather_parts(job: Job) -> list[Part]:
     if not arch.tie_embeddings:
         table -= numbers_here(held_weights(job)["embed",])
     layer = max(layer_and_table_numbers(with_arch(job, num_layers=1, mixers=(kind,)))[0] for kind in sorted(set(arch.mixers)))
-    tokens = int(sizes.P * sizes.G * sizes.T)
-    chunks = Chunks.of(job.model, job.config.learner.logprob_chunk_tokens, tokens, sampling_of(job.config.rollout))
-    if chunks.vocab and job.model.tiles is None:  # no more of it is full at a time
-        table = chunks.vocab * arch.dim
+    if job.chunks.vocab and job.model.tiles is None:  # no more of it is full at a time
+        table = job.chunks.vocab * arch.dim
     return [
         Part(UPDATE, "head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),
         Part(UPDATE, "rows of the embedding, exchanged", f"{rows:,.0f} numbers x ({job.itemsize} + {F32}) B", rows * each),
