@@ -177,6 +177,7 @@ class Bigram:
 
     lora: None = None
     hardware: None = None
+    adds_gradients_in_place: bool = False
 
     def bind(self, params):
         return BigramDecoder(params)
@@ -188,8 +189,8 @@ class BigramDecoder:
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]
 
-    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT):
-        del mask_BT
+    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT, share=None, sums=None):
+        del mask_BT, share, sums  # one device, and nothing to add to
         last_PD, prefix_PD = self.encode_prompts(tokens_PS, mask_PS)
         hidden_BTD = self.embed_VD[tokens_BT]
         of_row_BD = jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)
