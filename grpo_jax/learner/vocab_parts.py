@@ -82,7 +82,7 @@ def score_by_vocab(work: HeadWork, hidden, head_VD, targets):
         return target_F - log_z_F, jnp.log(z_F) - weighted_F / z_F, log_z_F
 
     is_shared = num_shards_here(len(head_VD)) > 1
-    run = _onnum_vocab_shards(of_device, is_shared, num_others=2, out_specs=PartitionSpec())
+    run = _on_vocab_shards(of_device, is_shared, num_others=2, out_specs=PartitionSpec())
     found = run(head_VD, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, 1))
     return tuple(x_F.reshape(targets.shape) for x_F in found)
 
@@ -129,12 +129,12 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
 
     of_rows = [targets, log_z, d_logp, *(() if d_entropy is None else (entropy, d_entropy))]
     is_shared = num_shards_here(len(head_VD)) > 1
-    run = _onnum_vocab_shards(of_device, is_shared, num_others=1 + len(of_rows), out_specs=(VOCAB_SHARD, PartitionSpec()))
+    run = _on_vocab_shards(of_device, is_shared, num_others=1 + len(of_rows), out_specs=(VOCAB_SHARD, PartitionSpec()))
     d_head_VD, d_hidden_FD = run(head_VD, hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1, 1) for x in of_rows))
     return d_hidden_FD.reshape(hidden.shape), d_head_VD, None, None
 
 
-def _onnum_vocab_shards(function: Callable[..., Any], is_shared: bool, num_others: int, out_specs: Any) -> Callable[..., Any]:
+def _on_vocab_shards(function: Callable[..., Any], is_shared: bool, num_others: int, out_specs: Any) -> Callable[..., Any]:
     """Run function(head_VD, ...) on each device's own rows of the head, where `tensor` shards them; all else it has in full."""
     if not is_shared:
         return function

@@ -135,17 +135,18 @@ def row_traffic(job: Job) -> list[Sent]:
     steps, microbatches = learner.num_epochs * learner.num_minibatches, learner.microbatches
     state = state_like(job)
     layers, tables = gathered_numbers(job, state.policy)
-    # Of an embedding that is not the head an update fetches the tokens' rows (`fsdp.look_up`), and sends their gradient back.
-    looked_up = gathered_numbers(job, {"embed": state.policy["embed"]})[1] * (not job.model.arch.tie_embeddings)
+    # Of the embedding an update fetches the tokens' rows (`fsdp.look_up`), and sends their gradient back.
+    looked_up = gathered_numbers(job, {"embed": state.policy["embed"]})[1]
     rows = num_tokens(job.local_batch) * job.model.arch.dim * (looked_up > 0) * (2 * steps + num_scored(job))
     # With adapters all weights are gathered, but only the adapters have a gradient.
-    grad_layers, grad_tables = gathered_numbers(
-        job, {name: x for name, x in state.params.items() if name != "embed" or not looked_up}
-    )
+    head = tables - looked_up * (not job.model.arch.tie_embeddings)
+    grad_layers, grad_tables = gathered_numbers(job, state.params)
+    if grad_tables and not job.model.arch.tie_embeddings:
+        grad_tables -= looked_up
     share = (fsdp - 1) / fsdp
-    # A layer is gathered forward and backward; a table once, what it gives is kept.
-    table = tables - looked_up
-    gathers = microbatches * (steps * (2 * layers + table) + num_scored(job) * (layers + table))
+    # A layer is gathered forward and backward, and so is the head by parts; whole it is gathered once and kept.
+    readings = 1 + (job.chunks.vocab > 0 and job.model.tiles is None)
+    gathers = microbatches * (steps * (2 * layers + readings * head) + num_scored(job) * (layers + head))
     scatters = microbatches * steps * (grad_layers + grad_tables)
     return [
         Sent(
