@@ -14,9 +14,10 @@ from grpo_jax.learner import batching
 from grpo_jax.metrics import Metric
 from grpo_jax.parallel import context
 from grpo_jax.parallel.sharding import vary_like
-from grpo_jax.types import Params
+from grpo_jax.types import Leaf, Params
 
-Pieces = tuple[Any, Any]  # of a minibatch: what has a rollout, and float32[P, G, T]
+# Groups (a `train_step.Target`) with the weight of each token, float32[P, G, T], over the global denominator; loops stack them.
+Pieces = tuple[Any, Float[Leaf, "P G T"]]
 # (microbatch, the sum so far or None) -> (the sum with the microbatch's gradients, metrics)
 AddGradients = Callable[[Pieces, Params | None], tuple[Params, dict[str, Metric]]]
 Loss = Callable[..., tuple[Float[jax.Array, ""], dict[str, Metric]]]

@@ -51,8 +51,6 @@ from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.types import Arrays, AxisName, Batch, Hyperparams, Leaf, Params, Rollout, TrainState, join_params
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
-# Groups with the weight of each token, float32[P, G, T], over the global denominator. Compiled loops stack them.
-Pieces = tuple["Target", Float[Leaf, "P G T"]]
 
 
 @flax.struct.dataclass
@@ -305,7 +303,7 @@ def compute_gradients(
         # in every microbatch. Weights that fsdp shards are summed over that axis anyway, as they leave their layer.
         params, base = jax.tree.map(lambda x, spec: vary_over(x, replicated_axes(spec)), (params, base), shards)
 
-    def gradients_of(piece_and_weight: Pieces, total: Params | None) -> tuple[Params, dict[str, Metric]]:
+    def gradients_of(piece_and_weight: microbatches.Pieces, total: Params | None) -> tuple[Params, dict[str, Metric]]:
         piece, weight_PGT = piece_and_weight
 
         def loss_of(trained: Params, sums: Params | None = None) -> tuple[jax.Array, dict[str, Metric]]:
