@@ -52,7 +52,7 @@ def num_shards_here(vocab: int) -> int:
 def score_by_vocab(work: HeadWork, hidden, head_VD, targets):
     """Do what `score` does, by parts of the vocabulary, all positions at once: sums that grow from part to part."""
 
-    def of_device(head_VD, hidden_FD, targets_F1):
+    def of_device(head_VD, first_here, hidden_FD, targets_F1):
         def part(sums, head_UD, first):
             highest_F, z_F, weighted_F, target_F = sums
             logits_FU = head_logits(hidden_FD, head_UD, work.cap) / work.sampling.temperature
@@ -69,7 +69,7 @@ def score_by_vocab(work: HeadWork, hidden, head_VD, targets):
             )
             return sums, None
 
-        here_F1 = targets_F1 - _first_token_here(head_VD, is_shared)
+        here_F1 = targets_F1 - first_here
         zeros_F = vary_like(jnp.zeros(len(here_F1), jnp.float32), here_F1)
         # Not minus infinity: what the first part takes away from it must be a number.
         sums = (zeros_F - 1e30, zeros_F, zeros_F, zeros_F)
@@ -101,7 +101,7 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
     hidden, head_VD, (targets, _, _), _, log_z, entropy = residuals
     temperature, cap = work.sampling.temperature, work.cap
 
-    def of_device(head_VD, hidden_FD, targets_F1, log_z_F1, d_logp_F1, *of_entropy):
+    def of_device(head_VD, first_here, hidden_FD, targets_F1, log_z_F1, d_logp_F1, *of_entropy):
         def part(d_hidden_FD, head_UD, first):
             logits_FU = head_logits(hidden_FD, head_UD, cap) / temperature
             is_target_FU = first + jnp.arange(len(head_UD))[None] == here_F1
@@ -120,7 +120,7 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
                 return d_hidden_FD, scatter_columns(d_head_UD)
             return d_hidden_FD, jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD)
 
-        here_F1, is_sharded = targets_F1 - _first_token_here(head_VD, is_shared), _is_sharded(hidden_FD, head_VD)
+        here_F1, is_sharded = targets_F1 - first_here, _is_sharded(hidden_FD, head_VD)
         zeros_FD = vary_like(jnp.zeros(hidden_FD.shape, jnp.float32), here_F1)
         d_hidden_FD, d_head_VD = _over_vocab(work, hidden_FD, head_VD, part, zeros_FD)
         if is_shared:
@@ -135,16 +135,21 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
 
 
 def _on_vocab_shards(function: Callable[..., Any], is_shared: bool, num_others: int, out_specs: Any) -> Callable[..., Any]:
-    """Run function(head_VD, ...) on each device's own rows of the head, where `tensor` shards them; all else it has in full."""
+    """Return run(head_VD, ...), that is function(its rows of the head, the first one's token, ...) on each device of `tensor`.
+
+    Where `tensor` does not shard the head, these are all rows, and 0. All else each device has in full.
+    """
     if not is_shared:
-        return function
-    in_specs = (VOCAB_SHARD, *[PartitionSpec()] * num_others)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})
+        return lambda head_VD, *others: function(head_VD, 0, *others)
 
+    def run(head_VD: jax.Array, *others: Any) -> Any:
+        # Data, and not `jax.lax.axis_index`: below another `shard_map` jax 0.7 cannot compile that.
+        num_parts = num_shards_here(len(head_VD))
+        firsts = jnp.arange(num_parts)[:, None] * (len(head_VD) // num_parts)
+        in_specs = (VOCAB_SHARD, VOCAB_SHARD, *[PartitionSpec()] * num_others)
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})(head_VD, firsts, *others)
 
-def _first_token_here(head_VD: jax.Array, is_shared: bool) -> Any:
-    """Return the first token of this device's part of the vocabulary."""
-    return jax.lax.axis_index("tensor") * len(head_VD) if is_shared else 0
+    return run
 
 
 def _is_sharded(hidden_FD: jax.Array, head_VD: jax.Array) -> bool:
