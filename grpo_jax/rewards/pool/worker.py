@@ -171,11 +171,13 @@ class Worker:
         # found the next time.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        num_clean = 0  # twice in a row: one that forked and ended while /proc was read hides its child from the first look
         for _ in range(MAX_SWEEPS):
             found, is_one_between = marked(self._mark)
+            num_clean = 0 if found or is_one_between else num_clean + 1
+            if num_clean == 2:
+                break
             if not any([kill(pid) for pid in found]):
-                if not is_one_between:
-                    break
                 time.sleep(SWEEP_PAUSE_SECS)
         return self._process.wait()
 
