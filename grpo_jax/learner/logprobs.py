@@ -40,6 +40,10 @@ class Chunks:
     tokens: int
     vocab: int = 0
 
+    def is_by_vocab(self, tiles: Tiles | None) -> bool:
+        """The forward pass takes parts of the vocabulary as well; exact numbers are the sampler's, which takes all of it."""
+        return self.vocab > 0 and tiles is None
+
     @classmethod
     def of(cls, model: ModelDef, chunk_tokens: int, num_tokens: int, sampling: Sampling) -> Chunks:
         """Choose them for a model's hardware.
@@ -146,7 +150,7 @@ def token_logprobs(
 
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
-    work = HeadWork(sampling, cap, chunks.vocab, tiles, has_entropy_gradient)
+    work = HeadWork(sampling, cap, chunks.vocab, chunks.is_by_vocab(tiles), tiles, has_entropy_gradient)
     logp, entropy = _chunked(work, hidden, head_VD, fixed, past and past[3:])  # pyright: ignore[reportGeneralTypeIssues]
     logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
     return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
@@ -299,7 +303,7 @@ def logprobs_and_routing(
     chunks = Chunks.of(model, chunk_tokens, num, sampling)
     found = token_logprobs(
         hidden_BXD.reshape(num, -1),
-        decoder.head_here if chunks.vocab and decoder.tiles is None else decoder.head_VD,
+        decoder.head_here if chunks.is_by_vocab(decoder.tiles) else decoder.head_VD,
         here(rollout.tokens_PGT),
         jax.tree.map(here, rollout.support_PGT),  # None stays None
         sampling,

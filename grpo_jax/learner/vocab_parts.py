@@ -25,18 +25,14 @@ VOCAB_SHARD = PartitionSpec("tensor", None)
 
 @dataclasses.dataclass(frozen=True)
 class HeadWork:
-    """The static part of `token_logprobs`: fields are its arguments, vocab is of its chunks."""
+    """The static part of `token_logprobs`: fields are its arguments, vocab and is_by_vocab are of its chunks."""
 
     sampling: Sampling
     cap: float | None
     vocab: int
+    is_by_vocab: bool
     tiles: Tiles | None
     has_entropy_gradient: bool
-
-    @property
-    def is_by_vocab(self) -> bool:
-        """The forward pass takes parts of the vocabulary as well; exact numbers are the sampler's, which takes all of it."""
-        return self.vocab > 0 and self.tiles is None
 
 
 def num_vocab_shards(vocab: int, num_devices: int) -> int:

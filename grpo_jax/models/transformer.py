@@ -27,7 +27,6 @@ from grpo_jax.models.experts import Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows
 from grpo_jax.models.fsdp import (
     GatherLayer,
-    all_gather_params,
     apply_remat,
     gather,
     look_up,
@@ -397,24 +396,18 @@ class ModelDef:
     def bind(self, params: Params) -> Decoder:
         """Return the decoder with these parameters (cheap: call it inside the traced function).
 
-        Those that are sharded along fsdp are gathered: the layers' layer by layer, the others here. Embedding and head stay as
-        they are: rows come from where they are, and the head is gathered where it is asked for.
+        Those that are sharded along fsdp are gathered: the layers' layer by layer, the head where it is asked for. Rows of the
+        embedding come from where they are.
         """
         # A device knows that it holds a shard by its shape alone: the traced function has no other sign of it.
-        shapes, layers = self.param_shapes(), params["layers"]
-        places = zip(*map(self.arch.split_places, (layers, shapes.pop("layers"))), strict=True)
+        layers = params["layers"]
+        places = zip(*map(self.arch.split_places, (layers, self.param_shapes()["layers"])), strict=True)
         abstract = self._abstract(tuple(make_layer_gather(own, full, self.dtype) for own, full in places))
-        kept = ("embed",) if self.arch.tie_embeddings else ("embed", "head")
-
-        def wanted(tree: Params) -> Params:
-            return {name: tree[name] for name in shapes if name not in kept}
-
-        others = all_gather_params(wanted(params), wanted(shapes), self.dtype) | {name: params[name] for name in kept}
         if self.hardware is not None and not any(abstract.gathers):
             layers = jax.tree_util.tree_map_with_path(self._cast_matrix, layers)
         if self.is_router_frozen:
             layers = self.arch.join_places([_freeze_router(each) for each in self.arch.split_places(layers)])
-        return nnx.merge(nnx.graphdef(abstract), nnx.State({**others, "layers": layers}))
+        return nnx.merge(nnx.graphdef(abstract), nnx.State({**params, "layers": layers}))
 
     def _cast_matrix(self, path: Any, x: Array) -> Array:
         """Cast a stacked matrix to the compute dtype; biases, norms and what no table knows stay."""

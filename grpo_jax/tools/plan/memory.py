@@ -305,7 +305,7 @@ def gather_parts(job: Job) -> list[Part]:
     if not arch.tie_embeddings:
         table -= numbers_here(held_weights(job)["embed",])
     layer = max(layer_and_table_numbers(with_arch(job, num_layers=1, mixers=(kind,)))[0] for kind in sorted(set(arch.mixers)))
-    if job.chunks.vocab and job.model.tiles is None:  # no more of it is full at a time
+    if job.chunks.is_by_vocab(job.model.tiles):  # no more of it is full at a time
         table = job.chunks.vocab * arch.dim
     return [
         Part(UPDATE, "head, gathered", f"{table:,} numbers x ({job.itemsize} + {F32}) B", table * each),

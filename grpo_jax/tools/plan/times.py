@@ -145,7 +145,7 @@ def row_traffic(job: Job) -> list[Sent]:
         grad_tables -= looked_up
     share = (fsdp - 1) / fsdp
     # A layer is gathered forward and backward, and so is the head by parts; whole it is gathered once and kept.
-    readings = 1 + (job.chunks.vocab > 0 and job.model.tiles is None)
+    readings = 1 + job.chunks.is_by_vocab(job.model.tiles)
     gathers = microbatches * (steps * (2 * layers + readings * head) + num_scored(job) * (layers + head))
     scatters = microbatches * steps * (grad_layers + grad_tables)
     return [
