@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # Linux: memory in huge pages. A compiled call on a CPU faults its memory in anew, which takes a fifth of the time in small ones.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-fast test-nightly test-oldest test-aot lint docs smollm2 mutate clean
+.PHONY: demo test test-fast test-nightly test-oldest test-aot test-gpu lint docs smollm2 mutate clean
 
 # A file's tests share what they have made, so each file stays with one of the two processes, in the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -32,6 +32,11 @@ test-oldest:
 # The TPU's compiler runs on any machine; one process at a time compiles with it. The H100's too, where .[aot-gpu] is installed.
 test-aot: $(VENV)/.installed-aot
 	$(BIN)/python -m pytest tests/test_aot.py tests/test_aot_gpu.py
+
+# What needs one device only, on the GPU that is here; its jax must be one with CUDA (pip install -e .[cuda]).
+GPU_TESTS = flash newest sampling rollout logprobs objectives train_step transformer gated_delta experts grad_sums exact lora
+test-gpu: $(VENV)/.installed-test
+	GRPO_JAX_TESTS_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTEST) -m "not nightly" $(GPU_TESTS:%=tests/test_%.py)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,17 @@
-"""Eight simulated CPU devices, strict shapes, compiled programs that all tests share, and the tiers and order of the tests."""
+"""Eight simulated CPU devices, strict shapes, compiled programs that all tests share, and the tiers and order of the tests.
+
+GRPO_JAX_TESTS_PLATFORM=cuda: on the GPU that is here (`make test-gpu`), in full float32; programs of several devices stay out.
+"""
 
 import os
 import tempfile
 
 from tests.programs import COMPILED_QUICKLY
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}"
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.get("GRPO_JAX_TESTS_PLATFORM", "cpu")
+if PLATFORM == "cpu":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}"
+os.environ["JAX_PLATFORMS"] = PLATFORM
 
 import jax
 import pytest
@@ -15,6 +20,8 @@ from jaxtyping import install_import_hook
 # The annotated shapes of public functions are checked at every call.
 install_import_hook("grpo_jax.objectives", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if PLATFORM != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")  # or a product of float32 has ten bits
 
 # Programs that several tests compile are compiled once, by whichever of pytest-xdist's processes comes first.
 if "GRPO_JAX_TESTS_COMPILED" not in os.environ:

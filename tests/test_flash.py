@@ -19,7 +19,7 @@ from grpo_jax.tasks.embedded import tokenizer_of
 from grpo_jax.training.build import make_model
 from tests import tiny
 
-TPU, GPU = (Hardware(platform, interpret=True) for platform in ("tpu", "gpu"))
+TPU, GPU = (Hardware(platform, interpret=platform != jax.default_backend()) for platform in ("tpu", "gpu"))
 of_each = pytest.mark.parametrize("hardware", [TPU, GPU], ids=["tpu", "gpu"])
 P, G, K, R = 2, 2, 1, 2
 B = P * G

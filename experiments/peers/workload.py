@@ -55,6 +55,7 @@ SHAPES = {
     "tiny": Shape(512, 256, 4, 8, 4, 704, 10_000.0, prompts=4, group_size=8, warmup=2, repeats=7),
     "smol": Shape(49_152, 576, 30, 9, 3, 1536, 100_000.0, prompts=2, group_size=4, warmup=1, repeats=4),  # SmolLM2-135M's
     "qwen": Shape(151_936, 896, 24, 14, 2, 4864, 1e6, prompts=32, group_size=8, warmup=2, repeats=7),  # Qwen2.5-0.5B's
+    "qwen3": Shape(151_936, 2048, 28, 16, 8, 6144, 1e6, prompts=32, group_size=8, warmup=2, repeats=7),  # Qwen3-1.7B's
 }
 
 

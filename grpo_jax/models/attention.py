@@ -84,11 +84,13 @@ class Prefix:
     kinds, each of L / period layers; or None where it is handed on layer by layer. mask_PS: bool, True on tokens.
     lengths_P: int32, in tokens.
     Where prompts are in parts, each of another width, keys, values and masks are tuples with an entry for each part.
+    layers: the same as cache, layer by layer, for kernels that decode; else None.
     """
 
     cache: Any
     mask_PS: Any
     lengths_P: jax.Array
+    layers: Any = None
 
     @classmethod
     def of(cls, cache: Any, mask_PS: Shaped[Array, "P S"]) -> Prefix:
@@ -128,6 +130,7 @@ class AttentionView:
     query_scale: factor of the queries by their positions [B, T, 1, 1], None: 1.
     mask_BT: bool, True on the rows' tokens, False on padding; None: there is none. Layers without attention read this alone.
     ring: where the rows' tokens are spread over devices, what these queries see, in place of the masks; else None.
+    newest: of single queries, where a kernel decodes, the same in its terms; else None.
     """
 
     rope: Any
@@ -137,6 +140,7 @@ class AttentionView:
     query_scale: jax.Array | None = None
     mask_BT: jax.Array | None = None
     ring: Ring | None = None
+    newest: flash.NewestTokens | None = None
 
 
 def make_views(
@@ -366,11 +370,27 @@ class Attention(nnx.Module):
         Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
         """
         q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
+        if cache is not None and view.newest is not None:
+            out_BTNH, own = self._attend_newest((q_BTNH, k_BTKH, v_BTKH), view.newest, prefix, cache)
+            return self.close(out_BTNH, gate_BTNH), own
         own = KVCache.of(k_BTKH, v_BTKH)
         if cache is not None:
             own = cache.update(own, slot)
         out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
         return self.close(out_BTNH, gate_BTNH), own
+
+    def _attend_newest(
+        self,
+        projected: tuple[Float[Array, "B 1 N H"], Float[Array, "B 1 K H"], Float[Array, "B 1 K H"]],
+        rows: flash.NewestTokens,
+        prefix: KVCache | tuple[KVCache, ...] | None,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B 1 N H"], KVCache]:
+        q_BNH, *new = (x[:, 0] for x in projected)
+        parts = prefix if isinstance(prefix, tuple) else () if prefix is None else (prefix,)
+        prompts, scores = [(part.k, part.v) for part in parts], (self.arch.attention_scale, self.arch.score_cap)
+        out_BNH, own = flash.attend_newest(q_BNH, tuple(new), (cache.k, cache.v), prompts, rows, *scores)
+        return out_BNH[:, None], KVCache(*own)
 
     def project(
         self, x_BTD: Float[Array, "B T D"], rope: RopeTables, query_scale: Float[Array, "B T 1 1"] | None

@@ -24,7 +24,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import AttentionView, KVCache, Prefix, make_views, select_view
 from grpo_jax.models.block import Block, Kept
 from grpo_jax.models.experts import Routing, choices_of, count_choices
-from grpo_jax.models.flash import CausalRows
+from grpo_jax.models.flash import CausalRows, single
 from grpo_jax.models.fsdp import (
     GatherLayer,
     apply_remat,
@@ -286,6 +286,24 @@ class Decoder(nnx.Module):
         stacks = [nnx.split(layers)[1] for layers in self.arch.split_places(self.layers)]
         return fence_vectors([self._of_layer(i, stacks) for i in range(self.arch.num_layers)], self.hardware)
 
+    @property
+    def decodes_by_kernel(self) -> bool:
+        """Say if single queries are attended to by the kernel of `flash.single`."""
+        return self.has_kernels and self.tiles is None and single.suits(self.hardware, self.arch.head_dim)
+
+    def unstack_prefix(self, prefix: Prefix) -> Prefix:
+        """Return the prompts' keys and values layer by layer, of whole blocks of slots, where a kernel decodes."""
+        if not self.decodes_by_kernel:
+            return prefix
+        # Like the weights they would be copied at every token, for a kernel reads no slice of an array.
+
+        def whole(kept: Any) -> Any:
+            return kept.pad_to(single.round_slots(kept.num_slots)) if isinstance(kept, KVCache) else kept
+
+        layers = [self._of_layer(i, prefix.cache) for i in range(self.arch.num_layers)]
+        layers = jax.tree.map(whole, layers, is_leaf=lambda kept: isinstance(kept, KVCache))
+        return dataclasses.replace(prefix, cache=None, layers=layers)
+
     def _of_layer(self, i: int, by_place: Sequence[Any]) -> Any:
         """Return what belongs to layer i, of stacks by place in the period."""
         return jax.tree.map(operator.itemgetter(i // self.arch.period), by_place[i % self.arch.period])
@@ -315,7 +333,8 @@ class Decoder(nnx.Module):
 
         Args:
           layers: from `unstack_layers`. caches: one a layer. tokens_B: the tokens at `slot`.
-          slot: where they are written, one for all rows or [B]. prefix: of the P prompts; B is a multiple of P.
+          slot: where they are written, one for all rows or [B].
+          prefix: of the P prompts, as `unstack_prefix` returns it; B is a multiple of P.
         Returns: (hidden_BD after the final norm, the caches with slot `slot` filled, the tokens' experts as `choices_of`
           writes them or None).
         """
@@ -324,6 +343,8 @@ class Decoder(nnx.Module):
         slots_1U, slot_B1 = jnp.arange(max(cache.num_slots for cache in caches))[None], jnp.reshape(slot, (-1, 1))
         mask_B1U = (slots_1U <= slot_B1)[:, None]
         views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
+        if prefix.layers is not None:
+            views = self._newest_views(views, jnp.broadcast_to(slot, tokens_B.shape), prefix)
         graphdefs = [nnx.split(layers)[0] for layers in self.arch.split_places(self.layers)]
         x_B1D = self.embed_tokens(tokens_B)[:, None]
         # A Python loop over layers: their weights are separate arrays (`unstack_layers` says why), and as each layer's kind is
@@ -332,14 +353,25 @@ class Decoder(nnx.Module):
         for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
             block = nnx.merge(graphdefs[i % self.arch.period], weights)
             view = views[i in self.arch.local_layers]
-            x_B1D, cache, chosen_B1k = exact.run_block(
-                self.tiles, block, x_B1D, view, self._of_layer(i, prefix.cache), cache, slot
-            )
+            kept = self._of_layer(i, prefix.cache) if prefix.layers is None else prefix.layers[i]
+            x_B1D, cache, chosen_B1k = exact.run_block(self.tiles, block, x_B1D, view, kept, cache, slot)
             filled.append(cache)
             if chosen_B1k is not None:
                 choices.append(chosen_B1k[:, 0])
         chosen_BX = choices_of(choices, self.arch.num_experts) if choices else None
         return self.finish(x_B1D)[:, 0], filled, chosen_BX
+
+    def _newest_views(
+        self, views: tuple[AttentionView, AttentionView], slot_B: Int[Array, " B"], prefix: Prefix
+    ) -> tuple[AttentionView, AttentionView]:
+        """Add what the kernel that decodes is told of global layers and of local ones."""
+        masks = prefix.mask_PS if isinstance(prefix.mask_PS, tuple) else (prefix.mask_PS,)
+
+        def told(view: AttentionView, window: int | None) -> AttentionView:
+            newest = single.newest_tokens(self.hardware, slot_B, masks, prefix.lengths_P, window)
+            return dataclasses.replace(view, newest=newest)
+
+        return told(views[0], None), told(views[1], self.arch.sliding_window)
 
 
 def init_params(arch: Architecture, key: Array) -> Params:

@@ -19,6 +19,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Prefix
 from grpo_jax.models.block import Kept
 from grpo_jax.models.experts import choices_of
+from grpo_jax.models.flash import single
 from grpo_jax.models.flash.tpu import LANES
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
@@ -178,14 +179,19 @@ class _BatchedState:
     memory: Memory
 
 
-def cache_sizes(max_completion_tokens: int, tiles: Tiles | None = None, hardware: Hardware | None = None) -> tuple[int, ...]:
+def cache_sizes(
+    max_completion_tokens: int, tiles: Tiles | None = None, hardware: Hardware | None = None, *, by_kernel: bool = False
+) -> tuple[int, ...]:
     """List the slots of the caches, one number for each loop of a rollout: half of them first, then all.
 
     Args:
       max_completion_tokens: T. tiles: of exact numbers, whose blocks of keys are whole; None: there are none.
       hardware: accelerators, for which a long cache grows by quarters; None: CPUs.
+      by_kernel: single queries are attended to by a kernel (`Decoder.decodes_by_kernel`).
     """
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
+    if by_kernel:
+        return (single.round_slots(num_slots),)  # which reads no empty block
     if tiles is not None:
         return (tiles.round_keys(num_slots),)  # blocks of keys that are empty are not read anyway
     if num_slots <= MIN_SLOTS_TO_GROW:
@@ -209,7 +215,7 @@ def _go_on(is_wanted: Bool[jax.Array, ""]) -> Bool[jax.Array, ""]:
 def decode_batched(ctx: DecodeContext) -> Completions:
     """Decode all completions side by side, each in a row of its own, until the longest has ended."""
     B, T = len(ctx.keys_B), ctx.max_completion_tokens
-    sizes = cache_sizes(T, ctx.decoder.tiles, ctx.decoder.hardware)
+    sizes = cache_sizes(T, ctx.decoder.tiles, ctx.decoder.hardware, by_kernel=ctx.decoder.decodes_by_kernel)
     # `lengths_P` differs between devices, and so will all that is drawn: under `shard_map` the first carry, made of constants,
     # must have that type already, or the loop's carry would change its type on the way.
     memory = ctx.first_memory(jnp.arange(B) // ctx.group_size)
@@ -290,6 +296,8 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
     """
     B = len(ctx.keys_B)
     zeros_W = jnp.zeros(num_rows, jnp.int32)
+    by_kernel = ctx.decoder.decodes_by_kernel
+    num_slots = cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles, by_kernel=by_kernel)[-1]
     carry = _ContinuousState(
         next_completion=jnp.int32(0),
         completion_W=zeros_W,
@@ -297,7 +305,7 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
         last_W=zeros_W,
         is_free_W=jnp.ones(num_rows, bool),  # so that the first refill gives every row its first completion
         done=ctx.blank(),
-        caches=ctx.decoder.empty_caches(num_rows, cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles)[-1]),
+        caches=ctx.decoder.empty_caches(num_rows, num_slots),
         memory=ctx.first_memory(zeros_W),
     )
     carry = vary_like(carry, ctx.prefix.lengths_P)
@@ -345,7 +353,7 @@ def _gather_row_inputs(ctx: DecodeContext, completion_W: Int[jax.Array, " W"]) -
     completion_W = jnp.minimum(completion_W, len(ctx.keys_B) - 1)  # a row without one needs some index; it writes nothing
     prompt_W = completion_W // ctx.group_size
     prefix = jax.tree.map(lambda x: x[prompt_W], dataclasses.replace(ctx.prefix, cache=None))
-    # The caches have the layers before the prompts.
+    # These caches have the layers before the prompts.
     prefix = dataclasses.replace(prefix, cache=jax.tree.map(lambda x: x[:, prompt_W], ctx.prefix.cache))
     return _RowInputs(prefix, ctx.first_logits_PV[prompt_W], ctx.keys_B[completion_W])
 

@@ -78,7 +78,7 @@ def rollout(
         decoder,
         decoder.unstack_layers(),
         decoder.head_VD,
-        prefix,
+        decoder.unstack_prefix(prefix),
         first_logits_PV=head_logits(hidden_PD, decoder.head_VD, decoder.logit_cap, decoder.tiles),
         keys_B=row_keys_PG.reshape(P * G),
         sampling=sampling,

@@ -100,7 +100,7 @@ def measure(shape: Shape, hardware: Hardware, dtype, peak_flops: float | None) -
     weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
 
     def value_and_grads(hardware: Hardware | None):
-        def weighted(q_BTNH, own_k, own_v, prompt_k, prompt_v):
+        def weighted(q_BTNH, own_k, own_v, prompt_k, prompt_v, weight_BTNH):
             own, prompt, view = KVCache.of(own_k, own_v), KVCache.of(prompt_k, prompt_v), view_of(shape, mask_PS, hardware)
             out_BTNH = attend(q_BTNH, own, view, prompt, 1.0, shape.cap)
             return (out_BTNH.astype(jnp.float32) * weight_BTNH).sum(), out_BTNH
@@ -108,10 +108,10 @@ def measure(shape: Shape, hardware: Hardware, dtype, peak_flops: float | None) -
         return jax.jit(jax.grad(weighted, tuple(range(5)), has_aux=True))
 
     grads_of_plain = value_and_grads(None)
-    (grads, out), secs = timed(value_and_grads(hardware), *arrays)
-    (plain_grads, plain_out), plain_secs = timed(grads_of_plain, *arrays)
+    (grads, out), secs = timed(value_and_grads(hardware), *arrays, weight_BTNH)
+    (plain_grads, plain_out), plain_secs = timed(grads_of_plain, *arrays, weight_BTNH)
     with jax.default_matmul_precision("highest"):
-        exact_grads, exact_out = jax.jit(grads_of_plain)(*(x.astype(jnp.float32) for x in arrays))
+        exact_grads, exact_out = jax.jit(grads_of_plain)(*(x.astype(jnp.float32) for x in (*arrays, weight_BTNH)))
     return {
         **dataclasses.asdict(shape),
         "dtype": str(jnp.dtype(dtype)),

@@ -153,7 +153,7 @@ def _unpack(x_PTX: Float[Array, "P T MH"], num_heads: int) -> Float[Array, "P M 
 
 def forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Float[Array, "P M T"]]:
     """Run the kernels -> (outputs, float32 log-sum-exp). arrays: laid out and padded. masks: of `CausalRows`, padded."""
-    return _on_devices(call, _kernels(call.hardware).forward, arrays, masks)
+    return on_devices(call, _kernels(call.hardware).forward, arrays, masks)
 
 
 def backward(call: Call, arrays: Any, masks: Any) -> Any:
@@ -162,10 +162,10 @@ def backward(call: Call, arrays: Any, masks: Any) -> Any:
     Args: as in `forward`; arrays: those there, then outputs and log-sum-exp over all keys, also over those of other calls, and
       the cotangent of that output.
     """
-    return _on_devices(call, _kernels(call.hardware).backward, arrays, masks)
+    return on_devices(call, _kernels(call.hardware).backward, arrays, masks)
 
 
-def _on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
+def on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
     """Call function(call, arrays, masks) on each device's own heads.
 
     Args:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.flash.call import Call, KeysAndValues, Masks, by_kind
+from grpo_jax.parallel.hardware import target_platform
 
 UNIT = 128  # lengths are whole multiples of it; blocks of every size divide it
 LOG2E = math.log2(math.e)  # GPUs compute powers of two
@@ -29,7 +30,10 @@ MANY_PROGRAMS = 264  # two for each multiprocessor of an H100
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Queries and keys at a time, Triton's warps and stages: by the size of registers and shared memory, and not measured."""
+    """Queries and keys at a time, Triton's warps and stages.
+
+    Of bfloat16 heads of 64 and 128 the quickest on an H200 (experiments/studies/gpu), of others by registers and shared memory.
+    """
 
     queries: int
     keys: int
@@ -40,12 +44,13 @@ class Blocks:
 def _blocks(x: Array, *, is_backward: bool) -> Blocks:
     """Return the sizes for heads [..., H] of this many channels and bytes."""
     bytes_ = x.shape[-1] * x.dtype.itemsize
-    if bytes_ > 512:
+    if bytes_ > 512 or (bytes_ > 256 and x.dtype == jnp.float32):  # three passes hold each operand twice
         return Blocks(32, 32, 4, 1)
     if bytes_ > 256:
         return Blocks(64, 64, 8, 1) if is_backward else Blocks(64, 32, 4, 2)
-    warps = 4 if bytes_ <= 128 else 8
-    return Blocks(64, 64, warps, 2) if is_backward else Blocks(128, 64, warps, 2)
+    if bytes_ > 128:
+        return Blocks(64, 64, 4, 2) if is_backward else Blocks(128, 64, 4, 2)
+    return Blocks(64, 64, 4, 3)
 
 
 def padded_length(num: int) -> int:
@@ -104,9 +109,14 @@ def _rem(x: Any, size: Any) -> Any:
     return jax.lax.rem(jnp.asarray(x, jnp.int32), jnp.asarray(size, jnp.int32))
 
 
-def _dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
-    # Of float32 all digits, as elsewhere; a GPU would take 10 bits of them.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
+    """Return the float32 product of two matrices of a kernel over these axes of them."""
+    # Of float32 all digits, as elsewhere; a GPU would take 10 bits of them. In three passes of its matrix units (21 bits):
+    # by plain arithmetic a kernel takes minutes to compile.
+    precision: Any = None
+    if x.dtype == jnp.float32:
+        on_gpu = target_platform() == "gpu"
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else jax.lax.Precision.HIGHEST
     dims = ((contract[:1], contract[1:]), ((), ()))
     return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -285,9 +295,8 @@ def _begins_of_head(sizes: Sizes, parts: tuple[Part, ...]) -> list[pl.BlockSpec]
 # --------------------------------------------------------------------------------------------------------------- the kernels
 
 
-def _scores(q: Any, k: Any, cap: float | None) -> tuple[Any, Any]:
-    """Return (scores in units of log 2, the factor of their gradient) of queries [Q, H] and keys [U, H]."""
-    score_QU = _dot(q, k, (1, 1))
+def cap_scores(score_QU: Any, cap: float | None) -> tuple[Any, Any]:
+    """Return (scores in units of log 2, the factor of their gradient) of products of queries and keys."""
     if cap is None:
         return score_QU * LOG2E, None
     tanh_QU = jnp.tanh(score_QU / cap)
@@ -320,12 +329,12 @@ def _forward_kernel(parts: tuple[Part, ...], cap: float | None, blocks: Blocks, 
 
     def turn(k_UH: Any, v_UH: Any, seen_QU: Any, carry: Any) -> Any:
         top_Q, total_Q, sum_QH = carry
-        score_QU, _ = _scores(q_QH, k_UH, cap)
+        score_QU, _ = cap_scores(dot(q_QH, k_UH, (1, 1)), cap)
         # A finite value: what a query gathers of a block in which it sees no key is later multiplied with exp(-1e30).
         score_QU = jnp.where(seen_QU, score_QU, MASK_VALUE)
         higher_Q = jnp.maximum(top_Q, score_QU.max(-1))
         p_QU, shrunk_Q = jnp.exp2(score_QU - higher_Q[:, None]), jnp.exp2(top_Q - higher_Q)
-        sum_QH = sum_QH * shrunk_Q[:, None] + _dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
+        sum_QH = sum_QH * shrunk_Q[:, None] + dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
         return higher_Q, total_Q * shrunk_Q + p_QU.sum(-1), sum_QH
 
     top_Q = jnp.full(blocks.queries, MASK_VALUE, jnp.float32)
@@ -338,12 +347,12 @@ def _forward_kernel(parts: tuple[Part, ...], cap: float | None, blocks: Blocks, 
 
 def _probabilities(q: Any, k: Any, cap: float | None, lse_Q: Any, seen_QU: Any) -> tuple[Any, Any]:
     """Return (what each query gave each key of its attention, the factor of the score's gradient)."""
-    score_QU, factor_QU = _scores(q, k, cap)
+    score_QU, factor_QU = cap_scores(dot(q, k, (1, 1)), cap)
     return jnp.where(seen_QU, jnp.exp2(score_QU - lse_Q[:, None] * LOG2E), 0.0), factor_QU
 
 
 def _score_gradient(p_QU: Any, factor_QU: Any, d_out_QH: Any, v_UH: Any, delta_Q: Any) -> Any:
-    d_score_QU = p_QU * (_dot(d_out_QH, v_UH, (1, 1)) - delta_Q[:, None])
+    d_score_QU = p_QU * (dot(d_out_QH, v_UH, (1, 1)) - delta_Q[:, None])
     return d_score_QU if factor_QU is None else d_score_QU * factor_QU
 
 
@@ -356,7 +365,7 @@ def _queries_kernel(
     def turn(k_UH: Any, v_UH: Any, seen_QU: Any, dq_QH: Any) -> Any:
         p_QU, factor_QU = _probabilities(q_QH, k_UH, cap, lse_Q, seen_QU)
         d_score_QU = _score_gradient(p_QU, factor_QU, d_out_QH, v_UH, delta_Q)
-        return dq_QH + _dot(d_score_QU.astype(k_UH.dtype), k_UH, (1, 0))
+        return dq_QH + dot(d_score_QU.astype(k_UH.dtype), k_UH, (1, 0))
 
     dq_QH = _over_keys(parts, blocks, keys_and_begins, turn, jnp.zeros(q_QH.shape, jnp.float32))
     dq_ref[...] = dq_QH.astype(dq_ref.dtype)
@@ -390,9 +399,9 @@ def _keys_kernel(
         q_QH, d_out_QH = q_ref[head, piece, :], d_out_ref[head, piece, :]
         seen_QU = part.sees(block * blocks.queries + jnp.arange(blocks.queries), key_U, begin)
         p_QU, factor_QU = _probabilities(q_QH, k_UH, cap, lse_ref[head, piece], seen_QU)
-        dv_UH += _dot(p_QU.astype(d_out_QH.dtype), d_out_QH, (0, 0))
+        dv_UH += dot(p_QU.astype(d_out_QH.dtype), d_out_QH, (0, 0))
         d_score_QU = _score_gradient(p_QU, factor_QU, d_out_QH, v_UH, delta_ref[head, piece])
-        return dk_UH + _dot(d_score_QU.astype(q_QH.dtype), q_QH, (0, 0)), dv_UH
+        return dk_UH + dot(d_score_QU.astype(q_QH.dtype), q_QH, (0, 0)), dv_UH
 
     # One loop over heads and blocks of queries: Triton loads ahead in the innermost loop only.
     zeros = jnp.zeros(k_UH.shape, jnp.float32)

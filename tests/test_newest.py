@@ -1,0 +1,142 @@
+"""Attention of a row's newest token by the kernel of GPUs, against plain operations: as an interpreter runs it on the CPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.models.architecture import Architecture, Rope
+from grpo_jax.models.attention import KVCache, Prefix, attend, make_views
+from grpo_jax.models.flash import attend_newest, single
+from grpo_jax.models.transformer import ModelDef
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
+from tests import tiny
+
+GPU = Hardware("gpu", interpret=jax.default_backend() != "gpu")
+P, G, K, R = 3, 4, 2, 3
+B = P * G
+SLOTS = [0, 63, 64, 100, 127, 1, 5, 70, 3, 2, 1, 126]
+LAYERS = Architecture(
+    tiny.VOCAB, 16, 3, 4, 2, 16, 24, sliding_window=70, local_layers=(0, 2), local_rope=Rope(100.0), score_cap=5.0
+)
+
+
+def drawn(rng, dtype, *shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("slots", "window", "cap", "widths"),
+    [
+        ([5] * B, None, None, (40,)),
+        (SLOTS, None, 3.0, (130,)),
+        (SLOTS, 70, None, (10, 100)),
+        ([90] * B, 1, None, (64,)),
+    ],
+    ids=["one slot", "slots of their own, capped", "a window, prompts in parts", "itself alone"],
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_outputs_and_caches_are_those_of_plain_operations(dtype, slots, window, cap, widths, rows, monkeypatch):
+    """Empty slots hold anything; of the cache only the newest token's slot changes, in place of what was there."""
+    monkeypatch.setattr(single, "_rows_at_a_time", lambda *_: rows)
+    rng, H, U = np.random.default_rng(0), 32, 128
+    lengths_P = jnp.asarray([1, 7, 10])
+    parts = [slice(0, P)] if len(widths) == 1 else [slice(0, 1), slice(1, P)]
+    masks = [jnp.arange(S)[None] >= S - lengths_P[part, None] for S, part in zip(widths, parts, strict=True)]
+    if len(widths) == 1:
+        masks = [masks[0].at[2].set(True)]  # a prompt without padding
+        lengths_P = lengths_P.at[2].set(widths[0])
+    prompts = [KVCache(drawn(rng, dtype, len(m), K, H, m.shape[1]), drawn(rng, dtype, len(m), K, m.shape[1], H)) for m in masks]
+    cache = KVCache(drawn(rng, dtype, B, K, H, U), drawn(rng, dtype, B, K, U, H))
+    q_BNH, new = drawn(rng, dtype, B, K * R, H), tuple(drawn(rng, dtype, B, K, H) for _ in range(2))
+    slot_B = jnp.asarray(slots)
+
+    whole = [each.pad_to(single.round_slots(each.num_slots)) for each in prompts]
+    told = single.newest_tokens(GPU, slot_B, masks, lengths_P, window)
+    out_BNH, found = jax.jit(attend_newest, static_argnums=(5, 6))(
+        q_BNH, new, (cache.k, cache.v), [(each.k, each.v) for each in whole], told, 0.5, cap
+    )
+
+    filled = cache.update(KVCache.of(new[0][:, None], new[1][:, None]), slot_B)
+    local = {} if window is None else {"sliding_window": window, "local_layers": (0,)}
+    arch = Architecture(tiny.VOCAB, 16, 1, K * R, K, H, 24, **local)
+    in_parts = len(widths) > 1
+    prefix = Prefix(None, tuple(masks) if in_parts else masks[0], lengths_P)
+    length_B1, slots_1U = jnp.repeat(lengths_P, G)[:, None], jnp.arange(U)[None]
+    mask_B1U = (slots_1U <= slot_B[:, None])[:, None]
+    view = make_views(arch, length_B1 + slot_B[:, None], length_B1 + slots_1U, mask_B1U, prefix)[0]
+    expected = attend(q_BNH[:, None], filled, view, tuple(prompts) if in_parts else prompts[0], 0.5, cap)[:, 0]
+
+    scale = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(out_BNH.astype(jnp.float32), expected.astype(jnp.float32), atol=scale, rtol=scale)
+    np.testing.assert_array_equal(found[0], filled.k)
+    np.testing.assert_array_equal(found[1], filled.v)
+
+
+@functools.cache
+def sampled(hardware, live, long_rows, arch=LAYERS, attention="auto"):
+    """Completions of a few prompts, two of them long, of 80 tokens."""
+    prompts = tiny.random_prompts(4, 70)
+    if long_rows:
+        mask_PS = prompts.mask_PS & (jnp.arange(70)[None] >= jnp.asarray([62, 0, 60, 0])[:, None])
+        prompts = dataclasses.replace(prompts, mask_PS=mask_PS, long_rows=(2, 10))
+    config = RolloutConfig(group_size=2, max_completion_tokens=80, temperature=1.0, max_live_sequences=live)
+    model = ModelDef(arch, hardware=hardware, attention=attention)
+    run = jax.jit(lambda params, prompts, keys: rollout(model, params, prompts, keys, config, EndTokens((3,), 0)))
+    return run(tiny.random_params(arch), prompts, row_keys(jax.random.key(0), 4, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long_rows", [False, True], ids=["one width", "two widths"])
+@pytest.mark.parametrize("live", [0, 3], ids=["side by side", "one after the other"])
+def test_a_rollout_by_the_kernel_draws_the_same_tokens(live, long_rows):
+    found, expected = sampled(GPU, live, long_rows), sampled(None, 0, long_rows)
+    np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
+    np.testing.assert_allclose(found.sampler_logp_PGT, expected.sampler_logp_PGT, atol=2e-5)
+    assert expected.mask_PGT.sum(-1).max() > 64  # beyond a block of slots
+
+
+@pytest.mark.slow
+def test_states_beside_keys_and_values():
+    """Of gated delta nets the prompts' states are handed on as they are."""
+    arch = dataclasses.replace(tiny.DELTA, head_dim=16)
+    found, expected = (sampled(hardware, 0, False, arch) for hardware in (GPU, None))
+    np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
+
+
+def test_runs_that_one_call_advances():
+    """As a sweep does: the kernel under vmap."""
+    rng, H, U, members = np.random.default_rng(1), 16, 64, 2
+    q_XBNH, *new = (drawn(rng, jnp.float32, members, B, heads, H) for heads in (K * R, K, K))
+    cache = drawn(rng, jnp.float32, members, B, K, H, U), drawn(rng, jnp.float32, members, B, K, U, H)
+    prompt = drawn(rng, jnp.float32, members, P, K, H, U), drawn(rng, jnp.float32, members, P, K, U, H)
+    told = single.newest_tokens(GPU, jnp.arange(B), [jnp.ones((P, U), bool)], jnp.full(P, U), None)
+
+    def one(q_BNH, new, cache, prompt):
+        return attend_newest(q_BNH, new, cache, [prompt], told, 1.0)
+
+    found = jax.jit(jax.vmap(one))(q_XBNH, tuple(new), cache, prompt)
+    for member in range(members):
+        expected = one(*jax.tree.map(lambda x, member=member: x[member], (q_XBNH, tuple(new), cache, prompt)))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x[member], y, atol=1e-6)
+
+
+def test_rows_of_a_program():
+    """As many of a group as fill a product of 16, if there are programs enough without."""
+    sizes = {(8, 7, 512): 1, (8, 7, 2048): 2, (8, 2, 2048): 4, (8, 2, 1 << 20): 8, (6, 4, 1 << 20): 3, (1, 1, 1 << 20): 1}
+    assert {given: single._rows_at_a_time(*given) for given in sizes} == sizes
+
+
+def test_who_decodes_by_the_kernel():
+    assert single.suits(GPU, 64) and single.suits(GPU, 16)
+    assert not single.suits(None, 64) and not single.suits(Hardware("tpu"), 64)
+    assert not single.suits(GPU, 80) and not single.suits(GPU, 8)
+    for changes in ({"attention": "plain"}, {"numerics": "exact"}):
+        assert not ModelDef(LAYERS, hardware=GPU, **changes).bind(tiny.random_params(LAYERS)).decodes_by_kernel
