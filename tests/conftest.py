@@ -6,11 +6,9 @@ GRPO_JAX_TESTS_PLATFORM=cuda: on the GPU that is here (`make test-gpu`), in full
 import os
 import tempfile
 
-from tests.programs import COMPILED_QUICKLY
+from tests.programs import PLATFORM, XLA_FLAGS
 
-PLATFORM = os.environ.get("GRPO_JAX_TESTS_PLATFORM", "cpu")
-if PLATFORM == "cpu":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 os.environ["JAX_PLATFORMS"] = PLATFORM
 
 import jax

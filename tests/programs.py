@@ -17,6 +17,9 @@ TIMINGS = ("time/", "tokens/s")
 COMPILED_QUICKLY = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     COMPILED_QUICKLY += " --xla_cpu_use_fusion_emitters=false"
+# Where the tests of this process run, and how; programs that they start are always for the CPU.
+PLATFORM = os.environ.get("GRPO_JAX_TESTS_PLATFORM", "cpu")
+XLA_FLAGS = f"--xla_force_host_platform_device_count=8 {COMPILED_QUICKLY}" if PLATFORM == "cpu" else ""
 
 
 def environment(num_devices=1, cache=None):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import pytest
 
 from experiments.studies.exact import hlo
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.tools.plan import aot, chips, job
-from grpo_jax.tools.plan.schedule import Schedule, arrays_of
+from grpo_jax.tools.plan.schedule import CALLED, Schedule, arrays_of
 from tests import tiny
 
 pytestmark = [
@@ -57,9 +58,19 @@ def test_completions_spread_over_devices_are_attended_to_by_the_kernels():
     assert "collective-permute" in update.hlo
 
 
-def test_the_rollout_reads_prompts_by_the_kernel():
-    _, names = compiled("dapo", {}, ARCH, "rollout")
-    assert "flash_forward" in names
+@pytest.mark.parametrize("num_tensor", [1, 2])
+def test_the_rollout_is_by_the_kernels(num_tensor):
+    """One of attention a layer and token, and no weights that are put together in the loop."""
+    rollout, names = compiled("dapo", {"mesh.data": 1, "mesh.tensor": num_tensor}, ARCH, "rollout", num_tensor)
+    assert {"flash_forward", "attend_newest"} <= names
+    schedule = Schedule(rollout.hlo)
+    tokens = [op for op in schedule.operations() if op.loops and op.runs > T / 2]
+    assert sum(op.is_kernel and op.kernel_name == "attend_newest" for op in tokens) == ARCH.num_layers
+    if num_tensor > 1:
+        return  # there the products of queries, keys and values are XLA's to join
+    inside = [each for op in tokens for name in CALLED.findall(op.instruction.rest) for each in schedule.computations[name]]
+    sizes = [math.prod(shape) for each in inside if each.opcode == "concatenate" for _, shape in arrays_of(each.result)]
+    assert max(sizes) < ARCH.dim**2
 
 
 def test_exact_numbers_are_the_same_operations_in_sampler_and_learner():

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import KVCache, Prefix, attend, make_views
-from grpo_jax.models.flash import attend_newest, single
+from grpo_jax.models.flash import attend_newest, call, single
+from grpo_jax.models.lora import LoRA
+from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
@@ -21,9 +25,8 @@ GPU = Hardware("gpu", interpret=jax.default_backend() != "gpu")
 P, G, K, R = 3, 4, 2, 3
 B = P * G
 SLOTS = [0, 63, 64, 100, 127, 1, 5, 70, 3, 2, 1, 126]
-LAYERS = Architecture(
-    tiny.VOCAB, 16, 3, 4, 2, 16, 24, sliding_window=70, local_layers=(0, 2), local_rope=Rope(100.0), score_cap=5.0
-)
+WINDOWS = {"sliding_window": 70, "local_layers": (0, 2), "local_rope": Rope(100.0)}
+LAYERS = Architecture(tiny.VOCAB, 16, 3, 4, 2, 16, 24, **WINDOWS, score_cap=5.0, qkv_bias=True)
 
 
 def drawn(rng, dtype, *shape):
@@ -88,7 +91,7 @@ def sampled(hardware, live, long_rows, arch=LAYERS, attention="auto"):
         prompts = dataclasses.replace(prompts, mask_PS=mask_PS, long_rows=(2, 10))
     config = RolloutConfig(group_size=2, max_completion_tokens=80, temperature=1.0, max_live_sequences=live)
     model = ModelDef(arch, hardware=hardware, attention=attention)
-    run = jax.jit(lambda params, prompts, keys: rollout(model, params, prompts, keys, config, EndTokens((3,), 0)))
+    run = jax.jit(lambda params, prompts, keys: rollout(model, params, prompts, keys, config, EndTokens((9,), 0)))
     return run(tiny.random_params(arch), prompts, row_keys(jax.random.key(0), 4, 2))
 
 
@@ -108,6 +111,38 @@ def test_states_beside_keys_and_values():
     arch = dataclasses.replace(tiny.DELTA, head_dim=16)
     found, expected = (sampled(hardware, 0, False, arch) for hardware in (GPU, None))
     np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
+
+
+def test_products_of_the_same_rows_are_one():
+    """In the first layer of a stack, with biases."""
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
+    rope = rope_tables(jnp.arange(3)[None], LAYERS.rope, LAYERS.head_dim)
+    decoder = ModelDef(LAYERS, hardware=GPU).bind(tiny.random_params(LAYERS))
+    (joined,) = decoder._decoding_places()
+    assert joined.attn.k is None and joined.mlp.up is None
+
+    def outputs(layers):
+        graphdef, stacks = nnx.split(layers)
+        block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacks))
+        return *block.attn.project(x_BTD, rope, None)[:3], block.mlp(x_BTD)[0]
+
+    for found, expected in zip(outputs(joined), outputs(decoder.layers), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoRA(2, 4.0, ("k_proj", "up_proj"))},
+        {"hardware": dataclasses.replace(GPU, mesh=AbstractMesh((2,), ("tensor",)))},
+    ],
+    ids=["adapters", "matrices of several devices"],
+)
+def test_products_that_stay_apart(changes):
+    model = ModelDef(LAYERS, **{"hardware": GPU, **changes})
+    tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.param_shapes())
+    (layers,) = model.bind(tree)._decoding_places()
+    assert layers.attn.k is not None and layers.mlp.up is not None
 
 
 def test_runs_that_one_call_advances():
@@ -132,6 +167,18 @@ def test_rows_of_a_program():
     """As many of a group as fill a product of 16, if there are programs enough without."""
     sizes = {(8, 7, 512): 1, (8, 7, 2048): 2, (8, 2, 2048): 4, (8, 2, 1 << 20): 8, (6, 4, 1 << 20): 3, (1, 1, 1 << 20): 1}
     assert {given: single._rows_at_a_time(*given) for given in sizes} == sizes
+
+
+def test_a_jax_without_the_kernels(monkeypatch, caplog):
+    """One day Pallas for Triton is gone: plain operations, and a line that says so once."""
+    monkeypatch.setattr(call.importlib.util, "find_spec", lambda _: None)
+    call.has_kernels.cache_clear()
+    try:
+        assert not single.suits(GPU, 64) and not call.has_kernels("gpu")
+        assert call.has_kernels("tpu") and not call.has_kernels("cpu")
+        assert [record.message.split(":")[0] for record in caplog.records] == ["attention by plain operations"]
+    finally:
+        call.has_kernels.cache_clear()
 
 
 def test_who_decodes_by_the_kernel():

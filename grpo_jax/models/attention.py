@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grpo_jax.models import flash, ring
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.linear import Linear, soft_cap
+from grpo_jax.models.linear import Linear, joined, soft_cap
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import norm_if
 from grpo_jax.models.ring import NO_WINDOW, Ring
@@ -345,8 +345,8 @@ class Attention(nnx.Module):
         # With an output gate a head's query and gate are one below the other.
         num_q = q_dim * (1 + arch.has_output_gate)
         self.q = Linear(arch.dim, num_q, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
-        self.k = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
-        self.v = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
+        self.k: Linear | None = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
+        self.v: Linear | None = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
         scale = (2 * arch.num_layers) ** -0.5
         self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
         spans = arch.qk_norm_spans_heads
@@ -386,10 +386,10 @@ class Attention(nnx.Module):
         prefix: KVCache | tuple[KVCache, ...] | None,
         cache: KVCache,
     ) -> tuple[Float[Array, "B 1 N H"], KVCache]:
-        q_BNH, *new = (x[:, 0] for x in projected)
+        q_BNH, k_BKH, v_BKH = (x[:, 0] for x in projected)
         parts = prefix if isinstance(prefix, tuple) else () if prefix is None else (prefix,)
         prompts, scores = [(part.k, part.v) for part in parts], (self.arch.attention_scale, self.arch.score_cap)
-        out_BNH, own = flash.attend_newest(q_BNH, tuple(new), (cache.k, cache.v), prompts, rows, *scores)
+        out_BNH, own = flash.attend_newest(q_BNH, (k_BKH, v_BKH), (cache.k, cache.v), prompts, rows, *scores)
         return out_BNH[:, None], KVCache(*own)
 
     def project(
@@ -397,8 +397,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
         """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
         arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD).reshape(heads)
-        gate_BTNH = None
+        if self.k is None or self.v is None:  # `join`
+            q_dim, kv_dim = arch.num_heads * arch.head_dim * (1 + arch.has_output_gate), arch.num_kv_heads * arch.head_dim
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(self.q(x_BTD), (q_dim, q_dim + kv_dim), -1)
+        else:
+            q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        v_BTKH, gate_BTNH = v_BTKH.reshape(heads), None
         if arch.has_output_gate:
             q_BTNH, gate_BTNH = jnp.split(q_BTNH.reshape(*heads[:-1], 2 * arch.head_dim), 2, -1)
         if arch.qk_norm_spans_heads:
@@ -410,6 +414,12 @@ class Attention(nnx.Module):
         if query_scale is not None:
             q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
         return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
+
+    def join(self) -> None:
+        """Make one product of those of queries, keys and values, if none has an adapter."""
+        products = [each for each in (self.q, self.k, self.v) if each is not None]
+        if not any(each.lora for each in products):
+            self.q, self.k, self.v = joined(products), None, None
 
     def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
         """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +14,7 @@ from grpo_jax.models.architecture import Architecture
 from grpo_jax.models.attention import Attention, AttentionView, KVCache
 from grpo_jax.models.experts import Experts
 from grpo_jax.models.gated_delta import DeltaState, GatedDelta
-from grpo_jax.models.linear import Linear
+from grpo_jax.models.linear import Linear, joined
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import norm_if, scaled
 from grpo_jax.models.rope import RopeTables
@@ -28,11 +29,21 @@ class MLP(nnx.Module):
         self.arch = arch
         adapter = functools.partial(adapter_of, lora)
         self.gate = Linear(arch.dim, arch.ffn_dim, lora=adapter("gate_proj"), rngs=rngs)
-        self.up = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
+        self.up: Linear | None = Linear(arch.dim, arch.ffn_dim, lora=adapter("up_proj"), rngs=rngs)
         self.down = Linear(arch.ffn_dim, arch.dim, scale=(2 * arch.num_layers) ** -0.5, lora=adapter("down_proj"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "*lead D"]) -> tuple[Float[Array, "*lead D"], None]:
-        return self.down(ACTIVATIONS[self.arch.activation](self.gate(x)) * self.up(x)), None
+        if self.up is None:  # `join`
+            gate, up = jnp.split(self.gate(x), 2, -1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(ACTIVATIONS[self.arch.activation](gate) * up), None
+
+    def join(self) -> None:
+        """Make one product of those of gate and up, if none has an adapter."""
+        products = [each for each in (self.gate, self.up) if each is not None]
+        if not any(each.lora for each in products):
+            self.gate, self.up = joined(products), None
 
 
 def _experts(arch: Architecture, *, lora: LoRA | None = None, rngs: nnx.Rngs) -> Experts:
@@ -80,6 +91,14 @@ class Block(nnx.Module):
         attn_BTD, kept = self.attn(self.attn_norm(x_BTD), view, prefix, cache, slot)
         x_BTD, chosen_BTk = self._add(x_BTD, attn_BTD)
         return x_BTD, kept, chosen_BTk
+
+    def join(self) -> Block:
+        """Return the layer with products of the same rows made one, for decoding; the weights may be a stack of layers."""
+        block = nnx.merge(*nnx.split(self))
+        for part in (block.attn, block.mlp):
+            if isinstance(part, (Attention, MLP)):
+                part.join()
+        return block
 
     def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array, Array | None]:
         """Return what `Attention.project` does, of the residual stream: what a row does by itself before attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -129,6 +130,21 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + like(self.bias[...].astype(x.dtype), y)
         return y
+
+
+def joined(linears: Sequence[Linear]) -> Linear:
+    """Return one layer whose outputs are those of several without adapters, one behind the other.
+
+    XLA:GPU makes one product of them by itself, and would put their weights together at every call.
+    """
+    graphdef, _ = nnx.split(linears[0])
+    states = [nnx.split(each)[1] for each in linears]
+    # Weights are [..., out, in] and biases [..., out], of one layer or of a stack of them.
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(_put_together, states[0], *states[1:]))
+
+
+def _put_together(path: Any, *leaves: Array) -> Array:
+    return jnp.concatenate(leaves, -1 if "bias" in jax.tree_util.keystr(path) else -2)
 
 
 def like(vector: Array, x: Array) -> Array:

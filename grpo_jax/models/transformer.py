@@ -283,8 +283,17 @@ class Decoder(nnx.Module):
 
     def unstack_layers(self) -> list[nnx.State]:
         """Return the layers' weights one by one: slicing them inside a decode loop would copy them at every token."""
-        stacks = [nnx.split(layers)[1] for layers in self.arch.split_places(self.layers)]
+        stacks = [nnx.split(layers)[1] for layers in self._decoding_places()]
         return fence_vectors([self._of_layer(i, stacks) for i in range(self.arch.num_layers)], self.hardware)
+
+    def _decoding_places(self) -> list[Block]:
+        """List the stacks of layers by place in the period, as a decode loop runs them."""
+        places = self.arch.split_places(self.layers)
+        if self.hardware is None or not self.decodes_by_kernel:
+            return places
+        mesh = self.hardware.mesh
+        # Of a matrix that `tensor` shards each device would need rows of the others.
+        return [layers.join() for layers in places] if mesh is None or mesh.shape["tensor"] == 1 else places
 
     @property
     def decodes_by_kernel(self) -> bool:
@@ -345,7 +354,7 @@ class Decoder(nnx.Module):
         views = make_views(self.arch, lengths_B1 + slot_B1, lengths_B1 + slots_1U, mask_B1U, prefix)
         if prefix.layers is not None:
             views = self._newest_views(views, jnp.broadcast_to(slot, tokens_B.shape), prefix)
-        graphdefs = [nnx.split(layers)[0] for layers in self.arch.split_places(self.layers)]
+        graphdefs = [nnx.split(layers)[0] for layers in self._decoding_places()]
         x_B1D = self.embed_tokens(tokens_B)[:, None]
         # A Python loop over layers: their weights are separate arrays (`unstack_layers` says why), and as each layer's kind is
         # static, its view needs no select.

@@ -1,7 +1,7 @@
 """What the README says of any device, on the accelerator that is here; a JSON line each.
 
-    python -m experiments.studies.gpu.claims resume    a run that is killed and goes on has the records of one that is not
-    python -m experiments.studies.gpu.claims vmapped   seconds of a step of 40 runs in one call, and of one run
+python -m experiments.studies.gpu.claims resume    a run that is killed and goes on has the records of one that is not
+python -m experiments.studies.gpu.claims vmapped   seconds of a step of 40 runs in one call, and of one run
 """
 
 import argparse

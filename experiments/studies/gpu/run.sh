@@ -6,7 +6,8 @@
 set -eu
 out=${1:-results.jsonl}
 bench() { python -m experiments.benchmark --model=qwen --dtype=bfloat16 "$@" | tee -a "$out"; }
-python -m experiments.studies.gpu.kernels | tee -a "$out"
+# Without XLA's own search among Triton's products, which of the float32 reference takes minutes.
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python -m experiments.studies.gpu.kernels | tee -a "$out"
 bench --what=rollout --prompts=32 --group-size=8 --prompt-len=128 --completion-len=256
 bench --what=rollout --prompts=128 --group-size=8 --prompt-len=128 --completion-len=256
 bench --what=update --prompts=32 --group-size=8 --prompt-len=128 --completion-len=256 --microbatch=64

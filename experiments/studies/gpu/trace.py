@@ -2,8 +2,8 @@
 
     python -m experiments.studies.gpu.trace --what=update --model=qwen --dtype=bfloat16 --prompts=32 --out=update.json
 
-Flags are those of experiments.benchmark. One call is traced by JAX's profiler, after those that warm up. `busy_secs` is the time
-in which at least one kernel runs: what is missing to `span_secs` is the device waiting for its next launch.
+Flags are those of experiments.benchmark. One call is traced by JAX's profiler, after those that warm up. `busy_secs` is the
+time in which at least one kernel runs: what is missing to `span_secs` is the device waiting for its next launch.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def kernels_of(data: Any) -> list[Kernel]:
                 continue  # the lines that the profiler derives count everything once more
             for event in line.events:
                 stats = dict(event.stats)
-                found.append(Kernel(event.name, str(stats.get("hlo_op", "")), event.start_ns, event.start_ns + event.duration_ns))
+                found.append(
+                    Kernel(event.name, str(stats.get("hlo_op", "")), event.start_ns, event.start_ns + event.duration_ns)
+                )
     return sorted(found, key=lambda kernel: kernel.start_ns)
 
 
@@ -113,7 +115,9 @@ def table(kernels: list[Kernel], schedule: Schedule, top: int) -> list[dict[str,
 def main() -> None:
     """Trace a call and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for what is printed, and FILE.hlo.gz for the program's text")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="a JSON file for what is printed, and FILE.hlo.gz for the program's text"
+    )
     parser.add_argument("--top", type=int, default=45)
     ours, rest = parser.parse_known_args()
     args = benchmark.parse(rest)
@@ -127,7 +131,8 @@ def main() -> None:
         kernels = kernels_of(jax.profiler.ProfileData.from_file(str(file)))
     if not kernels:
         raise SystemExit("the profiler recorded no kernel of a GPU")
-    hlo, planned = program.as_text(), program.memory_analysis()
+    hlo, planned = program.as_text() or "", program.memory_analysis()
+    assert planned is not None
     lines = table(kernels, Schedule(hlo), ours.top)
     span = (max(each.end_ns for each in kernels) - kernels[0].start_ns) / 1e9
     whole = {
@@ -144,7 +149,8 @@ def main() -> None:
     }
     print(json.dumps(whole))
     for line in lines:
-        print(f"{line['secs']:.4f} {line['launches']:7d}  {line['op'][:34]:34} {line['source']:30} {line['result'][:44]:44} {line['kernel']}")
+        where = f"{line['op'][:24]:24} {line['source']:30} {line['result'][:44]:44}"
+        print(f"{line['secs']:.4f} {line['launches']:7d}  {where} {line['kernel']}")
     if ours.out:
         ours.out.write_text(json.dumps({**whole, "kernels": lines}, indent=1))
         with gzip.open(ours.out.with_suffix(".hlo.gz"), "wt") as file:

@@ -79,7 +79,9 @@ def time_flash(shape: kernels.Shape, is_backward: bool, blocks: tuple[int, ...])
     """Time the forward kernel, or the three of the backward pass."""
     arrays, mask_PS = kernels.arrays_of(shape, jnp.bfloat16)
     q_BTNH, own_k, own_v, prompt_k, prompt_v = arrays
-    laid_out = attend.lay_out(q_BTNH, *((k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in ((own_k, own_v), (prompt_k, prompt_v))))
+    laid_out = attend.lay_out(
+        q_BTNH, *((k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in ((own_k, own_v), (prompt_k, prompt_v)))
+    )
     B = shape.P * shape.G
     masks = jnp.ones((B, shape.T), jnp.int32), mask_PS.astype(jnp.int32), None
     call = Call(HERE, shape.S, shape.cap, shape.window)
@@ -99,8 +101,24 @@ CHOICES = {
         *[(64, 4, 3, 0), (64, 4, 2, 0), (64, 2, 2, 0), (32, 4, 4, 0), (32, 4, 3, 0), (32, 4, 2, 0), (32, 2, 3, 0)],
         *[(32, 4, 3, rows) for rows in (1, 2, 4)],
     ],
-    "forward": [(128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2)],
-    "backward": [(64, 64, 4, 2), (64, 64, 8, 1), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (64, 32, 8, 1)],
+    "forward": [
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 32, 8, 2),
+        (32, 32, 4, 2),
+    ],
+    "backward": [
+        (64, 64, 4, 2),
+        (64, 64, 8, 1),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (32, 32, 4, 2),
+        (32, 32, 4, 1),
+        (64, 32, 8, 1),
+    ],
 }
 
 

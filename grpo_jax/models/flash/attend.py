@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.models.flash import tpu
-from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues
+from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues, has_kernels
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 
@@ -31,7 +31,7 @@ SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them w
 
 def suits(rows: CausalRows | None, num_queries: int, num_keys: int) -> bool:
     """Decide if the kernel is the better form: on accelerators that have one, for rows that fill a block of queries."""
-    if rows is None or rows.hardware.platform not in ("tpu", "gpu"):
+    if rows is None or not has_kernels(rows.hardware.platform):
         return False
     return num_queries == num_keys >= MIN_QUERIES and rows.window != 1
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,20 @@ import jax
 from jaxtyping import Array, Float
 
 from grpo_jax.parallel.hardware import Hardware
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def has_kernels(platform: str) -> bool:
+    """Say if kernels for these devices are there; says once that a jax has none for GPUs any more."""
+    if platform != "gpu":
+        return platform == "tpu"
+    # Deprecated since jax 0.11; of what is to come in its place nothing takes float32 or heads of any width.
+    is_there = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    if not is_there:
+        _log.warning("attention by plain operations: this jax has no Pallas for Triton, which jax 0.7 to 0.12 have")
+    return is_there
 
 
 @flax.struct.dataclass
