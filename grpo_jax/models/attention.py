@@ -335,6 +335,10 @@ def _by_prompt(x_BK: Array, num_prompts: int) -> Array:
     return jnp.swapaxes(x_BK.reshape(num_prompts, -1, *x_BK.shape[1:]), 1, 2)
 
 
+def _scaled(q_BTNH: Float[Array, "B T N H"], query_scale: Float[Array, "B T 1 1"] | None) -> Float[Array, "B T N H"]:
+    return q_BTNH if query_scale is None else q_BTNH * query_scale.astype(q_BTNH.dtype)
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention over a row's own tokens and, where given, its prompt's prefix."""
 
@@ -397,23 +401,27 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N H"] | None]:
         """Return queries, keys, values and gate (None: none) of normed hidden states; rope, query_scale: of their positions."""
         arch, heads = self.arch, (*x_BTD.shape[:2], -1, self.arch.head_dim)
+        turn = functools.partial(rotate, tables=rope, is_interleaved=arch.rope.is_interleaved)
+        gate_BTNH = None
         if self.k is None or self.v is None:  # `join`
-            q_dim, kv_dim = arch.num_heads * arch.head_dim * (1 + arch.has_output_gate), arch.num_kv_heads * arch.head_dim
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(self.q(x_BTD), (q_dim, q_dim + kv_dim), -1)
+            num_q, num_k = arch.num_heads * (1 + arch.has_output_gate), arch.num_kv_heads
+            all_BTMH = self.q(x_BTD).reshape(heads)
+            if not (arch.qk_norm or arch.has_output_gate):  # queries and keys are turned as one, too
+                all_BTMH, v_BTKH = jnp.split(all_BTMH, (num_q + num_k,), 2)
+                q_BTNH, k_BTKH = jnp.split(turn(all_BTMH), (num_q,), 2)
+                return _scaled(q_BTNH, query_scale), k_BTKH, v_BTKH, None
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(all_BTMH, (num_q, num_q + num_k), 2)
         else:
-            q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        v_BTKH, gate_BTNH = v_BTKH.reshape(heads), None
+            q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in (self.q, self.k, self.v))
         if arch.has_output_gate:
             q_BTNH, gate_BTNH = jnp.split(q_BTNH.reshape(*heads[:-1], 2 * arch.head_dim), 2, -1)
         if arch.qk_norm_spans_heads:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH).reshape(heads), self.k_norm(k_BTKH).reshape(heads)
+            rows = (*heads[:-2], -1)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(rows)).reshape(heads), self.k_norm(k_BTKH.reshape(rows)).reshape(heads)
         else:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH.reshape(heads)), self.k_norm(k_BTKH.reshape(heads))
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
-        q_BTNH, k_BTKH = (rotate(x, rope, is_interleaved=arch.rope.is_interleaved) for x in (q_BTNH, k_BTKH))
-        if query_scale is not None:
-            q_BTNH = q_BTNH * query_scale.astype(q_BTNH.dtype)
-        return q_BTNH, k_BTKH, v_BTKH, gate_BTNH
+        return _scaled(turn(q_BTNH), query_scale), turn(k_BTKH), v_BTKH, gate_BTNH
 
     def join(self) -> None:
         """Make one product of those of queries, keys and values, if none has an adapter."""

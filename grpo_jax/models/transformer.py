@@ -289,7 +289,7 @@ class Decoder(nnx.Module):
     def _decoding_places(self) -> list[Block]:
         """List the stacks of layers by place in the period, as a decode loop runs them."""
         places = self.arch.split_places(self.layers)
-        if self.hardware is None or not self.decodes_by_kernel:
+        if self.hardware is None or self.tiles is not None:
             return places
         mesh = self.hardware.mesh
         # Of a matrix that `tensor` shards each device would need rows of the others.
