@@ -120,6 +120,8 @@ def test_products_of_the_same_rows_are_one():
     decoder = ModelDef(LAYERS, hardware=GPU).bind(tiny.random_params(LAYERS))
     (joined,) = decoder._decoding_places()
     assert joined.attn.k is None and joined.mlp.up is None
+    (of_tpu,) = ModelDef(LAYERS, hardware=Hardware("tpu")).bind(tiny.random_params(LAYERS))._decoding_places()
+    assert of_tpu.attn.k is not None and of_tpu.mlp.up is None
 
     def outputs(layers):
         graphdef, stacks = nnx.split(layers)

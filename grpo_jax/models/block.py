@@ -92,12 +92,18 @@ class Block(nnx.Module):
         x_BTD, chosen_BTk = self._add(x_BTD, attn_BTD)
         return x_BTD, kept, chosen_BTk
 
-    def join(self) -> Block:
-        """Return the layer with products of the same rows made one, for decoding; the weights may be a stack of layers."""
+    def join(self, *, has_kernel: bool) -> Block:
+        """Return the layer with products of the same rows made one, for decoding.
+
+        Its weights may be those of a stack of layers. has_kernel: what attends to the rows' newest tokens is one.
+        """
         block = nnx.merge(*nnx.split(self))
-        for part in (block.attn, block.mlp):
-            if isinstance(part, (Attention, MLP)):
-                part.join()
+        if isinstance(block.mlp, MLP):
+            block.mlp.join()
+        # Without, the caches' layouts decide: by XLA:TPU's estimate a token of Qwen2.5-0.5B takes a tenth less with completions
+        # of 1,024 tokens, and of smaller decoders a quarter more with 256.
+        if has_kernel and isinstance(block.attn, Attention):
+            block.attn.join()
         return block
 
     def enter(self, x_BTD: Array, rope: RopeTables, query_scale: Array | None) -> tuple[Array, Array, Array, Array | None]:

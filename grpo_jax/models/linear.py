@@ -135,8 +135,8 @@ class Linear(nnx.Module):
 def joined(linears: Sequence[Linear]) -> Linear:
     """Return one layer whose outputs are those of several without adapters, one behind the other.
 
-    Of few rows one product takes less than several: a tenth of a decoded token of Qwen2.5-0.5B on v5e, by its compiler. XLA:GPU
-    makes one of them by itself, and would put their weights together at every call.
+    Of few rows one product takes less than several. XLA:GPU makes one of them by itself, and would put their weights together
+    at every call.
     """
     graphdef, _ = nnx.split(linears[0])
     states = [nnx.split(each)[1] for each in linears]

@@ -292,8 +292,9 @@ class Decoder(nnx.Module):
         if self.hardware is None or self.tiles is not None:
             return places
         mesh = self.hardware.mesh
-        # Of a matrix that `tensor` shards each device would need rows of the others.
-        return [layers.join() for layers in places] if mesh is None or mesh.shape["tensor"] == 1 else places
+        if mesh is not None and mesh.shape["tensor"] > 1:
+            return places  # of a matrix that `tensor` shards each device would need rows of the others
+        return [layers.join(has_kernel=self.decodes_by_kernel) for layers in places]
 
     @property
     def decodes_by_kernel(self) -> bool:

@@ -323,19 +323,27 @@ def _over_keys(parts: tuple[Part, ...], blocks: Blocks, refs: Any, turn: Callabl
     return carry
 
 
+def add_keys(score_QU: Any, v_UH: Any, seen_QU: Any, carry: Any) -> Any:
+    """Return the carry (maximum, sum of exponentials, their sum of values) of each query with a block of keys more.
+
+    score_QU: in units of log 2. v_UH: the keys' values. seen_QU: which of them a query sees.
+    """
+    top_Q, total_Q, sum_QH = carry
+    # A finite value: what a query gathers of a block in which it sees no key is later multiplied with exp(-1e30).
+    score_QU = jnp.where(seen_QU, score_QU, MASK_VALUE)
+    higher_Q = jnp.maximum(top_Q, score_QU.max(-1))
+    p_QU, shrunk_Q = jnp.exp2(score_QU - higher_Q[:, None]), jnp.exp2(top_Q - higher_Q)
+    sum_QH = sum_QH * shrunk_Q[:, None] + dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
+    return higher_Q, total_Q * shrunk_Q + p_QU.sum(-1), sum_QH
+
+
 def _forward_kernel(parts: tuple[Part, ...], cap: float | None, blocks: Blocks, q_ref: Any, *refs: Any) -> None:
     q_QH = q_ref[...]
     *keys_and_begins, out_ref, lse_ref = refs
 
     def turn(k_UH: Any, v_UH: Any, seen_QU: Any, carry: Any) -> Any:
-        top_Q, total_Q, sum_QH = carry
         score_QU, _ = cap_scores(dot(q_QH, k_UH, (1, 1)), cap)
-        # A finite value: what a query gathers of a block in which it sees no key is later multiplied with exp(-1e30).
-        score_QU = jnp.where(seen_QU, score_QU, MASK_VALUE)
-        higher_Q = jnp.maximum(top_Q, score_QU.max(-1))
-        p_QU, shrunk_Q = jnp.exp2(score_QU - higher_Q[:, None]), jnp.exp2(top_Q - higher_Q)
-        sum_QH = sum_QH * shrunk_Q[:, None] + dot(p_QU.astype(v_UH.dtype), v_UH, (1, 0))
-        return higher_Q, total_Q * shrunk_Q + p_QU.sum(-1), sum_QH
+        return add_keys(score_QU, v_UH, seen_QU, carry)
 
     top_Q = jnp.full(blocks.queries, MASK_VALUE, jnp.float32)
     carry = top_Q, jnp.zeros(blocks.queries, jnp.float32), jnp.zeros(q_QH.shape, jnp.float32)

@@ -177,7 +177,7 @@ def _kernel(
 ) -> None:
     from jax.experimental import pallas as pl
 
-    from grpo_jax.models.flash.gpu import MASK_VALUE, cap_scores, dot
+    from grpo_jax.models.flash.gpu import add_keys, cap_scores, dot
 
     own_ref, prompt_ref, *keys, _, _, out_ref, cached_k_ref, cached_v_ref = refs
     own_k_ref, own_v_ref = refs[-5:-3]
@@ -192,12 +192,7 @@ def _kernel(
         cached_k_ref[row, :, slot], cached_v_ref[row, slot, :] = k_ref[row, :], v_ref[row, :]
 
     def over(k_HU: Any, v_UH: Any, seen_MU: Any, carry: Any) -> Any:
-        top_M, total_M, sum_MH = carry
-        score_MU = jnp.where(seen_MU, cap_scores(dot(q_MH, k_HU, (1, 0)), cap)[0], MASK_VALUE)
-        higher_M = jnp.maximum(top_M, score_MU.max(-1))
-        p_MU, shrunk_M = jnp.exp2(score_MU - higher_M[:, None]), jnp.exp2(top_M - higher_M)
-        sum_MH = sum_MH * shrunk_M[:, None] + dot(p_MU.astype(v_UH.dtype), v_UH, (1, 0))
-        return higher_M, total_M * shrunk_M + p_MU.sum(-1), sum_MH
+        return add_keys(cap_scores(dot(q_MH, k_HU, (1, 0)), cap)[0], v_UH, seen_MU, carry)
 
     def slots(number: Any) -> tuple[Any, Any]:
         return pl.ds(number * block, block), number * block + jnp.arange(block)
