@@ -21,7 +21,7 @@ from grpo_jax.configs import base
 from grpo_jax.training.run import make_run
 from grpo_jax.training.stacking import stack_states
 
-TIMINGS = ("time/", "tokens/s", "memory/")
+TIMINGS = ("time/", "tokens/s")
 MEMBERS = 40  # five settings of eight seeds
 
 

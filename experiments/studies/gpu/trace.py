@@ -1,4 +1,4 @@
-"""The dearest kernels of a rollout, an update or a step on the GPU that is here: measured seconds, launches, source lines.
+"""The dearest kernels of a rollout or an update on the GPU that is here: measured seconds, launches, source lines.
 
     python -m experiments.studies.gpu.trace --what=update --model=qwen --dtype=bfloat16 --prompts=32 --out=update.json
 
@@ -67,8 +67,8 @@ def busy_ns(kernels: Iterable[Kernel]) -> float:
 def prepare(args: argparse.Namespace) -> tuple[Callable[[int], Any], jax.stages.Compiled]:
     """Return (a call of what is to be traced, its program)."""
     run, state = benchmark.prepare(args)
-    prompts = run.task.train_prompts(0, run.config.rollout.num_prompts)
     if args.what == "rollout":
+        prompts = run.task.train_prompts(0, run.config.rollout.num_prompts)
         rollout = jax.jit(make_rollout(run.model, run.config.rollout, end_tokens(run.task), run.mesh))
         program = rollout.lower(state.policy, prompts, jax.random.key(0)).compile()
         return lambda i: program(state.policy, prompts, jax.random.key(i)), program

@@ -79,7 +79,7 @@ class Part:
         first, last = begin, jnp.minimum(self.offset + start + blocks.queries, self.num) - 1
         if self.window is not None:
             first = jnp.maximum(first, self.offset + start - self.window + 1)
-        return _div(first, blocks.keys), (_div(last, blocks.keys) + 1) * (first <= last).astype(jnp.int32)
+        return div(first, blocks.keys), (div(last, blocks.keys) + 1) * (first <= last).astype(jnp.int32)
 
     def queries_seeing(self, start: Any, blocks: Blocks, begin: Any, num_queries: int) -> tuple[Any, Any]:
         """Return (first, end) of the blocks of queries that see a block of keys, from `start` on."""
@@ -89,7 +89,7 @@ class Part:
             end = jnp.clip(last_key + self.window - self.offset, 0, num_queries)
         # None of a block that is all padding. By a product: Triton's lowering takes no literal in the `where` of a scalar.
         end = end * ((start + blocks.keys > begin) & (start < self.num)).astype(jnp.int32)
-        return _div(first, blocks.queries), _div(end + blocks.queries - 1, blocks.queries)
+        return div(first, blocks.queries), div(end + blocks.queries - 1, blocks.queries)
 
     def sees(self, query_Q: Any, key_U: Any, begin: Any) -> Any:
         """Return which keys which queries see, [Q, U]; both are places in their arrays."""
@@ -100,13 +100,20 @@ class Part:
         return seen_QU
 
 
-def _div(x: Any, size: Any) -> Any:
+def div(x: Any, size: Any) -> Any:
+    """Return x // size of numbers that are not negative, size a scalar."""
     # Not `//`, which looks at signs: of jax 0.10 Triton's lowering has no sign of integers.
-    return jax.lax.div(jnp.asarray(x, jnp.int32), jnp.asarray(size, jnp.int32))
+    return jax.lax.div(*_like_first(x, size))
 
 
-def _rem(x: Any, size: Any) -> Any:
-    return jax.lax.rem(jnp.asarray(x, jnp.int32), jnp.asarray(size, jnp.int32))
+def rem(x: Any, size: Any) -> Any:
+    """Return x % size, as `div`."""
+    return jax.lax.rem(*_like_first(x, size))
+
+
+def _like_first(x: Any, size: Any) -> tuple[Array, Array]:
+    x = jnp.asarray(x, jnp.int32)
+    return x, jnp.broadcast_to(jnp.asarray(size, jnp.int32), x.shape)
 
 
 def dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
@@ -237,10 +244,10 @@ def _keys_gradient(
     def of_heads(*rest: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, heads, *rest), lambda u, n, p: (p, n, *(0 for _ in rest)))
 
-    block = pl.BlockSpec((None, None, blocks.keys, H), lambda u, n, p: (p, _div(n, shared), u, 0))
+    block = pl.BlockSpec((None, None, blocks.keys, H), lambda u, n, p: (p, div(n, shared), u, 0))
     made = pl.BlockSpec((None, None, blocks.keys, H), lambda u, n, p: (p, n, u, 0))
     rows = len(begin) // P  # 1 of prompts, G of own keys
-    first = pl.BlockSpec((1, 1), lambda u, n, p: (p * rows + _rem(n, rows), 0))
+    first = pl.BlockSpec((1, 1), lambda u, n, p: (p * rows + rem(n, rows), 0))
     grads = pl.pallas_call(
         functools.partial(_keys_kernel, part, call.cap, blocks, heads),
         grid=(U // blocks.keys, programs, P),
@@ -280,7 +287,7 @@ def _keys_of_head(sizes: Sizes, keys: tuple[Array, ...]) -> list[pl.BlockSpec]:
 
     def spec(x: Array) -> pl.BlockSpec:
         heads = sizes.M // x.shape[1]  # that read one of them
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda t, m, p: (p, _div(m, heads), 0, 0))
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda t, m, p: (p, div(m, heads), 0, 0))
 
     return [spec(x) for x in keys]
 
@@ -288,7 +295,7 @@ def _keys_of_head(sizes: Sizes, keys: tuple[Array, ...]) -> list[pl.BlockSpec]:
 def _begins_of_head(sizes: Sizes, parts: tuple[Part, ...]) -> list[pl.BlockSpec]:
     prompt = pl.BlockSpec((1, 1), lambda t, m, p: (p, 0))
     G, R = sizes.group_size, sizes.heads_per_key
-    own = pl.BlockSpec((1, 1), lambda t, m, p: (p * G + _rem(_div(m, R), G), 0))
+    own = pl.BlockSpec((1, 1), lambda t, m, p: (p * G + rem(div(m, R), G), 0))
     return [prompt, own][-len(parts) :]
 
 
@@ -402,7 +409,7 @@ def _keys_kernel(
 
     def turn(number: Any, carry: Any) -> Any:
         dk_UH, dv_UH = carry
-        head, block = _div(number, num), first + _rem(number, num)
+        head, block = div(number, num), first + rem(number, num)
         piece = pl.ds(block * blocks.queries, blocks.queries)
         q_QH, d_out_QH = q_ref[head, piece, :], d_out_ref[head, piece, :]
         seen_QU = part.sees(block * blocks.queries + jnp.arange(blocks.queries), key_U, begin)

@@ -177,14 +177,13 @@ def _kernel(
 ) -> None:
     from jax.experimental import pallas as pl
 
-    from grpo_jax.models.flash.gpu import add_keys, cap_scores, dot
+    from grpo_jax.models.flash.gpu import add_keys, cap_scores, div, dot, rem
 
-    own_ref, prompt_ref, *keys, _, _, out_ref, cached_k_ref, cached_v_ref = refs
-    own_k_ref, own_v_ref = refs[-5:-3]
+    own_ref, prompt_ref, *keys, own_k_ref, own_v_ref, out_ref, cached_k_ref, cached_v_ref = refs
     num_rows, num_heads = q_ref.shape[:2]
     # The last head stands for those that fill up the product, and is written again.
     place_M = jnp.minimum(jnp.arange(max(MIN_PRODUCT, pl.next_power_of_2(num_rows * num_heads))), num_rows * num_heads - 1)
-    row_M, head_M = _divided(place_M, num_heads)
+    row_M, head_M = div(place_M, num_heads), rem(place_M, num_heads)
     k_MH, v_MH = k_ref[row_M, :], v_ref[row_M, :]
     q_MH = q_ref[row_M, head_M, :] * jnp.asarray(scale, k_MH.dtype)
     for row in range(num_rows):
@@ -210,25 +209,18 @@ def _kernel(
             seen_MU = (slot_U[None] >= first_M[:, None]) & (slot_U < end)[None]
             return over(refs[0][:, piece], refs[1][piece, :], seen_MU, carry)
 
-        carry = jax.lax.fori_loop(_divided(first_M.min(), block)[0], _divided(end + (block - 1), block)[0], of_prompt, carry)
+        carry = jax.lax.fori_loop(div(first_M.min(), block), div(end + (block - 1), block), of_prompt, carry)
 
     # One loop over rows and their blocks: Triton loads ahead in the innermost loop only.
     first_M, end_M = own_ref[row_M, 0], own_ref[row_M, 1]
-    start = _divided(first_M.min(), block)[0]
-    num = jnp.maximum(_divided(end_M.max() + (block - 1), block)[0] - start, 0)
+    start = div(first_M.min(), block)
+    num = jnp.maximum(div(end_M.max() + (block - 1), block) - start, 0)
 
     def of_rows(number: Any, carry: Any) -> Any:
-        row, number = _divided(number, num)
+        row, number = div(number, num), rem(number, num)
         piece, slot_U = slots(start + number)
         seen_MU = (slot_U[None] >= first_M[:, None]) & (slot_U[None] < end_M[:, None]) & (row_M == row)[:, None]
         return over(own_k_ref[row, :, piece], own_v_ref[row, piece, :], seen_MU, carry)
 
     _, total_M, sum_MH = jax.lax.fori_loop(0, num_rows * num, of_rows, carry)
     out_ref[row_M, head_M, :] = (sum_MH / total_M[:, None]).astype(out_ref.dtype)
-
-
-def _divided(x: Any, size: Any) -> tuple[Any, Any]:
-    """Return (x // size, x % size) of numbers that are not negative; Triton's lowering has no `//` of integers without sign."""
-    x = jnp.asarray(x, jnp.int32)
-    size = jnp.broadcast_to(jnp.asarray(size, jnp.int32), x.shape)
-    return jax.lax.div(x, size), jax.lax.rem(x, size)
