@@ -138,7 +138,8 @@ class Hyperparams:
 
     Runs that differ in these alone share their compiled programs, and many such runs are one run vmapped over states.
     seed: int32. The others: float32 scalars, named as the config names them. kl_coef is never 0 where there is a reference.
-    params: name -> scalar, those of `objective.params`.
+    params: name -> scalar, those of `objective.params`. objective: int32, place of the run's among several of one program;
+    None: the program has one.
     """
 
     seed: Int[Leaf, ""]
@@ -150,6 +151,7 @@ class Hyperparams:
     weight_decay: Float[Leaf, ""]
     max_grad_norm: Float[Leaf, ""]
     params: Mapping[str, Float[Leaf, ""]] = flax.struct.field(default_factory=dict)
+    objective: Int[Leaf, ""] | None = None
 
 
 @flax.struct.dataclass

@@ -155,6 +155,19 @@ def test_finished_runs_are_kept_and_runs_of_one_program_follow_each_other(tmp_pa
     assert [len(job.runs) for job in worker.jobs_of(specs, to_do, 3, tmp_path)] == [3, 3, 1]
 
 
+def test_runs_of_several_objectives_are_one_job_where_one_call_advances_them(tmp_path):
+    configs = ("configs/grpo.py", "configs/gtpo.py", "configs/dr_grpo.py", "configs/grpo_s.py", "configs/dapo.py")
+    specs = plan.expand(sweep_of(configs=configs, seeds=(0, 1)), {"num_steps": 3})
+
+    def variants(cohort_size):
+        return [[spec.variant for spec in job.runs] for job in worker.jobs_of(specs, specs, cohort_size, tmp_path)]
+
+    # With a KL, without, and DAPO, which samples until a batch is full.
+    assert variants(0) == [["grpo"] * 2 + ["dr_grpo"] * 2, ["gtpo"] * 2 + ["grpo_s"] * 2, ["dapo"] * 2]
+    assert variants(2) == [[name] * 2 for name in ("grpo", "dr_grpo", "gtpo", "grpo_s", "dapo")]
+    assert [each[0] for each in variants(1)] == [name for name in ("grpo", "gtpo", "dr_grpo", "grpo_s", "dapo") for _ in (0, 1)]
+
+
 def test_the_time_left_leaves_out_what_came_before_the_first_step(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(secs=0.0)
     monkeypatch.setattr("grpo_jax.tools.sweep.board.time", types.SimpleNamespace(monotonic=lambda: clock.secs))

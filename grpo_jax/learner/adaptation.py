@@ -12,11 +12,12 @@ from grpo_jax.config import LearnerConfig
 from grpo_jax.masking import masked_mean
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.objectives import Objective, adaptive
+from grpo_jax.objectives.one_of import OneOf
 from grpo_jax.types import Adapted, Arrays, Params
 
 
 def adapt(
-    obj: Objective,
+    obj: Objective | OneOf,
     adapted: Adapted | None,
     mask_PGT: Float[Arrays, "P G T"],
     entropy_PGT: Float[Arrays, "P G T"],
@@ -33,6 +34,7 @@ def adapt(
     """
     if adapted is None:
         return None, None, {}
+    assert isinstance(obj, Objective), "an objective whose numbers training moves shares no program with another"
     now, later, one = adapted, adapted, jnp.float32(1)
     metrics: dict[str, Metric] = {}
     if adapted.entropy_coef is not None:

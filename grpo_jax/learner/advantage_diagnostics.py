@@ -11,6 +11,7 @@ from jaxtyping import Float
 from grpo_jax import objectives
 from grpo_jax.metrics import Correlation, Mean, Metric
 from grpo_jax.objectives import Objective
+from grpo_jax.objectives.one_of import OneOf
 from grpo_jax.types import UNKNOWN, Arrays, AxisName, Batch
 
 GRPO = objectives.get("grpo")
@@ -115,7 +116,7 @@ def advantages_with_grpo(
 
 
 def advantage_metrics(
-    obj: Objective, batch: Batch, mask_PGT: Float[jax.Array, "P G T"], adv_PGT: Float[jax.Array, "P G T"]
+    obj: Objective | OneOf, batch: Batch, mask_PGT: Float[jax.Array, "P G T"], adv_PGT: Float[jax.Array, "P G T"]
 ) -> dict[str, Metric]:
     """Measure whether the advantages do what they should, over the trained tokens of a batch (on any number of devices).
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
 from grpo_jax.objectives import Objective, Params
 from grpo_jax.objectives.adaptive import with_adapted
+from grpo_jax.objectives.one_of import OneOf, needs_of
 from grpo_jax.types import Adapted, Hyperparams
 
 T = TypeVar("T")
@@ -53,12 +54,27 @@ def static_key(config: Config) -> Config:
     return with_fields(config, blank | {"objective.params": dict.fromkeys(config.objective.params, 0.0)})
 
 
-def with_hyperparams(obj: Objective, hyperparams: Hyperparams, adapted: Adapted | None = None) -> Objective:
+def joint_key(config: Config) -> Config:
+    """Return the static key with no more of the objective than it needs of the model: what runs in one vmapped call share."""
+    key = static_key(config)
+    return dataclasses.replace(key, objective=needs_of(key.objective))
+
+
+@overload
+def with_hyperparams(obj: Objective, hyperparams: Hyperparams, adapted: Adapted | None = None) -> Objective: ...
+@overload
+def with_hyperparams(obj: Objective | OneOf, hyperparams: Hyperparams, adapted: Adapted | None = None) -> Objective | OneOf: ...
+def with_hyperparams(obj: Objective | OneOf, hyperparams: Hyperparams, adapted: Adapted | None = None) -> Objective | OneOf:
     """Return the objective with its numbers taken from the state (they may be traced).
 
     Args:
-      obj: of the static key. hyperparams: the config's. adapted: those that training moves; None: there are none.
+      obj: of the static key, or one of several by `hyperparams.objective`.
+      hyperparams: the config's. adapted: those that training moves; None: there are none.
     """
+    if isinstance(obj, OneOf):
+        assert hyperparams.objective is not None, "a program of several objectives needs to know which one is the run's"
+        members = tuple(with_hyperparams(member, hyperparams, adapted) for member in obj.members)
+        return OneOf(members, hyperparams.objective)
     obj = with_adapted(obj, adapted)
     # kl_coef stays a Python 0 without a KL, because `Objective.has_kl` is a branch, which a traced number cannot decide.
     return dataclasses.replace(

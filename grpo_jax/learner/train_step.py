@@ -10,6 +10,7 @@ layer (`models.fsdp`), and their gradients are scattered again; AdamW works on s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from grpo_jax.metrics import Max, Mean, Metric, ShareEntropy, ShareMax
 from grpo_jax.models.experts import Routing, share_elsewhere
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives import Objective
+from grpo_jax.objectives.one_of import OneOf, choose
 from grpo_jax.parallel import context
 from grpo_jax.parallel.hardware import target_platform
 from grpo_jax.parallel.sharding import (
@@ -50,6 +52,7 @@ from grpo_jax.rng import key_for
 from grpo_jax.rollout.rollout import sampling_of
 from grpo_jax.types import Arrays, AxisName, Batch, Hyperparams, Leaf, Params, Rollout, TrainState, join_params
 
+MakeOptimizer = Callable[[Hyperparams], optax.GradientTransformation]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Metric]]]
 
 
@@ -74,7 +77,7 @@ class Target:
 
 
 def make_train_step(
-    model: ModelDef, make_optimizer: Callable[[Hyperparams], optax.GradientTransformation], config: Config, mesh: Mesh
+    model: ModelDef, make_optimizer: MakeOptimizer, config: Config, mesh: Mesh, several: OneOf | None = None
 ) -> TrainStep:
     """Bind the static parts. The result is pure and jit-able; it does not jit itself, so that it composes.
 
@@ -83,8 +86,10 @@ def make_train_step(
       config: objective, learner, rollout (distribution and budget), overlong.filter, optimizer.offload and
         mesh.fsdp_min_elements are read; the fields of `Hyperparams` are not, they come from the state.
       mesh: rows are sharded over its axes data and fsdp, weights over fsdp and tensor.
+      several: objectives in place of the config's, of which `state.hyperparams.objective` names the one that holds.
     Returns: train_step(state, batch) -> (state, metrics of the update).
     """
+    objective = config.objective if several is None else several
     axis_name = row_axes(mesh)
     min_elements = config.mesh.fsdp_min_elements
 
@@ -95,10 +100,10 @@ def make_train_step(
         policies = dataclasses.replace(state, opt_state=None, pending=None, next_batch=None, later_batches=())
         parts = drop_mesh_axis(specs_of(policies, mesh, min_elements), "tensor")
         prepare = shard_map_over_batch(
-            lambda state, batch: make_target(model, state, batch, config, axis_name=axis_name), mesh, (parts, ROWS), ROWS
+            lambda state, batch: make_target(model, state, batch, config, axis_name, several), mesh, (parts, ROWS), ROWS
         )
         target = prepare(policies, constrain(batch, mesh, ROWS))
-        obj = with_hyperparams(config.objective, state.hyperparams, state.adapted)
+        obj = with_hyperparams(objective, state.hyperparams, state.adapted)
         trained = target.rollout.mask_PGT, target.rollout.entropy_PGT, target.advantage_PGT
         adapted, next_adapted, adapted_metrics = adapt(obj, state.adapted, *trained, config.rollout.max_completion_tokens)
         shards = (parts.params, parts.base) if axis_name else None
@@ -113,7 +118,7 @@ def make_train_step(
 
         sharded_gradients = shard_map_over_batch(
             lambda params, base, numbers, minibatch: compute_gradients(
-                model, params, base, minibatch, with_hyperparams(config.objective, *numbers), config, shards
+                model, params, base, minibatch, with_hyperparams(objective, *numbers), config, shards
             ),
             mesh,
             (parts.params, parts.base, REPLICATED, ROWS),
@@ -122,17 +127,23 @@ def make_train_step(
         # A scan, so that one minibatch is compiled and not all epochs x minibatches of them.
         minibatches = split_minibatches(target, state.hyperparams.seed, state.step, config.learner)
         (params, opt_state), stacked = jax.lax.scan(minibatch_step, (state.params, state.opt_state), minibatches)
-        metrics = metrics_lib.reduce_stacked(stacked)
-        # Only before the first optimizer step do sampler and learner hold the same weights.
-        for name in ("policy/sampler_logp_gap", "experts/sampler_differs"):
-            if name in stacked:
-                metrics[name] = jax.tree.map(lambda x: x[0], stacked[name])
-        metrics.update(advantage_metrics(obj, batch, target.rollout.mask_PGT, target.advantage_PGT))
+        metrics = metrics_of_minibatches(stacked)
+        metrics |= advantage_metrics(obj, batch, target.rollout.mask_PGT, target.advantage_PGT)
         moving_ref = refresh_reference(state.moving_ref, params, state.step + 1, config.learner)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, adapted=next_adapted, moving_ref=moving_ref)
         return dataclasses.replace(state, step=state.step + 1), metrics | adapted_metrics
 
     return train_step
+
+
+def metrics_of_minibatches(stacked: dict[str, Metric]) -> dict[str, Metric]:
+    """Reduce the metrics of an update's minibatches, which are stacked, to one of each name."""
+    metrics = metrics_lib.reduce_stacked(stacked)
+    # Only before the first optimizer step do sampler and learner hold the same weights.
+    for name in ("policy/sampler_logp_gap", "experts/sampler_differs"):
+        if name in stacked:
+            metrics[name] = jax.tree.map(lambda x: x[0], stacked[name])
+    return metrics
 
 
 def apply_gradients(
@@ -179,18 +190,25 @@ def apply_gradients(
     return (params, opt_state), metrics
 
 
-def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config, axis_name: AxisName | None = None) -> Target:
+def make_target(
+    model: ModelDef,
+    state: TrainState,
+    batch: Batch,
+    config: Config,
+    axis_name: AxisName | None = None,
+    several: OneOf | None = None,
+) -> Target:
     """Compute what stays fixed during an update: advantages, old and reference log-probabilities.
 
     It runs on whole groups, before any split: a microbatch of one row must not turn a group statistic into another one.
 
     Args:
       model: decoder. state: the policy, its reference and the hyperparams. batch: whole groups, on this device.
-      config: as in `make_train_step`. axis_name: mesh axes that batch statistics go over, inside `shard_map`.
+      config, several: as in `make_train_step`. axis_name: mesh axes that batch statistics go over, inside `shard_map`.
     Returns: the Target of the batch.
     """
     assert state.hyperparams is not None
-    obj = with_hyperparams(config.objective, state.hyperparams, state.adapted)
+    obj = with_hyperparams(config.objective if several is None else several, state.hyperparams, state.adapted)
     # A smaller mask and not a smaller batch, whose shape is static: rows that are filtered out weigh nothing from here on.
     mask_PGT = trained_mask(batch, config.overlong.filter)
     rollout = dataclasses.replace(batch.rollout, mask_PGT=mask_PGT)
@@ -207,12 +225,16 @@ def make_target(model: ModelDef, state: TrainState, batch: Batch, config: Config
     ref_logp_PGT = None
     if obj.needs_reference:
         ref_logp_PGT, _ = logprobs_in_microbatches(*reference_policy(model, state), rollout, config)
-    # A KL in the reward is part of what the advantage is made of; success and O+/O- still look at the task's reward alone.
-    paid_batch = subtract_kl(obj, batch, old_logp_PGT, ref_logp_PGT, mask_PGT)
-    adv_PGT = batch_advantages(obj, paid_batch, mask_PGT, entropy_PGT, old_logp_PGT, axis_name)
-    by_row = (x.reshape(P * G, -1) for x in (adv_PGT, old_logp_PGT, mask_PGT))
-    penalised_BT = objectives.penalised_tokens(obj, *by_row, axis_name=axis_name)
-    penalised_PGT = penalised_BT if penalised_BT is None else penalised_BT.reshape(mask_PGT.shape)
+
+    def credit(obj: Objective) -> tuple[jax.Array, jax.Array | None]:
+        # A KL in the reward is part of what the advantage is made of; success and O+/O- still look at the task's reward alone.
+        paid_batch = subtract_kl(obj, batch, old_logp_PGT, ref_logp_PGT, mask_PGT)
+        adv_PGT = batch_advantages(obj, paid_batch, mask_PGT, entropy_PGT, old_logp_PGT, axis_name)
+        by_row = (x.reshape(P * G, -1) for x in (adv_PGT, old_logp_PGT, mask_PGT))
+        penalised_BT = objectives.penalised_tokens(obj, *by_row, axis_name=axis_name)
+        return adv_PGT, penalised_BT if penalised_BT is None else penalised_BT.reshape(mask_PGT.shape)
+
+    adv_PGT, penalised_PGT = choose(obj, credit)
     importance_PGT = None
     if config.learner.importance_cap:  # exactly 1 where the two agree, so also on groups that waited in the buffer
         log_ratio_PGT = objectives.log_ratio(old_logp_PGT, rollout.sampler_logp_PGT, mask_PGT)
@@ -274,7 +296,7 @@ def compute_gradients(
     params: Params,
     base: Params | None,
     target: Target,
-    obj: Objective,
+    obj: Objective | OneOf,
     config: Config,
     shards: tuple[PyTree[PartitionSpec], PyTree[PartitionSpec] | None] | None = None,
 ) -> tuple[Params, dict[str, Metric]]:
@@ -292,12 +314,13 @@ def compute_gradients(
     T = mask_PGT.shape[-1]
     # Weights and the one denominator depend on the mask alone, so they are global before anything is differentiated: how the
     # batch is split over microbatches and devices cannot change the result.
-    weight_BT, denom = objectives.weights(
-        obj,
-        mask_PGT.reshape(-1, T),
+    weigh = functools.partial(
+        objectives.weights,
+        mask_BT=mask_PGT.reshape(-1, T),
         max_completion_length=config.rollout.max_completion_tokens,
         axis_name=axis_name,
     )
+    weight_BT, denom = choose(obj, weigh)
     if shards:
         # Differentiate with respect to this device's copy: a gradient by the replicated weight would be summed over devices
         # in every microbatch. Weights that fsdp shards are summed over that axis anyway, as they leave their layer.
@@ -336,7 +359,7 @@ def microbatch_loss(
     params: Params,
     target: Target,
     weight_PGT: Float[jax.Array, "P G T"],
-    obj: Objective,
+    obj: Objective | OneOf,
     config: Config,
     sums: Params | None = None,
 ) -> tuple[Float[jax.Array, ""], dict[str, Metric]]:
@@ -365,16 +388,13 @@ def microbatch_loss(
 
     mask_BT = rows(rollout.mask_PGT)
     adv_PGT, importance_metrics = weight_by_importance(target, config.learner)
-    loss_BT, aux = objectives.token_loss(
-        obj,
-        rows(logp_PGT),
-        rows(target.old_logp_PGT),
-        rows(target.ref_logp_PGT),
-        rows(adv_PGT),
-        mask_BT,
-        entropy_BT=rows(entropy_PGT),
-        penalised_BT=rows(target.penalised_PGT),
-    )
+    fixed = rows(target.old_logp_PGT), rows(target.ref_logp_PGT), rows(adv_PGT)
+
+    def loss_of(obj: Objective, logp_BT: jax.Array, entropy_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        more = {"entropy_BT": entropy_BT, "penalised_BT": rows(target.penalised_PGT)}
+        return objectives.token_loss(obj, logp_BT, *fixed, mask_BT, **more)
+
+    loss_BT, aux = choose(obj, loss_of, rows(logp_PGT), rows(entropy_PGT))
     # The gap between sampler and learner is their numerics only where both had the same weights: on fresh groups.
     gap_PGT = jnp.abs(jax.lax.stop_gradient(logp_PGT) - rollout.sampler_logp_PGT)
     is_fresh_PGT = target.is_fresh_PG[..., None] & (rollout.mask_PGT > 0)

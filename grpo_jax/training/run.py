@@ -16,13 +16,14 @@ from jaxtyping import Float
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
 from grpo_jax.learner.advantage_diagnostics import advantages_with_grpo
-from grpo_jax.learner.hyperparams import hyperparams_of, static_key, with_hyperparams
+from grpo_jax.learner.hyperparams import hyperparams_of, joint_key, static_key, with_hyperparams
 from grpo_jax.learner.optimizer import make_optimizer
 from grpo_jax.learner.train_step import TrainStep, buckets_of, make_train_step
 from grpo_jax.metrics import Metric
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.objectives.adaptive import initial_adapted
+from grpo_jax.objectives.one_of import OneOf
 from grpo_jax.parallel import context, hosts
 from grpo_jax.parallel.hardware import hardware_of
 from grpo_jax.parallel.sharding import (
@@ -45,7 +46,7 @@ from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
-from grpo_jax.training.stacking import MEMBER_AXES, SHARED_BASE_AXES
+from grpo_jax.training.stacking import MEMBER_AXES, SHARED_BASE_AXES, with_place
 from grpo_jax.types import Adapted, Batch, Hyperparams, Params, TrainState, join_params
 
 
@@ -65,16 +66,17 @@ class TrainFns:
     """The functions of a run before they are compiled. They depend on `static_key` of the config only.
 
     collect, update, iterate: the halves of a step, and num_steps whole ones in a call. With a traceable task all are pure.
+    several: objectives in place of the config's, as `make_train_step` takes them.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, task: Task, model: ModelDef):
+    def __init__(self, config: Config, mesh: Mesh, task: Task, model: ModelDef, several: OneOf | None = None):
         # From here on no traced number is in reach: one that a function read from the config would be a constant of the
         # program, and wrong for every other run that shares it.
         self.config, self.task = static_key(config), task
         self.optimizer = functools.partial(make_optimizer, self.config.optimizer, config.num_updates)
         self.sampler: DeviceSampler = make_sampler(self.config, task, model, mesh)
         self.collect = Collect(self.config, self.sampler)
-        self.update: TrainStep = make_train_step(model, self.optimizer, self.config, mesh)
+        self.update: TrainStep = make_train_step(model, self.optimizer, self.config, mesh, several)
         self.iterate = self.chain_steps(max(config.steps_per_call, 1))
 
     def chain_steps(self, num_steps: int) -> Iteration:
@@ -142,7 +144,7 @@ class Run:
     fns: the functions before they are compiled. abstract_state: shapes and shardings of the state.
     init, collect, update, iterate, async_step: compiled; each donates the state. Runs of one static key share them
     (`with_config`), and so jit's cache. compile_iteration: what made `iterate` of the one in `fns`.
-    load_weights: loads or warm-starts all weights but adapters. shares_base: of a vmapped run, see there.
+    load_weights: loads or warm-starts all weights but adapters. shares_base, several: of a vmapped run, see there.
     """
 
     config: Config
@@ -160,6 +162,13 @@ class Run:
     load_weights: Callable[[], Params]
     _advantages: Callable[[Hyperparams, Adapted | None, Batch], tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G"]]]
     shares_base: bool = False
+    several: OneOf | None = None
+
+    @functools.cached_property
+    def update_metrics(self) -> frozenset[str]:
+        """Names of the metrics that an update gives; the objective decides some of them."""
+        state = self.abstract_state
+        return frozenset(jax.eval_shape(self.fns.update, state, self.fns.example_batch(state.policy))[1])
 
     @functools.cached_property
     def evaluate(self) -> Evaluate:
@@ -191,14 +200,16 @@ class Run:
         return self.compile_iteration(self.fns.chain_steps(num_steps))
 
     def with_config(self, config: Config) -> Run:
-        """Return the run of another config of the same static key, with the same compiled functions.
+        """Return the run of another config of the same joint key. Of one static key it has the same compiled functions.
 
-        Raises: ValueError if the static keys differ.
+        Raises: ValueError if the joint keys differ.
         """
         if not config.learner.num_microbatches:  # this run has decided it
             config = with_microbatches(config, self.config.learner.num_microbatches)
-        if static_key(config) != static_key(self.config):
+        if joint_key(config) != joint_key(self.config):
             raise ValueError("these configs do not share a program: fields differ that are no hyperparams")
+        if static_key(config) != static_key(self.config):  # a state begins the same, and is updated by another objective
+            return dataclasses.replace(assemble(config, self.mesh, self.task, self.model), init=self.init)
         load = functools.partial(load_weights, config, self.model, self.task, self.abstract_state)
         return dataclasses.replace(self, config=config, load_weights=load)
 
@@ -231,19 +242,22 @@ class Run:
             return trained
         return join_params(self.initial_weights(), trained)
 
-    def vmapped(self, *, shares_base: bool = False) -> Run:
-        """Return the same run with functions that advance many states of its static key, stacked on a leading axis.
+    def vmapped(self, *, shares_base: bool = False, several: OneOf | None = None) -> Run:
+        """Return the same run with functions that advance many states of its joint key, stacked on a leading axis.
 
-        shares_base: the frozen weights under adapters are in the stacked state once, without that axis, and are read for all.
+        Args:
+          shares_base: frozen weights under adapters are in the stacked state once, without that axis, and are read for all.
+          several: the objectives of its members, if they have more than one; the states then have `stacking.with_place`.
         """
+        fns = self.fns if several is None else TrainFns(self.config, self.mesh, self.task, self.model, several)
         # The axis of members is not sharded: each device has its shards of all of them, laid out as for a single run.
-        alone = shardings_of(self.abstract_state)
+        alone = with_place(shardings_of(self.abstract_state), NamedSharding(self.mesh, REPLICATED) if several else None)
         states = jax.tree.map(lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), alone)
         axes = MEMBER_AXES
         if shares_base:
             states, axes = dataclasses.replace(states, base=alone.base), SHARED_BASE_AXES
-        collect = jax.vmap(self.fns.collect, in_axes=(axes,), out_axes=(axes, 0, 0))
-        update = jax.vmap(self.fns.update, in_axes=(axes, 0), out_axes=(axes, 0))
+        collect = jax.vmap(fns.collect, in_axes=(axes,), out_axes=(axes, 0, 0))
+        update = jax.vmap(fns.update, in_axes=(axes, 0), out_axes=(axes, 0))
 
         def compile_iteration(iterate: Iteration) -> Iteration:
             over_members = jax.vmap(iterate, in_axes=(axes,), out_axes=(axes, 0, 0))
@@ -251,11 +265,13 @@ class Run:
 
         return dataclasses.replace(
             self,
+            fns=fns,
             shares_base=shares_base,
+            several=several,
             compile_iteration=compile_iteration,
             collect=jax.jit(collect, donate_argnums=0, out_shardings=(states, None, None)),
             update=jax.jit(update, donate_argnums=0, out_shardings=(states, None)),
-            iterate=compile_iteration(self.fns.iterate),
+            iterate=compile_iteration(fns.iterate),
         )
 
 

@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from grpo_jax.config import Config
+from grpo_jax.learner.hyperparams import static_key
+from grpo_jax.objectives.one_of import OneOf
 from grpo_jax.types import TrainState
 
 # Of the fields of a stacked state, the axis of its members. A base under adapters has none: all members read the same one.
@@ -19,8 +22,27 @@ MEMBER_AXES = TrainState(*(0 for _ in dataclasses.fields(TrainState)))  # pyrigh
 SHARED_BASE_AXES = dataclasses.replace(MEMBER_AXES, base=None)
 
 
+def several_of(configs: Sequence[Config]) -> OneOf | None:
+    """Return the objectives of runs of one joint key; None if they have only one."""
+    members = tuple(dict.fromkeys(static_key(config).objective for config in configs))
+    return OneOf(members) if len(members) > 1 else None
+
+
+def places_of(configs: Sequence[Config], several: OneOf | None) -> list[Int[jax.Array, ""] | None]:
+    """Return the place of each run's objective among several, int32; None for each if there is only one."""
+    if several is None:
+        return [None] * len(configs)
+    return [jnp.int32(several.members.index(static_key(config).objective)) for config in configs]
+
+
+def with_place(state: TrainState, place: Any) -> TrainState:
+    """Return a state, or a tree like it, that says which of several objectives is the run's. place: None: there is only one."""
+    assert state.hyperparams is not None
+    return dataclasses.replace(state, hyperparams=dataclasses.replace(state.hyperparams, objective=place))
+
+
 def share_base(configs: Sequence[Config]) -> bool:
-    """Tell if runs of one static key train adapters on the very same frozen weights.
+    """Tell if runs of one joint key train adapters on the very same frozen weights.
 
     Weights of a folder are the same whatever the seed; fresh ones, and their warm start, are made from the seed.
     """
@@ -28,15 +50,18 @@ def share_base(configs: Sequence[Config]) -> bool:
     return bool(first.lora.rank) and bool(first.model.path or len({config.seed for config in configs}) == 1)
 
 
-def stack_states(states: Sequence[TrainState], *, shares_base: bool) -> TrainState:
+def stack_states(states: Sequence[TrainState], *, shares_base: bool, places: Sequence[Any] = ()) -> TrainState:
     """Stack the states of all members on a leading axis.
 
     Args:
       states: of one structure. shares_base: their bases are the same weights, of which the first's are taken.
+      places: of their objectives, as `places_of` gives them; none: all have one.
     Returns: the stacked state; that of a single member as it is, since its programs were not vmapped.
     """
     if len(states) == 1:
         return states[0]
+    if places:
+        states = [with_place(*each) for each in zip(states, places, strict=True)]
     base = states[0].base
     if shares_base:
         states = [dataclasses.replace(state, base=None) for state in states]

@@ -39,7 +39,7 @@ from grpo_jax.training.run import Run, make_run
 from grpo_jax.training.runlog import RunLog, read_metrics
 from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, init_workdir
 from grpo_jax.training.signals import StopSignal
-from grpo_jax.training.stacking import share_base, stack_states, unstack
+from grpo_jax.training.stacking import places_of, several_of, share_base, stack_states, unstack, with_place
 from grpo_jax.training.summary import finalize_run
 from grpo_jax.training.trackers import make_callbacks
 from grpo_jax.types import Batch, TrainState
@@ -96,7 +96,7 @@ def train_run(
 
 
 def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list[str]:
-    """`train` for runs of one static key, in one program: every call advances all, and each leaves its own ordinary folder.
+    """`train` for runs of one joint key, in one program: every call advances all, and each leaves its own ordinary folder.
 
     A step takes as long as the slowest run of it, and its recorded seconds are the share of one run. SIGTERM saves all.
 
@@ -106,7 +106,8 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Raises: RunError if the runs are not all at one step.
     """
     profiler = Profiler(workdirs[0], None)
-    fns = runs[0].vmapped(shares_base=share_base([run.config for run in runs]))
+    configs = [run.config for run in runs]
+    fns = runs[0].vmapped(shares_base=share_base(configs), several=several_of(configs))
     summaries = train_members(fns, runs, workdirs, profiler, FROM_WHERE_IT_IS)
     return [(summary or {}).get("error", "") for summary in summaries]
 
@@ -377,7 +378,8 @@ class Loop:
         """Go from step `resumed` (None: the beginning) to the end, or to a SIGTERM."""
         if resumed is None:
             states = [member.begin(state) for member, state in zip(self.members, states, strict=True)]
-        state = stack_states(states, shares_base=self.fns.shares_base)
+        places = places_of([member.run.config for member in self.members], self.fns.several)
+        state = stack_states(states, shares_base=self.fns.shares_base, places=places)
         del states  # the calls donate it
         done = resumed or 0
         for step in self.calls(resumed):
@@ -459,9 +461,14 @@ class Loop:
         # Stacked ones are read in one transfer: on the device, each step of each metric would be a slice of its own.
         if is_chained or len(self.members) > 1:
             metrics = jax.device_get(metrics)
+        each = self.unstack(metrics)
+        if self.fns.several:  # of which each has metrics that others have not
+            of_any = frozenset().union(*(member.run.update_metrics for member in self.members))
+            others = [of_any - member.run.update_metrics for member in self.members]
+            each = [{k: v for k, v in one.items() if k not in drop} for one, drop in zip(each, others, strict=True)]
         if not is_chained:
-            return [[one] for one in self.unstack(metrics)]
-        return [metrics_lib.unstack_metrics(one, num_steps) for one in self.unstack(metrics)]
+            return [[one] for one in each]
+        return [metrics_lib.unstack_metrics(one, num_steps) for one in each]
 
     def flush_pending(self) -> None:
         """Flush the pending records of all members."""
@@ -469,8 +476,9 @@ class Loop:
             member.flush_pending()
 
     def states_of(self, state: TrainState) -> list[TrainState]:
-        """Split a stacked state into the members'."""
-        return unstack(state, len(self.members), shares_base=self.fns.shares_base)
+        """Split a stacked state into the members', each as its run alone would have it."""
+        states = unstack(state, len(self.members), shares_base=self.fns.shares_base)
+        return [with_place(state, None) for state in states]
 
     def unstack(self, tree: Any) -> list[Any]:
         """Split a stacked batch or metrics into the members'."""

@@ -1,10 +1,11 @@
 """What the README says of any device, on the accelerator that is here; a JSON line each.
 
 python -m experiments.studies.gpu.claims resume    a run that is killed and goes on has the records of one that is not
-python -m experiments.studies.gpu.claims vmapped   seconds of a step of 40 runs in one call, and of one run
+python -m experiments.studies.gpu.claims vmapped   seconds of a step of five variants x eight seeds in one call, and alone
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import signal
@@ -19,10 +20,12 @@ import jax
 from grpo_jax.config import parse_config
 from grpo_jax.configs import base
 from grpo_jax.training.run import make_run
-from grpo_jax.training.stacking import stack_states
+from grpo_jax.training.stacking import places_of, several_of, stack_states
 
 TIMINGS = ("time/", "tokens/s")
-MEMBERS = 40  # five settings of eight seeds
+VARIANTS = ("grpo", "dapo", "dr_grpo", "gtpo", "grpo_s")  # none with a KL, and DAPO without its sampling: one program
+SEEDS = 8
+CHAINED = 5  # steps a call
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
@@ -65,27 +68,36 @@ def resume() -> dict:
 
 
 def vmapped() -> dict:
-    """Time steps of one run, and of 40 that one call advances."""
-    raw = base.get_config("tiny", "dapo")
-    raw.update_from_flattened_dict({"warm_start.num_steps": 0, "mesh.data": 1, "steps_per_call": 5})
-    run = make_run(parse_config(raw))
+    """Time steps of one run of each variant, and of all variants and seeds that one call advances."""
+    changes = {"warm_start.num_steps": 0, "mesh.data": 1, "steps_per_call": CHAINED, "objective.kl_coef": 0.0}
+    configs = []
+    for variant in VARIANTS:
+        raw = base.get_config("tiny", variant)
+        raw.update_from_flattened_dict(changes)
+        configs.append(parse_config(raw))
+    runs = [make_run(configs[0])]
+    runs += [runs[0].with_config(config) for config in configs[1:]]
 
     def secs(iterate, state) -> float:
         times = []
         for _ in range(6):
             began = time.perf_counter()
             state = jax.block_until_ready(iterate(state))[0]
-            times.append((time.perf_counter() - began) / 5)
+            times.append((time.perf_counter() - began) / CHAINED)
         return statistics.median(times[2:])
 
-    one = secs(run.iterate, run.initial_state())
-    together = secs(run.vmapped().iterate, stack_states([run.initial_state() for _ in range(MEMBERS)], shares_base=False))
+    alone = {variant: secs(run.iterate, run.initial_state()) for variant, run in zip(VARIANTS, runs, strict=True)}
+    seeded = [run.with_config(dataclasses.replace(run.config, seed=seed)) for run in runs for seed in range(SEEDS)]
+    configs = [run.config for run in seeded]
+    several = several_of(configs)
+    states = stack_states([run.initial_state() for run in seeded], shares_base=False, places=places_of(configs, several))
+    together = secs(runs[0].vmapped(several=several).iterate, states)
     return {
         "claim": "vmapped",
-        "members": MEMBERS,
-        "step_secs_of_one": one,
+        "members": len(seeded),
+        "step_secs_alone": alone,
         "step_secs_of_all": together,
-        "share_of_one_after_the_other": together / (MEMBERS * one),
+        "share_of_one_after_the_other": together / (SEEDS * sum(alone.values())),
     }
 
 

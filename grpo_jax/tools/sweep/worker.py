@@ -23,7 +23,7 @@ from grpo_jax.config import Config
 from grpo_jax.config.embedded import EMBEDDED
 from grpo_jax.errors import UserError
 from grpo_jax.files import note_once, printable
-from grpo_jax.learner.hyperparams import static_key, value_of
+from grpo_jax.learner.hyperparams import joint_key, static_key, value_of
 from grpo_jax.tools.sweep.plan import RunSpec
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
@@ -59,7 +59,9 @@ def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int
       workdir: of the sweep.
     Returns: jobs in the order in which they should be done.
     """
-    keys = list(dict.fromkeys(static_key(spec.config) for spec in specs))
+    # A run by itself follows those that have the very same program; in one call an update by another objective is no hindrance.
+    key_of = static_key if cohort_size == 1 else joint_key
+    keys = list(dict.fromkeys(key_of(spec.config) for spec in specs))
 
     def place(spec: RunSpec) -> tuple[int, int]:
         # Runs that one call advances must be at the same step, as all of them leave the loop together; a run by itself may
@@ -67,7 +69,7 @@ def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int
         step = -1
         if cohort_size != 1:
             step = max(saved_steps(workdir / spec.folder), default=-1)
-        return keys.index(static_key(spec.config)), step
+        return keys.index(key_of(spec.config)), step
 
     jobs = []
     for _, group in itertools.groupby(sorted(to_do, key=place), key=place):
@@ -128,8 +130,9 @@ def do(job: Job) -> list[str]:
         for config, workdir in zip(configs, workdirs, strict=True):
             trainer.train(config, workdir)
         return [""] * len(configs)
-    template = template_of(static_key(configs[0]), configs[0])
-    runs = [share_weights(template.with_config(config), job.workdir / "weights") for config in configs]
+    templates = templates_of(configs)
+    runs = [templates[static_key(config)].with_config(config) for config in configs]
+    runs = [share_weights(run, job.workdir / "weights") for run in runs]
     if len(runs) > 1:
         return trainer.train_vmapped(runs, workdirs)
     trainer.train_run(runs[0], workdirs[0])
@@ -146,6 +149,17 @@ def template_of(key: Config, config: Config) -> Run:
         _templates.clear()
         _templates[key] = make_run(config)
     return _templates[key]
+
+
+def templates_of(configs: Sequence[Config]) -> dict[Config, Run]:
+    """Make a run for each static key of some configs of one joint key."""
+    first = configs[0]
+    templates = {static_key(first): template_of(static_key(first), first)}
+    for config in configs:
+        key = static_key(config)
+        if key not in templates:
+            templates[key] = templates[static_key(first)].with_config(config)
+    return templates
 
 
 def share_weights(run: Run, folder: pathlib.Path) -> Run:
