@@ -190,7 +190,7 @@ def sweep(
       scale: of the configs; None: "llm" with a model, else "tiny".
       model, data, eval_data, reward, shaping, settings: of all runs, as in `train`.
       num_processes: runs at a time; 0: one a processor core, one in all on an accelerator.
-      cohort_size: runs that one compiled call advances together (vmap); 0: all that may share one.
+      cohort_size: runs that one vmapped call advances, whatever their objectives; 0: all that may share one.
     Returns: how each run ended; `.report()` compares them.
     Raises: UserError on bad input, before anything is written.
     """

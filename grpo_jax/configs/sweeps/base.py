@@ -30,7 +30,7 @@ def get_config(scale: str = "tiny") -> Any:
     config.more_sets = {}  # one of the configs -> sets of its own, beside those
     config.seeds = tuple(range(8))
     config.num_processes = 0  # runs at a time; 0: one a processor core, one in all on an accelerator
-    config.cohort_size = 1  # runs that one compiled call advances together (vmap); 0: all that may share one
+    config.cohort_size = 1  # runs that one vmapped call advances, whatever their objectives; 0: all that may share one
     return config
 
 
