@@ -23,7 +23,7 @@ def require_memory(run: Run) -> None:
     if limit is None:
         return
     state = bytes_on_a_device(run.abstract_state)
-    batch = bytes_on_a_device(run.fns.example_batch(run.abstract_state.policy)) / max(run.mesh.size, 1)
+    batch = batch_bytes(run)
     if state > limit:
         raise UserError(
             f"config.model: weights and optimizer state take {in_units(state)} on each device, which has {in_units(limit)}; "
@@ -36,6 +36,32 @@ def require_memory(run: Run) -> None:
             f"{rollout.max_completion_tokens} tokens takes {in_units(batch)} on each device, weights and optimizer state "
             f"{in_units(state)}, and it has {in_units(limit)}; use fewer or shorter ones"
         )
+
+
+def require_memory_together(run: Run, num_members: int) -> None:
+    """Check that the states and batches of several runs fit, which one call advances. Raises UserError with how many do.
+
+    run: vmapped; a base that its members share is counted once.
+    """
+    limit = memory_of_a_device(run)
+    if limit is None:
+        return
+    state = bytes_on_a_device(run.abstract_state)
+    shared = bytes_on_a_device(run.abstract_state.base) if run.shares_base else 0.0
+    each = state - shared + batch_bytes(run)
+    together = shared + num_members * each
+    if together > limit:
+        most = int((limit - shared) // each)
+        fix = f"use {most}" if most > 1 else "use 1, which trains them one after another"
+        raise UserError(
+            f"config.cohort_size: {num_members} runs in one call take {in_units(together)} on each device for their states "
+            f"and batches, and it has {in_units(limit)}; {fix}"
+        )
+
+
+def batch_bytes(run: Run) -> float:
+    """Return the bytes of one device's part of a batch."""
+    return bytes_on_a_device(run.fns.example_batch(run.abstract_state.policy)) / max(run.mesh.size, 1)
 
 
 def bytes_on_a_device(tree: Any) -> float:

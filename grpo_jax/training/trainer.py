@@ -32,7 +32,7 @@ from grpo_jax.training.evaluate import to_metrics
 from grpo_jax.training.guard import SkippedSteps, find_fault
 from grpo_jax.training.iteration import prefetch_first_batches
 from grpo_jax.training.lock import Lock, held
-from grpo_jax.training.memory import require_memory
+from grpo_jax.training.memory import require_memory, require_memory_together
 from grpo_jax.training.phases import announced_initial_state, phase, say_first_call
 from grpo_jax.training.profiler import Profiler
 from grpo_jax.training.run import Run, make_run
@@ -103,11 +103,12 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     Args:
       runs: from `Run.with_config`. workdirs: one for each.
     Returns: why each could not go on; "" for one that did.
-    Raises: RunError if the runs are not all at one step.
+    Raises: RunError if the runs are not all at one step; UserError if they do not fit together.
     """
     profiler = Profiler(workdirs[0], None)
     configs = [run.config for run in runs]
     fns = runs[0].vmapped(shares_base=share_base(configs), several=several_of(configs))
+    require_memory_together(fns, len(runs))
     summaries = train_members(fns, runs, workdirs, profiler, FROM_WHERE_IT_IS)
     return [(summary or {}).get("error", "") for summary in summaries]
 
