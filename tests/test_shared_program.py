@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from grpo_jax.learner.hyperparams import static_key
 from grpo_jax.training import trainer
 from grpo_jax.training.run import make_run
 from grpo_jax.training.runlog import read_completions
+from grpo_jax.training.stacking import stack_states
 from tests import programs, tiny
 
 pytestmark = pytest.mark.slow
@@ -127,3 +129,34 @@ def test_every_process_makes_the_same_program(monkeypatch):
         processes.append(programs.start("tests.lowered_program"))
     first, second = (process.communicate()[0] for process in processes)
     assert first == second and len(first.split()) == 1, first + second
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_members_leave_a_loop_together(num_devices):
+    """No loop of a rollout selects what it carries at every token, and its counter is one for all: so are its writes."""
+    changes = {"mesh.data": num_devices, "warm_start.num_steps": 0}
+    run = make_run(config_of(0, 0.04, **changes))
+    states = [run.with_config(config_of(*each, **changes)).initial_state() for each in RUNS[1:3]]
+    stacked = stack_states(states, shares_base=False)
+    vmapped = run.vmapped()
+    loops = [loop for loop in loops_of(jax.make_jaxpr(vmapped.collect)(stacked)) if len(loop.outvars) > 8]
+    assert len(loops) == 1
+    (keep_going,) = loops[0].params["cond_jaxpr"].out_avals
+    assert keep_going.shape == () and loops[0].outvars[0].aval.shape == ()
+    _, batch, _ = vmapped.collect(stacked)
+    for i, state in enumerate(states):
+        _, expected, _ = run.collect(state)
+        np.testing.assert_array_equal(batch.rollout.tokens_PGT[i], expected.rollout.tokens_PGT)
+        np.testing.assert_array_equal(batch.rollout.mask_PGT[i], expected.rollout.mask_PGT)
+        np.testing.assert_allclose(batch.rollout.sampler_logp_PGT[i], expected.rollout.sampler_logp_PGT, atol=2e-5)
+
+
+def loops_of(jaxpr):
+    """Every `while` of a program, those inside of others too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "while":
+            yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from loops_of(inner)

@@ -288,15 +288,28 @@ def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype
 
 
 def largest_in_step(x: Array, axes: tuple[str, ...]) -> Array:
-    """Return the largest x, an integer or bool, among the devices of these mesh axes; outside of `shard_map` x itself.
+    """Return the largest x, an integer or bool, of all runs of a call and among the devices of these mesh axes.
 
-    Devices that exchange arrays inside a loop or a branch must go the same way: what decides it is made one with this.
+    Devices that exchange arrays inside a loop or a branch must go the same way: what decides it is made one with this. Runs of
+    one call go the same way too: else `vmap` would compute every branch, and select all that a loop carries at every step.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
-    if not axes:
-        return x
-    return jax.lax.pmax(x.astype(jnp.int32), axes).astype(x.dtype)
+    if axes:
+        x = jax.lax.pmax(x.astype(jnp.int32), axes).astype(x.dtype)
+    return largest_of_members(x)
+
+
+@jax.custom_batching.custom_vmap
+def largest_of_members(x: Array) -> Array:
+    """Return the largest x, an integer or bool, of all runs of a vmapped call, one for all of them; of a run by itself x."""
+    return x
+
+
+@largest_of_members.def_vmap
+def _largest_of_members(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    del axis_size
+    return largest_of_members(x.max(0) if in_batched[0] else x), False
 
 
 def vary_over(x: Array, axes: tuple[str, ...]) -> Array:
@@ -315,7 +328,8 @@ def vary_like(tree: Any, reference_ints: Int[Array, "..."]) -> Any:
     # `shard_map`, and know no axes. JAX knows them from the reference's type, but has no public attribute for it: `vma` became
     # `manual_axis_type` in 0.10. A zero made from the reference varies as it does, in every version, and compiles to nothing.
     # Of integers, because x * 0 is no 0 where a float is inf or NaN, so that the compiler would have to keep it.
-    zero = reference_ints.ravel()[0] * 0
+    # And it is one for all runs of a call: a loop's counter that each had for itself would make its writes scatters.
+    zero = largest_of_members(reference_ints.ravel()[0] * 0)
 
     def mark(x: Array) -> Array:
         if x.dtype == bool:
