@@ -262,10 +262,24 @@ BUGS = [
         "tests/test_tasks_host.py -k worked_examples",
     ),
     (
+        "runs of one call all take the first one's objective",
+        "grpo_jax/objectives/one_of.py",
+        "return jax.lax.select_n(jnp.int32(place), ",
+        "return jax.lax.select_n(jnp.int32(0 * place), ",
+        "tests/test_one_of.py -k alone",
+    ),
+    (
+        "the completions of one run are scored by another's questions",
+        "grpo_jax/training/together.py",
+        "sampler = self.samplers[place]",
+        "sampler = self.samplers[0]",
+        "tests/test_host_training.py -k one_call",
+    ),
+    (
         "the data begins again at every step",
         "grpo_jax/training/samplers.py",
-        "start = int(state.num_prompts_drawn + number * P)",
-        "start = int(number * P)",
+        "self.prompts_at(int(state.num_prompts_drawn + number",
+        "self.prompts_at(int(number",
         "tests/test_host_training.py -k very_next",
     ),
     (

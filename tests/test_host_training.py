@@ -18,6 +18,7 @@ from grpo_jax.configs import base
 from grpo_jax.errors import UserError
 from grpo_jax.models import families
 from grpo_jax.tools.show.page import run_data
+from grpo_jax.tools.sweep import worker
 from grpo_jax.training import data_record, trainer
 from grpo_jax.training.checkpoint import saved_steps
 from grpo_jax.training.iteration import make_async_step
@@ -258,6 +259,33 @@ def test_a_dataset_and_a_users_reward_resume_with_the_very_next_prompt(tmp_path,
         assert record["reward/success"] == pytest.approx(parts["my_rewards:late"], abs=1e-6)
         assert record["reward/mean"] == pytest.approx(parts["my_rewards:late"] + 0.5 * parts["length"], abs=1e-6)
         assert 0 < parts["my_rewards:late"] < 1 and record["reward/errors"] == parts["format"] == 0
+
+
+def test_runs_of_one_call_are_the_single_runs(tmp_path, config):
+    """Objectives and seeds on one base, each with its own questions and scored by its own task."""
+    config.reward.task = "my_rewards:late"  # raises where a completion and its question do not fit together
+    config.task.use_chat_template = False
+    config.lora.rank, config.num_steps, config.log.completions_every = 2, 2, 2
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-2, 0
+    configs = []
+    for seed, advantage in ((0, "group_norm"), (0, "group_center"), (1, "group_norm")):
+        config.seed, config.objective.advantage = seed, advantage
+        configs.append(parse_config(config))
+    folders = [tmp_path / str(place) for place in range(3)]
+    assert worker.do_on_host(configs, folders) == [""] * 3
+    prompts = [{row["prompt"] for row in read_completions(folder)} for folder in folders]
+    assert prompts[0] == prompts[1] != prompts[2]
+    found = [programs.records(folder) for folder in folders]
+    assert all(records[-1]["reward/errors"] == 0 < records[-1]["reward/std"] for records in found)
+    for place in (1, 2):
+        alone = tmp_path / f"alone{place}"
+        trainer.train(configs[place], alone)
+        for expected, record in zip(programs.records(alone), found[place], strict=True):
+            assert expected.keys() == record.keys()
+            for key, value in expected.items():
+                np.testing.assert_allclose(record[key], value, rtol=2e-4, atol=2e-5, err_msg=key)
+        texts = [[row["completion"] for row in read_completions(folder)] for folder in (alone, folders[place])]
+        assert texts[0] == texts[1]
 
 
 def test_batches_scored_while_another_is_trained_on_are_as_old_as_asked_for_and_the_run_resumes(tmp_path, config, monkeypatch):

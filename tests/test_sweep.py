@@ -164,6 +164,10 @@ def test_runs_of_several_objectives_are_one_job_where_one_call_advances_them(tmp
 
     # With a KL, without, and DAPO, which samples until a batch is full.
     assert variants(0) == [["grpo"] * 2 + ["dr_grpo"] * 2, ["gtpo"] * 2 + ["grpo_s"] * 2, ["dapo"] * 2]
+    settings = {"task.name": "jsonl", "task.jsonl.path": "sums.jsonl", "model.path": "folder", "warm_start.num_steps": 0}
+    on_host = plan.expand(sweep_of(configs=("configs/grpo.py", "configs/dapo.py")), settings)
+    jobs = worker.jobs_of(on_host, on_host, 0, tmp_path)
+    assert [len(job.runs) for job in jobs] == [2, 1, 1], "the host decides how often DAPO samples"
     assert variants(2) == [[name] * 2 for name in ("grpo", "dr_grpo", "gtpo", "grpo_s", "dapo")]
     assert [each[0] for each in variants(1)] == [name for name in ("grpo", "gtpo", "dr_grpo", "grpo_s", "dapo") for _ in (0, 1)]
 

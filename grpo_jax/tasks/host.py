@@ -27,6 +27,8 @@ from grpo_jax.tasks.selection import Selected, Selection, select
 from grpo_jax.tasks.tokenizers import end_of_turn
 from grpo_jax.types import Arrays, Prompts, Reward
 
+REWARD_ERRORS = "reward_errors"  # of a run's folder, where tracebacks of its rewards are
+
 _log = logging.getLogger(__name__)
 
 

@@ -46,7 +46,7 @@ from grpo_jax.training.evaluate import Evaluate, make_evaluate
 from grpo_jax.training.fit import fit, with_microbatches
 from grpo_jax.training.iteration import Collect, Collected, Iteration, make_async_step, make_iterations
 from grpo_jax.training.samplers import DeviceSampler, make_sampler
-from grpo_jax.training.stacking import MEMBER_AXES, SHARED_BASE_AXES, with_place
+from grpo_jax.training.stacking import axes_of, with_place
 from grpo_jax.types import Adapted, Batch, Hyperparams, Params, TrainState, join_params
 
 
@@ -202,14 +202,20 @@ class Run:
     def with_config(self, config: Config) -> Run:
         """Return the run of another config of the same joint key. Of one static key it has the same compiled functions.
 
+        With a task of the host, another seed has a task of its own, to be closed like this run's.
+
         Raises: ValueError if the joint keys differ.
         """
         if not config.learner.num_microbatches:  # this run has decided it
             config = with_microbatches(config, self.config.learner.num_microbatches)
         if joint_key(config) != joint_key(self.config):
             raise ValueError("these configs do not share a program: fields differ that are no hyperparams")
-        if static_key(config) != static_key(self.config):  # a state begins the same, and is updated by another objective
-            return dataclasses.replace(assemble(config, self.mesh, self.task, self.model), init=self.init)
+        task = self.task
+        if not task.is_traceable and config.seed != self.config.seed:  # which its order of the data is made from
+            task = build.make_task(config)
+        if task is not self.task or static_key(config) != static_key(self.config):
+            # A state begins the same all the same.
+            return dataclasses.replace(assemble(config, self.mesh, task, self.model), init=self.init)
         load = functools.partial(load_weights, config, self.model, self.task, self.abstract_state)
         return dataclasses.replace(self, config=config, load_weights=load)
 
@@ -253,9 +259,9 @@ class Run:
         # The axis of members is not sharded: each device has its shards of all of them, laid out as for a single run.
         alone = with_place(shardings_of(self.abstract_state), NamedSharding(self.mesh, REPLICATED) if several else None)
         states = jax.tree.map(lambda sharding: sharding.update(spec=PartitionSpec(None, *sharding.spec)), alone)
-        axes = MEMBER_AXES
+        axes = axes_of(shares_base)
         if shares_base:
-            states, axes = dataclasses.replace(states, base=alone.base), SHARED_BASE_AXES
+            states = dataclasses.replace(states, base=alone.base)
         collect = jax.vmap(fns.collect, in_axes=(axes,), out_axes=(axes, 0, 0))
         update = jax.vmap(fns.update, in_axes=(axes, 0), out_axes=(axes, 0))
 

@@ -123,13 +123,19 @@ class DeviceSampler:
         """
         # A round is started and finished apart for `make_async_step`: the update goes on the queue between the two, and the
         # device works on it while the host computes the rewards.
+        rolled, shuffle_key = self.sample(state, weights, self.prompts(state, number), number)
+        return StartedRound(weights, rolled, shuffle_key, state.step)
+
+    def sample(
+        self, state: TrainState, weights: Params, prompts: Prompts, number: Int[Arrays, ""]
+    ) -> tuple[Rollout, Key[jax.Array, ""]]:
+        """Sample a round's completions of prompts; -> (them, `StartedRound.shuffle_key`). Others: as `start` takes them."""
         assert state.hyperparams is not None, "a state to sample with has its hyperparams"
-        prompts = self.prompts(state, number)
         key, shuffle_key = (
             jax.random.fold_in(key_for(state.hyperparams.seed, purpose, state.step), number)
             for purpose in ("rollout", "shuffle")
         )
-        return StartedRound(weights, self.run_rollout(weights, prompts, key), shuffle_key, state.step)
+        return self.run_rollout(weights, prompts, key), shuffle_key
 
     def finish(self, started: StartedRound) -> tuple[Batch, dict[str, Metric]]:
         """Score a round; -> (its Batch, metrics of all that was sampled)."""
@@ -207,8 +213,11 @@ class HostSampler(DeviceSampler):
 
     def prompts(self, state: TrainState, number: Int[Arrays, ""]) -> Prompts:
         """Return the training prompts of a round; each process reads those of its own devices."""
+        return self.prompts_at(int(state.num_prompts_drawn + number * self.config.rollout.num_prompts))
+
+    def prompts_at(self, start: int) -> Prompts:
+        """Return a batch of training prompts from a position of the data on."""
         P = self.config.rollout.num_prompts
-        start = int(state.num_prompts_drawn + number * P)
         read = hosts.make_global_batch(lambda first, num: self.task.train_prompts(start + first, num), P, self.mesh)
         return self._fit(read)
 

@@ -22,6 +22,11 @@ MEMBER_AXES = TrainState(*(0 for _ in dataclasses.fields(TrainState)))  # pyrigh
 SHARED_BASE_AXES = dataclasses.replace(MEMBER_AXES, base=None)
 
 
+def axes_of(shares_base: bool) -> TrainState:
+    """Return the axes of a stacked state's fields, as `vmap` takes them. shares_base: as `stack_states` takes it."""
+    return SHARED_BASE_AXES if shares_base else MEMBER_AXES
+
+
 def several_of(configs: Sequence[Config]) -> OneOf | None:
     """Return the objectives of runs of one joint key; None if they have only one."""
     members = tuple(dict.fromkeys(static_key(config).objective for config in configs))
@@ -65,7 +70,7 @@ def stack_states(states: Sequence[TrainState], *, shares_base: bool, places: Seq
     base = states[0].base
     if shares_base:
         states = [dataclasses.replace(state, base=None) for state in states]
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    state = stack(states)
     return dataclasses.replace(state, base=base) if shares_base else state
 
 
@@ -82,6 +87,12 @@ def unstack(tree: Any, num: int, *, shares_base: bool = False) -> list[Any]:
         return split_leading_axis(tree, num)
     members = split_leading_axis(dataclasses.replace(tree, base=None), num)
     return [dataclasses.replace(member, base=tree.base) for member in members]
+
+
+@jax.jit
+def stack(trees: Sequence[Any]) -> Any:
+    """Stack trees of one structure on a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -21,7 +21,7 @@ from grpo_jax.learner.optimizer import learning_rates
 from grpo_jax.metrics import Mean, Metric
 from grpo_jax.parallel import hosts
 from grpo_jax.tasks import data_metrics
-from grpo_jax.tasks.host import HostTask
+from grpo_jax.tasks.host import REWARD_ERRORS, HostTask
 from grpo_jax.training import build
 from grpo_jax.training.callbacks import Callbacks
 from grpo_jax.training.checkpoint import Checkpointer
@@ -41,6 +41,7 @@ from grpo_jax.training.settings import FROM_WHERE_IT_IS, Start, check_sources, i
 from grpo_jax.training.signals import StopSignal
 from grpo_jax.training.stacking import places_of, several_of, share_base, stack_states, unstack, with_place
 from grpo_jax.training.summary import finalize_run
+from grpo_jax.training.together import CollectTogether
 from grpo_jax.training.trackers import make_callbacks
 from grpo_jax.types import Batch, TrainState
 
@@ -88,7 +89,7 @@ def train_run(
     Returns: the summary, or None on hosts that do not write.
     """
     if isinstance(run.task, HostTask):
-        run.task.keep_errors_in(workdir / "reward_errors")
+        run.task.keep_errors_in(workdir / REWARD_ERRORS)
     if not hosts.is_first():
         profiled = None
     profiler = Profiler(workdir / "profile", profiled)
@@ -109,6 +110,8 @@ def train_vmapped(runs: Sequence[Run], workdirs: Sequence[pathlib.Path]) -> list
     configs = [run.config for run in runs]
     fns = runs[0].vmapped(shares_base=share_base(configs), several=several_of(configs))
     require_memory_together(fns, len(runs))
+    if not runs[0].task.is_traceable:
+        fns = dataclasses.replace(fns, collect=CollectTogether(runs, workdirs, shares_base=fns.shares_base))
     summaries = train_members(fns, runs, workdirs, profiler, FROM_WHERE_IT_IS)
     return [(summary or {}).get("error", "") for summary in summaries]
 

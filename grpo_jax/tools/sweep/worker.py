@@ -27,6 +27,7 @@ from grpo_jax.learner.hyperparams import joint_key, static_key, value_of
 from grpo_jax.tools.sweep.plan import RunSpec
 from grpo_jax.training import trainer
 from grpo_jax.training.checkpoint import saved_steps
+from grpo_jax.training.data_record import pin_template_date
 from grpo_jax.training.run import Run, make_run
 from grpo_jax.types import Params
 
@@ -71,11 +72,19 @@ def jobs_of(specs: Sequence[RunSpec], to_do: Sequence[RunSpec], cohort_size: int
             step = max(saved_steps(workdir / spec.folder), default=-1)
         return keys.index(key_of(spec.config)), step
 
+    def size_of(members: Sequence[RunSpec]) -> int:
+        return 1 if stands_alone(members[0].config) else cohort_size or len(members)
+
     jobs = []
     for _, group in itertools.groupby(sorted(to_do, key=place), key=place):
         members = list(group)
-        jobs += [Job(runs, workdir) for runs in batched(members, cohort_size or len(members))]
+        jobs += [Job(runs, workdir) for runs in batched(members, size_of(members))]
     return jobs
+
+
+def stands_alone(config: Config) -> bool:
+    """Tell if no other run can share a call with a run: the host decides how many rollouts a step of it takes, or when."""
+    return config.task.name not in EMBEDDED and (config.dynamic_sampling.enabled or config.async_steps > 0)
 
 
 def batched(specs: Sequence[RunSpec], size: int) -> Iterator[tuple[RunSpec, ...]]:
@@ -126,10 +135,8 @@ def do(job: Job) -> list[str]:
     enable_compilation_cache(job.workdir / "compiled")
     configs = [spec.config for spec in job.runs]
     workdirs = [job.workdir / spec.folder for spec in job.runs]
-    if configs[0].task.name not in EMBEDDED:  # scored on the host: nothing to share
-        for config, workdir in zip(configs, workdirs, strict=True):
-            trainer.train(config, workdir)
-        return [""] * len(configs)
+    if configs[0].task.name not in EMBEDDED:
+        return do_on_host(configs, workdirs)
     templates = templates_of(configs)
     runs = [templates[static_key(config)].with_config(config) for config in configs]
     runs = [share_weights(run, job.workdir / "weights") for run in runs]
@@ -137,6 +144,24 @@ def do(job: Job) -> list[str]:
         return trainer.train_vmapped(runs, workdirs)
     trainer.train_run(runs[0], workdirs[0])
     return [""]
+
+
+def do_on_host(configs: Sequence[Config], workdirs: Sequence[pathlib.Path]) -> list[str]:
+    """`do` for runs that are scored on the host."""
+    if len(configs) == 1:
+        trainer.train(configs[0], workdirs[0])
+        return [""]
+    configs = [pin_template_date(config, [workdir, *workdirs]) for config, workdir in zip(configs, workdirs, strict=True)]
+    of_seeds: dict[int, Run] = {configs[0].seed: make_run(configs[0])}
+    try:
+        for config in configs:
+            if config.seed not in of_seeds:
+                of_seeds[config.seed] = of_seeds[configs[0].seed].with_config(config)
+        runs = [of_seeds[config.seed].with_config(config) for config in configs]
+        return trainer.train_vmapped(runs, workdirs)
+    finally:
+        for run in of_seeds.values():
+            run.task.close()
 
 
 _templates: dict[Config, Run] = {}
