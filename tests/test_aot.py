@@ -74,7 +74,7 @@ def test_the_update_compiles_with_its_kernels(devices, name):
     update = compiled(name, "update")
     assert not update.error
     names = {each.name for each in update.kernels}
-    assert {"splash_mha_fwd_residuals", "splash_mha_fwd_segmented_residuals", "splash_mha_dkv_no_residuals"} <= names
+    assert names == {"attention_forward", "attention_backward"}
     rows = 8 * G // (sizes[0] * sizes[1]) // 2
     arrays = [each for op in Schedule(update.hlo).operations() for each in arrays_of(op.instruction.result)]
     assert arrays
@@ -115,11 +115,12 @@ def test_the_rollout_compiles_and_a_report_has_its_fields(devices):
     mesh = aot.make_mesh(planned, devices)
     programs = [compiled("dapo", program) for program in ("update", "rollout")]
     assert not any(each.error for each in programs)
-    assert "splash_mha_fwd_segmented_residuals" in {each.name for each in programs[1].kernels}, "prompts are read by it"
+    assert "attention_forward" in {each.name for each in programs[1].kernels}, "prompts are read by it"
     found = aot.report(aot.on_hardware(planned, mesh), "v5e", V5E, "2x2", programs)
     assert found["fits"] and found["remat"] == "narrow" and found["free_bytes"] > 0.9 * V5E.hbm_bytes
     assert 0 < found["update_peak_share"] < 1 and 0 < found["token_memory_share"] < 1
-    assert found["argument_bytes"] > 0 and found["temporary_bytes"] > 0 and found["kernels"]
+    assert found["argument_bytes"] > 0 and found["kernels"]
+    assert programs[1].temporary_bytes > 0, "of so small an update all is in the cores' own memory"
 
 
 # ------------------------------------------------------------------------------------------- recorded estimates

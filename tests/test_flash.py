@@ -12,7 +12,7 @@ from grpo_jax.models import flash
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import KVCache, Prefix, attend
 from grpo_jax.models.flash import attend as flash_attend
-from grpo_jax.models.flash import gpu, tpu
+from grpo_jax.models.flash import seen, tpu, whole
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.tasks.embedded import tokenizer_of
@@ -20,9 +20,17 @@ from grpo_jax.training.build import make_model
 from tests import tiny
 
 TPU, GPU = (Hardware(platform, interpret=platform != jax.default_backend()) for platform in ("tpu", "gpu"))
-of_each = pytest.mark.parametrize("hardware", [TPU, GPU], ids=["tpu", "gpu"])
+LONG = "tpu, rows that no core's memory holds"
 P, G, K, R = 2, 2, 1, 2
 B = P * G
+
+
+@pytest.fixture(params=["tpu", LONG, "gpu"])
+def hardware(request, monkeypatch):
+    """Each set of kernels in turn."""
+    if request.param == LONG:
+        monkeypatch.setattr(whole, "MAX_BYTES", 0)
+    return GPU if request.param == "gpu" else TPU
 
 
 def arch_of(head_dim, window=None, cap=None):
@@ -70,7 +78,6 @@ def assert_same(got, expected, tolerance=1e-5):
     [(40, 130, 64, None, None), (128, 128, 80, None, 1.5), (150, 140, 64, 9, None), (40, 130, 8, 100, 2.0)],
     ids=["any length", "any width, capped scores", "a window", "a window over the prompt's end, capped scores"],
 )
-@of_each
 @pytest.mark.slow
 def test_outputs_and_gradients_are_those_of_plain_operations(hardware, S, T, H, window, cap):
     arch, (arrays, mask_PS) = arch_of(H, window, cap), inputs(S, T, H)
@@ -82,6 +89,7 @@ def test_outputs_and_gradients_are_those_of_plain_operations(hardware, S, T, H, 
 @pytest.mark.slow
 def test_several_blocks_are_one_row(monkeypatch):
     """Blocks of keys whose parts of the queries' gradient are added up; one kernel for each gradient where they are many."""
+    monkeypatch.setattr(whole, "MAX_BYTES", 0)
     monkeypatch.setattr(tpu, "BLOCKS", {128: 1.0})
     monkeypatch.setattr(tpu, "MIN_BACKWARD_KEYS", 128)
     arch, (arrays, mask_PS) = arch_of(64, 200), inputs(260, 380, 64)
@@ -93,7 +101,6 @@ def test_several_blocks_are_one_row(monkeypatch):
     assert_same(value_and_grads(arch, TPU, *given), expected)
 
 
-@of_each
 @pytest.mark.slow
 def test_rows_that_are_padded_on_the_left(hardware):
     """Prompts as they are read: no keys but their own, and padding before them that no token sees."""
@@ -113,29 +120,53 @@ def test_rows_that_are_padded_on_the_left(hardware):
     assert_same(value_and_grads(hardware), value_and_grads(None))
 
 
+@pytest.mark.slow
+def test_several_blocks_are_one_row_in_one_kernel(monkeypatch):
+    """Blocks without a mask, those that a window's end or the diagonal cuts, and a group's sums of a prompt's gradients."""
+    monkeypatch.setattr(whole, "BLOCK", 128)
+    for window, cap in ((None, None), (200, 2.0)):
+        arch, (arrays, mask_PS) = arch_of(64, window, cap), inputs(260, 640, 64)
+        given = arrays, mask_PS, jnp.ones_like(arrays[0]).at[:, ::2].set(-0.5)
+        assert_same(value_and_grads(arch, TPU, *given), value_and_grads(arch, None, *given))
+
+
+def test_long_rows_are_not_for_a_core():
+    """Of heads of 128 channels in bfloat16 about 3,000 tokens fit."""
+
+    def fits(num_tokens):
+        q, k = (jax.ShapeDtypeStruct((8, *shape), jnp.bfloat16) for shape in ((num_tokens, 4, 128), (2, num_tokens, 128)))
+        prompt = jax.ShapeDtypeStruct((1, 2, 256, 128), jnp.bfloat16)
+        return whole.fits(q, (k, k), (prompt, prompt))
+
+    assert fits(2048) and not fits(4096)
+
+
 def test_a_block_of_padding_is_not_run():
     """Blocks before the first token, above the diagonal and beyond the window; what is left covers every pair that is seen."""
-    blocks = gpu.Blocks(32, 16, 4, 1)
-    for part, begin in ((gpu.Part(96, 0, None), 40), (gpu.Part(50, 50, 20), 17), (gpu.Part(50, 50, None), 0)):
+    for part, begin in ((seen.Part(96, 0, None), 40), (seen.Part(50, 50, 20), 17), (seen.Part(50, 50, None), 0)):
         T, U = 96, -(-part.num // 16) * 16
-        seen_TU = np.asarray(part.sees(jnp.arange(T), jnp.arange(U), begin))
+        seen_TU = np.asarray(part.sees(jnp.arange(T)[:, None], jnp.arange(U)[None], begin))
         of_queries, of_keys = np.zeros_like(seen_TU), np.zeros_like(seen_TU)
         for start in range(0, T, 32):
-            first, end = map(int, part.keys_seen(jnp.int32(start), blocks, begin))
+            first, end = map(int, part.keys_seen(jnp.int32(start), 32, 16, begin))
             of_queries[start : start + 32, first * 16 : end * 16] = True
         for start in range(0, U, 16):
-            first, end = map(int, part.queries_seeing(jnp.int32(start), blocks, begin, T))
+            first, end = map(int, part.queries_seeing(jnp.int32(start), 32, 16, begin, T))
             of_keys[first * 32 : max(first, end) * 32, start : start + 16] = True
         assert (of_queries | ~seen_TU).all() and (of_keys | ~seen_TU).all()
+        for start in range(0, T, 32):
+            first, end = map(int, part.keys_seen_by_all(jnp.int32(start), 32, 16, begin))
+            assert seen_TU[start : start + 32, first * 16 : end * 16].all()
         tiles = seen_TU.reshape(T // 32, 32, U // 16, 16).any((1, 3))
         for run in (of_queries, of_keys):
             assert (run.reshape(T // 32, 32, U // 16, 16).any((1, 3)) == tiles).all(), "no block is run for nothing"
 
 
-@of_each
 @pytest.mark.slow
+@pytest.mark.parametrize("hardware", [TPU, GPU], ids=["tpu", "gpu"])
 def test_the_cotangent_of_each_part_is_that_of_the_whole(monkeypatch, hardware):
     """Two calls that are merged outside of one derivative: the output is right, gradients are not. Ours must not be those."""
+    monkeypatch.setattr(whole, "MAX_BYTES", 0)  # its one kernel has no parts
     arch, (arrays, mask_PS) = arch_of(64), inputs(128, 128, 64)
     given = arrays, mask_PS, jnp.ones_like(arrays[0]).at[..., ::2].set(-0.5)
     expected = value_and_grads(arch, None, *given)
@@ -162,7 +193,6 @@ GEMMA = Architecture(  # a local layer below a global one: the compiled program 
 )
 
 
-@of_each
 @pytest.mark.slow
 def test_a_decoder_has_the_same_gradients(hardware):
     """Prompts and completions through all layers, one completion with little; remat keeps what the kernel gave."""

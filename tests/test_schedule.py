@@ -110,6 +110,21 @@ def test_a_gpu_kernel_goes_by_its_own_name_and_counts_both_parts(name, products)
     assert kernel_flops(kernel) == products * 2 * 16 * pairs * 64
 
 
+def test_a_kernel_of_whole_rows_counts_its_blocks_of_both_parts():
+    """Tokens are the last axis; blocks of 256 above the diagonal are not run."""
+    rows, own, prompt, numbers = "bf16[8,14,64,1024]", "bf16[8,2,64,1024]", "bf16[1,2,64,256]", "f32[8,2,7,1024]"
+    given = {"forward": [rows, prompt, prompt, own, own], "backward": [rows, rows, rows, numbers, prompt, prompt, own, own]}
+    for name, products in (("forward", 2), ("backward", 5)):
+        text = TPU.replace("splash_mha_dkv_no_residuals.3", f"vmap_attention_{name}_.3")
+        old = text.split("operand_layout_constraints=")[1].split("\n")[0]
+        arrays = ", ".join(f"{x}{{3,2,1,0}}" for x in given[name])
+        schedule = Schedule(text.replace(old, f"{{s32[1,1]{{1,0}}, {arrays}}},"))
+        (kernel,) = [each for each in schedule.operations() if each.is_kernel]
+        flops = products * 2 * (8 * 14) * (1024 * 256 + 10 / 16 * 1024**2) * 64
+        assert kernel_flops(kernel) == flops
+        assert operation_secs(kernel, V5E) == pytest.approx(flops / (V5E.flops_per_s * 0.25))
+
+
 def test_bytes_of_types():
     assert array_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/s4[8]{0}, pred[5]{0})") == 12 + 4 + 5
     with pytest.raises(KeyError):

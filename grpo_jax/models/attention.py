@@ -238,8 +238,7 @@ def attend(
         if prefix is not None:
             assert isinstance(prefix, KVCache), "prompts in parts are for decoding"
             prompt = prefix.k.swapaxes(2, 3), prefix.v
-        q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
-        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, cap)
+        return flash.attend_causally(q_BTNH, (own.k.swapaxes(2, 3), own.v), prompt, view.rows, scale, cap)
     # A long row's queries go block by block: a block leaves out the keys behind it, and its scores are computed again in the
     # backward pass, so that memory grows with T and not with its square (Rabe and Staats, arXiv 2112.05682).
     T = q_BTNH.shape[1]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.architecture import Rope, Yarn
+from grpo_jax.parallel.hardware import target_platform
 
 RopeTables = tuple[Float[Array, "B T 1 halfR"], Float[Array, "B T 1 halfR"]]  # cos, sin
 
@@ -85,5 +86,10 @@ def rotate(x_BTNH: Float[Array, "B T N H"], tables: RopeTables, *, is_interleave
         left, right = turning[..., ::2], turning[..., 1::2]
         turned = jnp.stack([left * cos - right * sin, right * cos + left * sin], -1).reshape(turning.shape)
         return jnp.concatenate([turned, rest], -1)
+    if target_platform() == "tpu" and not rest.shape[-1]:
+        # By whole heads: XLA:TPU takes two passes to compute halves and to put them together.
+        halves = turning.reshape(*turning.shape[:-1], 2, -1)
+        of_others = jnp.stack([-sin, sin], -2)
+        return (halves * cos[..., None, :] + halves[..., ::-1, :] * of_others).reshape(turning.shape)
     left, right = jnp.split(turning, 2, -1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, *([rest] if rest.shape[-1] else [])], -1)

@@ -1,7 +1,7 @@
 """Causal attention over a row's own keys and its prompt's without scores in memory, forward and backward: on accelerators.
 
-`attention.attend` is the same in plain operations. The kernels are those of `tpu` and `gpu`: here are the layout that both
-read, and the derivative.
+`attention.attend` is the same in plain operations. The kernels are those of `gpu`, of `whole` on TPUs, and of `tpu` for rows
+that are too long for it: here are the layout that `gpu` and `tpu` read, and the derivative.
 
 No cotangent flows through a kernel's log-sum-exp: its own derivative drops it, and gradients of queries and keys come out wrong
 by half where parts are merged. Here one derivative covers all parts, and each part's backward kernel is given the output and
@@ -10,6 +10,7 @@ the log-sum-exp of the whole, as ring attention does from device to device (Liu 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from grpo_jax.models.flash import tpu
+from grpo_jax.models.flash import tpu, whole
 from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues, has_kernels
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 
 MIN_QUERIES = 128  # fewer fill no block: plain operations are as good
+BITS = {2: jnp.uint16, 4: jnp.uint32}  # by bytes
 SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them where it keeps products
 
 
@@ -41,27 +43,31 @@ def attend_causally(
     own: KeysAndValues,
     prompt: KeysAndValues | None,
     rows: CausalRows,
+    scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend to a row's own keys and its prompt's keys, in one softmax over both.
 
     Args:
-      q_BTNH: rotated and scaled queries. own: keys (rotated) and values [B, K, T, H] of the same tokens.
+      q_BTNH: rotated queries. own: keys (rotated) and values [B, K, T, H] of the same tokens.
       prompt: those of the prompts, [P, K, S, H], or None; rows p*G .. p*G+G-1 see prompt p. rows: the padding and the window.
-      cap: of the scores, as in `attention.attend`.
+      scale, cap: of the scores, as in `attention.attend`.
     Returns: the heads' outputs, in the dtype of the queries; undefined but finite on padding.
     """
     B, T, _, H = q_BTNH.shape
-    K = own[0].shape[1]
     slots = 0
     if prompt is not None:
         assert not rows.is_left_padded, "what continues a prompt has no padding before it"
         slots = prompt[0].shape[2]
-    arrays = pad(rows.hardware, lay_out(q_BTNH, own, prompt))
-    masks = [pad_mask(rows.hardware, mask) for mask in (rows.own_BT, rows.prompt_PS)]
     call = Call(rows.hardware, slots, cap, rows.window, rows.is_left_padded)
+    if rows.hardware.platform == "tpu" and whole.fits(q_BTNH, own, prompt):
+        call, masks = dataclasses.replace(call, is_whole=True, scale=scale), (rows.own_BT, rows.prompt_PS, rows.is_local)
+        out_BNHT: Any = _attention(call, whole.lay_out(q_BTNH, own, prompt), masks)
+        return out_BNHT[:, :, :H, :T].transpose(0, 3, 1, 2)
+    masks = [pad_mask(rows.hardware, mask) for mask in (rows.own_BT, rows.prompt_PS)]
+    arrays = pad(rows.hardware, lay_out(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), own, prompt))
     out_PMTH: Any = _attention(call, arrays, (*masks, rows.is_local))
-    return lay_out_rows(out_PMTH[:, :, :T, :H], K, B)
+    return lay_out_rows(out_PMTH[:, :, :T, :H], own[0].shape[1], B)
 
 
 def lay_out(
@@ -108,10 +114,10 @@ def padded_length(hardware: Hardware, num: int) -> int:
     return _kernels(hardware).padded_length(num)
 
 
-def _kernels(hardware: Hardware) -> Any:
+def _kernels(hardware: Hardware, is_whole: bool = False) -> Any:
     """Return the module of a platform's kernels."""
     if hardware.platform == "tpu":
-        return tpu
+        return whole if is_whole else tpu
     from grpo_jax.models.flash import gpu  # only here: Pallas takes a second to import, and no CPU needs it
 
     return gpu
@@ -121,39 +127,44 @@ def _kernels(hardware: Hardware) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: Call, arrays: Any, masks: Any) -> Float[Array, "P M T H"]:
+def _attention(call: Call, arrays: Any, masks: Any) -> Array:
     return _forward(call, arrays, masks)[0]
 
 
-def _forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Any]:
-    out_PMTH, lse_PMT = forward(call, arrays, masks)
-    # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`); kept with the heads side by
-    # side, for a last axis of 64 channels would be padded to a register's 128.
-    kept_PTX, lse_PMT = checkpoint_name(_pack(out_PMTH), SAVED_NAME), checkpoint_name(lse_PMT, SAVED_NAME)
-    return _unpack(kept_PTX, out_PMTH.shape[1]), (arrays, masks, kept_PTX, lse_PMT)
+def _forward(call: Call, arrays: Any, masks: Any) -> tuple[Array, Any]:
+    out, lse = forward(call, arrays, masks)
+    # Named, so that a layer that is computed again need not run the kernel again (`fsdp.REMAT`).
+    kept, lse = checkpoint_name(_pack(call, out), SAVED_NAME), checkpoint_name(lse, SAVED_NAME)
+    return _unpack(call, kept, out), (arrays, masks, kept, lse)
 
 
-def _backward(call: Call, residuals: Any, d_out_PMTH: Float[Array, "P M T H"]) -> tuple[Any, None]:
-    arrays, masks, kept_PTX, lse_PMT = residuals
-    out_PMTH = _unpack(kept_PTX, d_out_PMTH.shape[1])
-    return backward(call, (arrays, out_PMTH, lse_PMT, d_out_PMTH), masks), None
+def _backward(call: Call, residuals: Any, d_out: Array) -> tuple[Any, None]:
+    arrays, masks, kept, lse = residuals
+    return backward(call, (arrays, _unpack(call, kept, d_out), lse, d_out), masks), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _pack(x_PMTH: Float[Array, "P M T H"]) -> Float[Array, "P T MH"]:
-    x_PTMH = x_PMTH.transpose(0, 2, 1, 3)
-    return x_PTMH.reshape(*x_PTMH.shape[:2], -1)
+def _pack(call: Call, out: Array) -> Array:
+    """Return outputs as they are kept: heads [P, M, T, H] side by side, for 64 channels would be padded to a register's 128."""
+    if call.is_whole:
+        # Tokens are last already. As bits: numbers that are kept JAX rounds anew, which is a pass of its own behind a kernel.
+        return jax.lax.bitcast_convert_type(out, BITS[out.dtype.itemsize])
+    out_PTMH = out.transpose(0, 2, 1, 3)
+    return out_PTMH.reshape(*out_PTMH.shape[:2], -1)
 
 
-def _unpack(x_PTX: Float[Array, "P T MH"], num_heads: int) -> Float[Array, "P M T H"]:
-    return x_PTX.reshape(*x_PTX.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
+def _unpack(call: Call, kept: Array, like: Array) -> Array:
+    """Undo `_pack`; like: of its shape."""
+    if call.is_whole:
+        return jax.lax.bitcast_convert_type(kept, like.dtype)
+    return kept.reshape(*kept.shape[:2], like.shape[1], -1).transpose(0, 2, 1, 3)
 
 
-def forward(call: Call, arrays: Any, masks: Any) -> tuple[Float[Array, "P M T H"], Float[Array, "P M T"]]:
-    """Run the kernels -> (outputs, float32 log-sum-exp). arrays: laid out and padded. masks: of `CausalRows`, padded."""
-    return on_devices(call, _kernels(call.hardware).forward, arrays, masks)
+def forward(call: Call, arrays: Any, masks: Any) -> tuple[Array, Array]:
+    """Run the kernels -> (outputs like queries, float32 log-sum-exp). arrays: laid out and padded. masks: padded ones."""
+    return on_devices(call, _kernels(call.hardware, call.is_whole).forward, arrays, masks)
 
 
 def backward(call: Call, arrays: Any, masks: Any) -> Any:
@@ -162,7 +173,7 @@ def backward(call: Call, arrays: Any, masks: Any) -> Any:
     Args: as in `forward`; arrays: those there, then outputs and log-sum-exp over all keys, also over those of other calls, and
       the cotangent of that output.
     """
-    return on_devices(call, _kernels(call.hardware).backward, arrays, masks)
+    return on_devices(call, _kernels(call.hardware, call.is_whole).backward, arrays, masks)
 
 
 def on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:

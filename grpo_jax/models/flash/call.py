@@ -52,7 +52,8 @@ class Call:
     """Facts that are compiled into a call.
 
     hardware, window, is_left_padded: as in `CausalRows`. prompt_slots: S, before it was padded to blocks. cap: of the scores.
-    is_before: rows' keys, of any number, are of earlier tokens than all queries.
+    is_before: rows' keys, of any number, are of earlier tokens than all queries. is_whole: arrays are those of `whole`.
+    scale: of its scores; other kernels take scaled queries.
     """
 
     hardware: Hardware
@@ -61,6 +62,8 @@ class Call:
     window: int | None = None
     is_left_padded: bool = False
     is_before: bool = False
+    is_whole: bool = False
+    scale: float = 1.0
 
 
 KeysAndValues = tuple[Float[Array, "R K U H"], Float[Array, "R K U H"]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +19,10 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.flash.call import Call, KeysAndValues, Masks, by_kind
+from grpo_jax.models.flash.seen import LOG2E, MASK_VALUE, Part, cap_scores, div, rem
 from grpo_jax.parallel.hardware import target_platform
 
 UNIT = 128  # lengths are whole multiples of it; blocks of every size divide it
-LOG2E = math.log2(math.e)  # GPUs compute powers of two
-MASK_VALUE = -1e30  # as in `attention`
 MANY_PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -61,59 +59,6 @@ def padded_length(num: int) -> int:
 def width_of(head_dim: int) -> int:
     """Return the channels of a head as the kernels take them: a power of two, as few as a product has."""
     return max(16, pl.next_power_of_2(head_dim))
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Keys of one kind, the prompt's or a row's own: which of them a query sees.
-
-    Query t stands at slot `offset` + t and sees key u of `num` if begin <= u <= its own slot, within the window.
-    """
-
-    num: int
-    offset: int
-    window: int | None
-
-    def keys_seen(self, start: Any, blocks: Blocks, begin: Any) -> tuple[Any, Any]:
-        """Return (first, end) of the blocks of keys that a block of queries, from `start` on, sees."""
-        first, last = begin, jnp.minimum(self.offset + start + blocks.queries, self.num) - 1
-        if self.window is not None:
-            first = jnp.maximum(first, self.offset + start - self.window + 1)
-        return div(first, blocks.keys), (div(last, blocks.keys) + 1) * (first <= last).astype(jnp.int32)
-
-    def queries_seeing(self, start: Any, blocks: Blocks, begin: Any, num_queries: int) -> tuple[Any, Any]:
-        """Return (first, end) of the blocks of queries that see a block of keys, from `start` on."""
-        first, end = jnp.maximum(start - self.offset, 0), num_queries
-        if self.window is not None:
-            last_key = jnp.minimum(start + blocks.keys, self.num) - 1
-            end = jnp.clip(last_key + self.window - self.offset, 0, num_queries)
-        # None of a block that is all padding. By a product: Triton's lowering takes no literal in the `where` of a scalar.
-        end = end * ((start + blocks.keys > begin) & (start < self.num)).astype(jnp.int32)
-        return div(first, blocks.queries), div(end + blocks.queries - 1, blocks.queries)
-
-    def sees(self, query_Q: Any, key_U: Any, begin: Any) -> Any:
-        """Return which keys which queries see, [Q, U]; both are places in their arrays."""
-        distance_QU = self.offset + query_Q[:, None] - key_U[None]
-        seen_QU = (distance_QU >= 0) & (key_U >= begin)[None] & (key_U < self.num)[None]
-        if self.window is not None:
-            seen_QU &= distance_QU < self.window
-        return seen_QU
-
-
-def div(x: Any, size: Any) -> Any:
-    """Return x // size of numbers that are not negative, size a scalar."""
-    # Not `//`, which looks at signs: of jax 0.10 Triton's lowering has no sign of integers.
-    return jax.lax.div(*_like_first(x, size))
-
-
-def rem(x: Any, size: Any) -> Any:
-    """Return x % size, as `div`."""
-    return jax.lax.rem(*_like_first(x, size))
-
-
-def _like_first(x: Any, size: Any) -> tuple[Array, Array]:
-    x = jnp.asarray(x, jnp.int32)
-    return x, jnp.broadcast_to(jnp.asarray(size, jnp.int32), x.shape)
 
 
 def dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
@@ -302,14 +247,6 @@ def _begins_of_head(sizes: Sizes, parts: tuple[Part, ...]) -> list[pl.BlockSpec]
 # --------------------------------------------------------------------------------------------------------------- the kernels
 
 
-def cap_scores(score_QU: Any, cap: float | None) -> tuple[Any, Any]:
-    """Return (scores in units of log 2, the factor of their gradient) of products of queries and keys."""
-    if cap is None:
-        return score_QU * LOG2E, None
-    tanh_QU = jnp.tanh(score_QU / cap)
-    return tanh_QU * (cap * LOG2E), 1.0 - tanh_QU * tanh_QU
-
-
 def _over_keys(parts: tuple[Part, ...], blocks: Blocks, refs: Any, turn: Callable[..., Any], carry: Any) -> Any:
     """Call turn(k_UH, v_UH, seen_QU, carry) -> carry for each block of keys that this program's queries see, part after part.
 
@@ -323,10 +260,10 @@ def _over_keys(parts: tuple[Part, ...], blocks: Blocks, refs: Any, turn: Callabl
 
         def of_block(block: Any, carry: Any, part=part, k_ref=k_ref, v_ref=v_ref, begin=begin) -> Any:
             piece = pl.ds(block * blocks.keys, blocks.keys)
-            seen_QU = part.sees(query_Q, block * blocks.keys + jnp.arange(blocks.keys), begin)
+            seen_QU = part.sees(query_Q[:, None], (block * blocks.keys + jnp.arange(blocks.keys))[None], begin)
             return turn(k_ref[piece, :], v_ref[piece, :], seen_QU, carry)
 
-        carry = jax.lax.fori_loop(*part.keys_seen(start, blocks, begin), of_block, carry)
+        carry = jax.lax.fori_loop(*part.keys_seen(start, blocks.queries, blocks.keys, begin), of_block, carry)
     return carry
 
 
@@ -404,7 +341,7 @@ def _keys_kernel(
     start, begin = pl.program_id(0) * blocks.keys, begin_ref[0, 0]
     key_U = start + jnp.arange(blocks.keys)
     k_UH, v_UH = k_ref[...], v_ref[...]
-    first, end = part.queries_seeing(start, blocks, begin, q_ref.shape[1])
+    first, end = part.queries_seeing(start, blocks.queries, blocks.keys, begin, q_ref.shape[1])
     num = end - first
 
     def turn(number: Any, carry: Any) -> Any:
@@ -412,7 +349,8 @@ def _keys_kernel(
         head, block = div(number, num), first + rem(number, num)
         piece = pl.ds(block * blocks.queries, blocks.queries)
         q_QH, d_out_QH = q_ref[head, piece, :], d_out_ref[head, piece, :]
-        seen_QU = part.sees(block * blocks.queries + jnp.arange(blocks.queries), key_U, begin)
+        query_Q = block * blocks.queries + jnp.arange(blocks.queries)
+        seen_QU = part.sees(query_Q[:, None], key_U[None], begin)
         p_QU, factor_QU = _probabilities(q_QH, k_UH, cap, lse_ref[head, piece], seen_QU)
         dv_UH += dot(p_QU.astype(d_out_QH.dtype), d_out_QH, (0, 0))
         d_score_QU = _score_gradient(p_QU, factor_QU, d_out_QH, v_UH, delta_ref[head, piece])

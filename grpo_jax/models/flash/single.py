@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.flash.attend import on_devices
 from grpo_jax.models.flash.call import Call, has_kernels
+from grpo_jax.models.flash.seen import cap_scores, div, rem
 from grpo_jax.parallel.hardware import Hardware
 
 UNIT = 64  # caches are whole multiples of it; blocks of every size divide it
@@ -177,7 +178,7 @@ def _kernel(
 ) -> None:
     from jax.experimental import pallas as pl
 
-    from grpo_jax.models.flash.gpu import add_keys, cap_scores, div, dot, rem
+    from grpo_jax.models.flash.gpu import add_keys, dot
 
     own_ref, prompt_ref, *keys, own_k_ref, own_v_ref, out_ref, cached_k_ref, cached_v_ref = refs
     num_rows, num_heads = q_ref.shape[:2]

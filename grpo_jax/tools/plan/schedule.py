@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from grpo_jax.models.flash import whole
 from grpo_jax.tools.plan.chips import Chip
 
 # A dtype that is missing here raises KeyError: counted as nothing it would make the traffic look small.
@@ -36,9 +37,11 @@ GPU_KERNELS = {
     "flash_backward_keys": (4, slice(2, 3)),
 }
 GPU_BLOCK = 64  # what such a kernel takes of the diagonal at a time
+WHOLE_KERNELS = {"attention_forward": 2, "attention_backward": 5}  # of `models.flash.whole`: the same
 # The share of a matrix unit's peak that an attention kernel is taken to reach, by width of head: a width of 64 fills half of a
 # 128 x 128 unit in both of its products.
 KERNEL_SHARE = {64: 0.25, 128: 0.5}
+KERNEL_WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Operation:
 
     @property
     def kernel_name(self) -> str:
-        """Its name in the program; XLA:GPU calls all kernels of Pallas alike, and keeps theirs beside."""
-        name = self.instruction.name.split(".")[0]
+        """Its name in the program, `vmap` taken off; XLA:GPU calls all kernels of Pallas alike, and keeps theirs beside."""
+        name = re.sub(r"^vmap_(.*)_$", r"\1", self.instruction.name.split(".")[0])
         found = PALLAS_NAME.search(self.instruction.rest)
         return found[1] if found and name == "pallas_call" else name
 
@@ -219,6 +222,8 @@ def kernel_flops(operation: Operation) -> float:
         return 0.0
     if operation.kernel_name in GPU_KERNELS:
         return _gpu_kernel_flops(operation, [shape for shape in arrays if len(shape) == 4])
+    if operation.kernel_name in WHOLE_KERNELS:
+        return _whole_kernel_flops(operation, arrays)
     name, products = operation.instruction.name, 2
     if "dkv" in name:
         # In one kernel with the queries' gradient, which is its result with a leading axis of blocks of keys.
@@ -233,6 +238,15 @@ def _gpu_kernel_flops(operation: Operation, arrays: list[tuple[int, ...]]) -> fl
     products, which = GPU_KERNELS[operation.kernel_name]
     *rows, T, width = arrays[0]
     pairs = sum(T * (T + GPU_BLOCK) / 2 if keys[-2] == T else T * keys[-2] for keys in arrays[which])
+    return products * 2 * math.prod(rows) * pairs * width
+
+
+def _whole_kernel_flops(operation: Operation, arrays: list[tuple[int, ...]]) -> float:
+    """Rows' own keys are the last array, a prompt's stand before them."""
+    products = WHOLE_KERNELS[operation.kernel_name]
+    *rows, width, T = arrays[0]
+    prompt = {"attention_forward": arrays[1:-2], "attention_backward": arrays[4:-2]}[operation.kernel_name]
+    pairs = T * (T + whole.block_of(T)) / 2 + sum(T * keys[-1] for keys in prompt[:1])
     return products * 2 * math.prod(rows) * pairs * width
 
 
@@ -270,5 +284,6 @@ def operation_secs(operation: Operation, chip: Chip) -> float:
 def kernel_share(operation: Operation) -> float:
     """Return the share of the arithmetic peak that an attention kernel is taken to reach."""
     arrays = _kernel_arrays(operation)
-    fills_half = arrays and arrays[0][-1] <= 64 and operation.kernel_name not in GPU_KERNELS
+    width = arrays[0][-2 if operation.kernel_name in WHOLE_KERNELS else -1] if arrays else KERNEL_WIDTH
+    fills_half = width <= KERNEL_WIDTH // 2 and operation.kernel_name not in GPU_KERNELS
     return KERNEL_SHARE[64 if fills_half else 128]
