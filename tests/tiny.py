@@ -192,8 +192,8 @@ class BigramDecoder:
     def __init__(self, params):
         self.embed_VD, self.head_VD = params["embed"], params["head"]
 
-    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT, share=None, sums=None):
-        del mask_BT, share, sums  # one device, and nothing to add to
+    def forward_with_prefix(self, tokens_PS, mask_PS, tokens_BT, mask_BT, share=None, sums=None, tables=None):
+        del mask_BT, share, sums, tables  # one device, and nothing to add to
         last_PD, prefix_PD = self.encode_prompts(tokens_PS, mask_PS)
         hidden_BTD = self.embed_VD[tokens_BT]
         of_row_BD = jnp.repeat(prefix_PD, len(hidden_BTD) // len(prefix_PD), axis=0)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from grpo_jax.learner.vocab_parts import HeadWork, backward_by_vocab, num_vocab_shards, score_by_vocab
 from grpo_jax.models.experts import Routing
+from grpo_jax.models.grad_sums import TableSums
 from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, ModelDef
@@ -128,6 +129,7 @@ def token_logprobs(
     past: Past | None = None,
     has_entropy_gradient: bool = False,
     tiles: Tiles | None = None,
+    sum_VD: Float[jax.Array, "V D"] | None = None,
 ) -> tuple[Float[jax.Array, " F"], Float[jax.Array, " F"]]:
     """Compute the log-probability of each target, and the entropy, under the distribution that `sampling` draws from.
 
@@ -137,7 +139,8 @@ def token_logprobs(
       support_F: int32, how many tokens the sampler kept at each position, or None if it kept all.
       sampling: the distribution, its temperature above 0. chunks: logits at a time; peak memory is chunks.tokens * V.
       cap: of the logits, as in `head_logits`. past: from `past_of`. has_entropy_gradient: the entropy is a part of a loss.
-      tiles: of exact numbers, which are then the sampler's.
+      tiles: of exact numbers, which are then the sampler's. sum_VD: float32, what the head's gradient is added to, and the
+        gradient by which that sum is (`models.grad_sums`); None: the head has one of its own.
     Returns: (logp_F, entropy_F), float32 nats. Gradient flows through logp_F to hidden and head, through entropy_F if asked.
     """
     # A scan needs chunks of one shape. Padded positions predict token 0 from a state of zeros and are left out of the result.
@@ -151,7 +154,8 @@ def token_logprobs(
     hidden = split(hidden_FD)
     fixed = jax.tree.map(split, (targets_F, support_F, past and past[:3]))  # None stays None
     work = HeadWork(sampling, cap, chunks.vocab, chunks.is_by_vocab(tiles), tiles, has_entropy_gradient)
-    logp, entropy = _chunked(work, hidden, head_VD, fixed, past and past[3:])  # pyright: ignore[reportGeneralTypeIssues]
+    rows = past and past[3:]
+    logp, entropy = _chunked(work, hidden, head_VD, fixed, rows, sum_VD)  # pyright: ignore[reportGeneralTypeIssues]
     logp, entropy = (x.reshape(-1)[:num] for x in (logp, entropy))
     return logp, entropy if has_entropy_gradient else jax.lax.stop_gradient(entropy)
 
@@ -189,11 +193,11 @@ def _distribution(sampling: Sampling, cap: float | None, hidden_CD, head_VD, fix
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(work: HeadWork, hidden, head_VD, fixed, rows):
-    return _forward(work, hidden, head_VD, fixed, rows)[0]
+def _chunked(work: HeadWork, hidden, head_VD, fixed, rows, sum_VD):
+    return _forward(work, hidden, head_VD, fixed, rows, sum_VD)[0]
 
 
-def _forward(work: HeadWork, hidden, head_VD, fixed, rows):
+def _forward(work: HeadWork, hidden, head_VD, fixed, rows, sum_VD):
     """Go through the chunks. Of each, only its log-partition is kept for the backward pass: C numbers instead of [C, V]."""
 
     def chunk(_, xs):
@@ -205,7 +209,8 @@ def _forward(work: HeadWork, hidden, head_VD, fixed, rows):
         logp, entropy, log_z = score_by_vocab(work, hidden, head_VD, fixed[0])
     else:
         _, (logp, entropy, log_z) = jax.lax.scan(chunk, None, (hidden, fixed))
-    return (logp, entropy), (hidden, head_VD, fixed, rows, log_z, entropy if work.has_entropy_gradient else None)
+    kept = log_z, entropy if work.has_entropy_gradient else None
+    return (logp, entropy), (hidden, head_VD, fixed, rows, *kept, sum_VD)
 
 
 def _backward(work: HeadWork, residuals, cotangents):
@@ -216,7 +221,7 @@ def _backward(work: HeadWork, residuals, cotangents):
     if work.vocab:
         return backward_by_vocab(work, residuals, d_logp, d_entropy)
     sampling, cap = work.sampling, work.cap
-    hidden, head_VD, fixed, rows, log_z, entropy = residuals
+    hidden, head_VD, fixed, rows, log_z, entropy, sum_VD = residuals
 
     def chunk(d_head_VD, xs):
         hidden_CD, fixed_C, log_z_C, d_logp_C, entropy_C, d_entropy_C = xs
@@ -243,9 +248,11 @@ def _backward(work: HeadWork, residuals, cotangents):
         d_head_VD += jnp.einsum("cv,cd->vd", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32)
         return d_head_VD, d_hidden_CD.astype(hidden_CD.dtype)
 
-    zeros_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0])
-    d_head_VD, d_hidden = jax.lax.scan(chunk, zeros_VD, (hidden, fixed, log_z, d_logp, entropy, d_entropy))
-    return d_hidden, d_head_VD.astype(head_VD.dtype), None, None
+    so_far_VD = vary_like(jnp.zeros(head_VD.shape, jnp.float32), fixed[0]) if sum_VD is None else sum_VD
+    d_head_VD, d_hidden = jax.lax.scan(chunk, so_far_VD, (hidden, fixed, log_z, d_logp, entropy, d_entropy))
+    if sum_VD is not None:
+        return d_hidden, None, None, None, d_head_VD
+    return d_hidden, d_head_VD.astype(head_VD.dtype), None, None, None
 
 
 _chunked.defvjp(_forward, _backward)
@@ -285,13 +292,16 @@ def logprobs_and_routing(
 ) -> tuple[Float[jax.Array, "P G T"], Float[jax.Array, "P G T"], Routing | None]:
     """Compute what `policy_logprobs` does, and which experts took the tokens.
 
-    Args: as there. sums: as in `Decoder.forward_with_prefix`.
+    Args: as there. sums: what the gradients of layers, embedding and head are added to (`models.grad_sums`), like `params`;
+      None: they are new ones.
     Returns: (logp_PGT, entropy_PGT, the experts, of a completion's first T - 1 tokens; None in a model without experts).
     """
     decoder = model.bind(params)
     P, G, T = rollout.tokens_PGT.shape
-    share = share_of(T)
-    hidden_BXD, t_X, routing = _predicting_states(decoder, rollout, share, sums, is_aligned=model.hardware is not None)
+    share, sums = share_of(T), dict(sums or {})
+    of_layers, tables = sums.pop("layers", None), TableSums(sums)
+    given = decoder, rollout, share, of_layers, tables
+    hidden_BXD, t_X, routing = _predicting_states(*given, is_aligned=model.hardware is not None)
 
     def here(x_PGT: jax.Array) -> jax.Array:
         """Return what belongs to the tokens t_X of all rows."""
@@ -301,9 +311,10 @@ def logprobs_and_routing(
 
     num = P * G * len(t_X)
     chunks = Chunks.of(model, chunk_tokens, num, sampling)
+    head = decoder.head_here if chunks.is_by_vocab(decoder.tiles) else decoder.head_VD
     found = token_logprobs(
         hidden_BXD.reshape(num, -1),
-        decoder.head_here if chunks.is_by_vocab(decoder.tiles) else decoder.head_VD,
+        head,
         here(rollout.tokens_PGT),
         jax.tree.map(here, rollout.support_PGT),  # None stays None
         sampling,
@@ -312,7 +323,9 @@ def logprobs_and_routing(
         past_of(rollout, sampling, t_X),
         has_entropy_gradient,
         decoder.tiles,
+        tables.take("head" if "head" in params else "embed", head.shape),
     )
+    found = tables.close(found)
     if share is not None:
         found = tuple(share.spread(x.reshape(P * G, -1), t_X) for x in found)
     logp, entropy = found
@@ -320,17 +333,18 @@ def logprobs_and_routing(
 
 
 def _predicting_states(
-    decoder: Decoder, rollout: Rollout, share: Share | None, sums: Params | None, *, is_aligned: bool
+    decoder: Decoder, rollout: Rollout, share: Share | None, sums: Params | None, tables: TableSums, *, is_aligned: bool
 ) -> tuple[Float[jax.Array, "B X D"], Int[jax.Array, " X"], Routing | None]:
     """Run the layers -> (the states that predict the tokens t_X of each completion, t_X, experts of the first T - 1 tokens).
 
-    share: slots that this device runs; None: all, and t_X is 0 .. T - 1. sums: see there. is_aligned: layers take all T slots.
+    share: slots that this device runs; None: all, and t_X is 0 .. T - 1. sums, tables: as in `Decoder.forward_with_prefix`.
+    is_aligned: layers take all T slots.
     """
     P, G, T = rollout.tokens_PGT.shape
     tokens_BT, mask_BT = rollout.tokens_PGT.reshape(P * G, T), rollout.mask_PGT.reshape(P * G, T)
     prompts = rollout.prompts.tokens_PS, rollout.prompts.mask_PS
     if share is not None:
-        last_PD, read_BXD, routing = decoder.forward_with_prefix(*prompts, tokens_BT, mask_BT, share, sums)
+        last_PD, read_BXD, routing = decoder.forward_with_prefix(*prompts, tokens_BT, mask_BT, share, sums, tables)
         # A slot's state predicts the next token. The row's last slot predicts none, so in its place stands the prompt's last
         # state, which predicts the first token.
         is_end_X1 = (share.slots_X == T - 1)[:, None]
@@ -346,7 +360,7 @@ def _predicting_states(
         later = []
     else:
         read = tokens_BT[:, :num_read], mask_BT[:, :num_read]
-        last_PD, later_BTD, routing = decoder.forward_with_prefix(*prompts, *read, sums=sums)
+        last_PD, later_BTD, routing = decoder.forward_with_prefix(*prompts, *read, sums=sums, tables=tables)
         later = [later_BTD[:, : T - 1]]
         if routing is not None:
             routing = dataclasses.replace(routing, chosen_BTX=routing.chosen_BTX[:, : T - 1])

@@ -21,6 +21,7 @@ Pieces = tuple[Any, Float[Leaf, "P G T"]]
 # (microbatch, the sum so far or None) -> (the sum with the microbatch's gradients, metrics)
 AddGradients = Callable[[Pieces, Params | None], tuple[Params, dict[str, Metric]]]
 Loss = Callable[..., tuple[Float[jax.Array, ""], dict[str, Metric]]]
+IN_PLACE = ("layers", "embed", "head")  # parameters whose gradient a model adds to a sum as it is made
 
 
 def add_gradients(
@@ -29,7 +30,7 @@ def add_gradients(
     """Differentiate a loss, and add the gradient to a sum.
 
     Args:
-      loss_of: (params, sums) -> (scalar, metrics); sums are what the layers' gradient is added to, or not given.
+      loss_of: (params, sums) -> (scalar, metrics); sums are what the gradients of IN_PLACE are added to, or not given.
       params: what is trained. total: the sum so far, None before the first. in_place: it is given to the loss.
     Returns: ((loss, metrics), the sum).
     """
@@ -42,9 +43,10 @@ def add_gradients(
         return loss_of({**others, "layers": layers}, sums)
 
     differentiate = jax.value_and_grad(loss_of_others, (0, 1), has_aux=True)
-    found, (grads, sums) = differentiate(others, total["layers"])
-    so_far = {name: total[name] for name in others}
-    return found, {**jax.tree.map(jnp.add, so_far, grads), "layers": sums}
+    found, (grads, sums) = differentiate(others, {name: total[name] for name in IN_PLACE if name in total})
+    # Of a table read in another way than in place there is a gradient of its own, else zeros, which the compiler leaves out.
+    so_far = {name: sums[name] if name in sums else total[name] for name in others}
+    return found, {**jax.tree.map(jnp.add, so_far, grads), "layers": sums["layers"]}
 
 
 def sum_over(

@@ -368,7 +368,7 @@ def microbatch_loss(
     Args:
       model, params: the policy. target: the microbatch. weight_PGT: float32, each token's weight over the global denominator.
       obj: the objective with the state's numbers. config: learner and the rollout's distribution are read.
-      sums: what the layers' gradient is added to, as in `Decoder.forward_with_prefix`.
+      sums: as in `logprobs_and_routing`.
     Returns: (scalar, metrics by name).
     """
     rollout = target.rollout

@@ -94,11 +94,12 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
 
     The log-partition is known, so each part's share of p is; a cut distribution has no such parts.
     """
-    hidden, head_VD, (targets, _, _), _, log_z, entropy = residuals
+    hidden, head_VD, (targets, _, _), _, log_z, entropy, sum_VD = residuals
     temperature, cap = work.sampling.temperature, work.cap
 
-    def of_device(head_VD, first_here, hidden_FD, targets_F1, log_z_F1, d_logp_F1, *of_entropy):
-        def part(d_hidden_FD, head_UD, first):
+    def of_device(tables, first_here, hidden_FD, targets_F1, log_z_F1, d_logp_F1, *of_entropy):
+        def part(carry, head_UD, first):
+            d_hidden_FD, sum_VD = carry
             logits_FU = head_logits(hidden_FD, head_UD, cap) / temperature
             is_target_FU = first + jnp.arange(len(head_UD))[None] == here_F1
             below_FU = logits_FU - log_z_F1
@@ -111,39 +112,49 @@ def backward_by_vocab(work: HeadWork, residuals, d_logp, d_entropy):
                 d_logits_FU *= 1 - jnp.square(logits_FU * (temperature / cap))
             d_logits_FU = d_logits_FU.astype(head_UD.dtype)
             d_hidden_FD += jnp.einsum("fu,ud->fd", d_logits_FU, head_UD, preferred_element_type=jnp.float32)
+            dtype = jnp.float32 if is_sharded or sum_VD is not None else None
+            d_head_UD = jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD, preferred_element_type=dtype)
             if is_sharded:
-                d_head_UD = jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD, preferred_element_type=jnp.float32)
-                return d_hidden_FD, scatter_columns(d_head_UD)
-            return d_hidden_FD, jnp.einsum("fu,fd->ud", d_logits_FU, hidden_FD)
+                d_head_UD = scatter_columns(d_head_UD)
+            if sum_VD is None:
+                return (d_hidden_FD, None), d_head_UD
+            so_far_UD = jax.lax.dynamic_slice_in_dim(sum_VD, first, len(d_head_UD))
+            return (d_hidden_FD, jax.lax.dynamic_update_slice_in_dim(sum_VD, so_far_UD + d_head_UD, first, 0)), None
 
+        head_VD, sum_VD = tables
         here_F1, is_sharded = targets_F1 - first_here, _is_sharded(hidden_FD, head_VD)
         zeros_FD = vary_like(jnp.zeros(hidden_FD.shape, jnp.float32), here_F1)
-        d_hidden_FD, d_head_VD = _over_vocab(work, hidden_FD, head_VD, part, zeros_FD)
+        (d_hidden_FD, sum_VD), d_head_VD = _over_vocab(work, hidden_FD, head_VD, part, (zeros_FD, sum_VD))
         if is_shared:
             d_hidden_FD = jax.lax.psum(d_hidden_FD, "tensor")
-        return d_head_VD.astype(head_VD.dtype), d_hidden_FD.astype(hidden_FD.dtype)
+        d_table_VD = d_head_VD.astype(head_VD.dtype) if sum_VD is None else sum_VD
+        return d_table_VD, d_hidden_FD.astype(hidden_FD.dtype)
 
     of_rows = [targets, log_z, d_logp, *(() if d_entropy is None else (entropy, d_entropy))]
     is_shared = num_shards_here(len(head_VD)) > 1
     run = _on_vocab_shards(of_device, is_shared, num_others=1 + len(of_rows), out_specs=(VOCAB_SHARD, PartitionSpec()))
-    d_head_VD, d_hidden_FD = run(head_VD, hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1, 1) for x in of_rows))
-    return d_hidden_FD.reshape(hidden.shape), d_head_VD, None, None
+    tables, hidden_FD = (head_VD, sum_VD), hidden.reshape(-1, hidden.shape[-1])
+    d_table_VD, d_hidden_FD = run(tables, hidden_FD, *(x.reshape(-1, 1) for x in of_rows))
+    by_table = (d_table_VD, None) if sum_VD is None else (None, d_table_VD)
+    return d_hidden_FD.reshape(hidden.shape), by_table[0], None, None, by_table[1]
 
 
 def _on_vocab_shards(function: Callable[..., Any], is_shared: bool, num_others: int, out_specs: Any) -> Callable[..., Any]:
-    """Return run(head_VD, ...), that is function(its rows of the head, the first one's token, ...) on each device of `tensor`.
+    """Return run(tables, ...), that is function(its rows of the head, the first one's token, ...) on each device of `tensor`.
 
-    Where `tensor` does not shard the head, these are all rows, and 0. All else each device has in full.
+    tables: the head, or a tree of arrays of its shape. Where `tensor` does not shard it, a device's rows are all, and 0. All
+    else each device has in full.
     """
     if not is_shared:
-        return lambda head_VD, *others: function(head_VD, 0, *others)
+        return lambda tables, *others: function(tables, 0, *others)
 
-    def run(head_VD: jax.Array, *others: Any) -> Any:
+    def run(tables: Any, *others: Any) -> Any:
         # Data, and not `jax.lax.axis_index`: below another `shard_map` jax 0.7 cannot compile that.
-        num_parts = num_shards_here(len(head_VD))
-        firsts = jnp.arange(num_parts)[:, None] * (len(head_VD) // num_parts)
+        vocab = len(jax.tree.leaves(tables)[0])
+        num_parts = num_shards_here(vocab)
+        firsts = jnp.arange(num_parts)[:, None] * (vocab // num_parts)
         in_specs = (VOCAB_SHARD, VOCAB_SHARD, *[PartitionSpec()] * num_others)
-        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})(head_VD, firsts, *others)
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"tensor"})(tables, firsts, *others)
 
     return run
 
@@ -161,7 +172,7 @@ def _over_vocab(
     Args:
       head_VD: in the compute dtype, or this device's columns, of which each part is gathered by itself.
       part: with its tokens' rows of the head, and the first token's number. carry: of the first call.
-    Returns: (the last carry, the results of all parts, one behind the other).
+    Returns: (the last carry, the results of all parts, one behind the other, or None).
     """
     V, size = len(head_VD), work.vocab
     here_VD = head_VD.astype(hidden_FD.dtype)

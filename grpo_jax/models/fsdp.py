@@ -177,10 +177,16 @@ def _look_up_forward(shard_VE: Array, tokens: Array, dtype: Any) -> tuple[Array,
 def _look_up_backward(dtype: Any, residuals: Any, d_rows: Array) -> tuple[Array, None]:
     del dtype
     shard_VE, tokens = residuals
+    return add_rows(vary_like(jnp.zeros(shard_VE.shape, jnp.float32), d_rows.astype(jnp.int32)), tokens, d_rows), None
+
+
+def add_rows(total_VE: Float[Array, "V E"], tokens: Int[Array, "*lead"], d_rows: Float[Array, "*lead D"]) -> Array:
+    """Return a float32 sum of gradients with those of the tokens' rows; as in `look_up`, or D = E where nothing is sharded."""
+    if total_VE.shape[-1] == d_rows.shape[-1]:
+        return total_VE.at[tokens].add(d_rows.astype(jnp.float32))
     asked = jax.lax.all_gather(tokens, "fsdp")
     d_found = jax.lax.all_to_all(d_rows[None], "fsdp", d_rows.ndim, 0, tiled=True).astype(jnp.float32)
-    zeros_VE = vary_like(jnp.zeros(shard_VE.shape, jnp.float32), d_rows.astype(jnp.int32))
-    return zeros_VE.at[asked].add(d_found), None
+    return total_VE.at[asked].add(d_found)
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

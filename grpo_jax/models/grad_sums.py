@@ -1,12 +1,14 @@
-"""A scan over layers whose gradient is added to sums that are there already, in place.
+"""Gradients that are added to sums that are there already, in place: of a scan over layers, and of embedding and head.
 
 Left to JAX, the backward pass of a scan makes new stacks of all layers' gradients: it fills them with zeros, writes each
 layer's slice, and then all of it is read again to be added up over microbatches. That is a second copy of the gradients, which
-in float32 are the largest thing beside the optimizer, and three passes over it where one does.
+in float32 are the largest thing beside the optimizer, and three passes over it where one does. It is the same with a table of
+which a microbatch reads a few thousand rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,3 +109,70 @@ class _Layer:
 def _value_of(var: Any, known: dict[Any, Any]) -> Any:
     """Return the value of a literal, or of a variable that is known."""
     return var.val if hasattr(var, "val") else known[var]
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+Find = Callable[[Any, Any], Any]  # (table, tokens) -> rows
+AddRows = Callable[[Any, Any, Any], Any]  # (sum of gradients, tokens, the rows' gradient) -> the sum with it
+
+
+class TableSums:
+    """Sums of the gradients of embedding and head, by name, for one pass of a model.
+
+    What reads a table is given the sum and hands it on; backward it is given the sum and adds to it. So the sum is one array,
+    of whatever reads the table, and the gradient by it is defined as that array.
+    """
+
+    def __init__(self, sums: dict[str, Any]):
+        self._sums = dict(sums)
+
+    def look_up(self, name: str, find: Find, add_rows: AddRows, table: Any, tokens: Any) -> Any:
+        """Return find(table, tokens); its gradient goes to the table's sum if there is one."""
+        if name not in self._sums:
+            return find(table, tokens)
+        found = _look_up(find, add_rows, table, tokens, self._sums[name])
+        rows, self._sums[name] = found  # pyright: ignore[reportGeneralTypeIssues]
+        return rows
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Any:
+        """Return the table's sum to its last reader, whose gradient by it is the sum with its own.
+
+        None: there is none, or the reader's table has another shape, as one that is gathered has.
+        """
+        return self._sums.pop(name) if name in self._sums and self._sums[name].shape == shape else None
+
+    def close(self, x: Any) -> Any:
+        """Return x, something that everything before depends on; the sums that no reader took end here."""
+        return _close(x, self._sums) if self._sums else x
+
+
+NO_SUMS = TableSums({})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(find: Find, add_rows: AddRows, table: Any, tokens: Any, total: Any) -> tuple[Any, Any]:
+    del add_rows
+    return find(table, tokens), total
+
+
+def _look_up_forward(find: Find, add_rows: AddRows, table: Any, tokens: Any, total: Any) -> tuple[tuple[Any, Any], Any]:
+    return _look_up(find, add_rows, table, tokens, total), tokens
+
+
+def _look_up_backward(find: Find, add_rows: AddRows, tokens: Any, d_results: tuple[Any, Any]) -> tuple[None, None, Any]:
+    del find
+    d_rows, total = d_results
+    return None, None, add_rows(total, tokens, d_rows)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+@jax.custom_vjp
+def _close(x: Any, sums: dict[str, Any]) -> Any:
+    del sums
+    return x
+
+
+_close.defvjp(lambda x, sums: (x, sums), lambda sums, d_x: (d_x, sums))

@@ -27,6 +27,7 @@ from grpo_jax.models.experts import Routing, choices_of, count_choices
 from grpo_jax.models.flash import CausalRows, single
 from grpo_jax.models.fsdp import (
     GatherLayer,
+    add_rows,
     apply_remat,
     gather,
     look_up,
@@ -34,7 +35,7 @@ from grpo_jax.models.fsdp import (
     tensor_spec,
 )
 from grpo_jax.models.gated_delta import DeltaState
-from grpo_jax.models.grad_sums import scan_layers
+from grpo_jax.models.grad_sums import NO_SUMS, TableSums, scan_layers
 from grpo_jax.models.linear import fence_vectors
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.norms import RMSNorm, scaled
@@ -127,12 +128,10 @@ class Decoder(nnx.Module):
         # Logits are products of these with the head: whatever divides the logits divides them.
         return scaled(exact.run_norm(self.tiles, self.final_norm, x), 1 / self.arch.logit_divisor)
 
-    def embed_tokens(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
-        """Return what enters the first layer, in the compute dtype."""
-        if self.embed.shape[-1] != self.arch.dim:
-            x = jnp.asarray(look_up(self.embed[...], tokens, self.dtype))
-        else:
-            x = self.embed[...].astype(self.dtype)[tokens]
+    def embed_tokens(self, tokens: Int[Array, "*lead"], tables: TableSums = NO_SUMS) -> Float[Array, "*lead D"]:
+        """Return what enters the first layer, in the compute dtype. tables: as in `forward_with_prefix`."""
+        find = functools.partial(_find_rows, self.arch.dim, self.dtype)
+        x = tables.look_up("embed", find, add_rows, self.embed[...], tokens)
         if self.arch.embed_scale != 1:
             # Rounded to the compute dtype first, as Gemma's own code does: in bfloat16 sqrt(640) = 25.298 is 25.25.
             x = x * jnp.asarray(self.arch.embed_scale, self.dtype)
@@ -172,6 +171,7 @@ class Decoder(nnx.Module):
         mask_BT: Shaped[Array, "B T"],
         share: Share | None = None,
         sums: Params | None = None,
+        tables: TableSums = NO_SUMS,
     ) -> tuple[Float[Array, "P D"], Float[Array, "B T D"], Routing | None]:
         """Run prompts, and their B = P * G completions on top of them, in one pass over the layers.
 
@@ -179,6 +179,7 @@ class Decoder(nnx.Module):
           tokens_PS: left-padded. mask_PS, mask_BT: True (or not 0) on tokens. tokens_BT: right-padded, groups contiguous.
           share: the completions' slots that this device runs, T of them in the result; None: all.
           sums: like the layers' parameters, what their gradient is added to (`grad_sums.scan_layers`); None: it is a new one.
+          tables: the same for the embedding, if it has a sum.
         Returns: (hidden_PD at each prompt's last token, hidden_BTD, the tokens' experts). States are behind the final norm;
           without experts there is None.
         """
@@ -199,7 +200,8 @@ class Decoder(nnx.Module):
             load_E = count_choices(chosen_PSk, mask_PS, E) + count_choices(chosen_BTk, mask_BT, E)
             return (x_PSD, x_BTD), (load_E.astype(jnp.float32), choices_of([chosen_BTk], E))
 
-        (x_PSD, x_BTD), kept = self._scan_layers(layer, (self.embed_tokens(tokens_PS), self.embed_tokens(tokens_BT)), sums)
+        first = self.embed_tokens(tokens_PS, tables), self.embed_tokens(tokens_BT, tables)
+        (x_PSD, x_BTD), kept = self._scan_layers(layer, first, sums)
         routing = None
         if self.arch.num_experts:  # those of one period are neighbours
             load_LE, chosen_LBTk = (jnp.stack(each, 1).reshape(-1, *each[0].shape[1:]) for each in zip(*kept, strict=True))
@@ -384,6 +386,13 @@ class Decoder(nnx.Module):
         return told(views[0], None), told(views[1], self.arch.sliding_window)
 
 
+def _find_rows(dim: int, dtype: Any, embed_VE: Float[Array, "V E"], tokens: Int[Array, "*lead"]) -> Float[Array, "*lead D"]:
+    """Return tokens' rows of an embedding of which each device may have some columns alone."""
+    if embed_VE.shape[-1] != dim:
+        return jnp.asarray(look_up(embed_VE, tokens, dtype))
+    return embed_VE.astype(dtype)[tokens]
+
+
 def init_params(arch: Architecture, key: Array) -> Params:
     """Draw fresh float32 parameters, a nested dict of arrays."""
     return nnx.to_pure_dict(nnx.state(Decoder(arch, rngs=nnx.Rngs(key)), nnx.Param))
@@ -428,7 +437,7 @@ class ModelDef:
 
     @property
     def adds_gradients_in_place(self) -> bool:
-        """A microbatch's gradients of the layers can be added to a sum as they are made (`grad_sums.scan_layers`).
+        """A microbatch's gradients of layers, embedding and head can be added to a sum as they are made (`grad_sums`).
 
         Not those of few layers, which are unrolled, nor where some of their weights are not trained.
         """

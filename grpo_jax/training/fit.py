@@ -176,8 +176,10 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
         logits, head = 2 * F32 * tokens * chunks.vocab, part
     head += tokens * D * (F32 + item)
     weights, tables = share.weights / tensor, (1 + (not arch.tie_embeddings)) * V * D / tensor
-    # The sum of those so far, and a microbatch's: all of it, or only what no layer has.
-    again = tables / share.fsdp_size if model.adds_gradients_in_place else share.trained
+    # The sum of those so far, and a microbatch's: all of it, or only the head's where that is gathered.
+    again = (share.fsdp_size > 1 and not chunks.vocab) * V * D / tensor / share.fsdp_size
+    if not model.adds_gradients_in_place:
+        again = share.trained
     gradients = F32 * (share.trained + (num_microbatches > 1) * again)
     copies = item * weights
     if share.fsdp_size > 1:  # a layer at a time, and the head with its float32 gradient

@@ -254,8 +254,9 @@ class _Keys:
         """Turn keys and values, a block at a time, and begin the sums."""
         size = block_of(self.num)
         for ref, turned in ((self.k, self.turned_k), (self.v, self.turned_v)):
-            for start in range(0, 0 if turned is None else self.num, size):
-                turned[start : start + size, :] = ref[:, start : start + size].T
+            if turned is not None:
+                for start in range(0, self.num, size):
+                    turned[start : start + size, :] = ref[:, start : start + size].T
         for total in () if self.sum_dk is None else (self.sum_dk, self.sum_dv):
             total[...] = jnp.zeros_like(total)
 

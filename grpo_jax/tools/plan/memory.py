@@ -151,9 +151,11 @@ def update_parts(job: Job) -> list[Part]:
     offloaded = local_bytes([x for x in jax.tree.leaves(state_like(job).opt_state) if is_on_host(x)])
     params = state_like(job).params
     gradient = local_bytes(params)
-    again = 0.0  # a microbatch's own gradients, beside the sum of those so far: all of them, or only those of no layer
-    if job.config.learner.microbatches > 1:
-        again = local_bytes({**params, "layers": ()}) if job.model_on_chips.adds_gradients_in_place else gradient
+    # A microbatch's own gradients, beside the sum of those so far: all of them, or only the head's, where that is gathered.
+    again = gradient if job.config.learner.microbatches > 1 else 0.0
+    if again and job.model_on_chips.adds_gradients_in_place:
+        is_gathered = job.config.mesh.fsdp > 1 and not job.chunks.vocab
+        again = is_gathered * local_bytes(params.get("head", params["embed"]))
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     num_tokens = int(sizes.P * sizes.G * sizes.T)
     chunks = job.chunks
