@@ -1,4 +1,4 @@
-"""Attention of a row's newest token by the kernel of GPUs, against plain operations: as an interpreter runs it on the CPU."""
+"""Attention of a row's newest token by the kernels, against plain operations: as an interpreter runs them on the CPU."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import KVCache, Prefix, attend, make_views
-from grpo_jax.models.flash import attend_newest, call, single
+from grpo_jax.models.flash import attend_filled, attend_newest, call, single, tpu_newest
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.transformer import ModelDef
@@ -21,7 +21,8 @@ from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
 from tests import tiny
 
-GPU = Hardware("gpu", interpret=jax.default_backend() != "gpu")
+GPU, TPU = (Hardware(platform, interpret=platform != jax.default_backend()) for platform in ("gpu", "tpu"))
+of_each = pytest.mark.parametrize("hardware", [GPU, TPU], ids=["gpu", "tpu"])
 P, G, K, R = 3, 4, 2, 3
 B = P * G
 SLOTS = [0, 63, 64, 100, 127, 1, 5, 70, 3, 2, 1, 126]
@@ -45,9 +46,12 @@ def drawn(rng, dtype, *shape):
     ids=["one slot", "slots of their own, capped", "a window, prompts in parts", "itself alone"],
 )
 @pytest.mark.parametrize("rows", [1, 4])
-def test_outputs_and_caches_are_those_of_plain_operations(dtype, slots, window, cap, widths, rows, monkeypatch):
+@of_each
+def test_outputs_and_caches_are_those_of_plain_operations(hardware, dtype, slots, window, cap, widths, rows, monkeypatch):
     """Empty slots hold anything; of the cache only the newest token's slot changes, in place of what was there."""
     monkeypatch.setattr(single, "_rows_at_a_time", lambda *_: rows)
+    monkeypatch.setattr(tpu_newest, "MAX_PROGRAM_HEADS", rows)
+    monkeypatch.setattr(tpu_newest, "BLOCK", 64)  # two blocks
     rng, H, U = np.random.default_rng(0), 32, 128
     lengths_P = jnp.asarray([1, 7, 10])
     parts = [slice(0, P)] if len(widths) == 1 else [slice(0, 1), slice(1, P)]
@@ -60,13 +64,15 @@ def test_outputs_and_caches_are_those_of_plain_operations(dtype, slots, window, 
     q_BNH, new = drawn(rng, dtype, B, K * R, H), tuple(drawn(rng, dtype, B, K, H) for _ in range(2))
     slot_B = jnp.asarray(slots)
 
-    whole = [each.pad_to(single.round_slots(each.num_slots)) for each in prompts]
-    told = single.newest_tokens(GPU, slot_B, masks, lengths_P, window)
-    out_BNH, found = jax.jit(attend_newest, static_argnums=(5, 6))(
-        q_BNH, new, (cache.k, cache.v), [(each.k, each.v) for each in whole], told, 0.5, cap
-    )
-
+    whole = [each.pad_to(single.round_prompt(hardware, each.num_slots)) for each in prompts]
+    given = [(each.k, each.v) for each in whole], single.newest_tokens(hardware, slot_B, masks, lengths_P, window)
     filled = cache.update(KVCache.of(new[0][:, None], new[1][:, None]), slot_B)
+    if hardware == GPU:
+        out_BNH, found = jax.jit(attend_newest, static_argnums=(5, 6))(q_BNH, new, (cache.k, cache.v), *given, 0.5, cap)
+    else:
+        found = filled.k, filled.v
+        out_BNH = jax.jit(attend_filled, static_argnums=(4, 5))(q_BNH, found, *given, 0.5, cap)
+
     local = {} if window is None else {"sliding_window": window, "local_layers": (0,)}
     arch = Architecture(tiny.VOCAB, 16, 1, K * R, K, H, 24, **local)
     in_parts = len(widths) > 1
@@ -98,8 +104,9 @@ def sampled(hardware, live, long_rows, arch=LAYERS, attention="auto"):
 @pytest.mark.slow
 @pytest.mark.parametrize("long_rows", [False, True], ids=["one width", "two widths"])
 @pytest.mark.parametrize("live", [0, 3], ids=["side by side", "one after the other"])
-def test_a_rollout_by_the_kernel_draws_the_same_tokens(live, long_rows):
-    found, expected = sampled(GPU, live, long_rows), sampled(None, 0, long_rows)
+@of_each
+def test_a_rollout_by_the_kernel_draws_the_same_tokens(hardware, live, long_rows):
+    found, expected = sampled(hardware, live, long_rows), sampled(None, 0, long_rows)
     np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
     np.testing.assert_allclose(found.sampler_logp_PGT, expected.sampler_logp_PGT, atol=2e-5)
     assert expected.mask_PGT.sum(-1).max() > 64  # beyond a block of slots
@@ -109,8 +116,9 @@ def test_a_rollout_by_the_kernel_draws_the_same_tokens(live, long_rows):
 def test_states_beside_keys_and_values():
     """Of gated delta nets the prompts' states are handed on as they are."""
     arch = dataclasses.replace(tiny.DELTA, head_dim=16)
-    found, expected = (sampled(hardware, 0, False, arch) for hardware in (GPU, None))
-    np.testing.assert_array_equal(found.tokens_PGT, expected.tokens_PGT)
+    expected = sampled(None, 0, False, arch)
+    for hardware in (GPU, TPU):
+        np.testing.assert_array_equal(sampled(hardware, 0, False, arch).tokens_PGT, expected.tokens_PGT)
 
 
 def test_products_of_the_same_rows_are_one():
@@ -120,8 +128,9 @@ def test_products_of_the_same_rows_are_one():
     decoder = ModelDef(LAYERS, hardware=GPU).bind(tiny.random_params(LAYERS))
     (joined,) = decoder._decoding_places()
     assert joined.attn.k is None and joined.mlp.up is None
-    (of_tpu,) = ModelDef(LAYERS, hardware=Hardware("tpu")).bind(tiny.random_params(LAYERS))._decoding_places()
-    assert of_tpu.attn.k is not None and of_tpu.mlp.up is None
+    plain = ModelDef(LAYERS, hardware=Hardware("tpu"), attention="plain").bind(tiny.random_params(LAYERS))
+    (of_plain,) = plain._decoding_places()
+    assert of_plain.attn.k is not None and of_plain.mlp.up is None
 
     def outputs(layers):
         graphdef, stacks = nnx.split(layers)
@@ -147,15 +156,18 @@ def test_products_that_stay_apart(changes):
     assert layers.attn.k is not None and layers.mlp.up is not None
 
 
-def test_runs_that_one_call_advances():
+@of_each
+def test_runs_that_one_call_advances(hardware):
     """As a sweep does: the kernel under vmap."""
     rng, H, U, members = np.random.default_rng(1), 16, 64, 2
     q_XBNH, *new = (drawn(rng, jnp.float32, members, B, heads, H) for heads in (K * R, K, K))
     cache = drawn(rng, jnp.float32, members, B, K, H, U), drawn(rng, jnp.float32, members, B, K, U, H)
     prompt = drawn(rng, jnp.float32, members, P, K, H, U), drawn(rng, jnp.float32, members, P, K, U, H)
-    told = single.newest_tokens(GPU, jnp.arange(B), [jnp.ones((P, U), bool)], jnp.full(P, U), None)
+    told = single.newest_tokens(hardware, jnp.arange(B), [jnp.ones((P, U), bool)], jnp.full(P, U), None)
 
     def one(q_BNH, new, cache, prompt):
+        if hardware == TPU:
+            return attend_filled(q_BNH, cache, [prompt], told, 1.0)
         return attend_newest(q_BNH, new, cache, [prompt], told, 1.0)
 
     found = jax.jit(jax.vmap(one))(q_XBNH, tuple(new), cache, prompt)
@@ -185,7 +197,28 @@ def test_a_jax_without_the_kernels(monkeypatch, caplog):
 
 def test_who_decodes_by_the_kernel():
     assert single.suits(GPU, 64) and single.suits(GPU, 16)
-    assert not single.suits(None, 64) and not single.suits(Hardware("tpu"), 64)
+    assert single.suits(TPU, 80)
+    assert not single.suits(None, 64) and not single.suits(TPU, 8)
     assert not single.suits(GPU, 80) and not single.suits(GPU, 8)
     for changes in ({"attention": "plain"}, {"numerics": "exact"}):
         assert not ModelDef(LAYERS, hardware=GPU, **changes).bind(tiny.random_params(LAYERS)).decodes_by_kernel
+
+
+def test_a_cache_that_no_core_holds_is_attended_to_in_plain_operations(monkeypatch):
+    expected = sampled(None, 0, False)
+    monkeypatch.setattr(tpu_newest, "MAX_BYTES", 0)
+    sampled.cache_clear()
+    np.testing.assert_array_equal(sampled(TPU, 0, False).tokens_PGT, expected.tokens_PGT)
+    sampled.cache_clear()
+
+
+def test_programs_of_a_tpu():
+    """Rows of a group and heads of keys for about a megabyte at a time."""
+
+    def sizes(group_size, K, H, U):
+        return dataclasses.astuple(tpu_newest.Sizes.of(group_size, jax.ShapeDtypeStruct((1, K, H, U), jnp.bfloat16)))
+
+    assert sizes(8, 2, 64, 1024) == (8, 2, 256)
+    assert sizes(8, 8, 128, 1024) == (1, 8, 256)
+    assert sizes(6, 1, 128, 384) == (6, 1, 128)
+    assert sizes(1, 2, 16, 40) == (1, 2, 40)

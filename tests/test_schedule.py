@@ -85,9 +85,10 @@ def test_a_kernel_is_counted_by_hand_from_its_shapes_and_blocks():
     # Where its bytes take longer they count.
     slow = dataclasses.replace(V5E, hbm_bytes_per_s=1e6)
     moved = (6 + 2) * 1024 * 64 * 2 + 2 + (6 + 2) * 1024 * 64 * 2
-    assert operation_secs(kernel, slow) == pytest.approx(moved / 1e6)
+    assert operation_secs(kernel, slow) == pytest.approx(moved / 0.75e6)
 
 
+NEWEST = "attention_newest.3 = bf16[64,2,7,64]{3,2,1,0:T(8,128)}"
 GPU_KERNEL = """
 ENTRY %main.1 (q: bf16[1]) -> bf16[1] {
   %pallas_call.5 = (bf16[1,16,512,64]{3,2,1,0}, f32[1,16,512]{2,1,0}) custom-call(%q, %k),
@@ -123,6 +124,21 @@ def test_a_kernel_of_whole_rows_counts_its_blocks_of_both_parts():
         flops = products * 2 * (8 * 14) * (1024 * 256 + 10 / 16 * 1024**2) * 64
         assert kernel_flops(kernel) == flops
         assert operation_secs(kernel, V5E) == pytest.approx(flops / (V5E.flops_per_s * 0.25))
+
+
+def test_the_decoding_kernel_counts_half_of_the_caches():
+    """They are its last two arrays; what it moves takes longer than its products."""
+    text = TPU.replace(
+        "splash_mha_dkv_no_residuals.3 = (bf16[1,2,3,1024,64]{4,3,2,1,0:T(8,128)}, bf16[2,1,1024,64]{3,2,1,0})", NEWEST
+    )
+    old = text.split("operand_layout_constraints=")[1].split("\n")[0]
+    cache, prompt = "bf16[64,2,64,1024]{3,2,1,0}", "bf16[8,2,64,256]{3,2,1,0}"
+    schedule = Schedule(
+        text.replace(old, f"{{s32[2]{{0}}, bf16[64,2,7,64]{{3,2,1,0}}, {prompt}, {prompt}, {cache}, {cache}}},")
+    )
+    (kernel,) = [each for each in schedule.operations() if each.is_kernel]
+    moved = 2 * (2 * 64 * 2 * 7 * 64 + 2 * 8 * 2 * 64 * 256 + 64 * 2 * 64 * 1024) + 8
+    assert operation_secs(kernel, V5E) == pytest.approx(moved / (0.75 * V5E.hbm_bytes_per_s))
 
 
 def test_bytes_of_types():

@@ -312,6 +312,12 @@ def _attend(
     return out_BKTRH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
+def _parts(prefix: KVCache | tuple[KVCache, ...] | None) -> list[tuple[Array, Array]]:
+    """List keys and values of each part of the prompts, if there are prompts."""
+    parts = prefix if isinstance(prefix, tuple) else () if prefix is None else (prefix,)
+    return [(part.k, part.v) for part in parts]
+
+
 def _parts_of_rows(
     prefix: KVCache | tuple[KVCache, ...], mask_PGTS: Any, num_rows: int
 ) -> list[tuple[slice, KVCache, Bool[Array, "P G T S"]]]:
@@ -373,13 +379,16 @@ class Attention(nnx.Module):
         Returns: (output_BTD, this call's keys and values, or `cache` with them written from `slot` on).
         """
         q_BTNH, k_BTKH, v_BTKH, gate_BTNH = self.project(x_BTD, view.rope, view.query_scale)
-        if cache is not None and view.newest is not None:
+        if cache is not None and view.newest is not None and view.newest.hardware.platform == "gpu":
             out_BTNH, own = self._attend_newest((q_BTNH, k_BTKH, v_BTKH), view.newest, prefix, cache)
             return self.close(out_BTNH, gate_BTNH), own
         own = KVCache.of(k_BTKH, v_BTKH)
         if cache is not None:
             own = cache.update(own, slot)
-        out_BTNH = attend(q_BTNH, own, view, prefix, self.arch.attention_scale, self.arch.score_cap)
+        scores, out_BNH = (self.arch.attention_scale, self.arch.score_cap), None
+        if view.newest is not None:
+            out_BNH = flash.attend_filled(q_BTNH[:, 0], (own.k, own.v), _parts(prefix), view.newest, *scores)
+        out_BTNH = attend(q_BTNH, own, view, prefix, *scores) if out_BNH is None else out_BNH[:, None]
         return self.close(out_BTNH, gate_BTNH), own
 
     def _attend_newest(
@@ -390,9 +399,8 @@ class Attention(nnx.Module):
         cache: KVCache,
     ) -> tuple[Float[Array, "B 1 N H"], KVCache]:
         q_BNH, k_BKH, v_BKH = (x[:, 0] for x in projected)
-        parts = prefix if isinstance(prefix, tuple) else () if prefix is None else (prefix,)
-        prompts, scores = [(part.k, part.v) for part in parts], (self.arch.attention_scale, self.arch.score_cap)
-        out_BNH, own = flash.attend_newest(q_BNH, (k_BKH, v_BKH), (cache.k, cache.v), prompts, rows, *scores)
+        scores = self.arch.attention_scale, self.arch.score_cap
+        out_BNH, own = flash.attend_newest(q_BNH, (k_BKH, v_BKH), (cache.k, cache.v), _parts(prefix), rows, *scores)
         return out_BNH[:, None], KVCache(*own)
 
     def project(

@@ -310,7 +310,7 @@ class Decoder(nnx.Module):
         # Like the weights they would be copied at every token, for a kernel reads no slice of an array.
 
         def whole(kept: Any) -> Any:
-            return kept.pad_to(single.round_slots(kept.num_slots)) if isinstance(kept, KVCache) else kept
+            return kept.pad_to(single.round_prompt(self.hardware, kept.num_slots)) if isinstance(kept, KVCache) else kept
 
         layers = [self._of_layer(i, prefix.cache) for i in range(self.arch.num_layers)]
         layers = jax.tree.map(whole, layers, is_leaf=lambda kept: isinstance(kept, KVCache))

@@ -191,7 +191,7 @@ def cache_sizes(
     """
     num_slots = max(max_completion_tokens - 1, 1)  # the last token is never read
     if by_kernel:
-        return (single.round_slots(num_slots),)  # which reads no empty block
+        return (single.round_slots(hardware, num_slots),)  # which reads no empty block
     if tiles is not None:
         return (tiles.round_keys(num_slots),)  # blocks of keys that are empty are not read anyway
     if num_slots <= MIN_SLOTS_TO_GROW:
@@ -297,7 +297,8 @@ def decode_continuous(ctx: DecodeContext, num_rows: int) -> Completions:
     B = len(ctx.keys_B)
     zeros_W = jnp.zeros(num_rows, jnp.int32)
     by_kernel = ctx.decoder.decodes_by_kernel
-    num_slots = cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles, by_kernel=by_kernel)[-1]
+    hardware = ctx.decoder.hardware if by_kernel else None  # caches do not grow
+    num_slots = cache_sizes(ctx.max_completion_tokens, ctx.decoder.tiles, hardware, by_kernel=by_kernel)[-1]
     carry = _ContinuousState(
         next_completion=jnp.int32(0),
         completion_W=zeros_W,

@@ -19,8 +19,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.flash.call import Call, KeysAndValues, Masks, by_kind
-from grpo_jax.models.flash.seen import LOG2E, MASK_VALUE, Part, cap_scores, div, rem
-from grpo_jax.parallel.hardware import target_platform
+from grpo_jax.models.flash.seen import LOG2E, MASK_VALUE, Part, cap_scores, div, dot, rem
 
 UNIT = 128  # lengths are whole multiples of it; blocks of every size divide it
 MANY_PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -59,18 +58,6 @@ def padded_length(num: int) -> int:
 def width_of(head_dim: int) -> int:
     """Return the channels of a head as the kernels take them: a power of two, as few as a product has."""
     return max(16, pl.next_power_of_2(head_dim))
-
-
-def dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
-    """Return the float32 product of two matrices of a kernel over these axes of them."""
-    # Of float32 all digits, as elsewhere; a GPU would take 10 bits of them. In three passes of its matrix units (21 bits):
-    # by plain arithmetic a kernel takes minutes to compile.
-    precision: Any = None
-    if x.dtype == jnp.float32:
-        on_gpu = target_platform() == "gpu"
-        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else jax.lax.Precision.HIGHEST
-    dims = ((contract[:1], contract[1:]), ((), ()))
-    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from grpo_jax.parallel.hardware import target_platform
+
 LOG2E = math.log2(math.e)  # the hardware computes powers of two
 MASK_VALUE = -1e30  # as in `attention`
 
@@ -80,3 +82,15 @@ def cap_scores(score: Any, cap: float | None) -> tuple[Any, Any]:
         return score * LOG2E, None
     tanh = jnp.tanh(score / cap)
     return tanh * (cap * LOG2E), 1.0 - tanh * tanh
+
+
+def dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
+    """Return the float32 product of two matrices of a kernel over these axes of them."""
+    # Of float32 all digits, as elsewhere; a GPU would take 10 bits of them. In three passes of its matrix units (21 bits):
+    # by plain arithmetic a kernel takes minutes to compile.
+    precision: Any = None
+    if x.dtype == jnp.float32:
+        on_gpu = target_platform() == "gpu"
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if on_gpu else jax.lax.Precision.HIGHEST
+    dims = ((contract[:1], contract[1:]), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)

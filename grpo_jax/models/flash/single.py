@@ -1,4 +1,4 @@
-"""Attention of each row's newest token, as decoding has it, in one kernel of Pallas's Triton: on GPUs.
+"""Attention of each row's newest token, as decoding has it, in one kernel of Pallas's Triton: on GPUs (TPUs: `tpu_newest`).
 
 In plain operations it is a dozen of kernels a layer, each of which waits for the one before, and reads the slots that are empty
 as well. Here a program has one head of keys of a few rows of a prompt: it begins with the newest tokens' own keys and values,
@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.flash import tpu_newest
 from grpo_jax.models.flash.attend import on_devices
 from grpo_jax.models.flash.call import Call, has_kernels
-from grpo_jax.models.flash.seen import cap_scores, div, rem
+from grpo_jax.models.flash.seen import cap_scores, div, dot, rem
 from grpo_jax.parallel.hardware import Hardware
 
 UNIT = 64  # caches are whole multiples of it; blocks of every size divide it
@@ -62,15 +63,23 @@ class NewestTokens:
 
 
 def suits(hardware: Hardware | None, head_dim: int) -> bool:
-    """Decide if decoding is by the kernel: on GPUs, for heads that are a power of two wide."""
-    if hardware is None or hardware.platform != "gpu" or not 16 <= head_dim == 1 << (head_dim.bit_length() - 1):
+    """Decide if decoding is by a kernel: on GPUs for heads that are a power of two wide, on TPUs for whole registers."""
+    if hardware is None or head_dim % MIN_PRODUCT:
         return False
-    return has_kernels("gpu")
+    if hardware.platform == "gpu":
+        return head_dim == 1 << (head_dim.bit_length() - 1) and has_kernels("gpu")
+    return hardware.platform == "tpu"
 
 
-def round_slots(num_slots: int) -> int:
-    """Return a number of slots rounded up to whole blocks."""
-    return -(-num_slots // UNIT) * UNIT
+def round_slots(hardware: Hardware | None, num_slots: int) -> int:
+    """Return a number of slots of the rows' caches rounded up to whole blocks of the kernel of this hardware."""
+    unit = tpu_newest.unit_of(num_slots) if hardware is not None and hardware.platform == "tpu" else UNIT
+    return -(-num_slots // unit) * unit
+
+
+def round_prompt(hardware: Hardware | None, num_slots: int) -> int:
+    """Return the same of prompts, which on TPUs are one block of any size."""
+    return num_slots if hardware is not None and hardware.platform == "tpu" else round_slots(hardware, num_slots)
 
 
 def newest_tokens(
@@ -102,6 +111,28 @@ def newest_tokens(
     assert hardware is not None
     own_B2, prompt_BX = (jnp.stack(x, -1).astype(jnp.int32) for x in ((first_B, slot_B), of_parts))
     return NewestTokens(own_B2, prompt_BX, hardware)
+
+
+def attend_filled(
+    q_BNH: Float[Array, "B N H"],
+    cache: tuple[Float[Array, "B K H U"], Float[Array, "B K U H"]],
+    prompts: Sequence[tuple[Float[Array, "P K H S"], Float[Array, "P K S H"]]],
+    rows: NewestTokens,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "B N H"] | None:
+    """Do `attend_newest` on TPUs, of a cache that has the newest tokens in it; None if it is too long for the kernel."""
+
+    def by_lanes(keys_and_values: tuple[Array, Array]) -> tuple[Array, Array]:
+        k, v = keys_and_values
+        return k, jnp.swapaxes(v, 2, 3)
+
+    arrays = q_BNH, by_lanes(cache), tuple(map(by_lanes, prompts))
+    group_size = len(q_BNH) // sum(len(k_PKHS) for k_PKHS, _ in prompts)
+    if not tpu_newest.fits(group_size, cache[0], [k_PKHS for k_PKHS, _ in prompts]):
+        return None
+    run = functools.partial(tpu_newest.attend, scale)
+    return on_devices(Call(rows.hardware, 0, cap), run, arrays, (rows.own_B2, rows.prompt_BX))
 
 
 def attend_newest(
@@ -178,7 +209,7 @@ def _kernel(
 ) -> None:
     from jax.experimental import pallas as pl
 
-    from grpo_jax.models.flash.gpu import add_keys, dot
+    from grpo_jax.models.flash.gpu import add_keys
 
     own_ref, prompt_ref, *keys, own_k_ref, own_v_ref, out_ref, cached_k_ref, cached_v_ref = refs
     num_rows, num_heads = q_ref.shape[:2]

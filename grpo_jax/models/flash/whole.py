@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_jax.models.flash.call import Call, KeysAndValues, Masks, by_kind
-from grpo_jax.models.flash.seen import LOG2E, MASK_VALUE, Part, cap_scores
+from grpo_jax.models.flash.seen import LOG2E, MASK_VALUE, Part, cap_scores, dot
 
 UNIT = 128  # lengths are whole multiples of it
 BLOCK = 256  # queries or keys at a time where it divides their number; above the diagonal less is computed than by larger ones
@@ -220,13 +220,6 @@ def _keys(sizes: Sizes) -> list[Any]:
 # --------------------------------------------------------------------------------------------------------------- the kernels
 
 
-def _dot(x: Any, y: Any, contract: tuple[int, int]) -> Any:
-    """Return the float32 product of two matrices over these axes of them."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = ((contract[:1], contract[1:]), ((), ()))
-    return jax.lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Keys:
     """A part's keys and values as a program has them: k, v [H, U], and turned_k, turned_v [U, H].
@@ -273,7 +266,7 @@ class _Keys:
 
     def scores(self, call: Call, q_HQ: Any, first: Any) -> tuple[Any, Any]:
         """Return scores [U, Q] of a block in units of log 2, and the factor of their gradient but for the scale."""
-        score_UQ = _dot(self.turned_k[self.piece(first), :], q_HQ, (1, 0))
+        score_UQ = dot(self.turned_k[self.piece(first), :], q_HQ, (1, 0))
         if call.cap is None:
             return score_UQ * (call.scale * LOG2E), None
         return cap_scores(score_UQ * call.scale, call.cap)
@@ -358,7 +351,7 @@ def _attend_to_block(call: Call, q_HQ: Any, keys: _Keys, first: Any, seen_UQ: An
     higher_Q = jnp.maximum(top_Q, score_UQ.max(0, keepdims=True))
     p_UQ, shrunk_Q = jnp.exp2(score_UQ - higher_Q), jnp.exp2(top_Q - higher_Q)
     v_HU = keys.v[:, keys.piece(first)]
-    sum_HQ = sum_HQ * shrunk_Q + _dot(v_HU, p_UQ.astype(v_HU.dtype), (1, 0))
+    sum_HQ = sum_HQ * shrunk_Q + dot(v_HU, p_UQ.astype(v_HU.dtype), (1, 0))
     return higher_Q, total_Q * shrunk_Q + p_UQ.sum(0, keepdims=True), sum_HQ
 
 
@@ -397,10 +390,10 @@ def _differentiate_block(call: Call, of_queries: Any, keys: _Keys, first: Any, s
     p_UQ = jnp.exp2(score_UQ - lse_Q)
     if seen_UQ is not None:
         p_UQ = jnp.where(seen_UQ, p_UQ, 0.0)
-    d_score_UQ = p_UQ * (_dot(keys.turned_v[piece, :], d_out_HQ, (1, 0)) - delta_Q)
+    d_score_UQ = p_UQ * (dot(keys.turned_v[piece, :], d_out_HQ, (1, 0)) - delta_Q)
     if factor_UQ is not None:
         d_score_UQ = d_score_UQ * factor_UQ
     d_score_UQ = d_score_UQ.astype(q_HQ.dtype)
-    keys.sum_dv[:, piece] += _dot(d_out_HQ, p_UQ.astype(d_out_HQ.dtype), (1, 1))
-    keys.sum_dk[:, piece] += _dot(q_HQ, d_score_UQ, (1, 1))
-    return dq_HQ + _dot(keys.k[:, piece], d_score_UQ, (1, 0))
+    keys.sum_dv[:, piece] += dot(d_out_HQ, p_UQ.astype(d_out_HQ.dtype), (1, 1))
+    keys.sum_dk[:, piece] += dot(q_HQ, d_score_UQ, (1, 1))
+    return dq_HQ + dot(keys.k[:, piece], d_score_UQ, (1, 0))
