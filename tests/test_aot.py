@@ -115,12 +115,24 @@ def test_the_rollout_compiles_and_a_report_has_its_fields(devices):
     mesh = aot.make_mesh(planned, devices)
     programs = [compiled("dapo", program) for program in ("update", "rollout")]
     assert not any(each.error for each in programs)
-    assert "attention_forward" in {each.name for each in programs[1].kernels}, "prompts are read by it"
+    assert {each.name for each in programs[1].kernels} == {"attention_forward", "attention_newest", "draw_tokens"}
     found = aot.report(aot.on_hardware(planned, mesh), "v5e", V5E, "2x2", programs)
     assert found["fits"] and found["remat"] == "narrow" and found["free_bytes"] > 0.9 * V5E.hbm_bytes
     assert 0 < found["update_peak_share"] < 1 and 0 < found["token_memory_share"] < 1
     assert found["argument_bytes"] > 0 and found["kernels"]
     assert programs[1].temporary_bytes > 0, "of so small an update all is in the cores' own memory"
+
+
+@pytest.mark.parametrize("name", ["gtpo, tensor", "grpo_s, windows and capped scores", "LoRA"])
+def test_rollouts_decode_and_draw_by_kernels(devices, name):
+    """Where `tensor` spreads the vocabulary, each device gets some rows' logits: nobody gathers all of them, nor the head."""
+    del devices
+    rollout = compiled(name, "rollout")
+    assert not rollout.error
+    assert {"attention_newest", "draw_tokens"} <= {each.name for each in rollout.kernels}
+    if CASES[name][1][2] > 1:
+        gathered = [shape for line in rollout.hlo.splitlines() if "all-gather" in line for _, shape in arrays_of(line)]
+        assert "all-to-all" in rollout.hlo and not [shape for shape in gathered if VOCAB in shape]
 
 
 # ------------------------------------------------------------------------------------------- recorded estimates

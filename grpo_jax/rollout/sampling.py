@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
 from grpo_jax.models.tiles import Tiles, in_tiles
+from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.rollout import tpu_draw
 from grpo_jax.rollout.search import argmax, block_sums, least_kept, pick_token, uniforms
 
 
@@ -246,6 +248,7 @@ def draw(
     t_B: Int[jax.Array, " B"] | None = None,
     seen_BV: Bool[jax.Array, "B V"] | None = None,
     tiles: Tiles | None = None,
+    hardware: Hardware | None = None,
 ) -> Draw:
     """Draw a token a row, each row with its own key (so that results do not depend on how rows are spread over devices).
 
@@ -254,7 +257,7 @@ def draw(
       sampling: the distribution.
       t_B: places in the completions, from 0; read if `sampling` rules tokens out. seen_BV: as in `repetition_factor`; read if
         there is a penalty.
-      tiles: as in `score`.
+      tiles: as in `score`. hardware: accelerators that may have a kernel for it; None: CPUs.
     Returns: a Draw, [B]. Greedy draws report log-probability and entropy at temperature 1, over all of V.
     """
     logits_BV = logits_BV.astype(jnp.float32)
@@ -274,6 +277,9 @@ def draw(
         logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
     if keep_BV is not None:
         support_B = keep_BV.sum(-1)
+    if hardware is not None and tiles is None and not sampling.is_greedy and tpu_draw.suits(hardware, vocab):
+        token_B, logp_B, entropy_B = tpu_draw.draw_tokens(hardware, logits_BV, uniforms(keys_B))
+        return Draw(token_B, logp_B, entropy_B, support_B.astype(jnp.int32))
     sums = partition(logits_BV, keep_BV)
     if sampling.is_greedy:
         token_B = argmax(logits_BV)

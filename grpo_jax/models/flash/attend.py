@@ -27,6 +27,7 @@ from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 
 MIN_QUERIES = 128  # fewer fill no block: plain operations are as good
+HEADS = PartitionSpec(None, "tensor")  # of arrays [rows, heads, ...]
 BITS = {2: jnp.uint16, 4: jnp.uint32}  # by bytes
 SAVED_NAME = "attention"  # of output and log-sum-exp: `fsdp.REMAT` keeps them where it keeps products
 
@@ -176,27 +177,33 @@ def backward(call: Call, arrays: Any, masks: Any) -> Any:
     return on_devices(call, _kernels(call.hardware, call.is_whole).backward, arrays, masks)
 
 
-def on_devices(call: Call, function: Callable[..., Any], arrays: Any, masks: Any) -> Any:
-    """Call function(call, arrays, masks) on each device's own heads.
+def mesh_of(hardware: Hardware) -> Any:
+    """Return the mesh that is traced for: inside `shard_map` what is there, else the program's; None: one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return hardware.mesh if mesh.empty else mesh
+
+
+def on_devices(
+    call: Call, function: Callable[..., Any], arrays: Any, masks: Any, in_spec: Any = HEADS, out_spec: Any = HEADS
+) -> Any:
+    """Call function(call, arrays, masks) on each device's own part of the arrays, if `tensor` has several devices.
 
     Args:
       call: its facts. function: what runs kernels; its results have heads as their second axis.
-      arrays: heads are their second axis. masks: they have none.
+      arrays: of which it gets what in_spec says, by heads unless told otherwise. masks: each device has all of them.
+      out_spec: of the results.
     Returns: its results, which vary over the mesh axes that arrays and masks do.
     """
-    run = functools.partial(function, call)
-    mesh = jax.sharding.get_abstract_mesh()
-    if call.hardware.interpret or (mesh.empty and call.hardware.mesh is None):
+    run, mesh = functools.partial(function, call), mesh_of(call.hardware)
+    if call.hardware.interpret or mesh is None:
         return run(arrays, masks)
     # The compiler cannot shard a kernel along `tensor`, so that axis is made manual here. And JAX says of no output of
     # its kernels over which axes it varies, which is an error wherever such types are checked: here they are not.
     manual: dict[str, Any] = {"axis_names": {"tensor"}}
-    if mesh.empty:  # no rows are sharded, and a TPU's kernels want every axis manual that the mesh has
-        mesh = call.hardware.mesh
+    if mesh is call.hardware.mesh:  # no rows are sharded, and a TPU's kernels want every axis manual that the mesh has
         manual = {"mesh": mesh, "axis_names": set(mesh.axis_names)}
-    heads = PartitionSpec()
-    if mesh.shape["tensor"] > 1:
-        heads = PartitionSpec(None, "tensor")
-    sharded = jax.shard_map(run, in_specs=(heads, PartitionSpec()), out_specs=heads, check_vma=False, **manual)
+    if mesh.shape["tensor"] == 1:
+        in_spec = out_spec = PartitionSpec()
+    sharded = jax.shard_map(run, in_specs=(in_spec, PartitionSpec()), out_specs=out_spec, check_vma=False, **manual)
     first, mask = (x.ravel()[:1].astype(jnp.int32) for x in (jax.tree.leaves(arrays)[0], masks[0]))
     return vary_like(sharded(arrays, masks), first + mask)
