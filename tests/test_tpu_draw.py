@@ -107,9 +107,8 @@ def test_a_vocabulary_that_is_spread_over_devices(num_rows):
     def of_device(logits_BV, uniform_B2):
         return tpu_draw._draw_here(vocab, Call(TPU, 0, None), (logits_BV, uniform_B2), ())
 
-    spread = jax.shard_map(
-        of_device, mesh=mesh, in_specs=(PartitionSpec(None, "tensor"), rows), out_specs=rows, check_vma=False
-    )
+    specs = PartitionSpec(None, "tensor"), rows
+    spread = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     for found, expected in zip(jax.jit(spread)(logits_BV, uniform_B2), run(logits_BV, uniform_B2), strict=True):
         np.testing.assert_array_equal(found.reshape(-1), expected)
 

@@ -46,30 +46,33 @@ def draw_tokens(
     num_devices = 1 if mesh is None else mesh.shape["tensor"]
     # Where `tensor` spreads the vocabulary each device gets some of the rows in full, or all if they cannot be shared. It is
     # said here, for the compiler would gather the head.
-    rows = PartitionSpec("tensor") if num_rows % num_devices == 0 else PartitionSpec()
-    tokens = PartitionSpec(None, "tensor") if vocab % num_devices == 0 else rows
+    rows = tokens = PartitionSpec()
+    if vocab % num_devices == 0:
+        tokens = PartitionSpec(None, "tensor")
+        rows = PartitionSpec("tensor") if num_rows % num_devices == 0 else rows
     drawn = on_devices(
         Call(hardware, 0, None),
         functools.partial(_draw_here, vocab),
         (logits_BV, uniform_B2),
         (jnp.zeros(1, jnp.int32),),
         (tokens, rows),
-        rows,
+        PartitionSpec(),
     )
     token_B1, logp_B1, entropy_B1 = drawn
     return token_B1[:, 0], logp_B1[:, 0], entropy_B1[:, 0]
 
 
 def _draw_here(vocab: int, call: Call, arrays: Any, masks: Any) -> tuple[Array, Array, Array]:
-    """Draw for this device's rows, of which its logits may be some tokens', with those of more rows."""
+    """Draw for all rows; logits are of some tokens where `tensor` spreads the vocabulary, numbers of some rows."""
     del masks
     logits_BV, uniform_B2 = arrays
-    if logits_BV.shape[1] < vocab:
-        if len(uniform_B2) < len(logits_BV):
-            logits_BV = jax.lax.all_to_all(logits_BV, "tensor", 0, 1, tiled=True)
-        else:
-            logits_BV = jax.lax.all_gather(logits_BV, "tensor", axis=1, tiled=True)
-    return _run(call, logits_BV, uniform_B2)
+    if logits_BV.shape[1] == vocab:
+        return _run(call, logits_BV, uniform_B2)
+    if len(uniform_B2) == len(logits_BV):
+        return _run(call, jax.lax.all_gather(logits_BV, "tensor", axis=1, tiled=True), uniform_B2)
+    drawn = _run(call, jax.lax.all_to_all(logits_BV, "tensor", 0, 1, tiled=True), uniform_B2)
+    # Results of some rows would make the compiler spread the rows of all that follows, and read each matrix for fewer of them.
+    return tuple(jax.lax.all_gather(x_B1, "tensor", axis=0, tiled=True) for x_B1 in drawn)
 
 
 def _run(call: Call, logits_BV: Array, uniform_B2: Array) -> tuple[Array, Array, Array]:
