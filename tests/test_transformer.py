@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models import attention, transformer
+from grpo_jax.models import attention, rope, transformer
 from grpo_jax.models.architecture import Architecture, Rope
 from grpo_jax.models.attention import AttentionView, KVCache, attend
 from grpo_jax.models.transformer import ModelDef
@@ -103,6 +103,18 @@ def numpy_rotate(x_H, position, theta):
     half = len(x_H) // 2
     turned = (x_H[:half] + 1j * x_H[half:]) * np.exp(1j * position * theta ** (-np.arange(half) / half))
     return np.concatenate([turned.real, turned.imag])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rotary_pairs_turn_in_either_order_of_operations(platform, monkeypatch):
+    """On TPUs by whole heads, elsewhere by halves."""
+    monkeypatch.setattr(rope, "target_platform", lambda: platform)
+    positions_BT = jnp.array([[0, 3, 1000]])
+    x_BTNH = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 6)), jnp.float32)
+    found = rope.rotate(x_BTNH, rope.rope_tables(positions_BT, Rope(1e4), 6))
+    for t, position in enumerate([0, 3, 1000]):
+        for n in range(2):
+            np.testing.assert_allclose(found[0, t, n], numpy_rotate(np.asarray(x_BTNH)[0, t, n], position, 1e4), atol=2e-4)
 
 
 def numpy_attention(q_TNH, k_TKH, v_TKH, scale, window):
