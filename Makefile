@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # Linux: memory in huge pages. A compiled call on a CPU faults its memory in anew, which takes a fifth of the time in small ones.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-fast test-nightly test-oldest test-aot test-gpu lint docs smollm2 mutate clean
+.PHONY: demo test test-fast test-nightly test-oldest test-aot test-gpu test-tpu lint docs smollm2 mutate clean
 
 # A file's tests share what they have made, so each file stays with one of the two processes, in the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -37,6 +37,11 @@ test-aot: $(VENV)/.installed-aot
 GPU_TESTS = flash newest sampling rollout logprobs objectives train_step transformer gated_delta experts grad_sums exact lora
 test-gpu: $(VENV)/.installed-test
 	GRPO_JAX_TESTS_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTEST) -m "not nightly" $(GPU_TESTS:%=tests/test_%.py)
+
+# One process: it holds the chips.
+TPU_TESTS = flash newest tpu_draw sampling rollout logprobs objectives train_step transformer grad_sums
+test-tpu: $(VENV)/.installed-aot
+	GRPO_JAX_TESTS_PLATFORM=tpu $(BIN)/python -m pytest -m "not nightly" $(TPU_TESTS:%=tests/test_%.py)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

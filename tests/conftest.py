@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, strict shapes, compiled programs that all tests share, and the tiers and order of the tests.
 
-GRPO_JAX_TESTS_PLATFORM=cuda: on the GPU that is here (`make test-gpu`), in full float32; programs of several devices stay out.
+GRPO_JAX_TESTS_PLATFORM=cuda or tpu: on the chip that is here (`make test-gpu`, `make test-tpu`), in full float32; programs of
+several devices stay out.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The TPU's draw in one kernel, as an interpreter runs it on the CPU: against float64 sums and its own rows drawn elsewhere."""
+"""The TPU's draw in one kernel, elsewhere as an interpreter runs it: against float64 sums and its own rows drawn elsewhere."""
 
 import functools
 
@@ -15,7 +15,7 @@ from grpo_jax.rollout.sampling import Sampling, draw
 from grpo_jax.rollout.search import uniforms
 from grpo_jax.rollout.tpu_draw import LANES, SET, draw_tokens
 
-TPU = Hardware("tpu", interpret=True)
+TPU = Hardware("tpu", interpret=jax.default_backend() != "tpu")
 run = jax.jit(functools.partial(draw_tokens, TPU))
 
 

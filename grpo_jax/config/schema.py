@@ -35,7 +35,9 @@ class ModelConfig:
     path: str = knob("", "Hugging Face folder or hub id; empty: a fresh decoder of the size below")
     dtype: str = knob("float32", "of activations and matrix products; parameters are float32 masters", choices=DTYPES)
     numerics: str = knob("fast", "exact: sampler and learner give the same log-probs bit for bit, at a cost", choices=NUMERICS)
-    attention: str = knob("auto", "auto: by kernels where an accelerator has them; plain: never", choices=ATTENTIONS)
+    attention: str = knob(
+        "auto", "auto: kernels, where an accelerator has them; plain: none, nor a TPU's draw", choices=ATTENTIONS
+    )
     remat: str = knob(
         "auto",
         "what is computed again: dots all but products, narrow wide ones too, auto by depth",

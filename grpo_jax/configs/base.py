@@ -35,7 +35,7 @@ def get_config(scale: str = "tiny", variant: str = "grpo") -> Any:
     config.model.path = ""  # Hugging Face folder or hub id; empty: a fresh decoder of the size below
     config.model.dtype = "float32"  # float32 | bfloat16; of activations and matrix products; parameters are float32 masters
     config.model.numerics = "fast"  # fast | exact; exact: sampler and learner give the same log-probs bit for bit, at a cost
-    config.model.attention = "auto"  # auto | plain; auto: by kernels where an accelerator has them; plain: never
+    config.model.attention = "auto"  # auto | plain; auto: kernels, where an accelerator has them; plain: none, nor a TPU's draw
     # auto | none | dots | narrow | full; what is computed again: dots all but products, narrow wide ones too, auto by depth
     config.model.remat = "auto"
     config.model.router = "trained"  # trained | frozen; of a mixture of experts, where all weights are trained

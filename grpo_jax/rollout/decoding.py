@@ -129,7 +129,8 @@ class DecodeContext:
         """
         t_B = jnp.broadcast_to(t, keys_B.shape)
         keys_B = jax.vmap(jax.random.fold_in)(keys_B, t_B)
-        new = draw(logits_BV, keys_B, self.sampling, t_B, memory.seen_BV, self.decoder.tiles, self.decoder.hardware)
+        hardware = self.decoder.hardware if self.decoder.has_kernels else None
+        new = draw(logits_BV, keys_B, self.sampling, t_B, memory.seen_BV, self.decoder.tiles, hardware)
         seen_BV, state_B = memory.seen_BV, memory.stop_state_B
         is_stop_B = (new.token_B[:, None] == jnp.asarray(self.ends.stop_ids, jnp.int32)[None]).any(-1)
         if seen_BV is not None:
