@@ -300,7 +300,7 @@ class Decoder(nnx.Module):
 
     @property
     def decodes_by_kernel(self) -> bool:
-        """Say if single queries are attended to by the kernel of `flash.single`."""
+        """Say if single queries are attended to by a kernel (`flash.single`)."""
         return self.has_kernels and self.tiles is None and single.suits(self.hardware, self.arch.head_dim)
 
     def unstack_prefix(self, prefix: Prefix) -> Prefix:

@@ -1,4 +1,4 @@
-"""The kernels of `attend` on TPUs: two calls of the flash attention that ships with JAX ("splash").
+"""The kernels of `attend` on TPUs for rows that are too long for `whole`: two calls of JAX's own flash attention ("splash").
 
 The first is of the G completions of a prompt, folded into one row of queries, over the prompt's keys, the second of every row
 over its own. What they give is merged by the log-sum-exp of their scores, and that is one softmax over both.

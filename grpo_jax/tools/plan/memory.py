@@ -154,7 +154,7 @@ def update_parts(job: Job) -> list[Part]:
     # A microbatch's own gradients, beside the sum of those so far: all of them, or only the head's, where that is gathered.
     again = gradient if job.config.learner.microbatches > 1 else 0.0
     if again and job.model_on_chips.adds_gradients_in_place:
-        is_gathered = job.config.mesh.fsdp > 1 and not job.chunks.vocab
+        is_gathered = job.mesh.shape["fsdp"] > 1 and not job.chunks.vocab
         again = is_gathered * local_bytes(params.get("head", params["embed"]))
     # Logits of a chunk and their cotangent, and the head's gradient, which the chunks add up in float32.
     num_tokens = int(sizes.P * sizes.G * sizes.T)
