@@ -139,6 +139,7 @@ def test_rollouts_decode_and_draw_by_kernels(devices, name):
 
 RECORDED = pathlib.Path(__file__).parent / "estimates.json"
 WORSE = 1.1
+SLACK_BYTES = 2**21  # of small programs all may be in the cores' own memory, which is no working memory
 
 
 def compare(chip, name, found):
@@ -156,7 +157,9 @@ def compare(chip, name, found):
         pytest.skip(f"estimates.json is of {recorded.get('versions')}, here is {versions}: record anew, as said above")
     if name not in recorded["estimates"]:
         pytest.skip(f"no estimate of {name!r} is recorded")
-    dearer = {key: (value, found[key]) for key, value in recorded["estimates"][name].items() if found[key] > WORSE * value}
+    slack = {key: SLACK_BYTES * key.endswith("bytes") for key in found}
+    estimates = recorded["estimates"][name]
+    dearer = {key: (value, found[key]) for key, value in estimates.items() if found[key] > WORSE * value + slack[key]}
     assert not dearer, f"recorded, now: {dearer}"
 
 
