@@ -94,13 +94,20 @@ def argmax(x_BV: Float[jax.Array, "B V"]) -> Int[jax.Array, " B"]:
 def _first_above(weight_BN: Float[jax.Array, "B N"], uniform_B: Float[jax.Array, " B"]) -> Int[jax.Array, " B"]:
     """Find the first place whose cumulated weight is above a share of the whole; its own weight is not 0."""
     cumulated_BN = jnp.cumsum(weight_BN, -1)
-    places_1N = jnp.arange(weight_BN.shape[-1])[None]
+    return first_above(weight_BN, cumulated_BN, (uniform_B * cumulated_BN[:, -1])[:, None])[:, 0]
+
+
+def first_above(
+    weight_BN: Float[jax.Array, "B N"], cumulated_BN: Float[jax.Array, "B N"], target_B1: Float[jax.Array, "B 1"]
+) -> Int[jax.Array, "B 1"]:
+    """Find the first place whose cumulated weight is above a target; its own weight is not 0. In a kernel, too."""
+    places_BN = jax.lax.broadcasted_iota(jnp.int32, weight_BN.shape, 1)
     has_weight_BN = weight_BN > 0
-    is_above_BN = cumulated_BN > (uniform_B * cumulated_BN[:, -1])[:, None]
-    first_B = jnp.where(is_above_BN & has_weight_BN, places_1N, weight_BN.shape[-1]).min(-1)
+    is_first_BN = (cumulated_BN > target_B1) & has_weight_BN
+    first_B1 = jnp.where(is_first_BN, places_BN, weight_BN.shape[-1]).min(-1, keepdims=True)
     # A parallel sum need not rise from place to place, by its rounding. So the last place with a weight stands in where none
     # is above, and place 0 where there is no weight at all: with logits of NaN no comparison is true.
-    return jnp.minimum(first_B, jnp.where(has_weight_BN, places_1N, 0).max(-1))
+    return jnp.minimum(first_B1, jnp.where(has_weight_BN, places_BN, 0).max(-1, keepdims=True))
 
 
 def _to_ordered(x: Float[jax.Array, "*x"]) -> Int[jax.Array, "*x"]:

@@ -20,6 +20,7 @@ from grpo_jax.models.flash.attend import mesh_of, on_devices
 from grpo_jax.models.flash.call import Call
 from grpo_jax.models.flash.seen import dot
 from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.rollout.search import first_above
 
 ROWS, LANES = 8, 128  # of a register
 SET = 128  # registers whose lanes are blocks
@@ -133,7 +134,7 @@ def _kernel(
     inside_8J = _of_block(logits_ref, num_registers, num_sets, set_81, lane_81)
     weight_8J = jnp.exp(inside_8J - top_81)
     cumulated_8J = _cumulate(weight_8J)
-    place_81 = _first_above(weight_8J, cumulated_8J, cumulated_8J[:, LANES - 1 :] * uniform_ref[:, 1:2])
+    place_81 = first_above(weight_8J, cumulated_8J, cumulated_8J[:, LANES - 1 :] * uniform_ref[:, 1:2])
     token_ref[...] = jnp.where(jnp.isnan(top_81), 0, (set_81 * SET + place_81) * LANES + lane_81)
     logit_81 = jnp.where(lane_8L == place_81, inside_8J, 0.0).sum(1, keepdims=True)
     logp_ref[...] = logit_81 - (log_total_81 + top_81)
@@ -172,7 +173,7 @@ def _pick_block(sums_ref: Any, target_81: Any) -> tuple[Any, Any]:
         before_81, chosen_8L = jnp.where(is_it_81, so_far_81, before_81), jnp.where(is_it_81, sum_8L, chosen_8L)
         so_far_81 = so_far_81 + sum_81
         is_found_81 = is_found_81 | (is_it_81 & (so_far_81 > target_81))
-    return set_81, _first_above(chosen_8L, before_81 + _cumulate(chosen_8L), target_81)
+    return set_81, first_above(chosen_8L, before_81 + _cumulate(chosen_8L), target_81)
 
 
 def _of_block(logits_ref: Any, num_registers: int, num_sets: int, set_81: Any, lane_81: Any) -> Any:
@@ -199,10 +200,3 @@ def _cumulate(x_8L: Any) -> Any:
     shape = (LANES, LANES)
     is_not_behind = jax.lax.broadcasted_iota(jnp.int32, shape, 0) <= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return dot(x_8L, is_not_behind.astype(jnp.float32), (1, 0))
-
-
-def _first_above(weight_8L: Any, cumulated_8L: Any, target_81: Any) -> Any:
-    """Find the first lane whose cumulated weight is above a target and whose own is not 0; else the last one with a weight."""
-    lane_8L = jax.lax.broadcasted_iota(jnp.int32, weight_8L.shape, 1)
-    first_81 = jnp.where((cumulated_8L > target_81) & (weight_8L > 0), lane_8L, LANES).min(1, keepdims=True)
-    return jnp.minimum(first_81, jnp.where(weight_8L > 0, lane_8L, 0).max(1, keepdims=True))

@@ -42,13 +42,9 @@ class Sizes:
         _, K, H, U = cache.shape
         slots = BLOCK if U % BLOCK == 0 else UNIT if U % UNIT == 0 else U
         of_head = 2 * H * slots * cache.dtype.itemsize
-        heads = max(size for size in divisors(K) if size == 1 or (size * of_head <= BLOCK_BYTES and size <= MAX_PROGRAM_HEADS))
-        rows = max(
-            size
-            for size in divisors(group_size)
-            if size == 1 or (size * heads * of_head <= BLOCK_BYTES and size * heads <= MAX_PROGRAM_HEADS)
-        )
-        return cls(rows, heads, slots)
+        num_heads = min(BLOCK_BYTES // of_head, MAX_PROGRAM_HEADS)
+        heads = largest_divisor(K, num_heads)
+        return cls(largest_divisor(group_size, num_heads // heads), heads, slots)
 
 
 def unit_of(num_slots: int) -> int:
@@ -56,9 +52,9 @@ def unit_of(num_slots: int) -> int:
     return BLOCK if num_slots > 2 * BLOCK else UNIT
 
 
-def divisors(num: int) -> list[int]:
-    """List them, 1 first."""
-    return [size for size in range(1, num + 1) if num % size == 0]
+def largest_divisor(num: int, most: int) -> int:
+    """Return the largest divisor that is not above `most`, 1 at the least."""
+    return max(size for size in range(1, num + 1) if num % size == 0 and size <= max(most, 1))
 
 
 def fits(group_size: int, cache: Any, prompts: Sequence[Any]) -> bool:
