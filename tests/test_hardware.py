@@ -1,18 +1,22 @@
 """What accelerators' programs do otherwise gives the same numbers: compiled here, for the CPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax.learner.logprobs import policy_logprobs
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.linear import project
+from grpo_jax.models.linear import FEW_ROWS, Linear, project
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel import hardware
 from grpo_jax.parallel.hardware import Hardware, hardware_of
+from grpo_jax.parallel.sharding import make_mesh, shard_map_over_batch
 from grpo_jax.rollout.sampling import Sampling
 from tests import tiny
 
@@ -37,6 +41,39 @@ def test_a_product_has_the_form_of_the_platform_that_is_compiled_for(monkeypatch
     with hardware.compiling_for(mesh):
         assert "optimization_barrier" not in text()
     assert "optimization_barrier" in text()
+
+
+@pytest.mark.parametrize("is_gathered", [False, True])
+@pytest.mark.parametrize("shards_inputs", [False, True])
+def test_a_products_gradients_where_several_devices_have_its_outputs(shards_inputs, is_gathered, monkeypatch):
+    """On TPUs a matrix of which each device has some outputs is given the rows in full; one of some inputs is not."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2})
+    graphdef, weights = nnx.split(Linear(16, 24, use_bias=True, shards_inputs=shards_inputs, rngs=nnx.Rngs(0)))
+    of_tensor = NamedSharding(mesh, PartitionSpec(None, "tensor") if shards_inputs else PartitionSpec("tensor"))
+    weights = jax.tree.map(lambda x: jax.device_put(x, of_tensor) if x.ndim == 2 else x, weights)
+    x_BTI = jnp.asarray(np.random.default_rng(0).normal(size=(4, FEW_ROWS, 16)), jnp.float32)
+
+    def loss(weights, x_BTI):
+        return jnp.sin(nnx.merge(graphdef, weights)(x_BTI)).sum()
+
+    def of_rows(weights, x_BTI):
+        if is_gathered:  # as fsdp's are: other numbers to JAX on each device
+            weights = jax.tree.map(lambda x: jax.lax.pcast(x, "fsdp", to="varying"), weights)
+        d_weights, d_x_BTI = jax.grad(loss, (0, 1))(weights, x_BTI)
+        return jax.lax.psum(d_weights, "fsdp") if is_gathered else d_weights, d_x_BTI
+
+    P = PartitionSpec
+    spread = jax.jit(shard_map_over_batch(of_rows, mesh, (P(), P("fsdp")), (P(), P("fsdp"))))
+    monkeypatch.setattr(hardware, "platform_of", lambda _: "tpu")
+    with hardware.compiling_for(mesh):
+        program = spread.lower(weights, x_BTI)
+    assert (
+        bool(re.search(r"sharding_constraint .*\[\{\}, \{\}, \{\}\]> : tensor<2x128x16xf32>", program.as_text()))
+        != shards_inputs
+    )
+    found = program.compile()(weights, x_BTI)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(jax.grad(loss, (0, 1))(weights, x_BTI)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7])

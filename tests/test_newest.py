@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.architecture import Architecture, Rope
@@ -18,7 +18,9 @@ from grpo_jax.models.lora import LoRA
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.transformer import ModelDef
 from grpo_jax.parallel.hardware import Hardware
+from grpo_jax.parallel.sharding import make_mesh, with_shardings
 from grpo_jax.rollout.rollout import EndTokens, rollout, row_keys
+from grpo_jax.tools.plan import collectives
 from tests import tiny
 
 GPU, TPU = (Hardware(platform, interpret=platform != jax.default_backend()) for platform in ("gpu", "tpu"))
@@ -121,14 +123,21 @@ def test_states_beside_keys_and_values():
         np.testing.assert_array_equal(sampled(hardware, 0, False, arch).tokens_PGT, expected.tokens_PGT)
 
 
-def test_products_of_the_same_rows_are_one():
-    """In the first layer of a stack, with biases."""
+def over(num_devices):
+    return dataclasses.replace(GPU, mesh=AbstractMesh((num_devices,), ("tensor",)))
+
+
+@pytest.mark.parametrize("norms", [{}, {"qk_norm": True}], ids=["biases", "norms of heads"])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_products_of_the_same_rows_are_one(num_devices, norms):
+    """In the first layer of a stack, the outputs of several devices each with its own."""
+    arch = dataclasses.replace(LAYERS, **norms)
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
-    rope = rope_tables(jnp.arange(3)[None], LAYERS.rope, LAYERS.head_dim)
-    decoder = ModelDef(LAYERS, hardware=GPU).bind(tiny.random_params(LAYERS))
+    rope = rope_tables(jnp.arange(3)[None], arch.rope, arch.head_dim)
+    decoder = ModelDef(arch, hardware=over(num_devices)).bind(tiny.random_params(arch))
     (joined,) = decoder._decoding_places()
     assert joined.attn.k is None and joined.mlp.up is None
-    plain = ModelDef(LAYERS, hardware=Hardware("tpu"), attention="plain").bind(tiny.random_params(LAYERS))
+    plain = ModelDef(arch, hardware=Hardware("tpu"), attention="plain").bind(tiny.random_params(arch))
     (of_plain,) = plain._decoding_places()
     assert of_plain.attn.k is not None and of_plain.mlp.up is None
 
@@ -141,16 +150,26 @@ def test_products_of_the_same_rows_are_one():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"lora": LoRA(2, 4.0, ("k_proj", "up_proj"))},
-        {"hardware": dataclasses.replace(GPU, mesh=AbstractMesh((2,), ("tensor",)))},
-    ],
-    ids=["adapters", "matrices of several devices"],
-)
-def test_products_that_stay_apart(changes):
-    model = ModelDef(LAYERS, **{"hardware": GPU, **changes})
+def test_what_is_joined_stays_with_the_devices_that_have_it():
+    """Nothing travels: neither when the matrices are put together nor when their outputs are taken apart."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2})
+    model = ModelDef(LAYERS, hardware=dataclasses.replace(GPU, mesh=mesh))
+
+    def project(params, x_BTD):
+        graphdef, stacks = nnx.split(model.bind(params)._decoding_places()[0])
+        block = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacks))
+        q, k, v, _ = block.attn.project(x_BTD, rope_tables(jnp.zeros((2, 1), jnp.int32), LAYERS.rope, 16), None)
+        return q, k, v, block.mlp.gate(x_BTD)
+
+    weights = with_shardings(model.param_shapes(), mesh, 0)
+    rows = jax.ShapeDtypeStruct((2, 1, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    heads, channels = (NamedSharding(mesh, PartitionSpec(None, None, *axes)) for axes in (("tensor", None), ("tensor",)))
+    program = jax.jit(project, out_shardings=(heads, heads, heads, channels)).lower(weights, rows).compile()
+    assert not collectives.traffic(program.as_text())
+
+
+def test_products_that_stay_apart():
+    model = ModelDef(LAYERS, hardware=GPU, lora=LoRA(2, 4.0, ("k_proj", "up_proj")))
     tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.param_shapes())
     (layers,) = model.bind(tree)._decoding_places()
     assert layers.attn.k is not None and layers.mlp.up is not None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grpo_jax.models import flash, ring
 from grpo_jax.models.architecture import Architecture
-from grpo_jax.models.linear import Linear, joined, soft_cap
+from grpo_jax.models.linear import Linear, joined, soft_cap, split_outputs
 from grpo_jax.models.lora import LoRA, adapter_of
 from grpo_jax.models.norms import norm_if
 from grpo_jax.models.ring import NO_WINDOW, Ring
@@ -356,8 +356,9 @@ class Attention(nnx.Module):
         self.q = Linear(arch.dim, num_q, use_bias=arch.qkv_bias, lora=adapter("q_proj"), rngs=rngs)
         self.k: Linear | None = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("k_proj"), rngs=rngs)
         self.v: Linear | None = Linear(arch.dim, kv_dim, use_bias=arch.qkv_bias, lora=adapter("v_proj"), rngs=rngs)
-        scale = (2 * arch.num_layers) ** -0.5
-        self.o = Linear(q_dim, arch.dim, use_bias=arch.o_bias, scale=scale, lora=adapter("o_proj"), rngs=rngs)
+        self.num_shards = 1  # of a joined product
+        closing: dict[str, Any] = {"use_bias": arch.o_bias, "scale": (2 * arch.num_layers) ** -0.5, "shards_inputs": True}
+        self.o = Linear(q_dim, arch.dim, lora=adapter("o_proj"), **closing, rngs=rngs)
         spans = arch.qk_norm_spans_heads
         self.q_norm = norm_if(arch.qk_norm, q_dim if spans else arch.head_dim, arch)
         self.k_norm = norm_if(arch.qk_norm, kv_dim if spans else arch.head_dim, arch)
@@ -411,13 +412,14 @@ class Attention(nnx.Module):
         turn = functools.partial(rotate, tables=rope, is_interleaved=arch.rope.is_interleaved)
         gate_BTNH = None
         if self.k is None or self.v is None:  # `join`
-            num_q, num_k = arch.num_heads * (1 + arch.has_output_gate), arch.num_kv_heads
-            all_BTMH = self.q(x_BTD).reshape(heads)
+            num_q, num_k = (arch.head_dim * num for num in (arch.num_heads * (1 + arch.has_output_gate), arch.num_kv_heads))
+            split = functools.partial(split_outputs, num_shards=self.num_shards)
             if not (arch.qk_norm or arch.has_output_gate):  # queries and keys are turned as one, too
-                all_BTMH, v_BTKH = jnp.split(all_BTMH, (num_q + num_k,), 2)
-                q_BTNH, k_BTKH = jnp.split(turn(all_BTMH), (num_q,), 2)
-                return _scaled(q_BTNH, query_scale), k_BTKH, v_BTKH, None
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(all_BTMH, (num_q, num_q + num_k), 2)
+                both, v = split(self.q(x_BTD), (num_q + num_k, num_k))
+                q, k = split(turn(both.reshape(heads)).reshape(both.shape), (num_q, num_k))
+                return _scaled(q.reshape(heads), query_scale), k.reshape(heads), v.reshape(heads), None
+            parts = split(self.q(x_BTD), (num_q, num_k, num_k))
+            q_BTNH, k_BTKH, v_BTKH = (part.reshape(heads) for part in parts)
         else:
             q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in (self.q, self.k, self.v))
         if arch.has_output_gate:
@@ -430,11 +432,11 @@ class Attention(nnx.Module):
         # Keys are stored rotated: a key's position never changes, so a decode loop need not turn the cache at every token.
         return _scaled(turn(q_BTNH), query_scale), turn(k_BTKH), v_BTKH, gate_BTNH
 
-    def join(self) -> None:
-        """Make one product of those of queries, keys and values, if none has an adapter."""
+    def join(self, num_shards: int) -> None:
+        """Make one product of those of queries, keys and values, if none has an adapter. num_shards: as in `joined`."""
         products = [each for each in (self.q, self.k, self.v) if each is not None]
         if not any(each.lora for each in products):
-            self.q, self.k, self.v = joined(products), None, None
+            self.q, self.k, self.v, self.num_shards = joined(products, num_shards), None, None, num_shards
 
     def close(self, out_BTNH: Float[Array, "B T N H"], gate_BTNH: Float[Array, "B T N H"] | None) -> Float[Array, "B T D"]:
         """Return what the layer adds, of the heads' outputs and their gate, if the family has one."""

@@ -135,8 +135,9 @@ class GatedDelta(nnx.Module):
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), heads, minval=0.03, maxval=0.5)))
         self.rate_bias = nnx.Param(jnp.ones(heads))
         self.norm = GatedNorm(delta.value_dim, arch.norm_eps)
-        scale = (2 * arch.num_layers) ** -0.5
-        self.out = Linear(delta.num_value_heads * delta.value_dim, arch.dim, scale=scale, lora=adapter("out_proj"), rngs=rngs)
+        closing: dict[str, Any] = {"scale": (2 * arch.num_layers) ** -0.5, "shards_inputs": True}
+        num_values = delta.num_value_heads * delta.value_dim
+        self.out = Linear(num_values, arch.dim, lora=adapter("out_proj"), **closing, rngs=rngs)
 
     def __call__(
         self,

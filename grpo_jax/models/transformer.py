@@ -294,9 +294,8 @@ class Decoder(nnx.Module):
         if self.hardware is None or self.tiles is not None:
             return places
         mesh = self.hardware.mesh
-        if mesh is not None and mesh.shape["tensor"] > 1:
-            return places  # of a matrix that `tensor` shards each device would need rows of the others
-        return [layers.join(has_kernel=self.decodes_by_kernel) for layers in places]
+        num_shards = 1 if mesh is None else mesh.shape["tensor"]
+        return [layers.join(has_kernel=self.decodes_by_kernel, num_shards=num_shards) for layers in places]
 
     @property
     def decodes_by_kernel(self) -> bool:

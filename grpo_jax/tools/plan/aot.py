@@ -79,7 +79,8 @@ class Kernel:
 class Compiled:
     """One program as a chip's compiler has made it; seconds are estimates, None where the compiler gives no cycles.
 
-    error: its refusal, "" if it compiled. *_bytes: of one device. sent: its collectives.
+    error: its refusal, "" if it compiled. *_bytes: of one device. peak_bytes: of its plan of buffers, arguments and results
+    among them; temporary_bytes: without those, of which XLA:TPU counts more than it plans. sent: its collectives.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Compiled:
     output_bytes: float = 0.0
     alias_bytes: float = 0.0
     temporary_bytes: float = 0.0
+    peak_bytes: float = 0.0
     host_bytes: float = 0.0
     secs: float | None = None
     sent: tuple[collectives.Traffic, ...] = ()
@@ -99,7 +101,7 @@ class Compiled:
     @property
     def held_bytes(self) -> float:
         """Bytes of a device at its fullest: arguments, results that take the place of none, working memory."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+        return self.peak_bytes or self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
 
 
 def require_compiler(chip_name: str) -> None:
@@ -188,6 +190,7 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
         output_bytes=analysis.output_size_in_bytes,
         alias_bytes=analysis.alias_size_in_bytes,
         temporary_bytes=analysis.temp_size_in_bytes,
+        peak_bytes=analysis.peak_memory_in_bytes,
         host_bytes=analysis.host_temp_size_in_bytes,
         secs=sum(each.runs * operation_secs(each, chip) for each in operations) if has_cycles else None,
         sent=tuple(collectives.traffic_of(schedule)),
