@@ -84,10 +84,13 @@ def test_a_cpu_has_one_microbatch(capsys):
 
 
 def test_where_each_microbatch_gathers_the_weights_there_are_fewer(monkeypatch):
-    """Qwen2.5-7B on 4 x 4 chips of 16 GB: by the compiler 4 and full take 8.1 s, 16 and narrow over 9."""
+    """Qwen2.5-7B on 4 x 4 chips of 16 GB. By the compiler 16 and dots take 6.7 s and hold 12.5 GB, 8 and narrow 7.0 and 11.3,
+    4 and full 7.6 and 11.0."""
     model = dataclasses.replace(QWEN, arch=SHAPES["qwen2.5-7b"])
     share = Share(8, 8, 256, 1024, 3 * 4 * 476e6, 476e6, 7.6e9, 4, 4)
-    found = choose(CONFIG, model, share, 16e9)
-    assert found.remat == "full" and found.num_microbatches <= 8
-    monkeypatch.setattr(fit, "GATHERED_TOKENS", -fit.MICROBATCH_TOKENS)  # as if a microbatch cost nothing
-    assert choose(CONFIG, model, share, 16e9).remat == "narrow"
+    found = {(each.num_microbatches, each.remat): each.num_bytes for each in fit.choices(CONFIG, model, share, 16e9)}
+    compiled = {(16, "dots"): 12.5e9, (8, "narrow"): 11.3e9, (4, "full"): 11.0e9}
+    assert [way for way in found if way in compiled] == list(compiled)
+    assert {way: found[way] for way in compiled} == pytest.approx(compiled, rel=0.1)
+    monkeypatch.setattr(fit, "GATHERED_TOKENS", 3000)
+    assert choose(CONFIG, model, share, 16e9).num_microbatches == 2

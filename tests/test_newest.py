@@ -223,12 +223,15 @@ def test_who_decodes_by_the_kernel():
         assert not ModelDef(LAYERS, hardware=GPU, **changes).bind(tiny.random_params(LAYERS)).decodes_by_kernel
 
 
-def test_a_cache_that_no_core_holds_is_attended_to_in_plain_operations(monkeypatch):
+def test_a_cache_that_no_core_holds_is_attended_to_in_plain_operations(monkeypatch, caplog):
+    call.say_once.cache_clear()
     expected = sampled(None, 0, False)
     monkeypatch.setattr(tpu_newest, "MAX_BYTES", 0)
     sampled.cache_clear()
     np.testing.assert_array_equal(sampled(TPU, 0, False).tokens_PGT, expected.tokens_PGT)
     sampled.cache_clear()
+    said = "decoding attends by plain operations: a core's memory does not hold prompts of 70 tokens"
+    assert caplog.messages == [said]
 
 
 def test_programs_of_a_tpu():

@@ -15,7 +15,7 @@ from grpo_jax.models import block
 from grpo_jax.models.architecture import Delta
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
-from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, tables, times
+from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, ranking, times
 from grpo_jax.training import fit
 from tests import programs, tiny
 
@@ -351,9 +351,9 @@ def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     assert all(math.prod(each) == 8 for each in sizes)
     assert {t for *_, t in sizes} == {1, 2}, "two key/value heads are cut in two at most"
     chip = dataclasses.replace(chips.find_chip("h100"), hbm_bytes=float(np.median(list(peaks.values()))))
-    ranked = tables.rank_meshes(planned, chip)
-    fits = [peak <= chip.hbm_bytes for peak, _, _ in ranked]
-    secs = [times.iteration_secs(stages) for _, stages, _ in ranked]
+    ranked = ranking.rank_meshes(planned, chip)
+    fits = [each.peak_bytes <= chip.hbm_bytes for each in ranked]
+    secs = [times.iteration_secs(each.stages) for each in ranked]
     assert fits == sorted(fits, reverse=True) and 0 < sum(fits) < len(fits) == len(sizes)
     assert secs[: sum(fits)] == sorted(secs[: sum(fits)])
 

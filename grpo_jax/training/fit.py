@@ -30,9 +30,9 @@ MIN_TOKENS = 4096
 # What each remat computes again, as a share of forward and backward pass: nothing, an MLP's wide products, all of a layer.
 AGAIN = {"none": 0.0, "dots": 0.02, "narrow": 0.2, "full": 1 / 3}
 # What a microbatch costs beside its tokens, in tokens: a weight's 14 bytes (two readings in bfloat16, its gradient and the sum
-# of them in float32), at 240 products for a byte, over a token's six for a weight; with fsdp 6 bytes over links of a tenth of
-# the memory's speed too, half of it hidden.
-MICROBATCH_TOKENS, GATHERED_TOKENS = 560, 1200
+# of them in float32), at 240 products for a byte, over a token's six for a weight; with fsdp a little more, by what XLA:TPU
+# estimates of Qwen2.5-7B in 2 to 16 microbatches, where most of what travels does so meanwhile.
+MICROBATCH_TOKENS, GATHERED_TOKENS = 560, 140
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,19 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         return with_microbatches(config, 1), model
     # Devices of one kind may say a little less or more, and all processes must compile the same program.
     memory = float(hosts.broadcast_from_process0(np.float64(memory)))
+    share = share_of(config, mesh, model, state, prompt_tokens)
+    choice = choose(config, model, share, memory)
+    hosts.say(
+        f"config.learner.num_microbatches = {choice.num_microbatches}, config.model.remat = {choice.remat!r}, for an update of "
+        f"about {choice.num_bytes / GB:.1f} of {memory / GB:.1f} GB a device, by an estimate; set either to change it"
+    )
+    return with_microbatches(config, choice.num_microbatches), dataclasses.replace(model, remat=choice.remat)
+
+
+def share_of(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_tokens: int) -> Share:
+    """Return the part of one device; arguments as in `fit`."""
     learner, rollout = config.learner, config.rollout
-    share = Share(
+    return Share(
         groups=rollout.num_prompts // learner.num_minibatches // num_row_shards(mesh),
         group_size=rollout.group_size,
         prompt_tokens=prompt_tokens,
@@ -104,12 +115,6 @@ def fit(config: Config, mesh: Mesh, model: ModelDef, state: TrainState, prompt_t
         fsdp_size=mesh.shape["fsdp"],
         expert_size=mesh.shape["expert"],
     )
-    choice = choose(config, model, share, memory)
-    hosts.say(
-        f"config.learner.num_microbatches = {choice.num_microbatches}, config.model.remat = {choice.remat!r}, for an update of "
-        f"about {choice.num_bytes / GB:.1f} of {memory / GB:.1f} GB a device, by an estimate; set either to change it"
-    )
-    return with_microbatches(config, choice.num_microbatches), dataclasses.replace(model, remat=choice.remat)
 
 
 def with_microbatches(config: Config, num: int) -> Config:
@@ -118,12 +123,17 @@ def with_microbatches(config: Config, num: int) -> Config:
 
 
 def choose(config: Config, model: ModelDef, share: Share, memory_bytes: float) -> Choice:
-    """Choose the cheapest among what the memory holds: what computes little again, in few microbatches.
+    """Return the first of `choices`."""
+    return choices(config, model, share, memory_bytes)[0]
+
+
+def choices(config: Config, model: ModelDef, share: Share, memory_bytes: float) -> list[Choice]:
+    """List what may be chosen: first what the memory holds, the cheapest first, which computes little again in few pieces.
 
     Args:
       config: what is given there stays. model: its shape, precision and remat count. share: of a device.
       memory_bytes: of a device.
-    Returns: the choice; if nothing is small enough the smallest.
+    Returns: the choices; behind them those that are too large, the smallest first.
     """
     given = config.learner.num_microbatches
     remats = (model.remat,) if model.remat != "auto" else _remats(model)
@@ -132,17 +142,15 @@ def choose(config: Config, model: ModelDef, share: Share, memory_bytes: float) -
         for remat in remats
         for num in ((given,) if given else share.allowed())
     ]
-    fitting = [each for each in found if each.num_bytes <= (1 - FREE) * memory_bytes]
-    full = [each for each in fitting if share.tokens_of(each.num_microbatches) >= MIN_TOKENS]
     each_tokens = MICROBATCH_TOKENS + (share.fsdp_size > 1) * GATHERED_TOKENS
 
-    def cost(choice: Choice) -> float:
-        return share.tokens_of(1) * (1 + AGAIN[choice.remat]) + choice.num_microbatches * each_tokens
+    def order(choice: Choice) -> tuple[bool, bool, float]:
+        if choice.num_bytes > (1 - FREE) * memory_bytes:
+            return True, True, choice.num_bytes
+        cost = share.tokens_of(1) * (1 + AGAIN[choice.remat]) + choice.num_microbatches * each_tokens
+        return False, share.tokens_of(choice.num_microbatches) < MIN_TOKENS, cost
 
-    for choices in (full, fitting):
-        if choices:
-            return min(choices, key=cost)
-    return min(found, key=lambda each: each.num_bytes)
+    return sorted(found, key=order)
 
 
 def _remats(model: ModelDef) -> tuple[str, ...]:
@@ -166,8 +174,10 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     tokens = share.tokens_of(num_microbatches)
     # Numbers of a token and a layer: what enters, what attention's and the MLP's last product give, queries, keys and values,
     # and the heads' outputs; then the MLP's wide products, and with nothing computed again norms and activations too.
-    narrow = 3 * D + 2 * heads + pairs
-    kept = {"full": D, "narrow": narrow, "dots": narrow + wide, "none": narrow + 2 * wide + 4 * D}[remat]
+    # XLA:TPU spreads channels of the residual stream over tensor, where a scan over layers keeps it.
+    kept_D = D / tensor if model.hardware is not None and model.hardware.platform == "tpu" else D
+    narrow = 3 * kept_D + 2 * heads + pairs
+    kept = {"full": kept_D, "narrow": narrow, "dots": narrow + wide, "none": narrow + 2 * wide + 4 * D}[remat]
     layer = 0 if remat == "none" else 6 * D + 3 * heads + 2 * wide
     chunks = Chunks.of(model, config.learner.logprob_chunk_tokens, tokens, sampling_of(config.rollout))
     logits, head = 2 * F32 * chunks.tokens * V / tensor, V * D / tensor * F32

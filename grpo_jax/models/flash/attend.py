@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.models.flash import tpu, whole
-from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues, has_kernels
+from grpo_jax.models.flash.call import Call, CausalRows, KeysAndValues, has_kernels, say_once
 from grpo_jax.parallel.hardware import Hardware
 from grpo_jax.parallel.sharding import vary_like
 
@@ -65,6 +65,8 @@ def attend_causally(
         call, masks = dataclasses.replace(call, is_whole=True, scale=scale), (rows.own_BT, rows.prompt_PS, rows.is_local)
         out_BNHT: Any = _attention(call, whole.lay_out(q_BTNH, own, prompt), masks)
         return out_BNHT[:, :, :H, :T].transpose(0, 3, 1, 2)
+    if rows.hardware.platform == "tpu":
+        say_once(f"attention by the kernel that ships with JAX: a core's memory does not hold rows of {slots} + {T} tokens")
     masks = [pad_mask(rows.hardware, mask) for mask in (rows.own_BT, rows.prompt_PS)]
     arrays = pad(rows.hardware, lay_out(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), own, prompt))
     out_PMTH: Any = _attention(call, arrays, (*masks, rows.is_local))

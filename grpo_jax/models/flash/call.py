@@ -26,8 +26,14 @@ def has_kernels(platform: str) -> bool:
     # Deprecated since jax 0.11; of what is to come in its place nothing takes float32 or heads of any width.
     is_there = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
     if not is_there:
-        _log.warning("attention by plain operations: this jax has no Pallas for Triton, which jax 0.7 to 0.12 have")
+        say_once("attention by plain operations: this jax has no Pallas for Triton, which jax 0.7 to 0.12 have")
     return is_there
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Say which form of attention stands in for the one that is usual here."""
+    _log.warning(text)
 
 
 @flax.struct.dataclass

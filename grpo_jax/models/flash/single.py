@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.flash import tpu_newest
 from grpo_jax.models.flash.attend import on_devices
-from grpo_jax.models.flash.call import Call, has_kernels
+from grpo_jax.models.flash.call import Call, has_kernels, say_once
 from grpo_jax.models.flash.seen import cap_scores, div, dot, rem
 from grpo_jax.parallel.hardware import Hardware
 
@@ -121,7 +121,7 @@ def attend_filled(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B N H"] | None:
-    """Do `attend_newest` on TPUs, of a cache that has the newest tokens in it; None if it is too long for the kernel."""
+    """Do `attend_newest` on TPUs, of a cache that has the newest tokens in it; None if the prompts are too long."""
 
     def by_lanes(keys_and_values: tuple[Array, Array]) -> tuple[Array, Array]:
         k, v = keys_and_values
@@ -130,6 +130,8 @@ def attend_filled(
     arrays = q_BNH, by_lanes(cache), tuple(map(by_lanes, prompts))
     group_size = len(q_BNH) // sum(len(k_PKHS) for k_PKHS, _ in prompts)
     if not tpu_newest.fits(group_size, cache[0], [k_PKHS for k_PKHS, _ in prompts]):
+        longest = max(k_PKHS.shape[-1] for k_PKHS, _ in prompts)
+        say_once(f"decoding attends by plain operations: a core's memory does not hold prompts of {longest} tokens")
         return None
     run = functools.partial(tpu_newest.attend, scale)
     return on_devices(Call(rows.hardware, 0, cap), run, arrays, (rows.own_B2, rows.prompt_BX))

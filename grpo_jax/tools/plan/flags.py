@@ -13,6 +13,9 @@ PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 0, "width of the prompts; 0: config.task.max_prompt_tokens", lower_bound=0
 )
 SWEEP = flags.DEFINE_bool("sweep", False, "rank all meshes of that many devices")
+SWEEP_MESHES = flags.DEFINE_integer(
+    "sweep_meshes", 3, "with --sweep --compile --topology: compile so many, the quickest by the plan's count", lower_bound=1
+)
 COMPILE = flags.DEFINE_bool("compile", False, "compile update and rollout for simulated devices")
 TOPOLOGY = flags.DEFINE_string("topology", "", "--compile for a slice of --chip that is not here: 4x4, 2x2x1; h100: 1x1x8")
 ITERATION = flags.DEFINE_bool("iteration", False, "with --topology: compile a whole iteration in one call too")

@@ -34,7 +34,7 @@ from grpo_jax.tools.plan.chips import Chip
 from grpo_jax.tools.plan.job import Job, mesh_of
 from grpo_jax.tools.roofline import Sizes, per_token
 from grpo_jax.training import run
-from grpo_jax.training.fit import fit
+from grpo_jax.training.fit import choices, fit, share_of, with_microbatches
 from grpo_jax.types import Prompts, Rollout, TrainState, join_params
 
 F32 = 4  # bytes
@@ -61,6 +61,20 @@ def fitted(job: Job, chip: Chip) -> Job:
     job = dataclasses.replace(job, chips=Hardware(chip.platform, memory_bytes=chip.hbm_bytes))
     config, model = fit(job.config, job.mesh, job.model_on_chips, state_like(job), job.prompt_tokens)
     return dataclasses.replace(job, config=config, model=dataclasses.replace(job.model, remat=model.remat))
+
+
+def fitted_ways(job: Job, chip: Chip, num: int) -> list[Job]:
+    """Return the job with each of the `num` best microbatches and remats, as a run on these chips ranks them."""
+    job = dataclasses.replace(job, chips=Hardware(chip.platform, memory_bytes=chip.hbm_bytes))
+    share = share_of(job.config, job.mesh, job.model_on_chips, state_like(job), job.prompt_tokens)
+    return [
+        dataclasses.replace(
+            job,
+            config=with_microbatches(job.config, each.num_microbatches),
+            model=dataclasses.replace(job.model, remat=each.remat),
+        )
+        for each in choices(job.config, job.model_on_chips, share, chip.hbm_bytes)[:num]
+    ]
 
 
 def phase_bytes(parts: list[Part], phase: str) -> float:

@@ -12,12 +12,25 @@ from rich.table import Table
 
 from grpo_jax.config import Config
 from grpo_jax.errors import UserError
+from grpo_jax.parallel import hosts
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools import cli
-from grpo_jax.tools.plan import aot, collectives, compiled, memory, times
+from grpo_jax.tools.plan import aot, collectives, compiled, memory, ranking, times
 from grpo_jax.tools.plan.chips import Chip, find_chip
-from grpo_jax.tools.plan.flags import CHIP, COMPILE, DEVICES, HLO, ITERATION, JSON, PROMPT_TOKENS, SHAPE, SWEEP, TOPOLOGY
-from grpo_jax.tools.plan.job import Job, allowed_meshes, make_job, require_allowed
+from grpo_jax.tools.plan.flags import (
+    CHIP,
+    COMPILE,
+    DEVICES,
+    HLO,
+    ITERATION,
+    JSON,
+    PROMPT_TOKENS,
+    SHAPE,
+    SWEEP,
+    SWEEP_MESHES,
+    TOPOLOGY,
+)
+from grpo_jax.tools.plan.job import Job, make_job, require_allowed
 
 
 def show() -> None:
@@ -52,13 +65,22 @@ def compile_for_chip(config: Config, chip: Chip) -> None:
     config: of the run. chip: of --chip.
     """
     name = CHIP.value.lower()
-    if not COMPILE.value or SWEEP.value:
-        raise UserError("--topology: goes with --compile, and not with --sweep")
+    if not COMPILE.value:
+        raise UserError("--topology: goes with --compile")
+    if SWEEP.value and (HLO.value or ITERATION.value):
+        raise UserError("--sweep: goes with neither --hlo nor --iteration, which are of one mesh")
     aot.require_compiler(name)
     if not aot.is_child():
         sys.exit(aot.in_child(sys.argv[1:], name))
     devices = aot.devices_of(name, TOPOLOGY.value)
     job = make_job(config, SHAPE.value, PROMPT_TOKENS.value, len(devices))
+    if SWEEP.value:
+        found = ranking.compile_meshes(job, name, chip, TOPOLOGY.value, SWEEP_MESHES.value, hosts.say)
+        if JSON.value:
+            print(json.dumps(found))
+        else:
+            make_console().print(ranked_table(job, found))
+        return
     require_allowed(job)
     job, mesh = memory.fitted(job, chip), aot.make_mesh(job, devices)
     names = ("update", "rollout", *(["iteration"] if ITERATION.value else []))
@@ -179,14 +201,47 @@ def traffic_table(job: Job) -> Table:
 
 def sweep_table(job: Job, chip: Chip) -> Table:
     """Show all allowed meshes: those that fit, the quickest first, then the others."""
-    table = table_of(
-        f"Meshes of {job.mesh.size} {CHIP.value}", *AXES, "GB", "of memory", "rollout s", "update s", "iteration s", ""
-    )
-    for peak, stages, other in rank_meshes(job, chip):
-        by_phase = [sum(stage.secs for stage in stages if stage.phase == phase) for phase in (times.ROLLOUT, times.UPDATE)]
-        sizes = map(str, other.mesh.shape.values())
-        secs = (f"{each:.4g}" for each in (*by_phase, sum(by_phase)))
+    columns = "microbatches", "remat", "GB", "of memory", "rollout s", "update s", "iteration s", ""
+    table = table_of(f"Meshes of {job.mesh.size} {CHIP.value}", *AXES, *columns)
+    for each in ranking.rank_meshes(job, chip):
+        phases = (times.ROLLOUT, times.UPDATE)
+        by_phase = [sum(stage.secs for stage in each.stages if stage.phase == phase) for phase in phases]
+        peak, config = each.peak_bytes, each.job.config
+        sizes = *map(str, each.job.mesh.shape.values()), str(config.learner.microbatches), each.job.model.remat_policy
+        secs = (f"{secs:.4g}" for secs in (*by_phase, sum(by_phase)))
         table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, verdict(peak, chip))
+    return table
+
+
+def ranked_table(job: Job, found: list[dict[str, Any]]) -> Table:
+    """Show reports of `ranking.compile_meshes`. All seconds are estimates."""
+    table = table_of(
+        f"Meshes of {CHIP.value} {TOPOLOGY.value} by their compiler, {describe_model(job)}: estimates, nothing was run",
+        *AXES,
+        "microbatches",
+        "remat",
+        "free, GB",
+        "update s",
+        "of the peak",
+        "token ms",
+        "of the bandwidth",
+        "iteration s",
+        "",
+    )
+    for each in found:
+        token_ms = None if each["token_secs"] is None else 1e3 * each["token_secs"]
+        table.add_row(
+            *map(str, each["mesh"].values()),
+            str(each["num_microbatches"]),
+            each["remat"],
+            gigabytes(each["free_bytes"]),
+            number(each["update_secs"]),
+            percent(each["update_peak_share"]),
+            number(token_ms),
+            percent(each["token_memory_share"]),
+            number(ranking.iteration_secs(each) or None),
+            "fits" if each["fits"] else "does not fit",
+        )
     return table
 
 
@@ -194,21 +249,6 @@ def verdict(peak: float, chip: Chip) -> str:
     if peak <= chip.hbm_bytes:
         return "fits"
     return "does not fit"
-
-
-def rank_meshes(job: Job, chip: Chip) -> list[tuple[float, list[times.Stage], Job]]:
-    """Sort (peak bytes, stages, job) of every allowed mesh: those that fit by seconds, then those that do not by bytes."""
-    jobs = [memory.fitted(other, chip) for other in allowed_meshes(job)]
-    found = [(memory.peak_bytes(memory.parts_of(other)), times.stages_of(other, chip), other) for other in jobs]
-
-    def order(each: tuple[float, list[times.Stage], Job]) -> tuple[bool, float]:
-        # How fast a mesh would be that does not fit is of no use: there the question is how much is missing.
-        peak, stages, _ = each
-        if peak <= chip.hbm_bytes:
-            return False, times.iteration_secs(stages)
-        return True, peak
-
-    return sorted(found, key=order)
 
 
 def compare_with_compiled(job: Job) -> list[Table]:
@@ -229,7 +269,11 @@ def compare_with_compiled(job: Job) -> list[Table]:
 
 def describe_job(job: Job) -> str:
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
-    return f"{job.mesh.size} devices, {sizes}; {SHAPE.value or job.config.model.path or 'config.model'}, {job.model.dtype}"
+    return f"{job.mesh.size} devices, {sizes}; {describe_model(job)}"
+
+
+def describe_model(job: Job) -> str:
+    return f"{SHAPE.value or job.config.model.path or 'config.model'}, {job.model.dtype}"
 
 
 def table_of(title: str, *columns: str) -> Table:
