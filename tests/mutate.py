@@ -584,6 +584,27 @@ BUGS = [
         "tests/test_gated_delta.py -k recurrence",
     ),
     (
+        "what is joined over devices is put together as on one",
+        "grpo_jax/models/linear.py",
+        "shards = [x.reshape(*x.shape[:axis], num_shards, -1, *x.shape[axis + 1 :]) for x in leaves]",
+        "shards = [x.reshape(*x.shape[:axis], 1, -1, *x.shape[axis + 1 :]) for x in leaves]",
+        "tests/test_newest.py -k products_of_the_same",
+    ),
+    (
+        "a weight's gradient is left to pieces of the rows",
+        "grpo_jax/models/linear.py",
+        "in_full = jax.lax.with_sharding_constraint(x, PartitionSpec())",
+        "in_full = x",
+        "tests/test_hardware.py -k several_devices",
+    ),
+    (
+        "auto counts all channels of the residual stream on each device of tensor",
+        "grpo_jax/training/fit.py",
+        'kept_D = D / tensor if model.hardware is not None and model.hardware.platform == "tpu" else D',
+        "kept_D = D",
+        "tests/test_fit.py -k gathers_the_weights",
+    ),
+    (
         "heads are not gated",
         "grpo_jax/models/attention.py",
         "out_BTNH = out_BTNH * jax.nn.sigmoid(gate_BTNH)",

@@ -15,7 +15,7 @@ from grpo_jax.models import block
 from grpo_jax.models.architecture import Delta
 from grpo_jax.models.transformer import MAX_UNROLLED, ModelDef
 from grpo_jax.parallel.sharding import with_shardings
-from grpo_jax.tools.plan import chips, collectives, compiled, job, memory, ranking, times
+from grpo_jax.tools.plan import aot, chips, collectives, compiled, job, memory, ranking, times
 from grpo_jax.training import fit
 from tests import programs, tiny
 
@@ -356,6 +356,37 @@ def test_a_sweep_leaves_out_what_cannot_be_cut_and_puts_first_what_fits():
     secs = [times.iteration_secs(each.stages) for each in ranked]
     assert fits == sorted(fits, reverse=True) and 0 < sum(fits) < len(fits) == len(sizes)
     assert secs[: sum(fits)] == sorted(secs[: sum(fits)])
+
+
+@pytest.mark.slow
+def test_a_sweep_by_the_chips_compiler(monkeypatch):
+    """A rollout for each mesh, an update for each of its microbatches and remats; what fits first, then the quickest."""
+    ran, said = [], []
+
+    def compile_program(name, planned, mesh, chip):
+        way = planned.config.learner.num_microbatches, planned.model.remat
+        ran.append((name, tuple(mesh.shape.values()), *(way if name == "update" else ())))
+        if name == "rollout":
+            return aot.Compiled(name, 0.0, secs=1.0, peak_bytes=1e9)
+        if len(ran) < 4:  # of the mesh that the plan finds quickest
+            return aot.Compiled(name, 0.0, error="RESOURCE_EXHAUSTED: too much")
+        return aot.Compiled(name, 0.0, secs=10.0 - len(ran), peak_bytes=chip.hbm_bytes * (0.5 if len(ran) < 6 else 1.5))
+
+    for name, stand_in in (
+        ("compile_program", compile_program),
+        ("devices_of", lambda *_: []),
+        ("make_mesh", lambda planned, _: planned.mesh),
+        ("on_hardware", lambda planned, _: planned),
+    ):
+        monkeypatch.setattr(aot, name, stand_in)
+    chip = chips.find_chip("v5e")
+    planned = job_of(EIGHT, {"rollout.num_prompts": 8, "model.remat": "auto", "learner.num_microbatches": 0})
+    found = ranking.compile_meshes(planned, "v5e", chip, "2x4", 2, said.append)
+    assert [each[0] for each in ran] == ["rollout", "update", "update"] * 2
+    assert len({each[1] for each in ran}) == 2 and len({each[1:] for each in ran if each[0] == "update"}) == 4
+    assert [each["fits"] for each in found] == [True, False, False, False]
+    assert found[0]["update_secs"] == 5.0 and found[0]["free_bytes"] == 0.5 * chip.hbm_bytes
+    assert [text.split(": ")[-1] for text in said[1:3]] == ["too much"] * 2 and "8.00 GB free" in said[3]
 
 
 def test_bad_input_is_one_line():

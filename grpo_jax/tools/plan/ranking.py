@@ -45,7 +45,8 @@ def compile_meshes(
     Args:
       job: what is compiled. chip_name, chip, topology: for what. num_meshes: of how many meshes at the most, each with the
         `WAYS` best microbatches and remats that the config leaves open. say: is told of each program when it is done.
-    Returns: a report (`aot.report`) of each, those that fit first, the quickest iteration first.
+    Returns: a report (`aot.report`) of each, those that fit first, the quickest iteration first; in the plan's order where the
+      compiler gives no seconds.
     """
     devices = aot.devices_of(chip_name, topology)
     ranked = rank_meshes(job, chip)
@@ -60,7 +61,7 @@ def compile_meshes(
             update = aot.compile_program("update", way, mesh, chip)
             found.append(aot.report(aot.on_hardware(way, mesh), chip_name, chip, topology, [update, rollout]))
             say(describe(found[-1], update.compile_secs))
-    return sorted(found, key=lambda each: (not each["fits"], iteration_secs(each), -each["free_bytes"]))
+    return sorted(found, key=lambda each: (not each["fits"], iteration_secs(each)))
 
 
 def iteration_secs(report: dict[str, Any]) -> float:
