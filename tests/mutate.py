@@ -600,7 +600,7 @@ BUGS = [
     (
         "auto counts all channels of the residual stream on each device of tensor",
         "grpo_jax/training/fit.py",
-        'kept_D = D / tensor if model.hardware is not None and model.hardware.platform == "tpu" else D',
+        "kept_D = D / tensor if is_spread else D",
         "kept_D = D",
         "tests/test_fit.py -k gathers_the_weights",
     ),

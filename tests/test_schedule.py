@@ -72,6 +72,37 @@ def test_loops_run_from_where_the_one_before_has_ended():
     assert places == ["learner/train_step.py:93"] * 2, "our own line, and not the library's that it calls"
 
 
+# A product whose rows travel round 8 devices, as XLA:TPU writes it: two steps a turn, two pieces each, the counter last.
+WINDOWED = """HloModule jit_step, is_scheduled=true
+
+%windowed_dot_general_cond_ag (p: (bf16[8,4], u32[], u32[])) -> pred[] {
+  %c = u32[]{:T(128)} constant(4)
+  %p = (bf16[8,4]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=2
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+%windowed_dot_general_body_ag (p: (bf16[8,4], u32[], u32[])) -> (bf16[8,4], u32[], u32[]) {
+  %p = (bf16[8,4]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %f = bf16[8,4]{1,0} fusion(%p), calls=%fused, backend_config={"estimated_cycles":"700"}
+  %device = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=2
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %r = (bf16[8,4]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) tuple(%f, %device, %next)
+}
+ENTRY %main (p: bf16[8,4]) -> bf16[8,4] {
+  %zero = u32[]{:T(128)} constant(0)
+  %seven = u32[]{:T(128)} constant(7)
+  %t = (bf16[8,4]{1,0}, u32[]{:T(128)}, u32[]{:T(128)}) tuple(%p, %seven, %zero)
+  %while.1 = (bf16[8,4], u32[], u32[]) while(%t), condition=%windowed_dot_general_cond_ag, body=%windowed_dot_general_body_ag
+}
+"""
+
+
+def test_a_loop_over_pieces_of_a_product_counts_its_turns():
+    assert sum(each.runs * each.cycles for each in Schedule(WINDOWED).operations()) == 2 * 700
+
+
 def test_a_collective_that_is_only_started_counts_its_result():
     assert collectives.traffic(TPU) == [collectives.Traffic("all-gather", 4, 24, 24 * 64 * 3 / 4)]
 

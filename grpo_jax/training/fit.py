@@ -174,8 +174,9 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     tokens = share.tokens_of(num_microbatches)
     # Numbers of a token and a layer: what enters, what attention's and the MLP's last product give, queries, keys and values,
     # and the heads' outputs; then the MLP's wide products, and with nothing computed again norms and activations too.
-    # XLA:TPU spreads channels of the residual stream over tensor, where a scan over layers keeps it.
-    kept_D = D / tensor if model.hardware is not None and model.hardware.platform == "tpu" else D
+    # In that scan XLA:TPU spreads channels of the residual stream over tensor; in JAX's own, of adapters, it does not.
+    is_spread = model.adds_gradients_in_place and model.hardware is not None and model.hardware.platform == "tpu"
+    kept_D = D / tensor if is_spread else D
     narrow = 3 * kept_D + 2 * heads + pairs
     kept = {"full": kept_D, "narrow": narrow, "dots": narrow + wide, "none": narrow + 2 * wide + 4 * D}[remat]
     layer = 0 if remat == "none" else 6 * D + 3 * heads + 2 * wide

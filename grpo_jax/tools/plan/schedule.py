@@ -138,23 +138,41 @@ class Schedule:
         """
         if known := TRIPS.search(loop.rest):
             return float(known[1])
-        last = self._last_number(loop)
+        index, last = self._end_of(loop)
         if last is None:
             return 1.0
-        return max(1.0, last - self._first_number(loop, where))
+        return max(1.0, math.ceil((last - self._first_number(loop, index, where)) / self._step_of(loop, index)))
 
-    def _last_number(self, loop: Instruction) -> float | None:
+    def _end_of(self, loop: Instruction) -> tuple[int, float | None]:
+        """Return which of the loop's values its condition compares, and with what number; None: no constant."""
         condition = self.computations[_attribute("condition", loop)]
-        numbers = [
-            int(each.rest.split(")")[0]) for each in condition if each.opcode == "constant" and each.result[:4] == "s32["
+        numbers = [each for each in condition if each.opcode == "constant" and each.result[:4] in ("s32[", "u32[")]
+        if not numbers:
+            return 0, None
+        last = max(_number(each) for each in numbers)
+        by_name = {each.name: each for each in condition}
+        compared = [
+            by_name[name] for each in condition if each.opcode == "compare" for name in _operands(each) if name in by_name
         ]
-        return max(numbers) if numbers else None
+        counters = [int(_attribute("index", each)) for each in compared if each.opcode == "get-tuple-element"]
+        return (counters or [0])[0], last
 
-    def _first_number(self, loop: Instruction, where: str) -> float:
-        """Follow the counter, the loop's first value, to a constant or to the loop before."""
+    def _step_of(self, loop: Instruction, index: int) -> float:
+        """Return what a turn adds to the counter: XLA:TPU takes two at a time in loops that wait for collectives."""
+        body = self.computations[_attribute("body", loop)]
+        by_name = {each.name: each for each in body}
+        following = by_name.get(_operands(body[-1])[index]) if body[-1].opcode == "tuple" else None
+        while following is not None and following.opcode in ("copy", "bitcast"):
+            following = by_name.get(_operands(following)[0])
+        if following is None or following.opcode != "add":
+            return 1.0
+        added = [by_name[name] for name in _operands(following) if name in by_name and by_name[name].opcode == "constant"]
+        return max(1.0, _number(added[0])) if added else 1.0
+
+    def _first_number(self, loop: Instruction, index: int, where: str) -> float:
+        """Follow the counter, a value of the loop, to a constant or to the loop before."""
         by_name = {each.name: each for each in self.computations[where]}
         at = by_name.get(_operands(loop)[0])
-        index = 0
         while at is not None:
             if at.opcode == "tuple":
                 at = by_name.get(_operands(at)[index])
@@ -164,9 +182,9 @@ class Schedule:
             elif at.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
                 at = by_name.get(_operands(at)[0])
             elif at.opcode == "while":
-                return self._last_number(at) or 0.0
+                return self._end_of(at)[1] or 0.0
             elif at.opcode == "constant":
-                return float(at.rest.split(")")[0])
+                return _number(at)
             else:
                 break
         return 0.0
@@ -197,6 +215,10 @@ def _attribute(key: str, each: Instruction) -> str:
     found = re.search(rf"\b{key}=%?([\w.\-]+)", each.rest)
     assert found is not None, f"{each.name}: no {key}"
     return found[1]
+
+
+def _number(constant: Instruction) -> float:
+    return float(constant.rest.split(")")[0])
 
 
 def _operands(each: Instruction) -> list[str]:
