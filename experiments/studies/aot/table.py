@@ -59,7 +59,8 @@ def dearest_of(report: dict) -> str:
     """Return the dearest source lines of update and rollout, and the kernels."""
     texts = []
     for program in report["programs"][:2]:
-        lines = [f"{line['source']} {line['kernel']}".strip() + f" {line['share']:.0%}" for line in program["dearest"][:4]]
+        dearest = program["dearest"][:4] if program["secs"] else []
+        lines = [f"{line['source']} {line['kernel']}".strip() + f" {line['share']:.0%}" for line in dearest]
         kernels = sorted({each["name"] for each in program["kernels"]})
         texts.append(f"{program['name']}: {', '.join(lines) or 'no cycles'}; kernels: {', '.join(kernels) or 'none'}")
     return ". ".join(texts) + "."
