@@ -418,8 +418,10 @@ class Attention(nnx.Module):
                 both, v = split(self.q(x_BTD), (num_q + num_k, num_k))
                 q, k = split(turn(both.reshape(heads)).reshape(both.shape), (num_q, num_k))
                 return _scaled(q.reshape(heads), query_scale), k.reshape(heads), v.reshape(heads), None
-            parts = split(self.q(x_BTD), (num_q, num_k, num_k))
-            q_BTNH, k_BTKH, v_BTKH = (part.reshape(heads) for part in parts)
+            # Head by head: what is split by channels is another 17 % of a small decoder's rollout, by XLA:TPU's estimate.
+            of_shards = self.q(x_BTD).reshape(*heads[:2], self.num_shards, -1, arch.head_dim)
+            places = [place // (self.num_shards * arch.head_dim) for place in (num_q, num_q + num_k)]
+            q_BTNH, k_BTKH, v_BTKH = (part.reshape(heads) for part in jnp.split(of_shards, places, 3))
         else:
             q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in (self.q, self.k, self.v))
         if arch.has_output_gate:
