@@ -412,16 +412,15 @@ class Attention(nnx.Module):
         turn = functools.partial(rotate, tables=rope, is_interleaved=arch.rope.is_interleaved)
         gate_BTNH = None
         if self.k is None or self.v is None:  # `join`
-            num_q, num_k = (arch.head_dim * num for num in (arch.num_heads * (1 + arch.has_output_gate), arch.num_kv_heads))
+            num_q, num_k = arch.num_heads * (1 + arch.has_output_gate), arch.num_kv_heads
             split = functools.partial(split_outputs, num_shards=self.num_shards)
             if not (arch.qk_norm or arch.has_output_gate):  # queries and keys are turned as one, too
-                both, v = split(self.q(x_BTD), (num_q + num_k, num_k))
-                q, k = split(turn(both.reshape(heads)).reshape(both.shape), (num_q, num_k))
+                q_size, k_size = num_q * arch.head_dim, num_k * arch.head_dim
+                both, v = split(self.q(x_BTD), (q_size + k_size, k_size))
+                q, k = split(turn(both.reshape(heads)).reshape(both.shape), (q_size, k_size))
                 return _scaled(q.reshape(heads), query_scale), k.reshape(heads), v.reshape(heads), None
             # Head by head: what is split by channels is another 17 % of a small decoder's rollout, by XLA:TPU's estimate.
-            of_shards = self.q(x_BTD).reshape(*heads[:2], self.num_shards, -1, arch.head_dim)
-            places = [place // (self.num_shards * arch.head_dim) for place in (num_q, num_q + num_k)]
-            q_BTNH, k_BTKH, v_BTKH = (part.reshape(heads) for part in jnp.split(of_shards, places, 3))
+            q_BTNH, k_BTKH, v_BTKH = split(self.q(x_BTD).reshape(heads), (num_q, num_k, num_k), axis=2)
         else:
             q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in (self.q, self.k, self.v))
         if arch.has_output_gate:

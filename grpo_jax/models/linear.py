@@ -193,11 +193,15 @@ def joined(linears: Sequence[Linear], num_shards: int = 1) -> Linear:
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(put_together, states[0], *states[1:]))
 
 
-def split_outputs(y: Float[Array, "*lead O"], sizes: Sequence[int], num_shards: int = 1) -> list[Float[Array, "*lead _"]]:
-    """Return the outputs of the layers that `joined` made one of, as many as `sizes` says; some in a row may count as one."""
-    shards = y.reshape(*y.shape[:-1], num_shards, -1)
+def split_outputs(y: Array, sizes: Sequence[int], num_shards: int = 1, axis: int = -1) -> list[Array]:
+    """Return the outputs of the layers that `joined` made one of, as many as `sizes` says; some in a row may count as one.
+
+    axis: of y, along which they lie: channels, or whole heads of them.
+    """
+    lead, rest = y.shape[: axis % y.ndim], y.shape[axis % y.ndim + 1 :]
     places = [place // num_shards for place in itertools.accumulate(sizes)][:-1]
-    return [part.reshape(*y.shape[:-1], -1) for part in jnp.split(shards, places, -1)]
+    parts = jnp.split(y.reshape(*lead, num_shards, -1, *rest), places, len(lead) + 1)
+    return [part.reshape(*lead, -1, *rest) for part in parts]
 
 
 def like(vector: Array, x: Array) -> Array:

@@ -174,7 +174,7 @@ def update_bytes(config: Config, model: ModelDef, share: Share, num_microbatches
     tokens = share.tokens_of(num_microbatches)
     # Numbers of a token and a layer: what enters, what attention's and the MLP's last product give, queries, keys and values,
     # and the heads' outputs; then the MLP's wide products, and with nothing computed again norms and activations too.
-    # In that scan XLA:TPU spreads channels of the residual stream over tensor; in JAX's own, of adapters, it does not.
+    # In `grad_sums.scan_layers` XLA:TPU spreads the residual stream's channels over tensor; in JAX's scan, of adapters, not.
     is_spread = model.adds_gradients_in_place and model.hardware is not None and model.hardware.platform == "tpu"
     kept_D = D / tensor if is_spread else D
     narrow = 3 * kept_D + 2 * heads + pairs

@@ -119,8 +119,15 @@ def chip_tables(job: Job, found: dict[str, Any], programs: list[aot.Compiled]) -
         bytes_held = map(gigabytes, (each.argument_bytes, each.temporary_bytes, each.held_bytes))
         table.add_row(each.name, *bytes_held, number(each.secs), percent(shares.get(each.name)), f"{each.compile_secs:.0f}")
     table.add_section()
-    verdict = "fits" if found["fits"] else "does not fit"
-    table.add_row("", "", verdict, f"{gigabytes(found['free_bytes'])} free", f"{number(found['token_secs'])} a token", "", "")
+    table.add_row(
+        "",
+        "",
+        verdict(found["fits"]),
+        f"{gigabytes(found['free_bytes'])} free",
+        f"{number(found['token_secs'])} a token",
+        "",
+        "",
+    )
     chosen = ", ".join(f"{key} {found[key]}" for key in ("remat", "num_microbatches", "head_chunk_tokens", "head_vocab_tokens"))
     lines = table_of(f"Dearest source lines; {chosen}", "program", "line", "kernel, counted by hand", "estimated s", "share")
     traffic = table_of("Collectives of one call", "program", "kind", "devices", "count", "MB sent by a device")
@@ -163,7 +170,7 @@ def memory_table(job: Job, chip: Chip) -> Table:
     peak = memory.peak_bytes(parts)
     table.add_row(
         "peak",
-        f"{verdict(peak, chip)}: {peak / chip.hbm_bytes:.0%} of {CHIP.value}",
+        f"{verdict(peak <= chip.hbm_bytes)}: {peak / chip.hbm_bytes:.0%} of {CHIP.value}",
         "state + the larger phase",
         gigabytes(peak),
     )
@@ -209,7 +216,7 @@ def sweep_table(job: Job, chip: Chip) -> Table:
         peak, config = each.peak_bytes, each.job.config
         sizes = *map(str, each.job.mesh.shape.values()), str(config.learner.microbatches), each.job.model.remat_policy
         secs = (f"{secs:.4g}" for secs in (*by_phase, sum(by_phase)))
-        table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, verdict(peak, chip))
+        table.add_row(*sizes, gigabytes(peak), f"{peak / chip.hbm_bytes:.0%}", *secs, verdict(peak <= chip.hbm_bytes))
     return table
 
 
@@ -240,15 +247,13 @@ def ranked_table(job: Job, found: list[dict[str, Any]]) -> Table:
             number(token_ms),
             percent(each["token_memory_share"]),
             number(ranking.iteration_secs(each) or None),
-            "fits" if each["fits"] else "does not fit",
+            verdict(each["fits"]),
         )
     return table
 
 
-def verdict(peak: float, chip: Chip) -> str:
-    if peak <= chip.hbm_bytes:
-        return "fits"
-    return "does not fit"
+def verdict(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
 
 
 def compare_with_compiled(job: Job) -> list[Table]:
