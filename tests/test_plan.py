@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import functools
 import math
+import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -387,6 +389,12 @@ def test_a_sweep_by_the_chips_compiler(monkeypatch):
     assert [each["fits"] for each in found] == [True, False, False, False]
     assert found[0]["update_secs"] == 5.0 and found[0]["free_bytes"] == 0.5 * chip.hbm_bytes
     assert [text.split(": ")[-1] for text in said[1:3]] == ["too much"] * 2 and "8.00 GB free" in said[3]
+
+
+def test_a_compiler_that_ends_with_its_process_is_told(monkeypatch):
+    monkeypatch.setattr(aot.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -signal.SIGSEGV))
+    with pytest.raises(UserError, match=r"--chip=h100: its compiler ended by SIGSEGV; try other versions than jax \d"):
+        aot.in_child(["--chip=h100"], "h100")
 
 
 def test_bad_input_is_one_line():

@@ -101,6 +101,17 @@ def test_one_token_completions():
     np.testing.assert_allclose(got.sampler_logp_PGT, longer.sampler_logp_PGT[..., :1], atol=1e-6)
 
 
+@pytest.mark.parametrize("max_live_sequences", [0, 2])
+def test_without_stop_tokens_rows_run_to_the_limit_and_no_empty_array_enters_the_program(max_live_sequences):
+    """The compiler of jax 0.11 ended with the process on an array without elements inside `shard_map`."""
+    spec = spec_of(stop_ids=(), max_live_sequences=max_live_sequences)
+    got = sampled(spec, num_devices=8)
+    np.testing.assert_array_equal(got.mask_PGT, 1.0)
+    assert got.is_truncated_PG.all()
+    assert_same(got, sampled(spec_of(stop_ids=(9999,))))
+    assert "tensor<0x" not in sampler(spec, 8).lower(*ARGUMENTS).as_text()
+
+
 # -------------------------------------------------------------------------------------------------------- independence
 
 

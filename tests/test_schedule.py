@@ -103,6 +103,50 @@ def test_a_loop_over_pieces_of_a_product_counts_its_turns():
     assert sum(each.runs * each.cycles for each in Schedule(WINDOWED).operations()) == 2 * 700
 
 
+# A decoding loop as XLA:GPU writes it: the column's end is a constant of a fusion, beside whether all rows have ended.
+FUSED = """HloModule jit_f, is_scheduled=true
+
+%ended (p.1: pred[], p.2: s32[]) -> pred[] {
+  %p.2 = s32[] parameter(1)
+  %c = s32[] constant(1024)
+  %lt = pred[] compare(%p.2, %c), direction=LT
+  %p.1 = pred[] parameter(0)
+  ROOT %and = pred[] and(%lt, %p.1)
+}
+%until (p.3: (pred[4], s32[])) -> pred[] {
+  %p.3 = (pred[4]{0}, s32[]) parameter(0)
+  %rows = pred[4]{0} get-tuple-element(%p.3), index=0
+  %any = pred[] fusion(%rows), kind=kInput, calls=%reduced
+  %t = s32[] get-tuple-element(%p.3), index=1
+  ROOT %go_on = pred[] fusion(%any, %t), kind=kLoop, calls=%ended
+}
+%reduced (p.4: pred[4]) -> pred[] {
+  %p.4 = pred[4]{0} parameter(0)
+  ROOT %r = pred[] reduce(%p.4)
+}
+%body (p.5: (pred[4], s32[])) -> (pred[4], s32[]) {
+  %f = bf16[8,4]{1,0} fusion(%p.5), calls=%drawn, backend_config={"estimated_cycles":"7"}
+}
+%unknown (p.6: (pred[4], s32[])) -> pred[] {
+  ROOT %any.2 = pred[] fusion(%p.6), kind=kInput, calls=%reduced
+}
+ENTRY %main (p: pred[4]) -> pred[4] {
+  %one = s32[] constant(1)
+  %t.1 = (pred[4]{0}, s32[]) tuple(%p, %one)
+  %while.1 = (pred[4]{0}, s32[]) while(%t.1), condition=%CONDITION, body=%body
+}
+"""
+
+
+def test_a_loop_that_may_end_early_counts_all_its_turns_and_one_without_an_end_is_told():
+    schedule = Schedule(FUSED.replace("CONDITION", "until"))
+    assert sum(each.runs * each.cycles for each in schedule.operations()) == 1023 * 7
+    assert schedule.num_unknown_loops == 0
+    unknown = Schedule(FUSED.replace("CONDITION", "unknown"))
+    assert sum(each.runs * each.cycles for each in unknown.operations()) == 7
+    assert unknown.num_unknown_loops == 1
+
+
 def test_a_collective_that_is_only_started_counts_its_result():
     assert collectives.traffic(TPU) == [collectives.Traffic("all-gather", 4, 24, 24 * 64 * 3 / 4)]
 

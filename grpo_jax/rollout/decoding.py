@@ -132,7 +132,7 @@ class DecodeContext:
         hardware = self.decoder.hardware if self.decoder.has_kernels else None
         new = draw(logits_BV, keys_B, self.sampling, t_B, memory.seen_BV, self.decoder.tiles, hardware)
         seen_BV, state_B = memory.seen_BV, memory.stop_state_B
-        is_stop_B = (new.token_B[:, None] == jnp.asarray(self.ends.stop_ids, jnp.int32)[None]).any(-1)
+        is_stop_B = _is_among(new.token_B, self.ends.stop_ids)
         if seen_BV is not None:
             seen_BV = seen_BV.at[jnp.arange(len(seen_BV)), new.token_B].set(True)
         if state_B is not None and self.ends.stop_strings is not None:
@@ -165,6 +165,14 @@ class DecodeContext:
     def blank(self) -> Completions:
         """Make the completions before anything is drawn."""
         return Completions.blank(len(self.keys_B), self.max_completion_tokens, self.ends.pad_id, self.decoder.arch)
+
+
+def _is_among(token_B: Int[jax.Array, " B"], ids: tuple[int, ...]) -> Bool[jax.Array, " B"]:
+    """Mark the tokens that are one of the ids."""
+    # jax 0.11's compiler ends the process on an array without elements that goes into `shard_map`.
+    if not ids:
+        return jnp.zeros_like(token_B, bool)
+    return (token_B[:, None] == jnp.asarray(ids, jnp.int32)[None]).any(-1)
 
 
 # -------------------------------------------------------------------------------------------------------- side by side

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,7 @@ class Compiled:
 
     error: its refusal, "" if it compiled. *_bytes: of one device. peak_bytes: of its plan of buffers, arguments and results
     among them; temporary_bytes: without those, of which XLA:TPU counts more than it plans. sent: its collectives.
+    num_unknown_loops: loops that were counted once, for nothing says how often they run.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Compiled:
     sent: tuple[collectives.Traffic, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     dearest: tuple[Line, ...] = ()
+    num_unknown_loops: int = 0
 
     @property
     def held_bytes(self) -> float:
@@ -117,17 +120,36 @@ def require_compiler(chip_name: str) -> None:
 
 
 def in_child(argv: list[str], chip_name: str) -> int:
-    """Run the same command in a process that is set up to compile for absent devices; -> its exit status."""
+    """Run the same command in a process that is set up to compile for absent devices; -> its exit status.
+
+    Raises UserError if a signal ends it, as a fault of the compiler does.
+    """
     # JAX chooses its own devices, and the compilers read their settings, when they start.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", CHILD: "1"}
     if chip_name in TPU_CHIPS:
         env = {**TPU_ENV, **env}
     else:
-        found = importlib.util.find_spec("nvidia.cuda_nvcc")
-        places = list(found.submodule_search_locations or []) if found else []
-        flags = " --xla_gpu_autotune_level=0" + "".join(f" --xla_gpu_cuda_data_dir={place}" for place in places[:1])
-        env["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
-    return subprocess.run([sys.executable, "-m", "grpo_jax", "plan", *argv], env=env, check=False).returncode
+        flags = " --xla_gpu_autotune_level=0" + "".join(f" --xla_gpu_cuda_data_dir={place}" for place in cuda_folders()[:1])
+        env["XLA_FLAGS"] = flags + " " + os.environ.get("XLA_FLAGS", "")  # the user's come last, and so count
+    status = subprocess.run([sys.executable, "-m", "grpo_jax", "plan", *argv], env=env, check=False).returncode
+    if status < 0:
+        used = ", ".join(f"{name} {version}" for name, version in versions(chip_name).items())
+        raise UserError(
+            f"--chip={chip_name}: its compiler ended by {signal.Signals(-status).name}; try other versions than {used}"
+        )
+    return status
+
+
+def cuda_folders() -> list[str]:
+    """List the folders of CUDA's compiler that are installed as wheels: by what its versions 12 and 13 call them."""
+    found: list[str] = []
+    for name in ("cuda_nvcc", "cu13"):
+        try:
+            spec = importlib.util.find_spec(f"nvidia.{name}")
+        except ModuleNotFoundError:  # nothing of NVIDIA is installed
+            return found
+        found += spec.submodule_search_locations or [] if spec else []
+    return found
 
 
 def is_child() -> bool:
@@ -196,6 +218,7 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
         sent=tuple(collectives.traffic_of(schedule)),
         kernels=kernels_of(operations, chip),
         dearest=dearest_of(schedule, operations, chip),
+        num_unknown_loops=schedule.num_unknown_loops,
     )
 
 

@@ -121,7 +121,7 @@ class Schedule:
             yield Operation(each, runs, loops)
             if each.opcode == "while":
                 body = _attribute("body", each)
-                yield from self._walk(body, runs * self.num_trips(each, name), (*loops, body), weigh)
+                yield from self._walk(body, runs * (self.num_trips(each, name) or 1.0), (*loops, body), weigh)
             elif each.opcode == "conditional":
                 # Nobody knows which branch runs: the dearest is one that a run can reach.
                 branches = [branch.strip().lstrip("%") for group in BRANCHES.findall(each.rest) for branch in group.split(",")]
@@ -130,32 +130,51 @@ class Schedule:
             elif each.opcode in ("call", "async-start"):
                 yield from self._walk(CALLED.findall(each.rest)[0], runs, loops, weigh)
 
-    def num_trips(self, loop: Instruction, where: str) -> float:
+    @property
+    def num_unknown_loops(self) -> int:
+        """Loops whose turns nobody can tell, for they end on data: `operations` counts them once."""
+        loops = [(each, name) for name, body in self.computations.items() for each in body if each.opcode == "while"]
+        return sum(self.num_trips(*each) is None for each in loops)
+
+    def num_trips(self, loop: Instruction, where: str) -> float | None:
         """Return how often a loop runs: from its first number, which the one before may have left, to its last.
 
         Args:
           loop: the instruction. where: the computation that it is in.
+        Returns: None where the text does not say.
         """
         if known := TRIPS.search(loop.rest):
             return float(known[1])
         index, last = self._end_of(loop)
         if last is None:
-            return 1.0
+            return None
         return max(1.0, math.ceil((last - self._first_number(loop, index, where)) / self._step_of(loop, index)))
 
     def _end_of(self, loop: Instruction) -> tuple[int, float | None]:
-        """Return which of the loop's values its condition compares, and with what number; None: no constant."""
-        condition = self.computations[_attribute("condition", loop)]
-        numbers = [each for each in condition if each.opcode == "constant" and each.result[:4] in ("s32[", "u32[")]
-        if not numbers:
+        """Return which of the loop's values its condition compares, and with what number; None: with none that is known."""
+        compared = self._comparisons(_attribute("condition", loop))
+        if not compared:
             return 0, None
-        last = max(_number(each) for each in numbers)
-        by_name = {each.name: each for each in condition}
-        compared = [
-            by_name[name] for each in condition if each.opcode == "compare" for name in _operands(each) if name in by_name
-        ]
-        counters = [int(_attribute("index", each)) for each in compared if each.opcode == "get-tuple-element"]
-        return (counters or [0])[0], last
+        value, last = max(compared, key=lambda each: each[1])
+        is_value = value is not None and value.opcode == "get-tuple-element"
+        return int(_attribute("index", value)) if is_value else 0, last
+
+    def _comparisons(self, name: str) -> list[tuple[Instruction | None, float]]:
+        """List the values that a computation compares with numbers, those inside its fusions too."""
+        by_name = {each.name: each for each in self.computations[name]}
+        found: list[tuple[Instruction | None, float]] = []
+        for each in by_name.values():
+            operands = [by_name.get(operand) for operand in _operands(each)]
+            if each.opcode == "compare":
+                numbers = [x for x in operands if x is not None and _is_number(x)]
+                value = next((x for x in operands if x not in numbers), None)
+                found += [(value, _number(number)) for number in numbers]
+            elif each.opcode == "fusion":
+                for value, number in self._comparisons(_attribute("calls", each)):
+                    # A fusion's parameter is the operand of that number.
+                    is_given = value is not None and value.opcode == "parameter"
+                    found.append((operands[int(_number(value))] if is_given else value, number))
+        return found
 
     def _step_of(self, loop: Instruction, index: int) -> float:
         """Return what a turn adds to the counter: XLA:TPU takes two at a time in loops that wait for collectives."""
@@ -217,8 +236,13 @@ def _attribute(key: str, each: Instruction) -> str:
     return found[1]
 
 
-def _number(constant: Instruction) -> float:
-    return float(constant.rest.split(")")[0])
+def _is_number(each: Instruction) -> bool:
+    return each.opcode == "constant" and each.result[:4] in ("s32[", "u32[")
+
+
+def _number(each: Instruction) -> float:
+    """Read the number of a constant or of a parameter."""
+    return float(each.rest.split(")")[0])
 
 
 def _operands(each: Instruction) -> list[str]:

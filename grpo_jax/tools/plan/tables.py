@@ -128,6 +128,8 @@ def chip_tables(job: Job, found: dict[str, Any], programs: list[aot.Compiled]) -
         "",
         "",
     )
+    if num_unknown := sum(each.num_unknown_loops for each in programs):
+        table.caption = f"{num_unknown} loops end on data and are counted once: seconds, kernels and traffic are too small"
     chosen = ", ".join(f"{key} {found[key]}" for key in ("remat", "num_microbatches", "head_chunk_tokens", "head_vocab_tokens"))
     lines = table_of(f"Dearest source lines; {chosen}", "program", "line", "kernel, counted by hand", "estimated s", "share")
     traffic = table_of("Collectives of one call", "program", "kind", "devices", "count", "MB sent by a device")
