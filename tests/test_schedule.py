@@ -151,6 +151,15 @@ def test_a_collective_that_is_only_started_counts_its_result():
     assert collectives.traffic(TPU) == [collectives.Traffic("all-gather", 4, 24, 24 * 64 * 3 / 4)]
 
 
+@pytest.mark.parametrize(
+    "result",
+    ["f32[4]{0}", "((f32[4]{0}), f32[4]{0})", "((f32[1]{0}, f32[3]{0}), (f32[1]{0}, f32[3]{0}))", "(f32[1]{0}, f32[3]{0})"],
+)
+def test_an_all_reduce_that_is_started_counts_its_results_in_every_notation(result):
+    text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %s = {result} all-reduce-start(%p), replica_groups={{{{0,1,2,3}}}}\n}}\n"
+    assert collectives.traffic(text) == [collectives.Traffic("all-reduce", 4, 1, 16 * 2 * 3 / 4)]
+
+
 def test_a_kernel_is_counted_by_hand_from_its_shapes_and_blocks():
     (kernel,) = [each for each in Schedule(TPU).operations() if each.is_kernel]
     # Five products of every pair in the blocks that are not above the diagonal: three of four.

@@ -65,8 +65,10 @@ def kind_of(instruction: Instruction) -> str:
 
 def result_bytes(instruction: Instruction) -> float:
     """Count the bytes of a collective's result on one device."""
-    # Where it is only started, its operands stand beside its results in one tuple.
-    if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
+    # Where it is only started, its operands stand beside its results in one tuple; an all-reduce's do so since jax 0.11 only,
+    # in a tuple of their own.
+    is_alone = instruction.opcode == "all-reduce-start" and not instruction.result.startswith("((")
+    if not instruction.opcode.endswith("-start") or is_alone:
         return array_bytes(instruction.result)
     arrays = arrays_of(instruction.result)
     if instruction.opcode == "collective-permute-start":
