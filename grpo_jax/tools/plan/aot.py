@@ -130,6 +130,8 @@ def in_child(argv: list[str], chip_name: str) -> int:
         env = {**TPU_ENV, **env}
     else:
         flags = " --xla_gpu_autotune_level=0" + "".join(f" --xla_gpu_cuda_data_dir={place}" for place in cuda_folders()[:1])
+        if jax.__version_info__[:2] == (0, 11):  # refuses products in Triton that it has no device to tune on
+            flags += " --xla_gpu_enable_triton_gemm=false"
         env["XLA_FLAGS"] = flags + " " + os.environ.get("XLA_FLAGS", "")  # the user's come last, and so count
     status = subprocess.run([sys.executable, "-m", "grpo_jax", "plan", *argv], env=env, check=False).returncode
     if status < 0:
