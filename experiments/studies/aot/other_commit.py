@@ -1,16 +1,22 @@
-"""Compile the programs of another commit, which cannot do it by itself, for a TPU that is not here.
+"""Compile the programs of another commit, which cannot do it by itself, for chips that are not here.
 
     python experiments/studies/aot/other_commit.py CHECKOUT OUT v5e 2x2 --config=configs/dapo.py:smollm2 --shape=qwen2.5-0.5b
 
 CHECKOUT is a clone at that commit; all that is imported comes from there. Writes OUT.update and OUT.rollout (text) and OUT.json
 (bytes of a device, seconds to compile); `read.py` says the rest. Nothing is run: all that follows is an estimate.
+
+For an H100 (h100 1x1x8, say) XLA_FLAGS has to name the folder of CUDA's compiler and to tune nothing:
+--xla_gpu_cuda_data_dir=... --xla_gpu_autotune_level=0.
 """
 
+import ast
 import json
 import os
 import pathlib
 import sys
 import time
+
+PLAN = pathlib.Path(__file__).parents[3] / "grpo_jax/tools/plan/aot.py"
 
 
 def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None:
@@ -30,7 +36,13 @@ def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None
     assert command  # it has the flags
 
     flags.FLAGS(["other_commit", *given])
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}").devices
+    if chip == "h100":
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", target_config=description_of_h100(), topology=topology
+        )
+    else:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}")
+    devices = described.devices
     asked = flags.FLAGS
     planned = job.make_job(cli.config_from_flags(), asked.shape, asked.prompt_tokens, len(devices))
     sizes = tuple(planned.mesh.shape[axis] for axis in AXES)
@@ -48,6 +60,13 @@ def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None
             "temporary_bytes": memory.temp_size_in_bytes,
         }
     pathlib.Path(f"{out}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def description_of_h100() -> str:
+    """Read what this commit's planner tells XLA:GPU; importing it would import this commit's package."""
+    statements = ast.parse(PLAN.read_text(encoding="utf-8")).body
+    (found,) = [each.value for each in statements if isinstance(each, ast.Assign) and each.targets[0].id == "H100"]
+    return ast.literal_eval(found)
 
 
 if __name__ == "__main__":
