@@ -63,6 +63,7 @@ def test_the_rollout_is_by_the_kernels(num_tensor):
     """One of attention a layer and token, and no weights that are put together in the loop."""
     rollout, names = compiled("dapo", {"mesh.data": 1, "mesh.tensor": num_tensor}, ARCH, "rollout", num_tensor)
     assert {"flash_forward", "attend_newest"} <= names
+    assert rollout.secs > 0 and not rollout.num_unknown_loops
     schedule = Schedule(rollout.hlo)
     tokens = [op for op in schedule.operations() if op.loops and op.runs > T / 2]
     assert sum(op.is_kernel and op.kernel_name == "attend_newest" for op in tokens) == ARCH.num_layers

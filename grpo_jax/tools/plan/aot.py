@@ -1,12 +1,13 @@
 """A job's programs by an accelerator's own compiler, which needs no accelerator: only the wheels that it comes in.
 
 XLA:TPU with Mosaic is in `libtpu`, XLA:GPU in the wheels of JAX's CUDA plugin. They say if a program compiles at all, its
-bytes, its collectives and kernels; XLA:TPU also what it takes each operation to cost.
+bytes, its collectives and kernels; XLA:TPU also what it takes each operation to cost, which for GPUs is counted (`counted`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from grpo_jax.parallel.hardware import compiling_for, hardware_of
 from grpo_jax.parallel.sharding import AXES
 from grpo_jax.tools.plan import collectives, compiled
 from grpo_jax.tools.plan.chips import Chip
+from grpo_jax.tools.plan.counted import GpuCosts
 from grpo_jax.tools.plan.job import Job
 from grpo_jax.tools.plan.schedule import Operation, Schedule, kernel_flops, kernel_share, operation_secs
 from grpo_jax.tools.plan.times import forward_of_update, num_scored
@@ -78,7 +81,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program as a chip's compiler has made it; seconds are estimates, None where the compiler gives no cycles.
+    """One program as a chip's compiler has made it; seconds are estimates, None where the compiler refused it.
 
     error: its refusal, "" if it compiled. *_bytes: of one device. peak_bytes: of its plan of buffers, arguments and results
     among them; temporary_bytes: without those, of which XLA:TPU counts more than it plans. sent: its collectives.
@@ -204,8 +207,8 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
     hlo, analysis = compiled.hlo_text(program), program.memory_analysis()
     assert analysis is not None, "this compiler gives no account of memory"
     schedule = Schedule(hlo)
-    operations = schedule.operations()
-    has_cycles = any(each.cycles for each in operations)
+    secs_of = costs_on(schedule, chip)
+    operations = schedule.operations(weigh=secs_of)
     return Compiled(
         name,
         secs,
@@ -216,12 +219,17 @@ def compile_program(name: str, job: Job, mesh: Mesh, chip: Chip) -> Compiled:
         temporary_bytes=analysis.temp_size_in_bytes,
         peak_bytes=analysis.peak_memory_in_bytes,
         host_bytes=analysis.host_temp_size_in_bytes,
-        secs=sum(each.runs * operation_secs(each, chip) for each in operations) if has_cycles else None,
+        secs=sum(each.runs * secs_of(each) for each in operations),
         sent=tuple(collectives.traffic_of(schedule)),
-        kernels=kernels_of(operations, chip),
-        dearest=dearest_of(schedule, operations, chip),
+        kernels=kernels_of(operations, secs_of),
+        dearest=dearest_of(schedule, operations, secs_of),
         num_unknown_loops=schedule.num_unknown_loops,
     )
+
+
+def costs_on(schedule: Schedule, chip: Chip) -> Callable[[Operation], float]:
+    """Return what estimates the seconds of an operation: by XLA:TPU's cycles, or counted where there are none."""
+    return functools.partial(operation_secs, chip=chip) if chip.clock_hz else GpuCosts(schedule, chip).secs
 
 
 def wanted_bytes(message: str) -> float:
@@ -232,7 +240,7 @@ def wanted_bytes(message: str) -> float:
     return float(found[1]) * 1024.0 ** (" KMGT".index(found[2] or " "))
 
 
-def kernels_of(operations: list[Operation], chip: Chip) -> tuple[Kernel, ...]:
+def kernels_of(operations: list[Operation], secs_of: Callable[[Operation], float]) -> tuple[Kernel, ...]:
     """List the hand-written kernels by name; of XLA:GPU its libraries' and those that it writes in Triton, by kind."""
     found: dict[str, Kernel] = {}
     for each in operations:
@@ -243,20 +251,20 @@ def kernels_of(operations: list[Operation], chip: Chip) -> tuple[Kernel, ...]:
         if target:
             name = target[1]
         before = found.get(name, Kernel(name, 0, 0, kernel_share(each), 0))
-        flops, secs = each.runs * kernel_flops(each), each.runs * operation_secs(each, chip)
+        flops, secs = each.runs * kernel_flops(each), each.runs * secs_of(each)
         found[name] = dataclasses.replace(
             before, runs=before.runs + each.runs, flops=before.flops + flops, secs=before.secs + secs
         )
     return tuple(sorted(found.values(), key=lambda each: (-each.secs, each.name)))
 
 
-def dearest_of(schedule: Schedule, operations: list[Operation], chip: Chip) -> tuple[Line, ...]:
+def dearest_of(schedule: Schedule, operations: list[Operation], secs_of: Callable[[Operation], float]) -> tuple[Line, ...]:
     """Add the seconds up by source line, and list those that take most."""
     secs: dict[tuple[str, str], float] = {}
     for each in operations:
         kernel = each.kernel_name if each.is_kernel else ""
         key = schedule.source(each.instruction), kernel
-        secs[key] = secs.get(key, 0.0) + each.runs * operation_secs(each, chip)
+        secs[key] = secs.get(key, 0.0) + each.runs * secs_of(each)
     total = sum(secs.values()) or 1.0
     order = sorted(secs, key=lambda key: -secs[key])[:NUM_DEAREST]
     return tuple(Line(*key, secs[key], secs[key] / total) for key in order if secs[key])
@@ -268,13 +276,14 @@ def report(job: Job, chip_name: str, chip: Chip, topology: str, programs: list[C
     Args:
       job: what was compiled. chip_name, chip, topology: for what. programs: the update, the rollout, and the iteration if it
         was compiled.
-    Returns: of numbers, texts and lists; None where the compiler says nothing.
+    Returns: of numbers, texts and lists; None where the compiler refused a program.
     """
     update, rollout, *others = programs
     fullest = max(each.held_bytes for each in programs)
     token_secs = None if rollout.secs is None else rollout.secs / max(1, job.config.rollout.max_completion_tokens - 1)
+    counted = "" if chip.clock_hz else " (seconds by a count)"
     return {
-        "estimated_by": "the chip's own compiler; nothing was run or measured",
+        "estimated_by": f"the chip's own compiler{counted}; nothing was run or measured",
         "versions": versions(chip_name),
         "chip": chip_name,
         "topology": topology,

@@ -32,6 +32,7 @@ SHAPES = {
     "qwen2.5-0.5b": Architecture(151_936, 896, 24, 14, 2, 64, 4864, Rope(1e6), qkv_bias=True),
     "qwen2.5-7b": Architecture(152_064, 3584, 28, 28, 4, 128, 18_944, Rope(1e6), tie_embeddings=False, qkv_bias=True),
     "llama3-70b": Architecture(128_256, 8192, 80, 64, 8, 128, 28_672, Rope(500_000.0), 1e-5, tie_embeddings=False),
+    "qwen3-1.7b": Architecture(151_936, 2048, 28, 16, 8, 128, 6144, Rope(1e6), qk_norm=True),
     "qwen3-30b-a3b": Architecture(
         *(151_936, 2048, 48, 32, 4, 128, 768, Rope(1e6)),
         tie_embeddings=False,

@@ -45,8 +45,7 @@ def compile_meshes(
     Args:
       job: what is compiled. chip_name, chip, topology: for what. num_meshes: of how many meshes at the most, each with the
         `WAYS` best microbatches and remats that the config leaves open. say: is told of each program when it is done.
-    Returns: a report (`aot.report`) of each, those that fit first, the quickest iteration first; in the plan's order where the
-      compiler gives no seconds.
+    Returns: a report (`aot.report`) of each, those that fit first, the quickest iteration first.
     """
     devices = aot.devices_of(chip_name, topology)
     ranked = rank_meshes(job, chip)
@@ -65,7 +64,7 @@ def compile_meshes(
 
 
 def iteration_secs(report: dict[str, Any]) -> float:
-    """Return the seconds of a rollout and an update by the compiler's estimate; 0: it gives none, or refused a program."""
+    """Return the seconds of a rollout and an update by the estimate; 0: one was refused."""
     return sum(program["secs"] or 0.0 for program in report["programs"])
 
 

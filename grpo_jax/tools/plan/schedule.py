@@ -1,7 +1,7 @@
 """A compiled program's text -> its operations: how often each runs, XLA's estimate of its cycles, the source line it is from.
 
-XLA:TPU writes `estimated_cycles` at every operation; XLA:GPU and XLA:CPU write none. A Pallas kernel has none either, so its
-products are counted by hand from the shapes that it is given, at a share of the peak that is an assumption. All of it is the
+XLA:TPU writes `estimated_cycles` at every operation, but for Pallas kernels: their products are counted by hand from the shapes
+that they are given, at a share of the peak that is an assumption. XLA:GPU writes none (see `counted`). All of it is the
 compiler's and this module's estimate: nothing is measured.
 """
 
@@ -41,6 +41,7 @@ WHOLE_KERNELS = {"attention_forward": 2, "attention_backward": 5}  # of `models.
 # The share of a matrix unit's peak that an attention kernel is taken to reach, by width of head: a width of 64 fills half of a
 # 128 x 128 unit in both of its products.
 KERNEL_SHARE = {64: 0.25, 128: 0.5}
+GPU_KERNEL_SHARE = {64: 0.25, 128: 0.36}  # what those for GPUs reached on one H200 (experiments/studies/gpu)
 KERNEL_WIDTH = 128
 KERNEL_BANDWIDTH = 0.75  # the share of the memory's bandwidth that it is taken to reach
 DECODING_KERNEL = "attention_newest"  # of `models.flash.tpu_newest`; what it moves takes longer than its products
@@ -58,11 +59,15 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An instruction of the schedule as often as it runs. loops: the bodies that it is inside of, outermost first."""
+    """An instruction of the schedule as often as it runs. loops: the bodies that it is inside of, outermost first.
+
+    where: the computation that it stands in.
+    """
 
     instruction: Instruction
     runs: float
     loops: tuple[str, ...]
+    where: str
 
     @property
     def cycles(self) -> float:
@@ -118,7 +123,7 @@ class Schedule:
 
     def _walk(self, name: str, runs: float, loops: tuple[str, ...], weigh: Callable[[Operation], float]) -> Iterator[Operation]:
         for each in self.computations[name]:
-            yield Operation(each, runs, loops)
+            yield Operation(each, runs, loops, name)
             if each.opcode == "while":
                 body = _attribute("body", each)
                 yield from self._walk(body, runs * (self.num_trips(each, name) or 1.0), (*loops, body), weigh)
@@ -340,5 +345,5 @@ def kernel_share(operation: Operation) -> float:
     """Return the share of the arithmetic peak that an attention kernel is taken to reach."""
     arrays = _kernel_arrays(operation)
     width = arrays[0][-2 if operation.kernel_name in WHOLE_KERNELS else -1] if arrays else KERNEL_WIDTH
-    fills_half = width <= KERNEL_WIDTH // 2 and operation.kernel_name not in GPU_KERNELS
-    return KERNEL_SHARE[64 if fills_half else 128]
+    shares = GPU_KERNEL_SHARE if operation.kernel_name in GPU_KERNELS else KERNEL_SHARE
+    return shares[64 if width <= KERNEL_WIDTH // 2 else 128]
