@@ -89,7 +89,7 @@ def test_the_update_compiles_with_its_kernels(devices, name):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_where_no_rows_are_sharded_it_compiles(devices, tensor):
-    """On one chip alone, say. No program is inside of `shard_map` then, but for its kernels."""
+    """On one chip alone, say. No program is inside of `shard_map` then, but for its kernels and its head by parts."""
     del devices
     planned = job_of("dapo", (1, 1, tensor), {}, ARCH)
     mesh = aot.make_mesh(planned, aot.devices_of("v5e", f"1x{tensor}"))

@@ -66,6 +66,7 @@ def test_the_rollout_is_by_the_kernels(num_tensor):
     assert rollout.secs > 0 and not rollout.num_unknown_loops
     schedule = Schedule(rollout.hlo)
     tokens = [op for op in schedule.operations() if op.loops and op.runs > T / 2]
+    assert max(op.runs for op in tokens) < T, "a loop inside of a token's"
     assert sum(op.is_kernel and op.kernel_name == "attend_newest" for op in tokens) == ARCH.num_layers
     if num_tensor > 1:
         return  # there the products of queries, keys and values are XLA's to join

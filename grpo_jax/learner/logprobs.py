@@ -21,7 +21,7 @@ from grpo_jax.models.linear import head_logits
 from grpo_jax.models.tiles import Tiles
 from grpo_jax.models.transformer import Decoder, ModelDef
 from grpo_jax.parallel.context import Share, share_of
-from grpo_jax.parallel.sharding import row_axes, vary_like
+from grpo_jax.parallel.sharding import vary_like
 from grpo_jax.rollout.sampling import Sampling, allowed_tokens, occurring_tokens, repetition_factor, score, support_like
 from grpo_jax.types import Params, Rollout
 
@@ -65,9 +65,7 @@ class Chunks:
         # states' gradient, which is smaller, is added up. A head that fsdp shards is never gathered in full then, nor is its
         # gradient. Where `tensor` shards the vocabulary, each device goes through its own.
         needs_all = sampling.is_cut or sampling.rules_out or sampling.has_penalty
-        # Where rows are not sharded, `tensor` is the compiler's, which would put the vocabulary together to cut it up.
-        is_left_to_compiler = num_parts > 1 and mesh is not None and row_axes(mesh) is None
-        if needs_all or is_left_to_compiler or num_tokens >= V // num_parts:
+        if needs_all or num_tokens >= V // num_parts:
             return cls(tokens)
         return cls(tokens, min(V // num_parts, max(ALIGNED, MAX_LOGITS // num_tokens // ALIGNED * ALIGNED)))
 

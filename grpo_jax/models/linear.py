@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.models.lora import LoRA
 from grpo_jax.models.tiles import Tiles, in_tiles
 from grpo_jax.parallel.hardware import Hardware, target_platform
-from grpo_jax.parallel.sharding import vary_like
+from grpo_jax.parallel.sharding import in_full_over_tensor, vary_like
 
 FEW_ROWS = 128  # measured on 2 cores: 1.6 to 2 times as fast from 2 rows on, no faster beyond 256
 
@@ -56,8 +55,7 @@ def _project_spread_forward(x: Array, weight_OI: Array) -> tuple[Array, tuple[Ar
 def _project_spread_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, weight_OI = saved
     dy = jax.lax.optimization_barrier(dy)  # as in `_cotangent_once`
-    in_full = jax.lax.with_sharding_constraint(x, PartitionSpec())
-    return jnp.einsum("...o,oi->...i", dy, weight_OI), jnp.einsum("...o,...i->oi", dy, in_full)
+    return jnp.einsum("...o,oi->...i", dy, weight_OI), jnp.einsum("...o,...i->oi", dy, in_full_over_tensor(x))
 
 
 _project_spread.defvjp(_project_spread_forward, _project_spread_backward)
@@ -200,8 +198,12 @@ def split_outputs(y: Array, sizes: Sequence[int], num_shards: int = 1, axis: int
     """
     lead, rest = y.shape[: axis % y.ndim], y.shape[axis % y.ndim + 1 :]
     places = [place // num_shards for place in itertools.accumulate(sizes)][:-1]
-    parts = jnp.split(y.reshape(*lead, num_shards, -1, *rest), places, len(lead) + 1)
-    return [part.reshape(*lead, -1, *rest) for part in parts]
+    if num_shards == 1:
+        return jnp.split(y, places, len(lead))
+    # The axis of shards to the front: among the others XLA:TPU lays it along the lanes, one number in each 128, where channels
+    # do not fill whole tiles.
+    y = jnp.moveaxis(y.reshape(*lead, num_shards, -1, *rest), len(lead), 0)
+    return [jnp.moveaxis(part, 0, len(lead)).reshape(*lead, -1, *rest) for part in jnp.split(y, places, len(lead) + 1)]
 
 
 def like(vector: Array, x: Array) -> Array:

@@ -134,14 +134,23 @@ def shard_map_over_batch(function: Callable[..., Any], mesh: Mesh, in_specs: Any
 
     Args:
       function: of this device's shards. in_specs, out_specs: of its arguments and results, as `shard_map` takes them.
-    Returns: the function of global arrays; `function` itself where nothing is sharded so: the axes have no names in it then.
+    Returns: the function of global arrays; where rows are not sharded `function` itself: the axes have no names in it then, but
+      what it calls can ask for `tensor` (`jax.sharding.get_abstract_mesh`).
     """
     if row_axes(mesh) is None:
-        return function
+        return function if mesh.shape["tensor"] == 1 else _knowing(mesh, function)
     manual_axes = set(AXES)
     if mesh.shape["tensor"] > 1:
         manual_axes -= {"tensor"}
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual_axes)
+
+
+def _knowing(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    def with_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return with_mesh
 
 
 def constrain(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -285,6 +294,13 @@ def gather_params_for_decoding(params: Any, mesh: Mesh, min_elements: int, dtype
         return constrain(shard, mesh, drop_mesh_axis(spec, "fsdp"))
 
     return jax.tree.map(gather, params, specs_of(params, mesh, min_elements))
+
+
+def in_full_over_tensor(x: Array) -> Array:
+    """Return an array in full on all devices of `tensor`, however the compiler has spread it. Inside `shard_map_over_batch`."""
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def largest_in_step(x: Array, axes: tuple[str, ...]) -> Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from grpo_jax.parallel.sharding import in_full_over_tensor
+
 # Tokens that are summed at a time. The relative error of a block's sum is at most 127 x 2^-24, and cumulating some thousand
 # blocks adds about 11 x 2^-24 of the whole; one running sum over a vocabulary could be wrong by a percent.
 BLOCK = 128
@@ -44,7 +46,8 @@ def pick_token(
     Returns: int32 tokens below V whose probability is not 0; 0 where the logits are NaN.
     """
     num_blocks = logits_BV.shape[-1] // BLOCK
-    block_B = _first_above(sums_BN, uniform_B2[:, 0])
+    # Of sums that are spread over devices jax 0.12 makes cumulated ones by a loop, of a turn for each of them.
+    block_B = _first_above(in_full_over_tensor(sums_BN), uniform_B2[:, 0])
     if not num_blocks:
         return block_B
     # Only this block is looked at one by one: no [B, V] of cumulated sums is ever made. And it is taken by its number: a slice

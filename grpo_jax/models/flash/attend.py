@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.models.flash import tpu, whole
@@ -199,11 +199,13 @@ def on_devices(
     run, mesh = functools.partial(function, call), mesh_of(call.hardware)
     if call.hardware.interpret or mesh is None:
         return run(arrays, masks)
-    # The compiler cannot shard a kernel along `tensor`, so that axis is made manual here. And JAX says of no output of
-    # its kernels over which axes it varies, which is an error wherever such types are checked: here they are not.
-    manual: dict[str, Any] = {"axis_names": {"tensor"}}
-    if mesh is call.hardware.mesh:  # no rows are sharded, and a TPU's kernels want every axis manual that the mesh has
-        manual = {"mesh": mesh, "axis_names": set(mesh.axis_names)}
+    # The compiler cannot shard a kernel along `tensor`, so that axis is made manual here, and where no rows are sharded all the
+    # others too: a TPU's kernels want that. And JAX says of no output of its kernels over which axes it varies, which is an
+    # error wherever such types are checked: here they are not.
+    are_rows_manual = AxisType.Manual in mesh.axis_types
+    manual: dict[str, Any] = {"axis_names": {"tensor"} if are_rows_manual else set(mesh.axis_names)}
+    if mesh is call.hardware.mesh:
+        manual["mesh"] = mesh
     if mesh.shape["tensor"] == 1:
         in_spec = out_spec = PartitionSpec()
     sharded = jax.shard_map(run, in_specs=(in_spec, PartitionSpec()), out_specs=out_spec, check_vma=False, **manual)
