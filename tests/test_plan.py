@@ -35,6 +35,7 @@ PUBLISHED = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "llama3-70b": 70_553_706_496,
+    "qwen3-1.7b": 1_720_574_976,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3.5-4b": 4_205_751_296,  # of its text, as transformers counts them
 }

@@ -65,8 +65,8 @@ def main(checkout: str, out: str, chip: str, topology: str, *given: str) -> None
 def description_of_h100() -> str:
     """Read what this commit's planner tells XLA:GPU; importing it would import this commit's package."""
     statements = ast.parse(PLAN.read_text(encoding="utf-8")).body
-    (found,) = [each.value for each in statements if isinstance(each, ast.Assign) and each.targets[0].id == "H100"]
-    return ast.literal_eval(found)
+    assigned = [each for each in statements if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "H100"]
+    return ast.literal_eval(assigned[0].value)
 
 
 if __name__ == "__main__":

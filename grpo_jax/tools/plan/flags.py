@@ -7,7 +7,9 @@ from absl import flags
 CHIP = flags.DEFINE_string("chip", "h100", "v4, v5e, v5p, v6e, tpu7x, a100, h100 or h200 (grpo_jax/tools/plan/chips.py)")
 DEVICES = flags.DEFINE_integer("devices", 1, "how many of them", lower_bound=1)
 SHAPE = flags.DEFINE_string(
-    "shape", "", "smollm2, qwen2.5-0.5b, qwen2.5-7b, llama3-70b, qwen3-30b-a3b or qwen3.5-4b, instead of config.model"
+    "shape",
+    "",
+    "smollm2, qwen2.5-0.5b, qwen2.5-7b, llama3-70b, qwen3-1.7b, qwen3-30b-a3b or qwen3.5-4b, instead of config.model",
 )
 PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 0, "width of the prompts; 0: config.task.max_prompt_tokens", lower_bound=0

@@ -161,8 +161,9 @@ class Schedule:
         if not compared:
             return 0, None
         value, last = max(compared, key=lambda each: each[1])
-        is_value = value is not None and value.opcode == "get-tuple-element"
-        return int(_attribute("index", value)) if is_value else 0, last
+        if value is None or value.opcode != "get-tuple-element":
+            return 0, last
+        return int(_attribute("index", value)), last
 
     def _comparisons(self, name: str) -> list[tuple[Instruction | None, float]]:
         """List the values that a computation compares with numbers, those inside its fusions too."""
@@ -177,8 +178,9 @@ class Schedule:
             elif each.opcode == "fusion":
                 for value, number in self._comparisons(_attribute("calls", each)):
                     # A fusion's parameter is the operand of that number.
-                    is_given = value is not None and value.opcode == "parameter"
-                    found.append((operands[int(_number(value))] if is_given else value, number))
+                    if value is not None and value.opcode == "parameter":
+                        value = operands[int(_number(value))]
+                    found.append((value, number))
         return found
 
     def _step_of(self, loop: Instruction, index: int) -> float:
