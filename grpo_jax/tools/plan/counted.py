@@ -19,8 +19,10 @@ from grpo_jax.tools.plan.schedule import (
     Schedule,
     array_bytes,
     arrays_of,
+    attribute,
     kernel_flops,
     kernel_share,
+    operand_names,
 )
 
 LAUNCH_SECS = 2e-6
@@ -58,13 +60,13 @@ class GpuCosts:
     def _products(self, each: Instruction, where: str) -> float:
         """Count the floating-point operations of the products in an instruction; those of float32 twice."""
         if each.opcode == "fusion":
-            called = _called(each)
+            called = attribute("calls", each)
             return sum(self._products(inner, called) for inner in self.computations[called].values())
         is_library = each.opcode == "custom-call" and "gemm_backend_config" in each.rest
         contracted = CONTRACTED.search(each.rest) if each.opcode == "dot" or is_library else None
         if contracted is None:
             return 0.0
-        left = self.computations[where].get(_names(each)[0])
+        left = self.computations[where].get(operand_names(each)[0])
         if left is None:
             return 0.0
         dtype, shape = arrays_of(left.result)[0]
@@ -74,9 +76,9 @@ class GpuCosts:
     def _moved(self, each: Instruction, where: str) -> float:
         """Count the bytes that a launch reads and writes."""
         here = self.computations[where]
-        given = [here.get(name) for name in _names(each)]
+        given = [here.get(name) for name in operand_names(each)]
         if each.opcode == "fusion":
-            return self._moved_by_fusion(_called(each), given)
+            return self._moved_by_fusion(attribute("calls", each), given)
         if each.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * array_bytes(each.result)
         if each.opcode in ("dynamic-update-slice", "scatter"):
@@ -88,7 +90,7 @@ class GpuCosts:
         body = self.computations[called]
         users: dict[str, list[tuple[Instruction, int]]] = {}
         for each in body.values():
-            for place, name in enumerate(_names(each)):
+            for place, name in enumerate(operand_names(each)):
                 users.setdefault(name, []).append((each, place))
 
         def read(name: str, full: float) -> float:
@@ -106,7 +108,7 @@ class GpuCosts:
             return min(full, sum(parts))
 
         def written(each: Instruction) -> float:
-            operands = [body[name] for name in _names(each) if name in body]
+            operands = [body[name] for name in operand_names(each) if name in body]
             if each.opcode == "tuple":
                 return sum(map(written, operands))
             if each.opcode == "bitcast" and operands:
@@ -133,13 +135,3 @@ def _kernel_bytes(operation: Operation) -> float:
         return sum(given) + sum(made)
     caches = sum(made[index] for index in in_place)
     return sum(given) + sum(made) - (2 - CACHES_READ) * caches
-
-
-def _called(each: Instruction) -> str:
-    found = re.search(r"calls=%?([\w.\-]+)", each.rest)
-    assert found is not None, f"{each.name}: calls nothing"
-    return found[1]
-
-
-def _names(each: Instruction) -> list[str]:
-    return re.findall(r"%([\w.\-]+)", each.rest.split("), ")[0])

@@ -125,7 +125,7 @@ class Schedule:
         for each in self.computations[name]:
             yield Operation(each, runs, loops, name)
             if each.opcode == "while":
-                body = _attribute("body", each)
+                body = attribute("body", each)
                 yield from self._walk(body, runs * (self.num_trips(each, name) or 1.0), (*loops, body), weigh)
             elif each.opcode == "conditional":
                 # Nobody knows which branch runs: the dearest is one that a run can reach.
@@ -157,26 +157,26 @@ class Schedule:
 
     def _end_of(self, loop: Instruction) -> tuple[int, float | None]:
         """Return which of the loop's values its condition compares, and with what number; None: with none that is known."""
-        compared = self._comparisons(_attribute("condition", loop))
+        compared = self._comparisons(attribute("condition", loop))
         if not compared:
             return 0, None
         value, last = max(compared, key=lambda each: each[1])
         if value is None or value.opcode != "get-tuple-element":
             return 0, last
-        return int(_attribute("index", value)), last
+        return int(attribute("index", value)), last
 
     def _comparisons(self, name: str) -> list[tuple[Instruction | None, float]]:
         """List the values that a computation compares with numbers, those inside its fusions too."""
         by_name = {each.name: each for each in self.computations[name]}
         found: list[tuple[Instruction | None, float]] = []
         for each in by_name.values():
-            operands = [by_name.get(operand) for operand in _operands(each)]
+            operands = [by_name.get(operand) for operand in operand_names(each)]
             if each.opcode == "compare":
                 numbers = [x for x in operands if x is not None and _is_number(x)]
                 value = next((x for x in operands if x not in numbers), None)
                 found += [(value, _number(number)) for number in numbers]
             elif each.opcode == "fusion":
-                for value, number in self._comparisons(_attribute("calls", each)):
+                for value, number in self._comparisons(attribute("calls", each)):
                     # A fusion's parameter is the operand of that number.
                     if value is not None and value.opcode == "parameter":
                         value = operands[int(_number(value))]
@@ -185,28 +185,28 @@ class Schedule:
 
     def _step_of(self, loop: Instruction, index: int) -> float:
         """Return what a turn adds to the counter: XLA:TPU takes two at a time in loops that wait for collectives."""
-        body = self.computations[_attribute("body", loop)]
+        body = self.computations[attribute("body", loop)]
         by_name = {each.name: each for each in body}
-        following = by_name.get(_operands(body[-1])[index]) if body[-1].opcode == "tuple" else None
+        following = by_name.get(operand_names(body[-1])[index]) if body[-1].opcode == "tuple" else None
         while following is not None and following.opcode in ("copy", "bitcast"):
-            following = by_name.get(_operands(following)[0])
+            following = by_name.get(operand_names(following)[0])
         if following is None or following.opcode != "add":
             return 1.0
-        added = [by_name[name] for name in _operands(following) if name in by_name and by_name[name].opcode == "constant"]
+        added = [by_name[name] for name in operand_names(following) if name in by_name and by_name[name].opcode == "constant"]
         return max(1.0, _number(added[0])) if added else 1.0
 
     def _first_number(self, loop: Instruction, index: int, where: str) -> float:
         """Follow the counter, a value of the loop, to a constant or to the loop before."""
         by_name = {each.name: each for each in self.computations[where]}
-        at = by_name.get(_operands(loop)[0])
+        at = by_name.get(operand_names(loop)[0])
         while at is not None:
             if at.opcode == "tuple":
-                at = by_name.get(_operands(at)[index])
+                at = by_name.get(operand_names(at)[index])
             elif at.opcode == "get-tuple-element":
-                index = int(_attribute("index", at))
-                at = by_name.get(_operands(at)[0])
+                index = int(attribute("index", at))
+                at = by_name.get(operand_names(at)[0])
             elif at.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
-                at = by_name.get(_operands(at)[0])
+                at = by_name.get(operand_names(at)[0])
             elif at.opcode == "while":
                 return self._end_of(at)[1] or 0.0
             elif at.opcode == "constant":
@@ -237,7 +237,8 @@ def _short(path: str) -> str:
     return "/".join(path.split("/")[-2:])
 
 
-def _attribute(key: str, each: Instruction) -> str:
+def attribute(key: str, each: Instruction) -> str:
+    """Return what stands behind `key=`, the name of a computation, say."""
     found = re.search(rf"\b{key}=%?([\w.\-]+)", each.rest)
     assert found is not None, f"{each.name}: no {key}"
     return found[1]
@@ -252,7 +253,8 @@ def _number(each: Instruction) -> float:
     return float(each.rest.split(")")[0])
 
 
-def _operands(each: Instruction) -> list[str]:
+def operand_names(each: Instruction) -> list[str]:
+    """List the values that an instruction is given."""
     return re.findall(r"%([\w.\-]+)", each.rest.split("), ")[0])
 
 
