@@ -36,6 +36,8 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %fusion.1 = f32[256,64]{1,0} fusion(%stack, %x, %i), kind=kCustom, calls=%product
   %fusion.2 = bf16[24,256,64]{2,1,0} fusion(%kept, %new, %i), kind=kLoop, calls=%write
   %cublas = (f32[256,64]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  %fusion-start.1 = ((bf16[24,64,128]{2,1,0}, bf16[256,128]{1,0}, s32[]), f32[256,64]{1,0}, u32[]) fusion-start(%stack, %x, %i), kind=kCustom, calls=%product
+  %fusion-done.1 = f32[256,64]{1,0} fusion-done(%fusion-start.1)
   %copy.1 = bf16[256,128]{1,0} copy(%x)
   %all-reduce-start.1 = f32[256,64]{1,0} all-reduce-start(%fusion.1), replica_groups={{0,1}}
 }
@@ -76,12 +78,13 @@ def secs():
 def test_a_fusion_reads_the_layer_that_it_cuts_and_writes_the_slice_that_it_puts(secs):
     read = 64 * 128 * 2 + 256 * 128 * 2 + 4
     assert secs["fusion.1"] == (24, pytest.approx(copied(read + 256 * 64 * 4)))
+    assert secs["fusion-start.1"] == secs["fusion.1"]
     assert secs["fusion.2"] == (24, pytest.approx(copied(2 * 256 * 64 * 2 + 4)))
     assert secs["copy.1"] == (24, pytest.approx(copied(2 * 256 * 128 * 2)))
 
 
 def test_values_loops_and_collectives_take_no_time(secs):
-    assert {secs[name][1] for name in ("start", "t", "while.1", "i", "stack", "all-reduce-start.1")} == {0.0}
+    assert {secs[name][1] for name in ("start", "t", "while.1", "i", "stack", "all-reduce-start.1", "fusion-done.1")} == {0.0}
 
 
 def test_products_count_where_they_take_longer_than_bytes():

@@ -32,6 +32,7 @@ KERNEL_BANDWIDTH_SHARE = 0.6  # by the kernel that decodes
 CACHES_READ = 0.5  # of the slots of the rows' caches, on average: they fill up while a row is decoded
 # What is no launch: names of values, control flow, and the second half of what was started before.
 NO_LAUNCH = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
+FUSIONS = ("fusion", "fusion-start")  # the latter on a stream of its own, and counted as if it waited
 CONTRACTED = re.compile(r'lhs_contracting_dim(?:ensions|s)"?[=:][{\[]([\d,"]*)[}\]]')
 IN_PLACE = re.compile(r"\{(\d*)\}: \(\d+, \{\}\)")  # results that take the place of operands
 
@@ -47,7 +48,8 @@ class GpuCosts:
     def secs(self, operation: Operation) -> float:
         """Estimate the seconds of one run. Collectives take none here: links are counted apart."""
         each = operation.instruction
-        if each.opcode in NO_LAUNCH or each.opcode.endswith(("-start", "-done")) or kind_of(each):
+        is_half = each.opcode.endswith(("-start", "-done")) and each.opcode not in FUSIONS
+        if each.opcode in NO_LAUNCH or is_half or kind_of(each):
             return 0.0
         if operation.is_kernel:
             flops, moved = kernel_flops(operation), _kernel_bytes(operation)
@@ -59,7 +61,7 @@ class GpuCosts:
 
     def _products(self, each: Instruction, where: str) -> float:
         """Count the floating-point operations of the products in an instruction; those of float32 twice."""
-        if each.opcode == "fusion":
+        if each.opcode in FUSIONS:
             called = attribute("calls", each)
             return sum(self._products(inner, called) for inner in self.computations[called].values())
         is_library = each.opcode == "custom-call" and "gemm_backend_config" in each.rest
@@ -77,7 +79,7 @@ class GpuCosts:
         """Count the bytes that a launch reads and writes."""
         here = self.computations[where]
         given = [here.get(name) for name in operand_names(each)]
-        if each.opcode == "fusion":
+        if each.opcode in FUSIONS:
             return self._moved_by_fusion(attribute("calls", each), given)
         if each.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * array_bytes(each.result)
